@@ -1,0 +1,51 @@
+# Two commands do everything: `make demo` and `make test`. Both set up .venv first.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+# Packages are installed before embkern, whose extension is built against the torch that is there.
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help setup demo test lint format bench clean
+
+help:
+	@echo "make demo    compress a real model, reload it, compare (about two minutes after the set-up)"
+	@echo "make test    lint and every test"
+	@echo "make lint    ruff, mypy, clang-format"
+	@echo "make format  let ruff and clang-format rewrite the sources"
+	@echo "make bench   the benchmarks, into benchmarks/results"
+	@echo "make clean   remove .venv and what was built"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py constraints.txt embkern/_version.py $(wildcard csrc/*.* csrc/*/*.*)
+	@echo "setting up $(VENV) (once; torch is the large part)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade pip "setuptools>=77" wheel ninja
+	@$(PIP) torch numpy
+	@$(PIP) --no-build-isolation --editable ".[demo,test,lint]"
+	@$(BIN)/embkern env
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/embkern demo
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+
+format: $(STAMP)
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+	@$(BIN)/clang-format -i $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+
+test: lint
+	@$(BIN)/python -m pytest
+
+bench: $(STAMP)
+	@$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) build demo-output *.egg-info embkern/*.so .pytest_cache .mypy_cache .ruff_cache
