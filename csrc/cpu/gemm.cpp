@@ -1,0 +1,85 @@
+// The matrix product of common.h, compiled once per instruction-set level.
+//
+// A tile of 6 rows x 64 bytes of accumulators fills 12 of AVX2's 16 vector registers (6 of AVX-512's 32) and
+// reads each line of b once for six rows. The accumulators are vectors of the compiler's own (GCC, Clang):
+// plain arrays were left in memory, at a seventh of the speed.
+#include <cstring>
+
+#include "cpu/common.h"
+
+namespace embkern {
+namespace {
+
+template <class A>
+struct Line {
+  static constexpr int kSize = 64 / sizeof(A);
+#if defined(__GNUC__)
+  typedef A Vector __attribute__((vector_size(64)));
+#else
+  struct Vector {
+    A lane[kSize];
+    Vector& operator+=(const Vector& other) {
+      for (int j = 0; j < kSize; ++j) lane[j] += other.lane[j];
+      return *this;
+    }
+    friend Vector operator*(A factor, Vector vector) {
+      for (int j = 0; j < kSize; ++j) vector.lane[j] *= factor;
+      return vector;
+    }
+  };
+#endif
+};
+
+template <class A>
+EMBKERN_INLINE void load(const A* from, typename Line<A>::Vector& line) {
+  std::memcpy(&line, from, sizeof(line));
+}
+
+template <class A, int ROWS>
+EMBKERN_INLINE void tile(int64_t k, const A* a, int64_t lda, const A* b, int64_t ldb, const A* init, A* c,
+                         int64_t ldc) {
+  typename Line<A>::Vector sum[ROWS] = {}, line;
+  if (init) {
+    load(init, line);
+    for (int i = 0; i < ROWS; ++i) sum[i] = line;
+  }
+  for (int64_t p = 0; p < k; ++p) {
+    load(b + p * ldb, line);
+    for (int i = 0; i < ROWS; ++i) sum[i] += a[i * lda + p] * line;
+  }
+  for (int i = 0; i < ROWS; ++i) std::memcpy(c + i * ldc, &sum[i], sizeof(line));
+}
+
+template <class A>
+EMBKERN_INLINE void gemm_inline(int64_t m, int64_t n, int64_t k, const A* a, int64_t lda, const A* b,
+                                int64_t ldb, const A* init, A* c, int64_t ldc) {
+  constexpr int rows = 6, columns = Line<A>::kSize;
+  int64_t j = 0;
+  for (; j + columns <= n; j += columns) {
+    const A* start = init ? init + j : nullptr;
+    int64_t i = 0;
+    for (; i + rows <= m; i += rows)
+      tile<A, rows>(k, a + i * lda, lda, b + j, ldb, start, c + i * ldc + j, ldc);
+    for (; i < m; ++i) tile<A, 1>(k, a + i * lda, lda, b + j, ldb, start, c + i * ldc + j, ldc);
+  }
+  for (; j < n; ++j)
+    for (int64_t i = 0; i < m; ++i) {
+      A sum = init ? init[j] : A(0);
+      for (int64_t p = 0; p < k; ++p) sum += a[i * lda + p] * b[p * ldb + j];
+      c[i * ldc + j] = sum;
+    }
+}
+
+}  // namespace
+
+EMBKERN_CPU_CLONES void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
+                             int64_t ldb, const float* init, float* c, int64_t ldc) {
+  gemm_inline(m, n, k, a, lda, b, ldb, init, c, ldc);
+}
+
+EMBKERN_CPU_CLONES void gemm(int64_t m, int64_t n, int64_t k, const double* a, int64_t lda, const double* b,
+                             int64_t ldb, const double* init, double* c, int64_t ldc) {
+  gemm_inline(m, n, k, a, lda, b, ldb, init, c, ldc);
+}
+
+}  // namespace embkern

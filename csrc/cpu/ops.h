@@ -1,0 +1,29 @@
+// The CPU ops that registration.cpp binds to the schemas of embkern/ops/*.py.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace embkern {
+
+using torch::stable::Tensor;
+
+Tensor gather_project_forward(const Tensor& ids, const Tensor& codes, const Tensor& basis,
+                              const std::optional<Tensor>& offset);
+
+std::tuple<Tensor, Tensor, Tensor> gather_project_backward(const Tensor& grad, const Tensor& ids,
+                                                           const Tensor& codes, const Tensor& basis,
+                                                           int64_t padding_idx, bool needs_codes,
+                                                           bool needs_basis, bool needs_offset);
+
+std::tuple<Tensor, Tensor> cosine_mse_forward(const Tensor& output, const Tensor& target,
+                                              const std::optional<Tensor>& row_weight, double cosine_weight,
+                                              double mse_weight, double eps);
+
+Tensor cosine_mse_backward(const Tensor& grad_loss, const Tensor& output, const Tensor& target,
+                           const std::optional<Tensor>& row_weight, const Tensor& stats, double cosine_weight,
+                           double mse_weight, double eps);
+
+}  // namespace embkern

@@ -1,0 +1,12 @@
+// Binds the implementations to their schemas. The schemas live in embkern/ops/*.py, one overload per
+// backend, so that the ops exist (and say what is missing) where this extension was not built.
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/ops.h"
+
+STABLE_TORCH_LIBRARY_IMPL(embkern, CPU, m) {
+  m.impl("gather_project_forward.native", TORCH_BOX(&embkern::gather_project_forward));
+  m.impl("gather_project_backward.native", TORCH_BOX(&embkern::gather_project_backward));
+  m.impl("cosine_mse_forward.native", TORCH_BOX(&embkern::cosine_mse_forward));
+  m.impl("cosine_mse_backward.native", TORCH_BOX(&embkern::cosine_mse_backward));
+}
