@@ -1,0 +1,80 @@
+"""What every method shares: its options, the checks on a table, and the rank that fits a ratio."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+BLOCK_ROWS = 8192  # rows of a table worked on at a time: 25 MB in fp32 at H = 768
+
+
+class Options(BaseModel):
+    """Base of a method's options: the one place of their names, types, ranges and defaults."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+AnyOptions = TypeVar("AnyOptions", bound=BaseModel)
+
+
+def parse_options(model: type[AnyOptions], options: dict[str, Any], owner: str) -> AnyOptions:
+    """Validate options; a ValueError names each option that is wrong, what was expected and what came."""
+    try:
+        return model.model_validate(options)
+    except ValidationError as error:
+        known = ", ".join(model.model_fields)
+        problems = "; ".join(
+            f"{'.'.join(map(str, problem['loc'])) or 'options'}: {problem['msg']}, got {problem['input']!r}"
+            for problem in error.errors()
+        )
+        raise ValueError(f"{owner}: {problems} (options: {known})") from None
+
+
+def check_table(table: Tensor) -> None:
+    """Raise unless ``table`` is a floating-point (V, H) matrix with V, H >= 1 and finite rows."""
+    if table.dim() != 2 or 0 in table.shape:
+        raise ValueError(f"table: expected shape (V, H) with V, H >= 1, got {tuple(table.shape)}")
+    if not table.is_floating_point():
+        raise TypeError(f"table: expected a floating-point dtype, got {table.dtype}")
+    finite = torch.cat([torch.isfinite(rows).all(1) for rows in blocks(table)])
+    bad = torch.nonzero(~finite).flatten().tolist()
+    if bad:
+        shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
+        raise ValueError(f"table: expected finite values, got NaN or infinity in {len(bad)} row(s): {shown}")
+
+
+def blocks(table: Tensor) -> Iterator[Tensor]:
+    """Yield the rows of a table, some thousand at a time."""
+    yield from table.split(BLOCK_ROWS)
+
+
+def rank_for_ratio(num_embeddings: int, embedding_dim: int, ratio: float, *, offset: bool) -> int:
+    """Return the largest rank whose factors take at most 1/ratio of the table's bytes.
+
+    ``r = floor((V * H / ratio - offset * H) / (V + H))``: codes, basis and offset have the table's dtype, so
+    a ratio of parameters is a ratio of bytes.
+
+    Raises:
+        ValueError: ratio is below 1 or too high for rank 1; the message names the highest that works.
+    """
+    if not (ratio >= 1 and math.isfinite(ratio)):
+        raise ValueError(f"ratio: expected at least 1 (bytes before over bytes after), got {ratio}")
+    table, per_rank = num_embeddings * embedding_dim, num_embeddings + embedding_dim
+    fixed = embedding_dim if offset else 0
+    rank = int((table / ratio - fixed) // per_rank)
+    if rank < 1:
+        highest = table / (per_rank + fixed)
+        raise ValueError(
+            f"ratio: {ratio:g} leaves no room for rank 1 of a {num_embeddings} x {embedding_dim} table"
+            + (
+                f"; the highest that fits is {highest:.4g}"
+                if highest >= 1
+                else ", which cannot be factorised smaller"
+            )
+        )
+    return min(rank, embedding_dim)
