@@ -1,0 +1,267 @@
+"""The main job in one call: ``compress`` a model's embedding table, save it, and say what it cost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from ._version import __version__
+from .evaluate import compare_tables, embed_sentences, read_sentences, sentence_fidelity
+from .evaluate.sentences import pooling_of
+from .files import replacing_directory
+from .methods.base import check_table
+from .recipe import LMHead, Recipe
+from .report import REPORT_NAME, Report, model_card
+
+try:
+    import transformers
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+except ImportError as error:
+    raise ImportError(
+        "embkern.compress needs transformers (pip install 'embkern[transformers]'); "
+        "embkern.ops, embkern.methods and embkern.FactorizedEmbedding work without it"
+    ) from error
+
+from .model_table import find_table, other_tables
+from .transformers import install
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# What sentence-transformers keeps beside a model.
+_SENTENCE_FILES = (
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_*_config.json",
+    "[0-9]*_*/*",
+)
+
+
+def compress(
+    model: PreTrainedModel | str | os.PathLike,
+    *,
+    ratio: float | None = None,
+    rank: int | None = None,
+    method: str = "autoencoder",
+    lm_head: LMHead = "factorized",
+    recipe: Recipe | None = None,
+    text: str | os.PathLike | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    output: str | os.PathLike | None = None,
+    overwrite: bool = False,
+    progress: bool | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    log: str | os.PathLike | None = None,
+    **options: Any,
+) -> Report:
+    """Compress the token embeddings of a model: in place for a live one, or of a path or hub name.
+
+    Args:
+        model: a transformers model, a directory, or a name on the hub.
+        ratio: bytes of the table as stored over bytes of everything that replaces it, at least 1.
+        rank: r instead of a ratio, 1 to H.
+        method: ``autoencoder`` (arXiv 2106.08181) or ``svd``.
+        lm_head: of a tied head: ``factorized`` decodes through the same factors, ``dense`` keeps the
+            original table for it (then nothing but the lookup gets smaller). Untied heads stay as they are.
+        recipe: all of the above and the options in one object, instead of them.
+        text: a text file, one sentence a line; the report then tells how the embeddings of its first 1000
+            sentences changed.
+        tokenizer: of a live model, for ``text`` and to name the worst rows; of a path it is loaded.
+        output: directory to save to: model, tokenizer, report, model card. It appears whole or not at all.
+        overwrite: replace ``output`` if it holds a model saved by embkern.
+        progress: show a bar on stderr; None shows it on a terminal.
+        checkpoint: file from which a killed run of the autoencoder goes on.
+        log: file of JSON lines, one per epoch of the autoencoder.
+        options: of the method, such as ``epochs=10``.
+
+    Returns:
+        The report; ``report.model`` is the compressed model.
+
+    Raises:
+        ValueError: an argument is wrong, or the model's embedding cannot be replaced; it names what.
+        FileNotFoundError: the model or the text does not exist.
+        FileExistsError: ``output`` exists and may not be replaced.
+    """
+    recipe = _recipe(recipe, method, ratio, rank, lm_head, options)
+    if output is not None:
+        check_output(output, overwrite)
+    sentences = None if text is None else read_sentences(text)
+    source: str | None = None
+    if isinstance(model, (str, os.PathLike)):
+        source = os.fspath(model)
+        model = load_model(source)
+        tokenizer = tokenizer or load_tokenizer(source)
+    if sentences is not None and tokenizer is None:
+        raise ValueError("text: expected a tokenizer with it (the model has none)")
+
+    table = find_table(model)
+    weight = table.weight.detach()
+    check_table(weight)
+    bytes_before = model_bytes(model)
+    before = pooling = None
+    if sentences is not None:
+        pooling = pooling_of(source)
+        before = embed_sentences(model, tokenizer, sentences, pooling=pooling)
+
+    run = (
+        {"progress": progress, "checkpoint": checkpoint, "log": log} if recipe.method == "autoencoder" else {}
+    )
+    started = time.perf_counter()
+    factors = recipe.factorize(weight, **run)
+    seconds = time.perf_counter() - started
+    comparison = compare_tables(weight, factors, tokens=tokenizer and tokenizer.convert_ids_to_tokens)
+    report = Report(
+        source=source or str(getattr(model.config, "_name_or_path", "")) or type(model).__name__,
+        architecture=type(model).__name__,
+        recipe=recipe,
+        num_embeddings=factors.num_embeddings,
+        embedding_dim=factors.embedding_dim,
+        rank=factors.rank,
+        dtype=str(factors.dtype).removeprefix("torch."),
+        head=None,
+        table_bytes=weight.nbytes,
+        factors_bytes=factors.nbytes,
+        ratio=weight.nbytes / factors.nbytes,
+        model_bytes_before=bytes_before,
+        model_bytes_after=0,
+        table=comparison,
+        other_tables=other_tables(model),
+        seconds=round(seconds, 3),
+        versions={
+            "embkern": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    )
+    del weight
+    install(model, table, factors, recipe)
+    report.head = model.config.quantization_config.table.head
+    report.model_bytes_after = model_bytes(model)
+    if before is not None and pooling is not None:
+        after = embed_sentences(model, tokenizer, cast(list, sentences), pooling=pooling)
+        report.sentences = sentence_fidelity(before, after)
+    report._model = model
+    if output is not None:
+        save(model, output, source=source, tokenizer=tokenizer, report=report)
+    return report
+
+
+def _recipe(
+    recipe: Recipe | None, method: str, ratio: float | None, rank: int | None, lm_head: LMHead, options: dict
+) -> Recipe:
+    if recipe is None:
+        return Recipe.parse(method=method, ratio=ratio, rank=rank, lm_head=lm_head, options=options)
+    if ratio is not None or rank is not None or options:
+        raise ValueError("recipe: expected either a recipe or ratio, rank and options, got both")
+    return recipe
+
+
+def export_dense(directory: str | os.PathLike, output: str | os.PathLike, *, overwrite: bool = False) -> None:
+    """Save a compressed model as an ordinary one, its table decoded, that loads without embkern.
+
+    Raises:
+        ValueError: the model is not compressed by embkern.
+        FileExistsError: ``output`` exists and may not be replaced.
+    """
+    check_output(output, overwrite)
+    model = load_model(directory)
+    if getattr(model, "hf_quantizer", None) is None:
+        raise ValueError(f"model: expected one compressed by embkern, got a dense one: {directory}")
+    save(model.dequantize(), output, source=os.fspath(directory), tokenizer=load_tokenizer(directory))
+
+
+def load_model(name: str | os.PathLike) -> PreTrainedModel:
+    """Load a model with its head, in the dtype it is stored in, dense or compressed.
+
+    Raises:
+        FileNotFoundError: it is neither a directory nor to be had from the hub.
+        ValueError: the directory holds no loadable model (a damaged file, an unknown architecture).
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+        architecture = getattr(transformers, (config.architectures or [""])[0], AutoModel)
+        return architecture.from_pretrained(name)
+    except (
+        Exception
+    ) as error:  # transformers and safetensors raise many kinds; all mean the same to the caller
+        reason = str(error).strip().split("\n")[0] or repr(error)
+        if Path(name).exists():
+            raise ValueError(f"model: {name} cannot be loaded: {reason}") from error
+        raise FileNotFoundError(
+            f"model: {str(name)!r} is neither a directory here nor to be had from the hub: {reason}"
+        ) from error
+
+
+def load_tokenizer(name: str | os.PathLike) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer beside a model; None if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, ImportError):
+        return None
+
+
+def model_bytes(model: PreTrainedModel) -> int:
+    """Bytes of all parameters, a shared one counted once, as a saved file holds them."""
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def check_output(output: str | os.PathLike, overwrite: bool) -> None:
+    """Raise FileExistsError unless ``output`` may be written."""
+    path = Path(output)
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not overwrite:
+        raise FileExistsError(f"output: {path} exists; choose another name, or pass overwrite (--overwrite)")
+    if not (path / REPORT_NAME).is_file() and not (path / "config.json").is_file():
+        raise FileExistsError(f"output: {path} is not a saved model; it is not replaced")
+
+
+def save(
+    model: PreTrainedModel,
+    output: str | os.PathLike,
+    *,
+    source: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    report: Report | None = None,
+) -> None:
+    """Save a model, its tokenizer, the report and a model card; the directory appears whole or not at all."""
+    with replacing_directory(output) as directory:
+        model.save_pretrained(directory)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+        if source is not None:
+            _copy_sentence_files(source, directory)
+        if report is not None:
+            (directory / REPORT_NAME).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            (directory / "README.md").write_text(model_card(report), encoding="utf-8")
+
+
+def _copy_sentence_files(source: str, directory: Path) -> None:
+    """Keep a sentence encoder one: its pooling and normalisation live beside the transformer."""
+    if not Path(source).is_dir():
+        from huggingface_hub import snapshot_download
+
+        source = snapshot_download(source, allow_patterns=list(_SENTENCE_FILES))
+    for pattern in _SENTENCE_FILES:
+        for path in sorted(Path(source).glob(pattern)):
+            copy = directory / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            if path.is_file():
+                shutil.copyfile(path, copy)
+
+
+def read_report(directory: str | os.PathLike) -> Report | None:
+    """Return the report beside a saved model, None if there is none; ValueError if it is damaged."""
+    path = Path(directory) / REPORT_NAME
+    if not path.is_file():
+        return None
+    try:
+        return Report.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error

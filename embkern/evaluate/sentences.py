@@ -1,0 +1,120 @@
+"""Fidelity of sentence embeddings: does the compressed model still find the same sentences alike?"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Pooling = Literal["mean", "cls"]
+
+
+class SentenceFidelity(BaseModel):
+    """How the sentence embeddings of two models relate."""
+
+    sentences: int
+    mean_cosine: float = Field(description="mean cosine between a sentence's embedding before and after")
+    spearman: float | None = Field(
+        description="rank correlation of pairwise sentence similarities before and after; null below 3"
+    )
+
+
+def read_sentences(path: str | os.PathLike, limit: int = 1000) -> list[str]:
+    """Return the first ``limit`` non-empty lines of a UTF-8 text file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not text, or has no lines.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"text: expected a text file, found none at {path}")
+    sentences: list[str] = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                if line.strip():
+                    sentences.append(line.strip())
+                    if len(sentences) == limit:
+                        break
+    except UnicodeDecodeError as error:
+        raise ValueError(f"text: {path} is not UTF-8 text ({error})") from error
+    if not sentences:
+        raise ValueError(f"text: expected sentences, one a line, got an empty file: {path}")
+    return sentences
+
+
+def pooling_of(directory: str | os.PathLike | None) -> Pooling:
+    """How a sentence-transformers model pools its tokens; mean where nothing is said."""
+    path = Path(directory or ".") / "1_Pooling" / "config.json"
+    if directory is None or not path.is_file():
+        return "mean"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    return "cls" if config.get("pooling_mode_cls_token") else "mean"
+
+
+@torch.no_grad()
+def embed_sentences(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    sentences: list[str],
+    *,
+    pooling: Pooling = "mean",
+    batch_size: int = 32,
+    max_length: int = 256,
+) -> Tensor:
+    """Return normalised embeddings (N, H): the backbone's last hidden state, pooled over real tokens.
+
+    Raises:
+        ValueError: the model is an encoder-decoder, or the tokenizer has ids that the model lacks.
+    """
+    if model.config.is_encoder_decoder:
+        raise ValueError("text: sentence embeddings need an encoder or decoder model, got an encoder-decoder")
+    backbone, training = model.base_model, model.training
+    model.eval()
+    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))  # batches of like length
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    embeddings: list[Tensor] = []
+    for start in range(0, len(order), batch_size):
+        batch = tokenizer(
+            [sentences[i] for i in order[start : start + batch_size]],
+            padding=True,
+            truncation=True,
+            max_length=max_length,
+            return_tensors="pt",
+        ).to(model.device)
+        if int(batch["input_ids"].max()) >= model.config.get_text_config().vocab_size:
+            raise ValueError("tokenizer: has ids beyond the model's vocabulary; it belongs to another model")
+        hidden = backbone(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+        ).last_hidden_state
+        mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+        pooled = hidden[:, 0] if pooling == "cls" else (hidden * mask).sum(1) / mask.sum(1).clamp_min(1)
+        embeddings.append(F.normalize(pooled.float(), dim=1))
+    model.train(training)
+    result = torch.cat(embeddings)
+    return torch.empty_like(result).index_copy_(0, torch.tensor(order, device=result.device), result)
+
+
+def sentence_fidelity(before: Tensor, after: Tensor) -> SentenceFidelity:
+    """Compare normalised sentence embeddings (N, H) of the same sentences."""
+    from scipy.stats import spearmanr
+
+    count = len(before)
+    spearman = None
+    if count >= 3:
+        rows, columns = torch.triu_indices(count, count, offset=1)
+        pairs = [(each @ each.t())[rows, columns].double().cpu().numpy() for each in (before, after)]
+        spearman = float(spearmanr(*pairs).statistic)
+    return SentenceFidelity(
+        sentences=count, mean_cosine=float((before * after).sum(1).mean()), spearman=spearman
+    )

@@ -1,0 +1,215 @@
+"""What ``embkern inspect``, ``evaluate`` and ``env`` find out."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+import torch
+from pydantic import BaseModel, Field
+
+from ._version import __version__
+from .api import load_model, load_tokenizer, model_bytes
+from .evaluate import (
+    SentenceFidelity,
+    TableComparison,
+    compare_tables,
+    embed_sentences,
+    read_sentences,
+    sentence_fidelity,
+)
+from .evaluate.sentences import pooling_of
+from .layer import FactorizedEmbedding
+from .model_table import find_table, input_embeddings, other_tables, probe_scale
+from .ops.backends import BACKENDS, KERNELS, select, unavailable
+
+
+class RankSaving(BaseModel):
+    """What compressing to a rank would save."""
+
+    rank: int
+    factors_bytes: int
+    ratio: float
+    model_share: float = Field(description="share of the whole model's bytes that goes away")
+
+
+class Summary(BaseModel):
+    """A model's embedding table, dense or compressed."""
+
+    architecture: str
+    num_embeddings: int
+    embedding_dim: int
+    dtype: str
+    compressed: bool
+    rank: int | None = None
+    table_bytes: int
+    model_bytes: int
+    modules: list[str] = Field(description="embedding modules that share the table")
+    heads: list[str] = Field(description="output heads tied to it")
+    scales: dict[str, float] = Field(description="constant factor of each embedding's output")
+    other_tables: dict[str, int]
+    ranks: list[RankSaving] = Field(default_factory=list)
+
+    def facts(self) -> dict[str, str]:
+        """Return the rows of the printed table."""
+        stored = f"rank {self.rank}" if self.compressed else "dense"
+        scaled = {name: scale for name, scale in self.scales.items() if scale != 1.0}
+        facts = {
+            "architecture": self.architecture,
+            "table": f"{self.num_embeddings} x {self.embedding_dim}, {self.dtype}, {stored}",
+            "bytes": f"{self.table_bytes:,} of the model's {self.model_bytes:,} "
+            f"({self.table_bytes / self.model_bytes:.1%})",
+            "modules": ", ".join(self.modules),
+            "tied heads": ", ".join(self.heads) or "none",
+            "scale": ", ".join(f"{name}: {scale:g}" for name, scale in scaled.items()) or "1",
+        }
+        if self.other_tables:
+            facts["other tables, left alone"] = ", ".join(
+                f"{n} ({b:,} B)" for n, b in self.other_tables.items()
+            )
+        return facts
+
+
+def inspect(name: str | os.PathLike) -> Summary:
+    """Load a model and describe its embedding table."""
+    model = load_model(name)
+    embedding = input_embeddings(model)
+    common: dict[str, Any] = {
+        "architecture": type(model).__name__,
+        "model_bytes": model_bytes(model),
+        "other_tables": other_tables(model),
+    }
+    if isinstance(embedding, FactorizedEmbedding):
+        state = model.config.quantization_config.table
+        return Summary(
+            **common,
+            num_embeddings=embedding.num_embeddings,
+            embedding_dim=embedding.embedding_dim,
+            dtype=state.dtype,
+            compressed=True,
+            rank=embedding.rank,
+            table_bytes=embedding.factors.nbytes,
+            modules=[n for n, m in model.named_modules() if isinstance(m, FactorizedEmbedding)],
+            heads=[n for n, m in model.named_modules() if type(m).__name__ == "FactorizedHead"],
+            scales=dict(state.scales),
+        )
+    table = find_table(model)
+    num_embeddings, embedding_dim = table.weight.shape
+    element = table.weight.element_size()
+    ranks = []
+    for divisor in (2, 3, 4, 6, 8, 12, 16, 24):
+        if rank := embedding_dim // divisor:
+            size = (num_embeddings * rank + rank * embedding_dim) * element
+            ranks.append(
+                RankSaving(
+                    rank=rank,
+                    factors_bytes=size,
+                    ratio=table.weight.nbytes / size,
+                    model_share=(table.weight.nbytes - size) / common["model_bytes"],
+                )
+            )
+    return Summary(
+        **common,
+        num_embeddings=num_embeddings,
+        embedding_dim=embedding_dim,
+        dtype=str(table.weight.dtype).removeprefix("torch."),
+        compressed=False,
+        table_bytes=table.weight.nbytes,
+        modules=table.embeddings,
+        heads=table.heads,
+        scales={each: probe_scale(model.get_submodule(each), each) for each in table.embeddings},
+        ranks=ranks,
+    )
+
+
+class Evaluation(BaseModel):
+    """A compressed model beside the dense one."""
+
+    table_bytes: int
+    factors_bytes: int
+    ratio: float
+    model_bytes_before: int
+    model_bytes_after: int
+    table: TableComparison
+    sentences: SentenceFidelity | None = None
+
+    def rows(self) -> dict[str, str]:
+        """Return the rows of the printed table."""
+        rows = {
+            "table, bytes": f"{self.table_bytes:,} -> {self.factors_bytes:,} ({self.ratio:.2f}x)",
+            "model, bytes": f"{self.model_bytes_before:,} -> {self.model_bytes_after:,}",
+            "direction error (1 - cos), mean": f"{self.table.direction_error:.4f}",
+            "direction error, 99th percentile": f"{self.table.direction_error_p99:.4f}",
+            "RMSE": f"{self.table.rmse:.5f}",
+            "nearest neighbours kept": f"{self.table.neighbor_overlap:.1%}",
+        }
+        if self.sentences:
+            rows["sentences compared"] = str(self.sentences.sentences)
+            rows["sentence embeddings, mean cos"] = f"{self.sentences.mean_cosine:.4f}"
+            if self.sentences.spearman is not None:
+                rows["sentence similarities, Spearman"] = f"{self.sentences.spearman:.4f}"
+        return rows
+
+
+def evaluate(
+    directory: str | os.PathLike, against: str | os.PathLike, *, text: str | os.PathLike | None = None
+) -> Evaluation:
+    """Compare a compressed model with the dense one it came from.
+
+    Raises:
+        ValueError: the first is not compressed, the second is, or their tables differ in shape.
+    """
+    sentences = None if text is None else read_sentences(text)
+    compressed, dense = load_model(directory), load_model(against)
+    embedding, table = input_embeddings(compressed), find_table(dense).weight.detach()
+    if not isinstance(embedding, FactorizedEmbedding):
+        raise ValueError(f"model: expected one compressed by embkern, got a dense one: {directory}")
+    if tuple(table.shape) != (embedding.num_embeddings, embedding.embedding_dim):
+        raise ValueError(
+            f"against: expected a table of {embedding.num_embeddings} x {embedding.embedding_dim} "
+            f"as in {directory}, got {' x '.join(map(str, table.shape))} in {against}"
+        )
+    tokenizer = load_tokenizer(against) or load_tokenizer(directory)
+    factors = embedding.factors
+    result = Evaluation(
+        table_bytes=table.nbytes,
+        factors_bytes=factors.nbytes,
+        ratio=table.nbytes / factors.nbytes,
+        model_bytes_before=model_bytes(dense),
+        model_bytes_after=model_bytes(compressed),
+        table=compare_tables(table, factors, tokens=tokenizer and tokenizer.convert_ids_to_tokens),
+    )
+    if sentences is not None:
+        if tokenizer is None:
+            raise ValueError(f"text: expected a tokenizer beside {against} or {directory}, found none")
+        pooling = pooling_of(against)
+        embeddings = [
+            embed_sentences(each, tokenizer, sentences, pooling=pooling) for each in (dense, compressed)
+        ]
+        result.sentences = sentence_fidelity(*embeddings)
+    return result
+
+
+def environment() -> dict[str, str]:
+    """Versions, devices, and the backend of every op with the reason why not another."""
+    facts = {"embkern": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    for package in ("torch", "transformers", "triton", "safetensors"):
+        try:
+            facts[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            facts[package] = "not installed"
+    facts["cpu"] = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
+    facts["cuda"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for device in devices:
+        for op in sorted({op for ops in KERNELS.values() for op in ops}):
+            chosen = select(op, device, torch.float32)
+            reasons = [
+                f"{backend}: {reason}"
+                for backend in BACKENDS
+                if backend != chosen and (reason := unavailable(backend, op, device, torch.float32))
+            ]
+            facts[f"{op} on {device}"] = "; ".join([chosen, *reasons])
+    return facts

@@ -1,0 +1,111 @@
+"""The report of a compression: what was gained and what was lost, as data, as a table, as a model card."""
+
+from __future__ import annotations
+
+import datetime
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+
+from .evaluate import SentenceFidelity, TableComparison
+from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+REPORT_NAME = "embkern_report.json"
+
+
+class Report(BaseModel):
+    """What ``embkern.compress`` did and measured. Bytes are tensor bytes, as stored."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    source: str = Field(description="the model that was compressed")
+    architecture: str
+    recipe: Recipe
+    num_embeddings: int
+    embedding_dim: int
+    rank: int
+    dtype: str
+    head: str | None = Field(description="output head: factorized (tied), dense, or null for none")
+    table_bytes: int = Field(description="bytes of the table before")
+    factors_bytes: int = Field(description="bytes of everything that replaces it")
+    ratio: float = Field(description="table_bytes / factors_bytes")
+    model_bytes_before: int
+    model_bytes_after: int
+    table: TableComparison
+    sentences: SentenceFidelity | None = None
+    other_tables: dict[str, int] = Field(
+        default_factory=dict, description="large embedding tables left alone, with their bytes"
+    )
+    seconds: float = Field(description="spent compressing the table, without loading, comparing and saving")
+    created: str = Field(
+        default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    )
+    versions: dict[str, str]
+
+    _model: Any = PrivateAttr(None)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The compressed model itself; not part of the JSON."""
+        return self._model
+
+
+def model_card(report: Report) -> str:
+    """Markdown of a model card; its code begins with the import without which the model cannot be loaded."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    data = ModelCardData(
+        library_name="transformers",
+        tags=["embkern", "compressed-embeddings"],
+        base_model=_hub_name(report.source),
+    )
+    rows = {
+        "method": f"{report.recipe.method}, rank {report.rank}",
+        "embedding table": f"{report.num_embeddings} x {report.embedding_dim}, {report.dtype}",
+        "bytes of the table": f"{report.table_bytes:,} -> {report.factors_bytes:,} ({report.ratio:.2f}x)",
+        "bytes of the model": f"{report.model_bytes_before:,} -> {report.model_bytes_after:,}",
+        "direction error, mean of 1 - cos": f"{report.table.direction_error:.4f}",
+        "RMSE": f"{report.table.rmse:.5f}",
+        "nearest neighbours kept": f"{report.table.neighbor_overlap:.1%}",
+    }
+    if report.sentences:
+        rows["sentence embeddings, mean cosine"] = f"{report.sentences.mean_cosine:.4f}"
+        if report.sentences.spearman is not None:
+            rows["sentence similarities, Spearman"] = f"{report.sentences.spearman:.4f}"
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return str(
+        ModelCard(
+            f"""---
+{data.to_yaml()}
+---
+
+```python
+import embkern  # first: without it transformers cannot read the compressed embedding
+from transformers import {report.architecture}
+
+model = {report.architecture}.from_pretrained("path/or/name/of/this/model")
+```
+
+`{_shown(report.source)}` with its token embeddings compressed by embkern {report.versions["embkern"]}.
+`embkern export DIR --format dense -o OUT` turns it into an ordinary model that needs no embkern.
+
+| | |
+|---|---|
+{table}
+
+The figures compare the table with the original one; `embkern_report.json` has all of them.
+"""
+        )
+    )
+
+
+def _hub_name(source: str) -> str | None:
+    return source if source.count("/") == 1 and not source.startswith((".", "/", "~")) else None
+
+
+def _shown(source: str) -> str:
+    """Return a local path's last part: a card is published, the path of a machine is not."""
+    return source if _hub_name(source) else source.rstrip("/").rpartition("/")[2]
