@@ -45,7 +45,7 @@ test: lint
 	@$(BIN)/python -m pytest
 
 bench: $(STAMP)
-	@$(BIN)/python -m benchmarks
+	@for name in import_time backends methods; do $(BIN)/python -m benchmarks $$name || exit 1; done
 
 clean:
 	rm -rf $(VENV) build demo-output *.egg-info embkern/*.so .pytest_cache .mypy_cache .ruff_cache

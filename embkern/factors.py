@@ -23,7 +23,7 @@ ACTIVATIONS = (None, "elu")
 TENSORS = ("codes", "basis", "offset")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Factors:
     """A factorised (V, H) table: row i is ``activation(codes[i] @ basis + offset)``.
 
@@ -101,9 +101,9 @@ class Factors:
         """Return the whole reconstructed table, (V, H)."""
         return self.decode(torch.arange(self.num_embeddings, device=self.codes.device))
 
-    def to(self, *args: Any) -> Factors:
+    def to(self, *args: Any, **kwargs: Any) -> Factors:
         """Return the factors with every tensor moved or cast as ``Tensor.to`` does."""
-        moved = {name: tensor.to(*args) for name, tensor in self.tensors().items()}
+        moved = {name: tensor.to(*args, **kwargs) for name, tensor in self.tensors().items()}
         return Factors(**moved, activation=self.activation)
 
     def save(self, path: str | os.PathLike) -> None:
@@ -140,7 +140,11 @@ class Factors:
             activation = json.loads(metadata["activation"])
         except (KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"{path}: its metadata is damaged ({error!r})") from error
-        if set(tensors) != set(checksums) or not {"codes", "basis"} <= set(tensors) <= set(TENSORS):
+        if (
+            not isinstance(checksums, dict)
+            or set(tensors) != set(checksums)
+            or not {"codes", "basis"} <= set(tensors) <= set(TENSORS)
+        ):
             raise ValueError(f"{path}: expected codes, basis and perhaps offset, got {sorted(tensors)}")
         verify_checksums(tensors, checksums, str(path))
         try:

@@ -15,13 +15,14 @@ from pathlib import Path
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary file name beside ``path``, renamed onto it if the block succeeds, else removed."""
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays a link
+    mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's 0600 is for secrets
+        os.chmod(temporary, mode)  # mkstemp's 0600 is for secrets
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -32,8 +33,13 @@ def replacing_directory(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a new directory beside ``path``, put in its place if the block succeeds, else removed.
 
     A directory that was there stays whole until the new one is complete and is then exchanged with it.
+
+    Raises:
+        NotADirectoryError: ``path`` is a file.
     """
-    path = Path(os.path.abspath(path))
+    path = Path(path).resolve()
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file, expected a directory or nothing")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     os.chmod(temporary, 0o777 & ~_umask())

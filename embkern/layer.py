@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ class _FactorizedTable(nn.Module):
     basis: nn.Parameter
     offset: nn.Parameter | None
     activation: str | None = None
+    backend: Backend | None = None
 
     def _register(self, factors: Factors) -> None:
         # Never "bias" or "decoder": transformers pads the one to V and renames the other.
@@ -46,7 +46,8 @@ class _FactorizedTable(nn.Module):
             weight._is_hf_initialized = True  # type: ignore[attr-defined]
             return weight
         ids = torch.arange(self.codes.shape[0], device=self.codes.device)
-        return activate(gather_project(ids, self.codes, self.basis, self.offset), self.activation)
+        rows = gather_project(ids, self.codes, self.basis, self.offset, backend=self.backend)
+        return activate(rows, self.activation)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -69,13 +70,14 @@ class _FactorizedTable(nn.Module):
 class FactorizedEmbedding(_FactorizedTable):
     """Drop-in for ``nn.Embedding`` whose table is ``codes @ basis + offset``.
 
-    ``forward(ids) = activation(F.embedding(ids, codes, padding_idx) @ basis + offset) * scale``
+    ``forward(ids) = activation(F.embedding(ids, codes) @ basis + offset) * scale``
 
     Args:
         num_embeddings: V, size of the vocabulary.
         embedding_dim: H, width of a row.
         rank: r, width of the codes, 1 to H.
-        padding_idx: positions with this id contribute no gradient. Its row is decoded like every other.
+        padding_idx: positions with this id contribute no gradient, to codes, basis and offset alike. Its
+            row is decoded like every other.
         offset: whether there is an offset (H,).
         activation: None or ``"elu"``, applied to the decoded row.
         scale: constant factor on the output, rounded to its dtype, as in models that scale embeddings by
@@ -165,7 +167,10 @@ class FactorizedEmbedding(_FactorizedTable):
             ids, self.codes, self.basis, self.offset, padding_idx=self.padding_idx, backend=self.backend
         )
         rows = activate(rows, self.activation)
-        return rows if self.scale == 1.0 else rows * _rounded(self.scale, rows.dtype)
+        if self.scale == 1.0:
+            return rows
+        # Models keep their scale in the weights' dtype. A scalar on the CPU costs no copy to a device.
+        return rows * torch.tensor(self.scale, dtype=rows.dtype, device="cpu")
 
     def extra_repr(self) -> str:
         """Return what ``print`` shows of the layer."""
@@ -231,10 +236,3 @@ def check_rank(rank: int, embedding_dim: int) -> None:
         raise TypeError(f"rank: expected an integer, got {rank!r}")
     if not 1 <= rank <= embedding_dim:
         raise ValueError(f"rank: expected 1 <= rank <= H = {embedding_dim}, got {rank}")
-
-
-@torch.compiler.assume_constant_result
-@functools.cache
-def _rounded(value: float, dtype: torch.dtype) -> float:
-    """Round a constant to ``dtype``, where a model keeps its embedding scale in the weights' dtype."""
-    return torch.tensor(value, dtype=dtype).item()

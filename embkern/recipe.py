@@ -70,7 +70,10 @@ class Recipe(BaseModel):
         if overrides.get("ratio") is not None or overrides.get("rank") is not None:
             fields.pop("ratio", None)
             fields.pop("rank", None)
-        overrides["options"] = {**(fields.get("options") or {}), **overrides.get("options", {})}
+        options = fields.get("options") or {}
+        if not isinstance(options, dict):
+            raise ValueError(f"recipe: options: expected a mapping in {path}, got {options!r}")
+        overrides["options"] = {**options, **overrides.get("options", {})}
         return cls.parse(**{**fields, **overrides})
 
     def rank_for(self, num_embeddings: int, embedding_dim: int) -> int:

@@ -102,6 +102,7 @@ const A* optional_data(const std::optional<Tensor>& tensor) {
 std::tuple<Tensor, Tensor> cosine_mse_forward(const Tensor& output, const Tensor& target,
                                               const std::optional<Tensor>& row_weight, double cosine_weight,
                                               double mse_weight, double eps) {
+  check_tensor("output", output, 2, output.scalar_type());
   const bool wide = output.scalar_type() == ScalarType::Double;
   const auto scalar = wide ? ScalarType::Double : ScalarType::Float;
   Tensor loss = torch::stable::new_empty(output, {}, scalar);

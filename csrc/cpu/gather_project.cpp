@@ -63,6 +63,23 @@ void forward(const Index* ids, int64_t count, const T* codes, int64_t rank, cons
   });
 }
 
+// out (width,) = sum of `count` rows. Up to 64 rows add up in the accumulation type; the partial sums of a
+// longer column add up in fp64, as an id like that of "the" has thousands of rows.
+template <class A, class RowAt>
+void sum_rows(int64_t count, int64_t width, RowAt row_at, A* out) {
+  constexpr int64_t partial_rows = 64;
+  std::vector<double> total(count > partial_rows ? width : 0, 0.0);
+  for (int64_t begin = 0; begin == 0 || begin < count; begin += partial_rows) {
+    std::fill(out, out + width, A(0));
+    for (int64_t i = begin; i < std::min(begin + partial_rows, count); ++i) {
+      const auto* row = row_at(i);
+      for (int64_t j = 0; j < width; ++j) out[j] += static_cast<A>(row[j]);
+    }
+    for (size_t j = 0; j < total.size(); ++j) total[j] += out[j];
+  }
+  convert(total.data(), total.size(), out);
+}
+
 // The rows of a gradient summed per distinct id, ids ascending.
 template <class A>
 struct DistinctRows {
@@ -85,13 +102,12 @@ struct DistinctRows {
       }
     }
     starts.push_back(order.size());
-    sums.assign(ids.size() * width, A(0));
+    sums.resize(ids.size() * width);
     torch::stable::parallel_for(0, ids.size(), 16, [&](int64_t begin, int64_t end) {
       for (int64_t u = begin; u < end; ++u)
-        for (int64_t i = starts[u]; i < starts[u + 1]; ++i) {
-          const T* row = grad + order[i] * width;
-          for (int64_t j = 0; j < width; ++j) sums[u * width + j] += static_cast<A>(row[j]);
-        }
+        sum_rows(
+            starts[u + 1] - starts[u], width, [&](int64_t i) { return grad + order[starts[u] + i] * width; },
+            sums.data() + u * width);
     });
   }
   int64_t count() const { return ids.size(); }
@@ -139,9 +155,8 @@ void backward_basis(const DistinctRows<A>& distinct, const T* codes, int64_t ran
 
 template <class T, class A>
 void backward_offset(const DistinctRows<A>& distinct, int64_t width, T* grad_offset) {
-  std::vector<A> sum(width, A(0));
-  for (int64_t u = 0; u < distinct.count(); ++u)
-    for (int64_t j = 0; j < width; ++j) sum[j] += distinct.sums[u * width + j];
+  std::vector<A> sum(width);
+  sum_rows(distinct.count(), width, [&](int64_t u) { return distinct.sums.data() + u * width; }, sum.data());
   convert(sum.data(), width, grad_offset);
 }
 

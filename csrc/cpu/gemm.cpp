@@ -30,44 +30,46 @@ struct Line {
 #endif
 };
 
-template <class A>
-EMBKERN_INLINE void load(const A* from, typename Line<A>::Vector& line) {
-  std::memcpy(&line, from, sizeof(line));
-}
+// Partial sums of this many terms are added up: over a long k (the backward's H and N) the rounding error
+// then grows with the square root of k / 64 and not of k.
+constexpr int64_t kPartialTerms = 64;
 
+// `lanes` columns of a line: all of them (a constant, so that the copies are plain loads) or a tail.
 template <class A, int ROWS>
-EMBKERN_INLINE void tile(int64_t k, const A* a, int64_t lda, const A* b, int64_t ldb, const A* init, A* c,
-                         int64_t ldc) {
-  typename Line<A>::Vector sum[ROWS] = {}, line;
+EMBKERN_INLINE void tile(int64_t k, size_t lanes, const A* a, int64_t lda, const A* b, int64_t ldb,
+                         const A* init, A* c, int64_t ldc) {
+  typename Line<A>::Vector total[ROWS] = {}, line = {};
+  const size_t bytes = lanes * sizeof(A);
   if (init) {
-    load(init, line);
-    for (int i = 0; i < ROWS; ++i) sum[i] = line;
+    std::memcpy(&line, init, bytes);
+    for (int i = 0; i < ROWS; ++i) total[i] = line;
   }
-  for (int64_t p = 0; p < k; ++p) {
-    load(b + p * ldb, line);
-    for (int i = 0; i < ROWS; ++i) sum[i] += a[i * lda + p] * line;
+  for (int64_t begin = 0; begin < k; begin += kPartialTerms) {
+    const int64_t end = std::min(k, begin + kPartialTerms);
+    typename Line<A>::Vector sum[ROWS] = {};
+    for (int64_t p = begin; p < end; ++p) {
+      std::memcpy(&line, b + p * ldb, bytes);
+      for (int i = 0; i < ROWS; ++i) sum[i] += a[i * lda + p] * line;
+    }
+    for (int i = 0; i < ROWS; ++i) total[i] += sum[i];
   }
-  for (int i = 0; i < ROWS; ++i) std::memcpy(c + i * ldc, &sum[i], sizeof(line));
+  for (int i = 0; i < ROWS; ++i) std::memcpy(c + i * ldc, &total[i], bytes);
 }
 
 template <class A>
 EMBKERN_INLINE void gemm_inline(int64_t m, int64_t n, int64_t k, const A* a, int64_t lda, const A* b,
                                 int64_t ldb, const A* init, A* c, int64_t ldc) {
-  constexpr int rows = 6, columns = Line<A>::kSize;
-  int64_t j = 0;
-  for (; j + columns <= n; j += columns) {
+  constexpr int rows = 6, lanes = Line<A>::kSize;
+  const auto column = [&](int64_t j, size_t width) {
     const A* start = init ? init + j : nullptr;
     int64_t i = 0;
     for (; i + rows <= m; i += rows)
-      tile<A, rows>(k, a + i * lda, lda, b + j, ldb, start, c + i * ldc + j, ldc);
-    for (; i < m; ++i) tile<A, 1>(k, a + i * lda, lda, b + j, ldb, start, c + i * ldc + j, ldc);
-  }
-  for (; j < n; ++j)
-    for (int64_t i = 0; i < m; ++i) {
-      A sum = init ? init[j] : A(0);
-      for (int64_t p = 0; p < k; ++p) sum += a[i * lda + p] * b[p * ldb + j];
-      c[i * ldc + j] = sum;
-    }
+      tile<A, rows>(k, width, a + i * lda, lda, b + j, ldb, start, c + i * ldc + j, ldc);
+    for (; i < m; ++i) tile<A, 1>(k, width, a + i * lda, lda, b + j, ldb, start, c + i * ldc + j, ldc);
+  };
+  int64_t j = 0;
+  for (; j + lanes <= n; j += lanes) column(j, lanes);
+  if (j < n) column(j, n - j);
 }
 
 }  // namespace

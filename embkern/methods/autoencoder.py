@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from ..factors import Factors, activate, checksum
 from ..files import replacing
 from ..layer import check_rank
 from ..ops import cosine_mse_loss, gather_project
-from .base import Options, blocks, check_table, parse_options
+from .base import Options, blocks, check_table, parse_options, seeded
 from .svd import svd
 
 
@@ -44,7 +45,7 @@ class AutoencoderOptions(Options):
     lr_gamma: float = Field(0.5, gt=0, le=1, description="factor of each step")
     batch_size: int = Field(32, ge=1, description="rows per step")
     epochs: int = Field(30, ge=1, description="passes over the table")
-    seed: int = Field(1, description="of the initial weights and the order of rows")
+    seed: int = Field(1, ge=0, lt=2**32, description="of the initial weights and the order of rows")
 
     def alpha(self, epoch: int) -> float:
         """Exponent of the power term in an epoch, counted from 0."""
@@ -127,7 +128,8 @@ def autoencoder(
         rank: r, 1 to H.
         validate: score of the factors after an epoch, lower is better; the best epoch is kept. By default
             the loss over the whole table, with alpha at ``alpha_end`` so that epochs compare.
-        checkpoint: file that is replaced after every epoch; if it exists, the run goes on from it.
+        checkpoint: file that is replaced after every epoch; if it exists, the run goes on from it (with the
+            same ``validate``: its scores so far are kept).
         log: file of JSON lines, one per epoch: epoch, loss, direction_error, rmse, alpha, lr, score, seconds.
         progress: show a bar on stderr; None shows it on a terminal.
         options: the fields of ``AutoencoderOptions``.
@@ -137,7 +139,7 @@ def autoencoder(
 
     Raises:
         ValueError, TypeError: the rank or an option is out of range, the table is not usable, or the
-            checkpoint belongs to another run or is damaged.
+            checkpoint belongs to another run or is damaged, or ``validate`` returns no finite number.
         RuntimeError: the loss is no longer finite.
 
     Source: arXiv 2106.08181, section 3, and its authors' released configuration.
@@ -145,11 +147,34 @@ def autoencoder(
     chosen = parse_options(AutoencoderOptions, options, "autoencoder")
     check_table(table)
     check_rank(rank, table.shape[1])
-    rows = table.detach().to(torch.promote_types(table.dtype, torch.float32)).contiguous()
+    # Training must not depend on the modes of whoever calls: no_grad, inference, autocast, a default device.
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(table.device.type, enabled=False),
+        torch.device(table.device),
+    ):
+        return _train(table.detach().clone(), rank, chosen, validate, checkpoint, log, progress)
+
+
+def _train(
+    table: Tensor,
+    rank: int,
+    chosen: AutoencoderOptions,
+    validate: Callable[[Factors], float] | None,
+    checkpoint: str | os.PathLike | None,
+    log: str | os.PathLike | None,
+    progress: bool | None,
+) -> Factors:
+    rows = table.to(torch.promote_types(table.dtype, torch.float32))
     run = _start(rows, rank, chosen)
     identity: dict[str, Any] = {}
     if checkpoint is not None:
-        identity = {"table": checksum(table), "rank": rank, "options": chosen.model_dump(exclude={"epochs"})}
+        identity = {
+            "table": [checksum(table), str(table.dtype), *table.shape],
+            "rank": rank,
+            "options": chosen.model_dump(exclude={"epochs"}),
+        }
         if Path(checkpoint).exists():
             _resume(run, checkpoint, identity, chosen.epochs)
 
@@ -166,9 +191,11 @@ def autoencoder(
             started = time.perf_counter()
             _train_epoch(run, rows, chosen, bar)
             entry = _measure(run.model, rows, chosen)
-            score = (
-                entry["loss"] if validate is None else float(validate(_factors(run.model, rows, table.dtype)))
-            )
+            score = entry["loss"]
+            if validate is not None:
+                score = float(validate(_factors(run.model, rows, table.dtype)))
+                if not math.isfinite(score):
+                    raise ValueError(f"validate: expected a finite score in epoch {run.epoch}, got {score}")
             entry |= {
                 "epoch": run.epoch,
                 "alpha": chosen.alpha(run.epoch),
@@ -191,8 +218,7 @@ def autoencoder(
 
 
 def _start(rows: Tensor, rank: int, options: AutoencoderOptions) -> _Run:
-    with torch.random.fork_rng([]):  # nn.Linear draws from the global CPU generator
-        torch.manual_seed(options.seed)
+    with seeded(options.seed, torch.device("cpu")), torch.device("cpu"):  # the same start on every device
         model = Autoencoder(rows.shape[1], rank, options.activation)
     model.to(rows.device, rows.dtype)
     if options.init == "svd":
@@ -202,8 +228,8 @@ def _start(rows: Tensor, rank: int, options: AutoencoderOptions) -> _Run:
 
 def _train_epoch(run: _Run, rows: Tensor, options: AutoencoderOptions, bar: tqdm) -> None:
     # A generator of its own for every epoch: no state to save, and the same order after a resume.
-    generator = torch.Generator().manual_seed(options.seed * 1_000_003 + run.epoch)
-    order = torch.randperm(len(rows), generator=generator).to(rows.device)
+    generator = torch.Generator("cpu").manual_seed(options.seed * 1_000_003 + run.epoch)
+    order = torch.randperm(len(rows), generator=generator, device="cpu").to(rows.device)
     alpha = options.alpha(run.epoch)
     for group in run.optimizer.param_groups:
         group["lr"] = options.learning_rate(run.epoch)

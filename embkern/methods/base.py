@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -33,6 +34,17 @@ def parse_options(model: type[AnyOptions], options: dict[str, Any], owner: str) 
             for problem in error.errors()
         )
         raise ValueError(f"{owner}: {problems} (options: {known})") from None
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw from torch's default generators of the CPU and ``device`` with a seed, and put them back."""
+    devices = [device.index or 0] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed every other device too
+        for index in devices:
+            torch.cuda.default_generators[index].manual_seed(seed)
+        yield
 
 
 def check_table(table: Tensor) -> None:
@@ -67,12 +79,14 @@ def rank_for_ratio(num_embeddings: int, embedding_dim: int, ratio: float, *, off
     table, per_rank = num_embeddings * embedding_dim, num_embeddings + embedding_dim
     fixed = embedding_dim if offset else 0
     rank = int((table / ratio - fixed) // per_rank)
+    if (per_rank * (rank + 1) + fixed) * ratio <= table * (1 + 1e-12):
+        rank += 1  # the division above rounded down what fits exactly
     if rank < 1:
-        highest = table / (per_rank + fixed)
+        highest = math.floor(table / (per_rank + fixed) * 1000) / 1000
         raise ValueError(
             f"ratio: {ratio:g} leaves no room for rank 1 of a {num_embeddings} x {embedding_dim} table"
             + (
-                f"; the highest that fits is {highest:.4g}"
+                f"; the highest that fits is {highest:g}"
                 if highest >= 1
                 else ", which cannot be factorised smaller"
             )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..factors import Factors
 from ..layer import check_rank
-from .base import Options, blocks, check_table, parse_options
+from .base import Options, blocks, check_table, parse_options, seeded
 
 
 class SVDOptions(Options):
@@ -19,9 +19,10 @@ class SVDOptions(Options):
     center: bool = Field(False, description="PCA: subtract the mean row and keep it as the offset")
     algorithm: Literal["exact", "randomized"] = Field("exact", description="exact (Gram) or randomized")
     n_iter: int = Field(29, ge=0, description="power iterations of the randomised algorithm")
-    seed: int = Field(42, description="seed of the randomised algorithm")
+    seed: int = Field(42, ge=0, lt=2**32, description="seed of the randomised algorithm")
 
 
+@torch.no_grad()
 def svd(table: Tensor, rank: int, **options: Any) -> Factors:
     """Best rank-r approximation in the Frobenius norm.
 
@@ -29,7 +30,7 @@ def svd(table: Tensor, rank: int, **options: Any) -> Factors:
 
     The exact algorithm takes the eigenvectors of the H x H Gram matrix, accumulated and solved in fp64;
     squaring the spectrum loses only singular values below 1e-8 of the largest, which no rank wants. The
-    randomised one is ``torch.svd_lowrank`` with 10 columns of oversampling.
+    randomised one is ``torch.svd_lowrank`` with 10 columns of oversampling, in fp32 (float64 for float64).
 
     Args:
         table: (V, H).
@@ -79,11 +80,12 @@ def _gram_eigenvectors(table: Tensor, offset: Tensor | None, rank: int) -> Tenso
 
 
 def _randomized_vectors(table: Tensor, offset: Tensor | None, rank: int, n_iter: int, seed: int) -> Tensor:
-    centered = table.float() if offset is None else table.float() - offset.float()
-    devices = [table.device] if table.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):  # svd_lowrank draws from the global generator
-        torch.manual_seed(seed)
+    wide = table.to(torch.promote_types(table.dtype, torch.float32))
+    centered = wide if offset is None else wide - offset.to(wide.dtype)
+    with seeded(seed, table.device):  # svd_lowrank draws from the default generator
         vectors = torch.svd_lowrank(centered, q=min(rank + 10, *table.shape), niter=n_iter)[2][:, :rank]
     if vectors.shape[1] < rank:  # the table has fewer rows than the rank: any orthonormal completion is exact
-        vectors = torch.linalg.qr(torch.cat([vectors, torch.eye(len(vectors), device=table.device)], 1))[0]
+        vectors = torch.linalg.qr(
+            torch.cat([vectors, torch.eye(len(vectors), dtype=vectors.dtype, device=table.device)], 1)
+        )[0]
     return vectors[:, :rank].double()

@@ -38,8 +38,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def unavailable(backend: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Return why ``backend`` cannot serve ``op`` on this device and dtype, or None if it can."""
-    if dtype not in DTYPES:
-        return f"dtype {dtype} is not supported, only {', '.join(str(each) for each in DTYPES)}"
     if backend == "torch":
         return None
     if op not in KERNELS.get((backend, device_type), ()):
@@ -63,6 +61,8 @@ def select(op: str, device_type: str, dtype: torch.dtype, backend: str | None = 
         RuntimeError: the backend asked for cannot serve the call, and why.
         TypeError: no backend takes this dtype.
     """
+    if dtype not in DTYPES:
+        raise TypeError(f"{op}: dtype {dtype} is not supported, only {', '.join(map(str, DTYPES))}")
     source = "backend"
     if backend is None:
         backend = os.environ.get(ENVIRONMENT_VARIABLE)
@@ -87,9 +87,9 @@ def _best(op: str, device_type: str, dtype: torch.dtype) -> str:
         reason = unavailable(backend, op, device_type, dtype)
         if reason is None:
             return backend
-        if (backend, device_type) in KERNELS and op in KERNELS[backend, device_type]:
+        if op in KERNELS.get((backend, device_type), ()):
             _log_once(reason)
-    raise TypeError(f"{op}: {reason}")
+    raise AssertionError("the torch backend serves every device")
 
 
 @functools.cache

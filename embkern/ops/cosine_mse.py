@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from . import reference
 from .backends import Backend, select
-from .library import define, overload
+from .library import define, differentiable_once, needs_autograd, overload
 
 
 def _forward_fake(
@@ -81,18 +80,22 @@ class CosineMSE(Function):
         ctx.save_for_backward(rows, target, row_weight, stats)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple:
         """Return the gradients of output and target; the loss is symmetric, so one kernel serves both."""
         output, target, row_weight, stats = ctx.saved_tensors
         backward = _BACKWARD[ctx.backend]
         grad_output = grad_target = None
-        if ctx.needs_input_grad[0]:
-            grad_output = backward(grad_loss, output, target, row_weight, stats, *ctx.scalars)
-        if ctx.needs_input_grad[1]:
-            swapped = stats[:, [0, 2, 1]].contiguous()
-            grad_target = backward(grad_loss, target, output, row_weight, swapped, *ctx.scalars)
-        return grad_output, grad_target, None, None, None, None, None
+        with torch.no_grad():
+            if ctx.needs_input_grad[0]:
+                grad_output = backward(grad_loss, output, target, row_weight, stats, *ctx.scalars)
+            if ctx.needs_input_grad[1]:
+                swapped = stats[:, [0, 2, 1]].contiguous()
+                grad_target = backward(grad_loss, target, output, row_weight, swapped, *ctx.scalars)
+        grads = [
+            None if grad is None else differentiable_once(grad, grad_loss, output, target)
+            for grad in (grad_output, grad_target)
+        ]
+        return *grads, None, None, None, None, None
 
 
 def cosine_mse_loss(
@@ -121,7 +124,8 @@ def cosine_mse_loss(
         cosine_weight: weight of the cosine distance.
         mse_weight: weight of the squared error.
         row_weight: (``*``), non-negative with a positive sum; takes no gradient.
-        eps: lower bound of the product of the two norms.
+        eps: lower bound of the product of the two norms. A row of zeros beside one that is not has a
+            gradient of the order of 1/eps: below about 1e-4 that is infinite in float16.
         backend: ``native``, ``triton`` or ``torch``; None takes the best for the device.
 
     Returns:
@@ -129,8 +133,8 @@ def cosine_mse_loss(
 
     Raises:
         TypeError: a dtype is not supported.
-        ValueError: shapes or devices do not fit, ``row_weight`` requires a gradient, ``eps`` is not
-            positive, or ``backend`` is unknown.
+        ValueError: shapes or devices do not fit, ``row_weight`` requires a gradient, ``eps`` is not a
+            positive normal number of the accumulation dtype, or ``backend`` is unknown.
         RuntimeError: the backend asked for cannot serve this call.
 
     Source: arXiv 2106.08181, section 3 (the loss that weighs direction); its authors' eps is 1e-6.
@@ -145,7 +149,7 @@ def cosine_mse_loss(
     if row_weight is not None:
         row_weight = row_weight.reshape(-1).to(reference.accumulation_dtype(output.dtype)).contiguous()
     arguments = (output, target, row_weight, float(cosine_weight), float(mse_weight), float(eps))
-    if torch.is_grad_enabled() and (output.requires_grad or target.requires_grad):
+    if needs_autograd(output, target):
         loss, _ = CosineMSE.apply(*arguments, chosen)
     else:
         loss, _ = _FORWARD[chosen](*arguments)
@@ -153,9 +157,9 @@ def cosine_mse_loss(
 
 
 def _check(output: Tensor, target: Tensor, row_weight: Tensor | None, eps: float) -> None:
-    if output.dim() == 0 or output.shape != target.shape:
+    if output.dim() == 0 or output.shape[-1] == 0 or output.shape != target.shape:
         raise ValueError(
-            "output, target: expected equal shapes (*, H), "
+            "output, target: expected equal shapes (*, H) with H >= 1, "
             f"got {tuple(output.shape)} and {tuple(target.shape)}"
         )
     for name, tensor in (("output", output), ("target", target)):
@@ -174,5 +178,6 @@ def _check(output: Tensor, target: Tensor, row_weight: Tensor | None, eps: float
             )
         if row_weight.requires_grad:
             raise ValueError("row_weight: expected a tensor without gradient, got one that requires it")
-    if not eps > 0:
-        raise ValueError(f"eps: expected a positive number, got {eps}")
+    smallest = torch.finfo(reference.accumulation_dtype(output.dtype)).tiny
+    if not eps >= smallest:
+        raise ValueError(f"eps: expected at least {smallest:.3g}, got {eps}")

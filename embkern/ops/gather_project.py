@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from . import reference
 from .backends import Backend, select
-from .library import define, overload
+from .library import define, differentiable_once, needs_autograd, overload
 
 _NO_PADDING = -1
 
@@ -80,14 +79,16 @@ class GatherProject(Function):
         ctx.save_for_backward(ids, codes, basis)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
         """Return the gradients of codes, basis and offset that are asked for."""
         ids, codes, basis = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:4]
-        with _autocast_off(grad.device.type):
+        with torch.no_grad(), _autocast_off(grad.device.type):
             grads = _BACKWARD[ctx.backend](grad.contiguous(), ids, codes, basis, ctx.padding_idx, *needs)
-        wanted = [each if needed else None for each, needed in zip(grads, needs, strict=True)]
+        wanted = [
+            differentiable_once(each, grad, codes, basis) if needed else None
+            for each, needed in zip(grads, needs, strict=True)
+        ]
         return None, *wanted, None, None
 
 
@@ -102,7 +103,7 @@ def gather_project(
 ) -> Tensor:
     """Rows of a factorised embedding table, gathered and projected.
 
-    ``F.embedding(ids, codes, padding_idx) @ basis + offset``
+    ``F.embedding(ids, codes) @ basis + offset``
 
     Sums run in fp32 (float64 for float64 factors) and are rounded once; the result has the factors' dtype,
     under autocast too, like ``F.embedding``. Gradients flow to codes, basis and offset, once
@@ -113,7 +114,8 @@ def gather_project(
         codes: (V, r), one row per token.
         basis: (r, H), shared by all tokens.
         offset: (H,), added to every row.
-        padding_idx: positions with this id contribute no gradient, as in ``F.embedding``.
+        padding_idx: positions with this id contribute no gradient, to codes (as in ``F.embedding``), basis
+            and offset alike.
         backend: ``native``, ``triton`` or ``torch``; None takes the best for the device.
 
     Returns:
@@ -133,9 +135,7 @@ def gather_project(
     codes, basis = codes.contiguous(), basis.contiguous()
     offset = None if offset is None else offset.contiguous()
     with _autocast_off(codes.device.type):
-        if torch.is_grad_enabled() and (
-            codes.requires_grad or basis.requires_grad or (offset is not None and offset.requires_grad)
-        ):
+        if needs_autograd(codes, basis, offset):
             padding = _NO_PADDING if padding_idx is None else padding_idx % codes.shape[0]
             rows = GatherProject.apply(flat, codes, basis, offset, padding, chosen)
         else:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.autograd import Function, forward_ad
 
 NAMESPACE = "embkern"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -27,6 +29,46 @@ def define(name: str, schema: str, *, backends: tuple[str, ...], fake: Callable)
 def overload(name: str, backend: str) -> torch._ops.OpOverload:
     """Return the raw op of one backend."""
     return getattr(getattr(getattr(torch.ops, NAMESPACE), name), backend)
+
+
+def needs_autograd(*tensors: torch.Tensor | None) -> bool:
+    """Whether a call must go through its autograd.Function; the raw op alone is faster but has no gradient.
+
+    Forward-mode AD goes there too: the Function refuses it, where the raw op would drop the tangent.
+    """
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
+
+
+class _OnceDifferentiable(Function):
+    """Identity of a gradient whose own gradient is refused.
+
+    ``torch.autograd.function.once_differentiable`` refuses only what reaches it through the incoming
+    gradient: a penalty on the gradient of a sum would vanish in silence.
+    """
+
+    @staticmethod
+    def forward(grad: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
+        raise RuntimeError(
+            "embkern's ops are differentiable once, and this needs a second derivative (create_graph, or "
+            "nested torch.func.grad); use the plain torch formula of the op's docstring for that"
+        )
+
+
+def differentiable_once(grad: torch.Tensor, *sources: torch.Tensor | None) -> torch.Tensor:
+    """Return a computed gradient that refuses to be differentiated with respect to ``sources``."""
+    if not torch.is_grad_enabled():
+        return grad
+    return _OnceDifferentiable.apply(grad, *(each for each in sources if each is not None))
 
 
 @functools.cache

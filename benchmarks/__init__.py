@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks NAME`, one module each; results go to benchmarks/results as JSON."""

@@ -1,0 +1,83 @@
+"""What the tests share: backends, a poisoned allocator, the numerical contract, graph counting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+
+from embkern.ops.backends import BACKENDS, KERNELS, unavailable
+from embkern.ops.library import load_native
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fill every uninitialised allocation with NaN, native code's too, so that an unwritten output shows."""
+    torch.use_deterministic_algorithms(True)
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = before
+    torch.use_deterministic_algorithms(False)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that takes ``backend`` and ``device`` with every pair that has a kernel of its OP."""
+    if "backend" not in metafunc.fixturenames:
+        return
+    pairs = []
+    for device in ("cpu", "cuda"):
+        marks = [pytest.mark.gpu] if device == "cuda" else []
+        for backend in BACKENDS:
+            if backend == "torch" or metafunc.module.OP in KERNELS.get((backend, device), ()):
+                reason = unavailable(backend, metafunc.module.OP, device, torch.float32)
+                skip = [pytest.mark.skip(reason=reason)] if reason else []
+                pairs.append(pytest.param(backend, device, marks=marks + skip, id=f"{backend}-{device}"))
+    metafunc.parametrize(("backend", "device"), pairs)
+
+
+@pytest.fixture
+def native() -> str:
+    """The native backend, for tests of what only it promises."""
+    if reason := load_native():
+        pytest.skip(reason)
+    return "native"
+
+
+def compile_counting(function: Callable) -> tuple[Callable, list]:
+    """Compile to one graph with dynamic shapes; the list grows with every graph, forward and backward."""
+    graphs: list = []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> Callable:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, dynamic=True, backend=backend), graphs
+
+
+def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
+    assert torch.isfinite(got).all(), "unwritten or overflown values"
+    return float((got.double() - exact).norm() / exact.norm().clamp_min(1e-300))
+
+
+def assert_no_worse_than(got, native, exact, tiny: float = 1e-7) -> None:
+    """The numerical contract: at most twice the error that plain torch makes in the same dtype."""
+    ours, theirs = relative_error(got, exact), relative_error(native, exact)
+    assert ours <= 2 * theirs + tiny, f"error {ours:.2e}, plain torch makes {theirs:.2e}"

@@ -1,0 +1,89 @@
+"""Tiny models of many architectures, built from a config, and a tokenizer made of a few words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as T
+
+V, H = 101, 32
+_COMMON = dict(
+    vocab_size=V, hidden_size=H, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    intermediate_size=48, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+_SEQ2SEQ = dict(
+    vocab_size=V, d_model=H, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+    decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64,
+)  # fmt: skip
+
+
+def _model(model: str, config: str, **kwargs: Any) -> Callable[[], Any]:
+    return lambda: getattr(T, model)(getattr(T, config)(**{**_COMMON, **kwargs})).eval()
+
+
+def _seq2seq(model: str, config: str, **kwargs: Any) -> Callable[[], Any]:
+    return lambda: getattr(T, model)(getattr(T, config)(**{**_SEQ2SEQ, **kwargs})).eval()
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "bert": _model("BertForMaskedLM", "BertConfig"),
+    "bert-backbone": _model("BertModel", "BertConfig"),
+    "roberta": _model("RobertaForMaskedLM", "RobertaConfig"),
+    "distilbert": lambda: T.DistilBertForMaskedLM(
+        T.DistilBertConfig(
+            vocab_size=V, dim=H, n_layers=2, n_heads=4, hidden_dim=48, max_position_embeddings=64
+        )
+    ).eval(),
+    "modernbert": _model("ModernBertForMaskedLM", "ModernBertConfig", cls_token_id=1, sep_token_id=2),
+    "albert": _model("AlbertForMaskedLM", "AlbertConfig", embedding_size=16),
+    "gpt2": lambda: T.GPT2LMHeadModel(
+        T.GPT2Config(
+            vocab_size=V, n_embd=H, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+        )
+    ).eval(),
+    "llama-tied": _model("LlamaForCausalLM", "LlamaConfig", tie_word_embeddings=True),
+    "llama-untied": _model("LlamaForCausalLM", "LlamaConfig", tie_word_embeddings=False),
+    "qwen3": _model("Qwen3ForCausalLM", "Qwen3Config", tie_word_embeddings=True, head_dim=8),
+    "gemma3": _model(
+        "Gemma3ForCausalLM", "Gemma3TextConfig", tie_word_embeddings=True, head_dim=8, sliding_window=16
+    ),
+    "t5": lambda: T.T5ForConditionalGeneration(
+        T.T5Config(
+            vocab_size=V, d_model=H, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
+        )
+    ).eval(),
+    "opt": _model("OPTForCausalLM", "OPTConfig", ffn_dim=48, word_embed_proj_dim=H),
+    "bart": _seq2seq("BartForConditionalGeneration", "BartConfig"),
+    "bart-scaled": _seq2seq("BartForConditionalGeneration", "BartConfig", scale_embedding=True),
+    "m2m100": _seq2seq("M2M100ForConditionalGeneration", "M2M100Config", scale_embedding=True),
+}
+
+
+def build(name: str) -> Any:
+    torch.manual_seed(0)
+    return MODELS[name]()
+
+
+def tiny_bert(**kwargs: Any) -> Any:
+    return _model("BertModel", "BertConfig", **kwargs)()
+
+
+def outputs(model: Any) -> torch.Tensor:
+    ids = torch.arange(3, 21).reshape(2, 9)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    with torch.no_grad():
+        out = model(**inputs)
+    return out.logits if hasattr(out, "logits") else out.last_hidden_state
+
+
+def word_tokenizer() -> T.PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "red", "green", "blue"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return T.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")

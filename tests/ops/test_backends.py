@@ -1,0 +1,63 @@
+"""The choice of a backend: asked for, it serves or is refused with a reason; the automatic one falls back."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from embkern.ops import backends
+from embkern.ops.backends import select, unavailable
+
+
+@pytest.fixture(autouse=True)
+def _no_memory_between_tests():
+    backends._best.cache_clear()
+    backends._log_once.cache_clear()
+    backends._check_requested.cache_clear()
+    yield
+    backends._best.cache_clear()
+    backends._check_requested.cache_clear()
+
+
+def test_the_best_backend_of_a_device_is_taken(native):
+    assert select("gather_project", "cpu", torch.float32) == "native"
+    assert select("gather_project", "meta", torch.float32) == "torch"
+    assert select("gather_project", "cuda", torch.float32) == "torch"  # no CUDA kernel is written yet
+
+
+def test_without_the_extension_torch_serves_and_says_so_once(monkeypatch, caplog):
+    monkeypatch.setattr(backends, "load_native", lambda: "the native extension is not built")
+    with caplog.at_level(logging.WARNING, logger="embkern"):
+        for op in ("gather_project", "cosine_mse"):
+            for dtype in (torch.float32, torch.bfloat16):
+                assert select(op, "cpu", dtype) == "torch"
+    assert [record.getMessage() for record in caplog.records] == [
+        "falling back to the torch backend: the native extension is not built"
+    ]
+    with pytest.raises(
+        RuntimeError, match="backend: 'native' cannot serve cosine_mse: the native extension is not"
+    ):
+        select("cosine_mse", "cpu", torch.float32, "native")
+
+
+def test_the_environment_variable_is_obeyed_and_named_in_errors(monkeypatch):
+    monkeypatch.setenv("EMBKERN_BACKEND", "torch")
+    assert select("gather_project", "cpu", torch.float32) == "torch"
+    monkeypatch.setenv("EMBKERN_BACKEND", "nativ")
+    with pytest.raises(
+        ValueError, match="EMBKERN_BACKEND: expected one of native, triton, torch, got 'nativ'"
+    ):
+        select("gather_project", "cpu", torch.float32)
+    monkeypatch.setenv("EMBKERN_BACKEND", "triton")
+    with pytest.raises(RuntimeError, match="EMBKERN_BACKEND: 'triton' cannot serve gather_project"):
+        select("gather_project", "cpu", torch.float32)
+    assert select("gather_project", "cpu", torch.float32, "torch") == "torch", "the argument wins"
+
+
+def test_every_refusal_has_a_reason():
+    assert "no triton kernel" in unavailable("triton", "gather_project", "cuda", torch.float32)
+    for backend in (None, "torch"):
+        with pytest.raises(TypeError, match="gather_project: dtype torch.int32 is not supported"):
+            select("gather_project", "cpu", torch.int32, backend)

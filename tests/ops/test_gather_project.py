@@ -1,0 +1,296 @@
+"""gather_project: numbers against float64, gradients, bad input, torch's transforms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from embkern.ops import gather_project, reference
+
+from ..conftest import assert_no_worse_than, compile_counting
+
+OP = "gather_project"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# (V, r, H, N): even; odd everything and more rows than a block; rank 1; one token; the paper's table.
+SHAPES = [(64, 16, 64, 96), (101, 63, 77, 149), (37, 1, 5, 8), (50, 257, 33, 1), (30522, 75, 384, 333)]
+
+
+def problem(shape, dtype=torch.float32, device="cpu", offset=True, ids_dtype=torch.int64):
+    V, r, H, N = shape
+    ids = (torch.rand(N, device=device) ** 3 * V).to(ids_dtype)  # skewed: many ids repeat
+    codes = torch.randn(V, r, device=device).to(dtype)
+    basis = (torch.randn(r, H, device=device) / r**0.5).to(dtype)
+    return ids, codes, basis, torch.randn(H, device=device).to(dtype) if offset else None
+
+
+def plain(ids, codes, basis, offset):
+    rows = F.embedding(ids, codes) @ basis
+    return rows if offset is None else rows + offset
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_forward_and_gradients_are_no_worse_than_plain_torch(backend, device, shape, dtype):
+    ids, *factors = problem(shape, dtype, device)
+    upstream = torch.randn(len(ids), shape[2], device=device).to(dtype)
+    results = []
+    for function, cast in (
+        (lambda *a: gather_project(*a, backend=backend), dtype),
+        (plain, dtype),
+        (plain, torch.float64),
+    ):
+        leaves = [f.to(cast, copy=True).requires_grad_() for f in factors]
+        out = function(ids, *leaves)
+        out.backward(upstream.to(cast))
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    assert results[0][0].dtype == dtype
+    for ours, native, exact in zip(*results, strict=True):
+        assert_no_worse_than(ours, native, exact)
+
+
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("offset", [True, False])
+def test_gradcheck(backend, device, ids_dtype, offset):
+    ids, *factors = problem((7, 3, 5, 9), torch.float64, device, offset, ids_dtype)
+    leaves = [f if f is None else f.requires_grad_() for f in factors]
+    assert torch.autograd.gradcheck(lambda *f: gather_project(ids, *f, backend=backend), leaves)
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+def test_only_the_gradients_that_are_asked_for(backend, device, frozen):
+    ids, *factors = problem((20, 4, 6, 11), device=device)
+    for position, factor in enumerate(factors):
+        factor.requires_grad_(position != frozen)
+    gather_project(ids, *factors, backend=backend).sum().backward()
+    assert [f.grad is None for f in factors] == [position == frozen for position in range(3)]
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3), (2, 0, 4), (1, 2, 3, 1)], ids=str)
+def test_ids_of_any_shape(backend, device, shape):
+    _, codes, basis, offset = problem((12, 4, 6, 1), device=device)
+    codes.requires_grad_()
+    ids = torch.randint(0, 12, shape, device=device)
+    out = gather_project(ids, codes, basis, offset, backend=backend)
+    assert out.shape == (*shape, 6)
+    assert_close(out, plain(ids, codes, basis, offset))
+    out.sum().backward()
+    assert codes.grad.shape == codes.shape
+
+
+@pytest.mark.parametrize("padding_idx", [3, -1])
+def test_padding_contributes_no_gradient(backend, device, padding_idx):
+    _, *factors = problem((9, 4, 6, 1), torch.float64, device)
+    ids = torch.tensor([3, 1, 3, 8, 8], device=device)
+    leaves = [f.requires_grad_() for f in factors]
+    gather_project(ids, *leaves, padding_idx=padding_idx, backend=backend).square().sum().backward()
+    got = [leaf.grad for leaf in leaves]
+    expected = [f.detach().clone().requires_grad_() for f in factors]
+    plain(ids[ids != padding_idx % 9], *expected).square().sum().backward()
+    assert_close(got, [leaf.grad for leaf in expected])
+
+
+def test_padding_idx_does_not_change_the_row(backend, device):
+    ids, *factors = problem((9, 4, 6, 5), device=device)
+    assert torch.equal(
+        gather_project(ids, *factors, backend=backend),
+        gather_project(ids, *factors, padding_idx=int(ids[0]), backend=backend),
+    )
+
+
+def test_non_contiguous_arguments(backend, device):
+    ids, codes, basis, offset = problem((30, 8, 10, 24), device=device)
+    strided = (
+        ids.repeat_interleave(2)[::2],
+        codes.t().contiguous().t(),
+        basis.repeat_interleave(3, 1)[:, ::3],
+        offset.repeat_interleave(2)[::2],
+    )
+    assert not strided[1].is_contiguous()
+    assert_close(gather_project(*strided, backend=backend), plain(ids, codes, basis, offset))
+
+
+@pytest.mark.parametrize("bad", [-1, 12, 2**40])
+def test_an_id_out_of_range_is_an_index_error(backend, device, bad):
+    if device != "cpu":
+        pytest.skip("a device-side assertion ends the process")
+    ids = torch.tensor([0, bad, 3])
+    _, *factors = problem((12, 4, 6, 1))
+    with pytest.raises(IndexError):
+        gather_project(ids, *factors, backend=backend)
+
+
+def test_the_error_of_the_native_kernel_names_the_id(native):
+    ids = torch.tensor([[0, 1], [2, 99]])
+    _, *factors = problem((12, 4, 6, 1))
+    with pytest.raises(IndexError, match="0 <= id < 12, got 99 at flat position 3"):
+        gather_project(ids, *factors, backend=native)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(ids=torch.zeros(3)), TypeError, "ids: expected dtype"),
+        (dict(ids=torch.zeros(3, dtype=torch.int16)), TypeError, "ids: expected dtype"),
+        (dict(ids=torch.zeros(3, dtype=torch.bool)), TypeError, "ids: expected dtype"),
+        (dict(codes=torch.zeros(12)), ValueError, "codes: expected shape"),
+        (dict(basis=torch.zeros(5, 6)), ValueError, "basis: expected shape .* r = 4"),
+        (dict(basis=torch.zeros(4, 6).half()), TypeError, "basis: expected dtype torch.float32"),
+        (dict(offset=torch.zeros(7)), ValueError, r"offset: expected shape \(6,\)"),
+        (dict(offset=torch.zeros(6, device="meta")), ValueError, "offset: expected device cpu"),
+        (dict(padding_idx=12), ValueError, "padding_idx: expected an id below 12, got 12"),
+        (dict(backend="cuda"), ValueError, "backend: expected one of native, triton, torch, got 'cuda'"),
+        (dict(backend="triton"), RuntimeError, "'triton' cannot serve gather_project: there is no triton"),
+        (
+            dict(
+                codes=torch.zeros(12, 4, dtype=torch.int8),
+                basis=torch.zeros(4, 6, dtype=torch.int8),
+                offset=None,
+            ),
+            TypeError,
+            "torch.int8 is not supported",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(change, error, message):
+    arguments = dict(
+        ids=torch.zeros(3, dtype=torch.int64),
+        codes=torch.zeros(12, 4),
+        basis=torch.zeros(4, 6),
+        offset=torch.zeros(6),
+    )
+    with pytest.raises(error, match=message):
+        gather_project(**arguments | change)
+
+
+def test_no_dtype_change_under_autocast(backend, device):
+    ids, *factors = problem((30, 8, 10, 24), device=device)
+    leaves = [f.requires_grad_() for f in factors]
+    with torch.autocast(device, dtype=torch.bfloat16):
+        out = gather_project(ids, *leaves, backend=backend)
+        out.sum().backward()
+    assert out.dtype == torch.float32
+    assert_close(out, plain(ids, *factors))
+    assert all(leaf.grad.dtype == torch.float32 for leaf in leaves)
+
+
+def test_the_same_bits_for_any_number_of_threads(native):
+    ids, *factors = problem((500, 33, 70, 2000))
+    upstream = torch.randn(2000, 70)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 1):
+        torch.set_num_threads(threads)
+        leaves = [f.clone().requires_grad_() for f in factors]
+        out = gather_project(ids, *leaves, backend=native)
+        out.backward(upstream)
+        results.append([out, *(leaf.grad for leaf in leaves)])
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_raw_ops_pass_opcheck(native):
+    ids, codes, basis, offset = problem((20, 4, 6, 11))
+    grad = torch.randn(11, 6)
+    ops = torch.ops.embkern
+    for given in (offset, None):
+        torch.library.opcheck(ops.gather_project_forward.native, (ids, codes, basis, given))
+    for needs in ((True, True, True), (False, True, False)):
+        torch.library.opcheck(ops.gather_project_backward.native, (grad, ids, codes, basis, 2, *needs))
+
+
+def test_compiles_to_one_graph_without_recompiling(backend, device):
+    _, *factors = problem((40, 8, 10, 1), device=device)
+    leaves = [f.requires_grad_() for f in factors]
+    compiled, graphs = compile_counting(
+        lambda ids, *f: gather_project(ids, *f, padding_idx=0, backend=backend).square().sum()
+    )
+    for shape in ((5,), (9,), (33,)):
+        ids = torch.randint(0, 40, shape, device=device)
+        for leaf in leaves:
+            leaf.grad = None
+        compiled(ids, *leaves).backward()
+        got = [leaf.grad.clone() for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None
+        gather_project(ids, *leaves, padding_idx=0, backend=backend).square().sum().backward()
+        assert_close(got, [leaf.grad for leaf in leaves])
+    assert len(graphs) == 2, "one forward and one backward graph for every number of ids"
+
+
+def test_functional_grad_works(backend, device):
+    ids, *factors = problem((20, 4, 6, 11), torch.float64, device)
+    got = torch.func.grad(lambda c: gather_project(ids, c, *factors[1:], backend=backend).square().sum())(
+        factors[0]
+    )
+    leaf = factors[0].clone().requires_grad_()
+    plain(ids, leaf, *factors[1:]).square().sum().backward()
+    assert_close(got, leaf.grad)
+
+
+def test_forward_mode_ad_never_drops_a_tangent(backend, device):
+    ids, codes, basis, offset = problem((20, 4, 6, 11), device=device)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(codes, torch.ones_like(codes))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            gather_project(ids, dual, basis, offset, backend=backend)
+
+
+def test_a_second_derivative_is_refused_not_dropped(backend, device):
+    ids, codes, basis, _ = problem((20, 4, 6, 11), device=device)
+    leaf = basis.clone().requires_grad_()
+    for scalar in (lambda rows: rows.sum(), lambda rows: rows.square().sum()):
+        loss = scalar(gather_project(ids, codes, leaf, backend=backend))
+        (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            (loss + grad.square().sum()).backward()
+    inner = torch.func.grad(lambda d: gather_project(ids, codes, d, backend=backend).square().sum())
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.func.grad(lambda d: inner(d).square().sum())(basis)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 384, 4000), (1, 16, 384, 2048), (3000, 16, 96, 9000)], ids=str)
+def test_long_sums_are_no_worse_than_plain_torch(backend, device, shape):
+    """Thousands of rows go into one gradient: a running fp32 sum would lose digits."""
+    ids, *factors = problem(shape, device=device)
+    upstream = torch.randn(shape[3], shape[2], device=device)
+    grads = []
+    for function, cast in (
+        (lambda *a: gather_project(*a, backend=backend), torch.float32),
+        (plain, torch.float32),
+        (plain, torch.float64),
+    ):
+        leaves = [f.to(cast, copy=True).requires_grad_() for f in factors]
+        function(ids, *leaves).backward(upstream.to(cast))
+        grads.append([leaf.grad for leaf in leaves])
+    for ours, native, exact in zip(*grads, strict=True):
+        assert_no_worse_than(ours, native, exact)
+
+
+def test_reference_backward_is_autograd_of_its_forward():
+    ids, *factors = problem((9, 4, 6, 13), torch.float64)
+    grad = torch.randn(13, 6, dtype=torch.float64)
+    leaves = [f.clone().requires_grad_() for f in factors]
+    reference.gather_project_forward(ids, *leaves).backward(grad)
+    got = reference.gather_project_backward(grad, ids, *factors[:2], -1, True, True, True)
+    assert_close(list(got), [leaf.grad for leaf in leaves])
+
+
+def test_shapes_on_the_meta_device():
+    ids, *factors = problem((20, 4, 6, 11))
+    out = gather_project(ids.to("meta"), *(f.to("meta") for f in factors))
+    assert out.is_meta
+    assert out.shape == (11, 6)
+
+
+def test_offsets_beyond_two_to_the_31st(native):
+    """Row 2^25 of a table of 64 columns starts at element 2^31; only the pages that are touched exist."""
+    V, r = 2**25 + 3, 64
+    codes = torch.empty(0, dtype=torch.float16).set_(torch.UntypedStorage(V * r * 2), 0, (V, r), (r, 1))
+    codes[-1] = torch.arange(r).half() / r
+    codes[0] = 0
+    basis = torch.eye(r, 8, dtype=torch.float16)
+    out = gather_project(torch.tensor([V - 1, 0]), codes, basis, backend=native)
+    assert_close(out, torch.stack([codes[-1, :8], codes[0, :8]]))

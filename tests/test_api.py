@@ -1,0 +1,235 @@
+"""compress, export, inspect, evaluate: on live models and on directories, with all the ways to go wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+T = pytest.importorskip("transformers")
+
+import embkern
+from embkern import FactorizedEmbedding, Report, api, inspection
+from embkern.api import read_report
+
+from .models import H, V, build, outputs, tiny_bert, word_tokenizer
+
+SVD = dict(method="svd", rank=5)
+
+
+@pytest.fixture
+def source(tmp_path):
+    build("bert").save_pretrained(tmp_path / "dense")
+    word_tokenizer().save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+@pytest.fixture
+def text(tmp_path):
+    (tmp_path / "text.txt").write_text("red green\nblue\nred\ngreen green blue\n")
+    return tmp_path / "text.txt"
+
+
+def test_a_live_model_is_changed_in_place():
+    model = build("gpt2")
+    report = embkern.compress(model, ratio=3, method="svd")
+    assert report.model is model
+    assert isinstance(model.get_input_embeddings(), FactorizedEmbedding)
+    assert (report.num_embeddings, report.embedding_dim) == (V, H)
+    assert report.table_bytes == V * H * 4
+    assert report.factors_bytes == (V + H) * report.rank * 4
+    assert report.ratio == report.table_bytes / report.factors_bytes >= 3
+    assert report.model_bytes_before - report.model_bytes_after == report.table_bytes - report.factors_bytes
+    assert report.head == "factorized"
+    assert report.source == "GPT2LMHeadModel"
+
+
+def test_a_dense_head_costs_what_it_costs():
+    report = embkern.compress(build("gpt2"), **SVD, lm_head="dense")
+    assert report.model_bytes_after == report.model_bytes_before + report.factors_bytes
+    assert report.head == "dense"
+
+
+def test_a_directory_is_loaded_compressed_and_saved(source, text, tmp_path):
+    out = tmp_path / "out"
+    report = embkern.compress(source, **SVD, output=out, text=text)
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "embkern_report.json"} <= set(
+        os.listdir(out)
+    )
+    saved = read_report(out)
+    assert saved == Report.model_validate(report.model_dump())
+    assert saved.sentences.sentences == 4
+    assert saved.table.worst_rows[0].token is not None or saved.table.worst_rows[0].id > 6
+    card = (out / "README.md").read_text()
+    code = card.split("```python\n")[1]
+    assert code.startswith("import embkern")
+    assert str(tmp_path) not in card, "a card is published: no path of this machine"
+    reloaded = T.BertForMaskedLM.from_pretrained(out)
+    assert_close(outputs(reloaded), outputs(report.model), atol=1e-6, rtol=1e-5)
+
+
+def test_sentence_transformer_files_come_along(source, tmp_path):
+    (source / "modules.json").write_text("[]")
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").write_text("{}")
+    (source / "notes.bin").write_text("left behind")
+    embkern.compress(source, **SVD, output=tmp_path / "out")
+    assert (tmp_path / "out" / "1_Pooling" / "config.json").read_text() == "{}"
+    assert (tmp_path / "out" / "modules.json").exists()
+    assert not (tmp_path / "out" / "notes.bin").exists()
+
+
+def test_the_autoencoder_goes_through_the_same_call(source, tmp_path):
+    report = embkern.compress(
+        source,
+        rank=4,
+        epochs=2,
+        batch_size=16,
+        log=tmp_path / "log",
+        checkpoint=tmp_path / "c.pt",
+        progress=False,
+    )
+    assert report.recipe.options == {"epochs": 2, "batch_size": 16}
+    assert len((tmp_path / "log").read_text().splitlines()) == 2
+    assert (tmp_path / "c.pt").exists()
+
+
+def test_export_gives_an_ordinary_model(source, tmp_path):
+    report = embkern.compress(source, **SVD, output=tmp_path / "small")
+    embkern.export_dense(tmp_path / "small", tmp_path / "dense2")
+    config = json.loads((tmp_path / "dense2" / "config.json").read_text())
+    assert "quantization_config" not in config
+    ordinary = T.BertForMaskedLM.from_pretrained(tmp_path / "dense2")
+    assert type(ordinary.get_input_embeddings()) is torch.nn.Embedding
+    assert_close(outputs(ordinary), outputs(report.model), atol=1e-6, rtol=1e-5)
+    assert (tmp_path / "dense2" / "tokenizer.json").exists()
+    with pytest.raises(ValueError, match="expected one compressed by embkern, got a dense one"):
+        embkern.export_dense(source, tmp_path / "x")
+
+
+def test_inspect_dense_and_compressed(source, tmp_path):
+    dense = inspection.inspect(source)
+    assert (dense.compressed, dense.heads) == (False, ["cls.predictions.decoder"])
+    assert dense.table_bytes == V * H * 4
+    assert dense.ranks[0].rank == H // 2
+    assert all(each.ratio == pytest.approx(dense.table_bytes / each.factors_bytes) for each in dense.ranks)
+    report = embkern.compress(source, **SVD, output=tmp_path / "small")
+    small = inspection.inspect(tmp_path / "small")
+    assert (small.compressed, small.rank, small.table_bytes) == (True, 5, report.factors_bytes)
+    assert small.heads == ["cls.predictions.decoder"]
+
+
+def test_evaluate_agrees_with_the_report(source, text, tmp_path):
+    report = embkern.compress(source, **SVD, output=tmp_path / "small", text=text)
+    result = inspection.evaluate(tmp_path / "small", source, text=text)
+    assert result.table.direction_error == pytest.approx(report.table.direction_error)
+    assert result.table.neighbor_overlap == report.table.neighbor_overlap
+    assert result.sentences.mean_cosine == pytest.approx(report.sentences.mean_cosine, abs=1e-5)
+    assert (result.model_bytes_before, result.model_bytes_after) == (
+        report.model_bytes_before,
+        report.model_bytes_after,
+    )
+    with pytest.raises(ValueError, match="model: expected one compressed by embkern, got a dense one"):
+        inspection.evaluate(source, source)
+    with pytest.raises(ValueError, match="compressed already"):
+        inspection.evaluate(tmp_path / "small", tmp_path / "small")
+    tiny_bert(vocab_size=50).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="against: expected a table of 101 x 32 .* got 50 x 32"):
+        inspection.evaluate(tmp_path / "small", tmp_path / "other")
+
+
+# ---- what must not happen --------------------------------------------------------------------------------
+
+
+def test_an_existing_directory_is_never_lost(source, tmp_path):
+    out = tmp_path / "out"
+    embkern.compress(source, **SVD, output=out)
+    with pytest.raises(FileExistsError, match="output: .* exists"):
+        embkern.compress(source, method="svd", rank=4, output=out)
+    embkern.compress(source, method="svd", rank=4, output=out, overwrite=True)
+    assert read_report(out).rank == 4
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.tex").write_text("x")
+    with pytest.raises(FileExistsError, match="is not a saved model; it is not replaced"):
+        embkern.compress(source, **SVD, output=tmp_path / "precious", overwrite=True)
+    assert os.listdir(tmp_path / "precious") == ["thesis.tex"]
+    with pytest.raises(FileExistsError, match="output"):
+        embkern.compress(source, **SVD, output=source / "config.json", overwrite=True)
+
+
+def test_a_full_disk_while_saving_leaves_the_old_model_whole(source, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    embkern.compress(source, **SVD, output=out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(api, "model_card", full)
+    with pytest.raises(OSError, match="No space left"):
+        embkern.compress(source, method="svd", rank=4, output=out, overwrite=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert sorted(os.listdir(tmp_path)) == ["dense", "out"]
+
+
+def test_arguments_are_checked_before_anything_is_done(source, tmp_path):
+    for arguments, error, message in (
+        (dict(ratio=0.5), ValueError, "ratio: expected at least 1"),
+        (dict(rank=0), ValueError, "rank: expected at least 1, got 0"),
+        (dict(rank=33), ValueError, "rank: expected 1 <= rank <= H = 32, got 33"),
+        (dict(ratio=900), ValueError, "leaves no room for rank 1 .* the highest that fits is"),
+        (dict(ratio=2, epochs=0), ValueError, "epochs"),
+        (dict(ratio=2, text=tmp_path / "none"), FileNotFoundError, "text: expected a text file"),
+        (dict(recipe=embkern.Recipe(ratio=2.0), rank=3), ValueError, "either a recipe or ratio"),
+    ):
+        with pytest.raises(error, match=message):
+            embkern.compress(source, output=tmp_path / "out", progress=False, **arguments)
+        assert not (tmp_path / "out").exists()
+
+
+def test_missing_and_damaged_models(tmp_path, source):
+    with pytest.raises(FileNotFoundError, match="neither a directory here nor to be had from the hub"):
+        embkern.compress(tmp_path / "nowhere", **SVD)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="model: .*empty cannot be loaded"):
+        embkern.compress(tmp_path / "empty", **SVD)
+    weights = source / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="model: .*dense cannot be loaded"):
+        embkern.compress(source, **SVD)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_infinity_in_the_table(bad):
+    model = build("bert")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[[5, 9]] = bad
+    with pytest.raises(
+        ValueError, match=r"table: expected finite values, got NaN or infinity in 2 row\(s\): 5, 9"
+    ):
+        embkern.compress(model, **SVD)
+    assert not isinstance(model.get_input_embeddings(), FactorizedEmbedding)
+
+
+def test_zero_rows_and_a_vocabulary_of_one():
+    model = build("bert")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[3:9] = 0
+    report = embkern.compress(model, **SVD)
+    assert not model.get_input_embeddings().weight[3:9].any()
+    assert report.table.direction_error < 1
+    single = tiny_bert(vocab_size=1)
+    assert embkern.compress(single, method="svd", rank=1).table.direction_error == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ValueError, match="cannot be factorised smaller"):
+        embkern.compress(tiny_bert(vocab_size=1), method="svd", ratio=1)
+
+
+def test_a_damaged_report_is_named(tmp_path, source):
+    embkern.compress(source, **SVD, output=tmp_path / "out")
+    (tmp_path / "out" / "embkern_report.json").write_text('{"rank": 5}')
+    with pytest.raises(ValueError, match="embkern_report.json is damaged"):
+        read_report(tmp_path / "out")
+    assert read_report(source) is None

@@ -1,0 +1,85 @@
+"""Importing: no device, no torch until it is used, transformers in either order or not at all."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+
+def python(script: str, *flags: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *flags, "-c", textwrap.dedent(script)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_import_is_light():
+    loaded = python("import sys, embkern; print(*({'torch', 'transformers', 'numpy'} & set(sys.modules)))")
+    assert loaded == ""
+
+
+def test_nothing_initialises_cuda():
+    script = """
+        import torch, embkern, embkern.ops, embkern.methods
+        embkern.FactorizedEmbedding(4, 3, 2)(torch.tensor([1]))
+        print(torch.cuda.is_initialized())
+    """
+    assert python(script) == "False"
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import embkern; import transformers",
+        "import transformers; import embkern",
+        "import transformers.quantizers.auto; import embkern",
+        "import embkern; from transformers import AutoModel",
+        "import embkern, embkern.transformers",
+    ],
+)
+def test_registration_in_whichever_order(order):
+    pytest.importorskip("transformers")
+    script = f"""
+        {order}
+        from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+        print("embkern" in AUTO_QUANTIZATION_CONFIG_MAPPING, "embkern" in AUTO_QUANTIZER_MAPPING)
+    """
+    assert python(script) == "True True"
+
+
+def test_ops_methods_and_layer_work_without_transformers():
+    script = """
+        import sys
+        class Absent:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] == "transformers":
+                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        sys.meta_path.insert(0, Absent())
+        import torch, embkern
+        from embkern.methods import autoencoder, svd
+        from embkern.ops import cosine_mse_loss, gather_project
+        table = torch.randn(20, 6)
+        factors = svd(table, 2)
+        embkern.FactorizedEmbedding.from_factors(factors)(torch.tensor([1])).sum()
+        autoencoder(table, 2, epochs=1)
+        cosine_mse_loss(table, table)
+        embkern.Recipe.parse(ratio=2)
+        try:
+            embkern.compress
+        except ImportError as error:
+            print(error)
+    """
+    assert python(script).startswith("embkern.compress needs transformers")
+
+
+def test_every_public_name_resolves():
+    script = "import embkern; print(all(getattr(embkern, name) is not None for name in embkern.__all__))"
+    assert python(script) == "True"
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        import embkern
+
+        _ = embkern.nonsense

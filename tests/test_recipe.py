@@ -1,0 +1,75 @@
+"""The recipe: one object behind flags, YAML and Python, with errors that name the field."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from embkern import Recipe
+
+
+def test_defaults_are_the_papers_method():
+    recipe = Recipe.parse(ratio=5)
+    assert (recipe.method, recipe.lm_head, recipe.options) == ("autoencoder", "factorized", {})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "expected exactly one of ratio and rank"),
+        (dict(ratio=5, rank=3), "expected exactly one of ratio and rank"),
+        (dict(ratio=0.5), "ratio: expected at least 1 .* got 0.5"),
+        (dict(ratio=float("nan")), "ratio: expected at least 1"),
+        (dict(ratio="five"), "ratio: .*valid number.* got 'five'"),
+        (dict(rank=0), "rank: expected at least 1, got 0"),
+        (dict(rank=-3), "rank: expected at least 1, got -3"),
+        (dict(rank=2.5), "rank: .*integer"),
+        (dict(ratio=5, method="pq"), "method: .*expected one of autoencoder, svd, got 'pq'"),
+        (dict(ratio=5, lm_head="tied"), "lm_head: .*got 'tied'"),
+        (dict(ratio=5, epochs=3), "epochs: Extra inputs"),
+        (dict(ratio=5, options=dict(epoch=3)), "autoencoder: epoch: Extra inputs .*options: activation"),
+        (dict(ratio=5, method="svd", options=dict(epochs=3)), "svd: epochs: Extra inputs"),
+        (dict(ratio=5, options=dict(epochs=-1)), "autoencoder: epochs: .* got -1"),
+    ],
+)
+def test_bad_fields_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe.parse(**fields)
+
+
+def test_yaml_and_overrides(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("method: autoencoder\nratio: 5\noptions:\n  epochs: 7\n  lr: 0.01\n")
+    assert Recipe.from_yaml(path).options == {"epochs": 7, "lr": 0.01}
+    recipe = Recipe.from_yaml(path, rank=4, options={"epochs": 2})
+    assert (recipe.ratio, recipe.rank, recipe.options) == (None, 4, {"epochs": 2, "lr": 0.01})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("- 1\n", "recipe: expected a mapping in .*, got list"),
+        ("", "expected a mapping in .*, got NoneType"),
+        ("a: [1\n", "recipe: .* is not readable YAML"),
+        ("ratio: 5\nspeed: 3\n", "recipe: speed: Extra inputs"),
+        ("ratio: 5\noptions: 3\n", "options"),
+    ],
+)
+def test_bad_yaml_is_named(tmp_path, content, message):
+    path = tmp_path / "r.yaml"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        Recipe.from_yaml(path)
+
+
+def test_the_ratio_counts_every_byte():
+    table = torch.randn(400, 24)
+    for method, options in (("svd", {}), ("svd", {"center": True}), ("autoencoder", {"epochs": 1})):
+        factors = Recipe.parse(method=method, ratio=4, options=options).factorize(table)
+        assert table.nbytes / factors.nbytes >= 4
+        assert (factors.offset is not None) == (method == "autoencoder" or bool(options))
+
+
+def test_a_rank_above_the_width_is_refused():
+    with pytest.raises(ValueError, match="rank: expected 1 <= rank <= H = 24, got 25"):
+        Recipe.parse(rank=25).factorize(torch.randn(400, 24))
