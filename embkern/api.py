@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors import SafetensorError
 
 from ._version import __version__
 from .evaluate import compare_tables, embed_sentences, read_sentences, sentence_fidelity
@@ -17,7 +18,7 @@ from .evaluate.sentences import pooling_of
 from .files import replacing_directory
 from .methods.base import check_table
 from .recipe import LMHead, Recipe
-from .report import REPORT_NAME, Report, model_card
+from .report import REPORT_NAME, Report, model_card, public_name
 
 try:
     import transformers
@@ -28,12 +29,14 @@ except ImportError as error:
         "embkern.ops, embkern.methods and embkern.FactorizedEmbedding work without it"
     ) from error
 
-from .model_table import find_table, other_tables
-from .transformers import install
+from .model_table import find_table, input_embeddings, other_tables
+from .transformers import check_installable, install
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+MANIFEST_NAME = "embkern_files.json"  # what --overwrite may replace
+_TOKENIZER_FILES = ("tokenizer*.json", "vocab.*", "*.model", "spiece*", "merges.txt")
 # What sentence-transformers keeps beside a model.
 _SENTENCE_FILES = (
     "modules.json",
@@ -48,8 +51,8 @@ def compress(
     *,
     ratio: float | None = None,
     rank: int | None = None,
-    method: str = "autoencoder",
-    lm_head: LMHead = "factorized",
+    method: str | None = None,
+    lm_head: LMHead | None = None,
     recipe: Recipe | None = None,
     text: str | os.PathLike | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -66,15 +69,15 @@ def compress(
         model: a transformers model, a directory, or a name on the hub.
         ratio: bytes of the table as stored over bytes of everything that replaces it, at least 1.
         rank: r instead of a ratio, 1 to H.
-        method: ``autoencoder`` (arXiv 2106.08181) or ``svd``.
-        lm_head: of a tied head: ``factorized`` decodes through the same factors, ``dense`` keeps the
-            original table for it (then nothing but the lookup gets smaller). Untied heads stay as they are.
+        method: ``autoencoder`` (arXiv 2106.08181), the default, or ``svd``.
+        lm_head: of a tied head: ``factorized``, the default, decodes through the same factors; ``dense``
+            keeps the original table for it, and the model gets larger. Untied heads stay as they are.
         recipe: all of the above and the options in one object, instead of them.
         text: a text file, one sentence a line; the report then tells how the embeddings of its first 1000
             sentences changed.
         tokenizer: of a live model, for ``text`` and to name the worst rows; of a path it is loaded.
         output: directory to save to: model, tokenizer, report, model card. It appears whole or not at all.
-        overwrite: replace ``output`` if it holds a model saved by embkern.
+        overwrite: replace ``output`` if it holds what embkern saved there and nothing else.
         progress: show a bar on stderr; None shows it on a terminal.
         checkpoint: file from which a killed run of the autoencoder goes on.
         log: file of JSON lines, one per epoch of the autoencoder.
@@ -90,7 +93,7 @@ def compress(
     """
     recipe = _recipe(recipe, method, ratio, rank, lm_head, options)
     if output is not None:
-        check_output(output, overwrite)
+        check_output(output, overwrite, source=model)
     sentences = None if text is None else read_sentences(text)
     source: str | None = None
     if isinstance(model, (str, os.PathLike)):
@@ -103,21 +106,24 @@ def compress(
     table = find_table(model)
     weight = table.weight.detach()
     check_table(weight)
+    check_installable(table, recipe)
     bytes_before = model_bytes(model)
     before = pooling = None
     if sentences is not None:
         pooling = pooling_of(source)
         before = embed_sentences(model, tokenizer, sentences, pooling=pooling)
 
-    run = (
-        {"progress": progress, "checkpoint": checkpoint, "log": log} if recipe.method == "autoencoder" else {}
-    )
+    run: dict[str, Any] = {}
+    if recipe.method == "autoencoder":
+        run = {"progress": progress, "checkpoint": checkpoint, "log": log}
+    elif checkpoint is not None or log is not None:
+        raise ValueError(f"checkpoint, log: expected with method 'autoencoder' only, got {recipe.method!r}")
     started = time.perf_counter()
     factors = recipe.factorize(weight, **run)
     seconds = time.perf_counter() - started
     comparison = compare_tables(weight, factors, tokens=tokenizer and tokenizer.convert_ids_to_tokens)
     report = Report(
-        source=source or str(getattr(model.config, "_name_or_path", "")) or type(model).__name__,
+        source=public_name(source or str(getattr(model.config, "_name_or_path", ""))) or type(model).__name__,
         architecture=type(model).__name__,
         recipe=recipe,
         num_embeddings=factors.num_embeddings,
@@ -153,12 +159,19 @@ def compress(
 
 
 def _recipe(
-    recipe: Recipe | None, method: str, ratio: float | None, rank: int | None, lm_head: LMHead, options: dict
+    recipe: Recipe | None,
+    method: str | None,
+    ratio: float | None,
+    rank: int | None,
+    lm_head: LMHead | None,
+    options: dict[str, Any],
 ) -> Recipe:
+    fields = {"method": method, "ratio": ratio, "rank": rank, "lm_head": lm_head, "options": options or None}
+    given = {name: value for name, value in fields.items() if value is not None}
     if recipe is None:
-        return Recipe.parse(method=method, ratio=ratio, rank=rank, lm_head=lm_head, options=options)
-    if ratio is not None or rank is not None or options:
-        raise ValueError("recipe: expected either a recipe or ratio, rank and options, got both")
+        return Recipe.parse(**given)
+    if given:
+        raise ValueError(f"recipe: expected either a recipe or {', '.join(given)}, got both")
     return recipe
 
 
@@ -169,7 +182,7 @@ def export_dense(directory: str | os.PathLike, output: str | os.PathLike, *, ove
         ValueError: the model is not compressed by embkern.
         FileExistsError: ``output`` exists and may not be replaced.
     """
-    check_output(output, overwrite)
+    check_output(output, overwrite, source=directory)
     model = load_model(directory)
     if getattr(model, "hf_quantizer", None) is None:
         raise ValueError(f"model: expected one compressed by embkern, got a dense one: {directory}")
@@ -183,10 +196,14 @@ def load_model(name: str | os.PathLike) -> PreTrainedModel:
         FileNotFoundError: it is neither a directory nor to be had from the hub.
         ValueError: the directory holds no loadable model (a damaged file, an unknown architecture).
     """
+    if not Path(name).exists() and str(name).startswith((".", "/", "~")):
+        raise FileNotFoundError(f"model: expected a directory or a name on the hub, found none at {name}")
     try:
         config = AutoConfig.from_pretrained(name)
         architecture = getattr(transformers, (config.architectures or [""])[0], AutoModel)
-        return architecture.from_pretrained(name)
+        model, info = architecture.from_pretrained(name, output_loading_info=True)
+        _check_loaded(model, info["missing_keys"])
+        return model
     except (
         Exception
     ) as error:  # transformers and safetensors raise many kinds; all mean the same to the caller
@@ -198,12 +215,29 @@ def load_model(name: str | os.PathLike) -> PreTrainedModel:
         ) from error
 
 
+def _check_loaded(model: PreTrainedModel, missing: set[str]) -> None:
+    """Raise if the table, or a head that belongs to it, was not in the checkpoint and is random."""
+    interesting = {id(input_embeddings(model)), id(model.get_output_embeddings())}
+    names = [name for name, module in model.named_modules() if id(module) in interesting]
+    lost = sorted(key for key in missing if key.rpartition(".")[0] in names)
+    if lost:
+        raise ValueError(f"the checkpoint does not hold {', '.join(lost)}")
+
+
 def load_tokenizer(name: str | os.PathLike) -> PreTrainedTokenizerBase | None:
-    """Load the tokenizer beside a model; None if there is none."""
+    """Load the tokenizer beside a model; None if there is none.
+
+    Raises:
+        ValueError: its files are there and cannot be read.
+    """
+    if Path(name).is_dir() and not any(next(Path(name).glob(each), None) for each in _TOKENIZER_FILES):
+        return None  # transformers would make up one of the model's class
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError, ImportError):
-        return None
+    except Exception as error:  # many kinds, see load_model
+        if not Path(name).is_dir():
+            return None
+        raise ValueError(f"tokenizer: the one in {name} cannot be loaded: {error}") from error
 
 
 def model_bytes(model: PreTrainedModel) -> int:
@@ -211,15 +245,52 @@ def model_bytes(model: PreTrainedModel) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def check_output(output: str | os.PathLike, overwrite: bool) -> None:
-    """Raise FileExistsError unless ``output`` may be written."""
-    path = Path(output)
+def check_output(output: str | os.PathLike, overwrite: bool, source: Any = None) -> None:
+    """Raise unless ``output`` may be written: before any work is done, and so that nothing of value is lost.
+
+    Raises:
+        FileExistsError: it exists, and overwrite is not given, or it holds what embkern did not write.
+        ValueError: it is the source, or the source is inside it.
+        OSError: it cannot be written: no permission, or a mount point, which cannot be replaced.
+    """
+    path = Path(output).resolve()
+    if isinstance(source, (str, os.PathLike)) and Path(source).exists():
+        dense = Path(source).resolve()
+        if path == dense or path in dense.parents:
+            raise ValueError(
+                f"output: {output} is, or holds, the model to read ({source}); choose another name"
+            )
+    folder = next(each for each in (path.parent, *path.parents) if each.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise PermissionError(f"output: {folder} is not a directory that can be written")
+    if os.path.ismount(path):
+        raise OSError(
+            f"output: {path} is a mount point and cannot be replaced whole; name a directory inside it"
+        )
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not overwrite:
         raise FileExistsError(f"output: {path} exists; choose another name, or pass overwrite (--overwrite)")
-    if not (path / REPORT_NAME).is_file() and not (path / "config.json").is_file():
-        raise FileExistsError(f"output: {path} is not a saved model; it is not replaced")
+    foreign = _foreign_files(path)
+    if foreign:
+        raise FileExistsError(
+            f"output: {path} holds what embkern did not write ({', '.join(foreign[:3])}); it is not replaced"
+        )
+
+
+def _foreign_files(directory: Path) -> list[str]:
+    """Files in a directory that are not in the list ``save`` left there."""
+    if not directory.is_dir():
+        return [directory.name]
+    try:
+        known = set(json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        known = set()
+    return sorted(_files(directory) - known - {MANIFEST_NAME})
+
+
+def _files(directory: Path) -> set[str]:
+    return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()}
 
 
 def save(
@@ -232,7 +303,10 @@ def save(
 ) -> None:
     """Save a model, its tokenizer, the report and a model card; the directory appears whole or not at all."""
     with replacing_directory(output) as directory:
-        model.save_pretrained(directory)
+        try:
+            model.save_pretrained(directory)
+        except SafetensorError as error:  # how safetensors reports a full disk
+            raise OSError(f"output: {output} could not be written: {error}") from error
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
         if source is not None:
@@ -240,6 +314,8 @@ def save(
         if report is not None:
             (directory / REPORT_NAME).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
             (directory / "README.md").write_text(model_card(report), encoding="utf-8")
+        manifest = json.dumps(sorted(_files(directory)), indent=1)
+        (directory / MANIFEST_NAME).write_text(manifest + "\n", encoding="utf-8")
 
 
 def _copy_sentence_files(source: str, directory: Path) -> None:

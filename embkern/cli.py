@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 from pydantic import BaseModel
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def inspect(model: Model, as_json: AsJson = False) -> None:
     if as_json:
         _print_json(summary)
         return
-    facts = Table(title=model, show_header=False)
+    facts = Table(title=escape(model), show_header=False)
     for name, value in summary.facts().items():
         facts.add_row(name, value)
     _console().print(facts)
@@ -125,7 +126,7 @@ def evaluate(
     if as_json:
         _print_json(result)
         return
-    table = Table(title=f"{directory} against {against}", show_header=False)
+    table = Table(title=escape(f"{directory} against {against}"), show_header=False)
     for name, value in result.rows().items():
         table.add_row(name, value)
     _console().print(table)
@@ -145,7 +146,7 @@ def export(
     if format != "dense":
         raise ValueError(f"format: expected dense, got {format!r}")
     api.export_dense(directory, output, overwrite=overwrite)
-    _console().print(f"{directory} -> {output} (dense)")
+    print(f"{directory} -> {output} (dense)")
 
 
 @app.command()
@@ -187,7 +188,7 @@ def _print_json(model: BaseModel) -> None:
 
 
 def _print_report(report: Report, title: str) -> None:
-    table = Table(title=title, show_header=False)
+    table = Table(title=escape(title), show_header=False)
     table.add_row("method", f"{report.recipe.method}, rank {report.rank} of {report.embedding_dim}")
     table.add_row("table, bytes", f"{report.table_bytes:,} -> {report.factors_bytes:,} ({report.ratio:.2f}x)")
     table.add_row("model, bytes", f"{report.model_bytes_before:,} -> {report.model_bytes_after:,}")
@@ -217,7 +218,7 @@ def main() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars follow it too
     try:
         app()
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, TypeError, LookupError, OSError, RuntimeError, ImportError) as error:
         if os.environ.get("EMBKERN_DEBUG"):
             raise
         typer.echo(f"embkern: {error}", err=True)

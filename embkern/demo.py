@@ -53,7 +53,9 @@ def run(output: Path, *, ratio: float, epochs: int, console: Console) -> None:
             f"{report.seconds:.1f}",
         )
     console.print(table)
-    console.print(f"load one: import embkern; AutoModel.from_pretrained({str(output / 'autoencoder')!r})")
+    console.print(
+        f"load one: import embkern; AutoModel.from_pretrained({str(output / 'autoencoder')!r})", markup=False
+    )
 
 
 def _evaluate_in_new_process(directory: Path, source: str) -> dict[str, Any]:

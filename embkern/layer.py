@@ -220,7 +220,7 @@ class FactorizedHead(_FactorizedTable):
         logits = nn.functional.linear(nn.functional.linear(hidden, self.basis), self.codes)
         if self.offset is not None:
             logits = logits + nn.functional.linear(hidden, self.offset.unsqueeze(0))
-        return logits if self.bias is None else logits + self.bias
+        return logits if self.bias is None else logits + self.bias.to(logits.dtype)
 
     def extra_repr(self) -> str:
         """Return what ``print`` shows of the head."""

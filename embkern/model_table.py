@@ -29,6 +29,7 @@ class ModelTable:
         embeddings: names of all embedding modules of the table, root first.
         heads: names of the output heads tied to it.
         output_head: name of the model's output head, tied or not; None if it has none.
+        scales: constant factor of each embedding module's output; empty on the meta device.
         weight: the table itself, (V, H).
     """
 
@@ -36,6 +37,7 @@ class ModelTable:
     embeddings: list[str]
     heads: list[str]
     output_head: str | None
+    scales: dict[str, float]
     weight: Tensor
 
     @property
@@ -48,24 +50,22 @@ def find_table(model: PreTrainedModel) -> ModelTable:
     """Find the token-embedding table of a model and every module that shares it.
 
     Raises:
-        UnsupportedModelError: there is no input embedding, it is not an ``nn.Embedding``, it is compressed
-            already, it renormalises its rows on lookup, or a module of another kind shares its weight.
+        UnsupportedModelError: the model is wrapped (PEFT, torch.compile), quantised by something else, or
+            spread over devices; there is no input embedding, it is not a plain ``nn.Embedding``, it is
+            compressed already, it normalises its rows, or a module of another kind shares its weight.
     """
+    _check_model(model)
     module = input_embeddings(model)
     if isinstance(module, FactorizedEmbedding):
         raise UnsupportedModelError(
-            "the model's embedding is compressed already; call model.dequantize() first"
+            "the model's embedding is compressed already; decode it first: model.dequantize(), embkern export"
         )
     if not isinstance(module, nn.Embedding):
         raise UnsupportedModelError(
             f"the input embedding of {type(model).__name__} is {type(module).__name__}, expected nn.Embedding"
         )
-    if module.max_norm is not None:
-        raise UnsupportedModelError(
-            "the input embedding renormalises rows on lookup (max_norm), which factors cannot"
-        )
     names: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
-    sharing = {name: names[name] for name in _sharing(model, names, module)}
+    sharing: dict[str, Any] = {name: names[name] for name in _sharing(model, names, module)}
     embeddings = [name for name, each in sharing.items() if isinstance(each, nn.Embedding)]
     heads = [name for name, each in sharing.items() if type(each).forward is nn.Linear.forward]
     if others := sharing.keys() - set(embeddings) - set(heads):
@@ -73,12 +73,45 @@ def find_table(model: PreTrainedModel) -> ModelTable:
         raise UnsupportedModelError(
             f"the embedding's weight is shared by modules that cannot be replaced: {kinds}"
         )
+    for name in embeddings:
+        _check_embedding(name, sharing[name])
     root = next(name for name in embeddings if names[name] is module)
+    embeddings = [root, *(name for name in embeddings if name != root)]
+    scales = {} if module.weight.is_meta else {name: probe_scale(sharing[name], name) for name in embeddings}
     output = model.get_output_embeddings()
     output_head = next((name for name, each in names.items() if each is output), None) if output else None
-    return ModelTable(
-        root, [root, *(name for name in embeddings if name != root)], heads, output_head, module.weight
-    )
+    return ModelTable(root, embeddings, heads, output_head, scales, module.weight)
+
+
+def _check_model(model: PreTrainedModel) -> None:
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"model: expected a transformers PreTrainedModel, got {type(model).__name__}; unwrap it first "
+            "(PEFT: merge_and_unload, torch.compile: the module it was made of)"
+        )
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and quantizer.quantization_config.quant_method != "embkern":
+        raise UnsupportedModelError(
+            f"model: is quantised by {type(quantizer).__name__} already; compress the dense model instead"
+        )
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        raise UnsupportedModelError(
+            "device_map: the model is spread over several devices; compress it on one, save it, "
+            "and load the compressed model with the device_map"
+        )
+
+
+def _check_embedding(name: str, module: nn.Module) -> None:
+    extra = [key for key, _ in module.named_parameters() if key != "weight"]
+    if extra:
+        raise UnsupportedModelError(
+            f"{name} ({type(module).__name__}) has parameters besides its table ({', '.join(extra)}) "
+            "that factors cannot stand for"
+        )
+    if getattr(module, "max_norm", None) is not None:
+        raise UnsupportedModelError(f"{name} renormalises rows on lookup (max_norm), which factors cannot")
 
 
 def _sharing(model: PreTrainedModel, names: dict[str, nn.Module], module: nn.Embedding) -> list[str]:

@@ -28,7 +28,7 @@ class Recipe(BaseModel):
 
     method: str = Field("autoencoder", description=f"one of {', '.join(METHODS)}")
     ratio: float | None = Field(None, description="bytes of the table over bytes of what replaces it")
-    rank: int | None = Field(None, description="r, the width of the codes")
+    rank: int | None = Field(None, strict=True, description="r, the width of the codes")
     lm_head: LMHead = Field(
         "factorized",
         description="a tied head: factorized shares the factors, dense keeps the original table",
@@ -53,6 +53,10 @@ class Recipe(BaseModel):
         parse_options(METHODS[self.method].options, self.options, self.method)
         return self
 
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Recipe:
+        """Return itself: it is frozen, and torch.compile cannot trace pydantic's copy of a model's config."""
+        return self
+
     @classmethod
     def parse(cls, **fields: Any) -> Recipe:
         """Build a recipe; a ValueError names each field that is wrong, what was expected and what came."""
@@ -65,8 +69,8 @@ class Recipe(BaseModel):
             fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"recipe: {path} is not readable YAML ({error})") from error
-        if not isinstance(fields, dict):
-            raise ValueError(f"recipe: expected a mapping in {path}, got {type(fields).__name__}")
+        if not isinstance(fields, dict) or not all(isinstance(name, str) for name in fields):
+            raise ValueError(f"recipe: expected a mapping of names in {path}, got {fields!r}")
         if overrides.get("ratio") is not None or overrides.get("rank") is not None:
             fields.pop("ratio", None)
             fields.pop("rank", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
@@ -21,7 +22,7 @@ class Report(BaseModel):
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
-    source: str = Field(description="the model that was compressed")
+    source: str = Field(description="the model that was compressed: a hub name, or a directory's last part")
     architecture: str
     recipe: Recipe
     num_embeddings: int
@@ -60,7 +61,7 @@ def model_card(report: Report) -> str:
     data = ModelCardData(
         library_name="transformers",
         tags=["embkern", "compressed-embeddings"],
-        base_model=_hub_name(report.source),
+        base_model=report.source if _is_hub_name(report.source) else None,
     )
     rows = {
         "method": f"{report.recipe.method}, rank {report.rank}",
@@ -89,7 +90,7 @@ from transformers import {report.architecture}
 model = {report.architecture}.from_pretrained("path/or/name/of/this/model")
 ```
 
-`{_shown(report.source)}` with its token embeddings compressed by embkern {report.versions["embkern"]}.
+`{report.source}` with its token embeddings compressed by embkern {report.versions["embkern"]}.
 `embkern export DIR --format dense -o OUT` turns it into an ordinary model that needs no embkern.
 
 | | |
@@ -102,10 +103,10 @@ The figures compare the table with the original one; `embkern_report.json` has a
     )
 
 
-def _hub_name(source: str) -> str | None:
-    return source if source.count("/") == 1 and not source.startswith((".", "/", "~")) else None
+def _is_hub_name(source: str) -> bool:
+    return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not Path(source).exists()
 
 
-def _shown(source: str) -> str:
-    """Return a local path's last part: a card is published, the path of a machine is not."""
-    return source if _hub_name(source) else source.rstrip("/").rpartition("/")[2]
+def public_name(source: str) -> str:
+    """Return a hub name as it is and a local path's last part: reports are published, paths are not."""
+    return source if _is_hub_name(source) else source.rstrip("/").rpartition("/")[2]

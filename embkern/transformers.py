@@ -11,6 +11,8 @@ work as for every quantiser of transformers' own. ``install`` does the same to a
 
 from __future__ import annotations
 
+import copy
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .factors import TENSORS, Factors, checksum, verify_checksums
 from .layer import FactorizedEmbedding, FactorizedHead
-from .model_table import ModelTable, UnsupportedModelError, find_table, input_embeddings, probe_scale
+from .model_table import ModelTable, UnsupportedModelError, find_table, input_embeddings
 from .recipe import LMHead, Recipe
 
 if TYPE_CHECKING:
@@ -100,40 +102,46 @@ def _parse_state(table: dict[str, Any]) -> TableState:
     try:
         state = TableState(**table)
         for name in ("num_embeddings", "embedding_dim", "rank"):
-            if not isinstance(getattr(state, name), int) or getattr(state, name) < 1:
+            if type(getattr(state, name)) is not int or getattr(state, name) < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {getattr(state, name)!r}")
         if state.rank > state.embedding_dim:
             raise ValueError(f"rank: expected at most {state.embedding_dim}, got {state.rank}")
         if state.head not in (None, "factorized", "dense"):
             raise ValueError(f"head: expected factorized, dense or null, got {state.head!r}")
-        if not isinstance(getattr(torch, str(state.dtype), None), torch.dtype):
-            raise ValueError(f"dtype: expected a torch dtype, got {state.dtype!r}")
-        if not all(isinstance(scale, (int, float)) for scale in state.scales.values()):
-            raise ValueError(f"scales: expected numbers, got {state.scales!r}")
+        dtype = getattr(torch, str(state.dtype), None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"dtype: expected a floating-point torch dtype, got {state.dtype!r}")
+        if not all(type(scale) in (int, float) and math.isfinite(scale) for scale in state.scales.values()):
+            raise ValueError(f"scales: expected finite numbers, got {state.scales!r}")
+        if not set(state.checksums) <= set(TENSORS) or not all(map(str, state.checksums.values())):
+            raise ValueError(f"checksums: expected them of {', '.join(TENSORS)}, got {state.checksums!r}")
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"quantization_config.table is damaged: {error}") from error
     return state
+
+
+def check_installable(table: ModelTable, recipe: Recipe) -> None:
+    """Raise UnsupportedModelError if the recipe's factors could not serve the model's head.
+
+    Called before a method runs, which may take minutes.
+    """
+    activation = recipe.options.get("activation")
+    if activation is not None and table.tied and recipe.lm_head == "factorized":
+        raise UnsupportedModelError(
+            f"lm_head: a tied head cannot decode through activation {activation!r}; "
+            "use lm_head='dense' or the linear autoencoder"
+        )
 
 
 def install(model: PreTrainedModel, table: ModelTable, factors: Factors, recipe: Recipe) -> None:
     """Replace a live model's table by factors, in place, and make the model save and load with them.
 
     Raises:
-        UnsupportedModelError: an embedding normalises its rows, the model is spread over several devices, or
-            a tied head is asked to decode through an activation. The model is then unchanged.
+        UnsupportedModelError: a tied head is asked to decode through an activation. The model is unchanged.
     """
-    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
-        raise UnsupportedModelError(
-            "device_map: the model is spread over several devices; compress it on one, save it, "
-            "and load the compressed model with the device_map"
-        )
-    scales = {name: probe_scale(model.get_submodule(name), name) for name in table.embeddings}
-    head = _head_kind(table, recipe.lm_head)
-    if head == "factorized" and factors.activation is not None:
-        raise UnsupportedModelError(
-            f"lm_head: a tied head cannot decode through activation {factors.activation!r}; "
-            "use lm_head='dense' or the linear autoencoder"
-        )
+    check_installable(table, recipe)
+    head = recipe.lm_head if table.tied else None if table.output_head is None else "dense"
+    _own_config(model)
     config = EmbkernConfig(**recipe.model_dump())
     config.table = TableState(
         num_embeddings=factors.num_embeddings,
@@ -141,31 +149,44 @@ def install(model: PreTrainedModel, table: ModelTable, factors: Factors, recipe:
         rank=factors.rank,
         offset=factors.offset is not None,
         activation=factors.activation,
-        scales={_canonical(model, name): scale for name, scale in scales.items()},
+        scales={_canonical(model, name): scale for name, scale in table.scales.items()},
         head=head,
         dtype=str(factors.dtype).removeprefix("torch."),
         checksums={name: checksum(tensor) for name, tensor in factors.tensors().items()},
     )
-    quantizer = getattr(model, "hf_quantizer", None)
-    if not isinstance(quantizer, EmbkernQuantizer):
-        quantizer = EmbkernQuantizer(config, pre_quantized=False)
+    quantizer = getattr(model, "hf_quantizer", None) or EmbkernQuantizer(config, pre_quantized=False)
     quantizer.quantization_config = config
-    quantizer.original = _swap(model, table, factors.to(table.weight.device), scales, head == "factorized")
-    model.hf_quantizer = quantizer
-    model.config.quantization_config = config
-    model.quantization_method = config.quant_method
-    _allow_training(model)
+    quantizer.original = _swap(model, table, factors.to(table.weight.device), head == "factorized")
+    _adopt(model, quantizer)
 
 
-def _head_kind(table: ModelTable, lm_head: LMHead) -> str | None:
-    if table.tied:
-        return lm_head
-    return None if table.output_head is None else "dense"
+def _own_config(model: PreTrainedModel) -> None:
+    """Give the model a config of its own: what is written into it must not reach a model that shares it."""
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if id(config) in copies:
+            module.config = copies[id(config)]
 
 
-def _allow_training(model: PreTrainedModel) -> None:
-    # transformers refuses .half(), .float() and Trainer while this is set; factors are ordinary parameters.
-    model.is_quantized = False
+def _adopt(model: PreTrainedModel, quantizer: EmbkernQuantizer) -> None:
+    """Make the model, and nested ones that may be saved alone, save through the quantizer."""
+    for module in _models_with_factors(model):
+        module.hf_quantizer = quantizer
+        module.quantization_method = quantizer.quantization_config.quant_method
+        module.config.quantization_config = quantizer.quantization_config
+        # transformers refuses .half(), .float() and Trainer while this is set; factors train like any.
+        module.is_quantized = False
+
+
+def _models_with_factors(model: PreTrainedModel) -> list[Any]:
+    return [
+        module
+        for module in model.modules()
+        if hasattr(module, "all_tied_weights_keys")
+        and any(isinstance(each, FactorizedEmbedding) for each in module.modules())
+    ]
 
 
 @dataclass
@@ -177,37 +198,47 @@ class _Original:
     table: ModelTable
 
 
-def _swap(
-    model: PreTrainedModel,
-    table: ModelTable,
-    factors: Factors,
-    scales: dict[str, float],
-    factorize_heads: bool,
-) -> _Original:
+# A module's hooks are moved to what replaces it: gradient checkpointing registers one on the embedding.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+def _take_place(new: nn.Module, old: nn.Module) -> nn.Module:
+    """Return ``new`` in the mode and with the hooks of ``old``."""
+    for name in _HOOKS:
+        setattr(new, name, getattr(old, name))
+    return new.train(old.training)
+
+
+def _swap(model: PreTrainedModel, table: ModelTable, factors: Factors, factorize_heads: bool) -> _Original:
     heads = table.heads if factorize_heads else []
     modules: dict[str, Any] = {name: model.get_submodule(name) for name in [*table.embeddings, *heads]}
     original = _Original(modules, {}, table)
     swapped: dict[int, FactorizedEmbedding] = {}
     for name in table.embeddings:
-        dense = original.modules[name]
+        dense = modules[name]
         layer = swapped.get(id(dense))
         if layer is None:
             layer = FactorizedEmbedding.from_factors(
-                factors, padding_idx=dense.padding_idx, scale=scales[name]
-            ).train(dense.training)
+                factors, padding_idx=dense.padding_idx, scale=table.scales[name]
+            )
             _share(layer, next(iter(swapped.values()), layer))
             swapped[id(dense)] = layer
-        model.set_submodule(name, layer)
-    root = swapped[id(original.modules[table.root])]
-    for parameter in (root.codes, root.basis, root.offset):
-        if parameter is not None:
-            parameter.requires_grad_(table.weight.requires_grad)
+        model.set_submodule(name, _take_place(layer, dense))
+    root = swapped[id(modules[table.root])]
+    for parameter in root.parameters():
+        parameter.requires_grad_(table.weight.requires_grad)
     for name in heads:
-        dense = original.modules[name]
-        model.set_submodule(name, FactorizedHead(root, dense.bias).train(dense.training))
+        head = FactorizedHead(root, modules[name].bias)
+        model.set_submodule(name, _take_place(head, modules[name]))
     followers = [name for name in [*table.embeddings, *heads] if name != table.root]
     original.ties = _retie(model, table, followers)
-    for dense in original.modules.values():  # the dense table is freed unless a dense head still holds it
+    for dense in modules.values():  # the dense table is freed unless a dense head still holds it
         dense.weight = nn.Parameter(dense.weight.detach().to("meta"), requires_grad=False)
     table.weight = table.weight.detach().to("meta")
     return original
@@ -230,15 +261,18 @@ def _retie(
         if not hasattr(module, "all_tied_weights_keys"):
             continue
         before[prefix] = (module.__dict__.get("_tied_weights_keys"), module.all_tied_weights_keys)
-        if module is model:
-            kept = {
-                target: source
-                for target, source in module.all_tied_weights_keys.items()
-                if target not in stale and source not in stale
-            }
-            module._tied_weights_keys = module.all_tied_weights_keys = {**kept, **new}
-        else:  # the outermost model knows all ties by their full names
-            module._tied_weights_keys = module.all_tied_weights_keys = {}
+        inside = f"{prefix}." if prefix else ""
+        kept = {
+            target: source
+            for target, source in module.all_tied_weights_keys.items()
+            if inside + target not in stale and inside + source not in stale
+        }
+        own = {  # a nested model may be saved alone: it knows the ties that lie within it, by its own names
+            target.removeprefix(inside): source.removeprefix(inside)
+            for target, source in new.items()
+            if target.startswith(inside) and source.startswith(inside)
+        }
+        module._tied_weights_keys = module.all_tied_weights_keys = {**kept, **own}
     return before
 
 
@@ -252,6 +286,7 @@ class EmbkernQuantizer(HfQuantizer):
 
     requires_calibration = False
     original: _Original | None = None
+    checkpoint_keys: set[str] | None = None
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, dtype: Any = None, **_: Any
@@ -261,26 +296,37 @@ class EmbkernQuantizer(HfQuantizer):
         state = self.quantization_config.table
         if state is None:
             raise ValueError("quantization_config.table: expected what embkern saved, got nothing")
+        if state.head == "factorized" and getattr(model.config, "tie_word_embeddings", None) is False:
+            _restore_tie(model)
         table = find_table(model)
         if tuple(table.weight.shape) != (state.num_embeddings, state.embedding_dim):
             raise ValueError(
                 f"quantization_config.table: describes {state.num_embeddings} x {state.embedding_dim}, "
                 f"the model's config says {' x '.join(map(str, table.weight.shape))}"
             )
-        if state.head == "factorized" and table.output_head and not table.tied:
-            table.heads = [table.output_head]  # merging an adapter clears tie_word_embeddings
+        if state.activation is not None and state.head != "dense" and table.tied:
+            raise ValueError(
+                f"{type(model).__name__} has a tied head, which cannot decode through the saved table's "
+                f"activation {state.activation!r}; load the backbone, or export the model to dense"
+            )
         if checkpoint_files:
             keys = _check_files(checkpoint_files, table.root, state)
             # A module that the class ties but the checkpoint holds densely was its own table when saved.
-            own = {
-                name
-                for name in table.embeddings
-                if any(f".{key}".endswith(f".{_canonical(model, name)}.weight") for key in keys)
-            }
-            table.embeddings = [name for name in table.embeddings if name not in own]
+            table.embeddings = [
+                name for name in table.embeddings if not _holds(keys, f"{_canonical(model, name)}.weight")
+            ]
+            if (
+                state.head == "dense"
+                and table.output_head
+                and not _holds(keys, f"{table.output_head}.weight")
+            ):
+                raise ValueError(
+                    f"the checkpoint does not hold {table.output_head}.weight, a dense head by its config"
+                )
+            self.checkpoint_keys = keys
         factors = _empty_factors(state, table.weight.dtype)
-        scales = {name: _scale_of(state, _canonical(model, name)) for name in table.embeddings}
-        self.original = _swap(model, table, factors, scales, factorize_heads=state.head != "dense")
+        table.scales = {name: _scale_of(state, _canonical(model, name)) for name in table.embeddings}
+        self.original = _swap(model, table, factors, factorize_heads=state.head != "dense")
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
@@ -289,50 +335,72 @@ class EmbkernQuantizer(HfQuantizer):
             factors = _factorized(model).factors
             if not factors.codes.is_meta and str(factors.dtype).removeprefix("torch.") == config.table.dtype:
                 verify_checksums(factors.tensors(), config.table.checksums, "the saved embedding")
-            _allow_training(model)
+            if self.checkpoint_keys is not None:
+                _zero_missing_biases(model, self.checkpoint_keys)
+                self.checkpoint_keys = None
+            _adopt(model, self)
         else:
             table = find_table(model)
+            check_installable(table, config.recipe)
             install(model, table, config.recipe.factorize(table.weight.detach()), config.recipe)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict]:
-        """Bring the saved description up to date: the factors may have been trained since."""
-        factors, state = _factorized(model).factors, self.quantization_config.table
-        state.dtype = str(factors.dtype).removeprefix("torch.")
+        """Bring the saved description up to date: the factors may have been trained since.
+
+        transformers saves the live weights after this, whatever ``state_dict`` its caller passed.
+        """
+        root, state = _factorized(model), self.quantization_config.table
+        state.dtype = str(root.codes.dtype).removeprefix("torch.")
+        tensors = {name: tensor.detach() for name, tensor in root.named_parameters()}
         # Offloaded or sharded parameters are not whole here; without a checksum nothing is verified on load.
-        whole = all(type(tensor) is Tensor and not tensor.is_meta for tensor in factors.tensors().values())
-        state.checksums = {n: checksum(t) for n, t in factors.tensors().items()} if whole else {}
+        whole = root.codes.shape == (root.num_embeddings, root.rank) and all(
+            type(tensor) is Tensor and not tensor.is_meta for tensor in tensors.values()
+        )
+        state.checksums = {name: checksum(tensor) for name, tensor in tensors.items()} if whole else {}
+        _keep_tie(model, state)
         return None, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Decode the table, in the factors' dtype: transformers passes the config's, which may be stale."""
         assert self.original is not None, "a model with this quantizer was swapped by it"
-        original, table = self.original, self.original.table
+        original, table, state = self.original, self.original.table, self.quantization_config.table
         root = _factorized(model)
-        with torch.no_grad():
-            weight = nn.Parameter(
-                root.weight.to(dtype or root.codes.dtype), requires_grad=root.codes.requires_grad
+        if root.codes.is_meta:
+            raise ValueError(
+                "model: its factors are offloaded; load it without a device_map to dequantize it"
             )
+        weight = nn.Parameter(root.weight.detach(), requires_grad=root.codes.requires_grad)
         weight._is_hf_initialized = True  # type: ignore[attr-defined]
+        for nested in _models_with_factors(model):
+            if nested is not model:  # transformers takes them from the model itself
+                for owner, attribute in (
+                    (nested, "hf_quantizer"),
+                    (nested, "quantization_method"),
+                    (nested.config, "quantization_config"),
+                ):
+                    owner.__dict__.pop(attribute, None)
         for name, dense in original.modules.items():
             current = model.get_submodule(name)
             dense.weight = weight
             if isinstance(current, FactorizedHead) and current.bias is not None:
                 dense.bias = current.bias
-            _materialize_buffers(model, dense, weight)
-            model.set_submodule(name, dense.train(current.training))
+            _materialize_buffers(model, name, dense, weight)
+            model.set_submodule(name, _take_place(dense, current))
         for prefix, (instance_ties, all_ties) in original.ties.items():
             module = model.get_submodule(prefix)
             module.__dict__.pop("_tied_weights_keys", None)
             if instance_ties is not None:
                 module._tied_weights_keys = instance_ties
             module.all_tied_weights_keys = all_ties
-        if table.tied and self.quantization_config.table.head == "dense":
+        _keep_tie(model, state)
+        if table.tied and state.head == "dense":
             _untie_heads(model, table)
         self.original = None
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
-        """The factors are ordinary parameters: every way of saving works."""
+        """Factors are ordinary parameters."""
         return True
 
     @property
@@ -349,6 +417,35 @@ class EmbkernQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """The lookup traces under torch.compile without graph breaks."""
         return True
+
+
+def _restore_tie(model: PreTrainedModel) -> None:
+    """Tie a skeleton again whose flag was cleared: merging an adapter does, as it looks at dense weights."""
+    model.config.tie_word_embeddings = True
+    for module in model.modules():
+        if hasattr(module, "all_tied_weights_keys"):
+            module.all_tied_weights_keys = module.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def _keep_tie(model: PreTrainedModel, state: TableState) -> None:
+    """Set the flag that says the head is tied where it still shares the factors, and something cleared it."""
+    if state.head == "factorized" and getattr(model.config, "tie_word_embeddings", None) is False:
+        model.config.tie_word_embeddings = True
+
+
+def _holds(keys: set[str], name: str) -> bool:
+    """Whether a checkpoint has a name, with whatever prefix its model puts before it."""
+    return any(f".{key}".endswith(f".{name}") for key in keys)
+
+
+def _zero_missing_biases(model: PreTrainedModel, keys: set[str]) -> None:
+    """Initialise the bias of a head that the checkpoint, saved from a backbone, does not have."""
+    for head in model.modules():
+        if not isinstance(head, FactorizedHead) or head.bias is None:
+            continue
+        names = [name for name, each in model.named_parameters(remove_duplicate=False) if each is head.bias]
+        if not any(_holds(keys, _canonical(model, name)) for name in names):
+            nn.init.zeros_(head.bias)
 
 
 def _factorized(model: PreTrainedModel) -> FactorizedEmbedding:
@@ -391,15 +488,11 @@ def _check_files(files: list[str], root: str, state: TableState) -> set[str]:
     found: dict[str, list[int]] = {}
     keys: set[str] = set()
     for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                keys.update(file.keys())
-                for key in file.keys():  # noqa: SIM118
-                    for name in TENSORS:
-                        if f".{key}".endswith(f".{leaf}.{name}"):
-                            found[name] = list(file.get_slice(key).get_shape())
-        except SafetensorError as error:
-            raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error
+        for key, shape in _shapes(path).items():
+            keys.add(key)
+            for name in TENSORS:
+                if f".{key}".endswith(f".{leaf}.{name}"):
+                    found[name] = shape
     if found != expected:
         raise ValueError(
             f"the checkpoint does not hold the compressed table its config describes: expected {leaf} with "
@@ -408,13 +501,27 @@ def _check_files(files: list[str], root: str, state: TableState) -> set[str]:
     return keys
 
 
-def _materialize_buffers(model: PreTrainedModel, module: nn.Module, weight: Tensor) -> None:
+def _shapes(path: str) -> dict[str, list[int]]:
+    """Names and shapes in a checkpoint file."""
+    if not path.endswith(".safetensors"):
+        return {key: list(each.shape) for key, each in torch.load(path, map_location="meta").items()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error
+
+
+def _materialize_buffers(model: PreTrainedModel, path: str, module: nn.Module, weight: Tensor) -> None:
     """Give a dense module that was built on the meta device its buffers (an embedding's scale)."""
     if any(buffer.is_meta for buffer in module.buffers()):
         for name, buffer in list(module.named_buffers()):
             setattr(module, name, torch.empty_like(buffer, device=weight.device))
+        # The innermost model knows its embedding's class; the weight is left alone, marked as initialised.
+        owners = [model.get_submodule(path.rsplit(".", i)[0]) for i in range(1, path.count(".") + 1)]
+        owner: Any = next((each for each in owners if hasattr(each, "_init_weights")), model)
         with torch.no_grad():
-            model._init_weights(module)  # leaves the weight alone: it is marked as initialised
+            owner._init_weights(module)
     module.to(weight.device)
 
 
@@ -447,8 +554,8 @@ def resize_token_embeddings(model: PreTrainedModel, num_embeddings: int) -> Fact
         ValueError: ``num_embeddings`` is below 1, or the model is not compressed by embkern.
     """
     root = _factorized(model)
-    if num_embeddings < 1:
-        raise ValueError(f"num_embeddings: expected at least 1, got {num_embeddings}")
+    if type(num_embeddings) is not int or num_embeddings < 1:
+        raise ValueError(f"num_embeddings: expected a positive integer, got {num_embeddings!r}")
     old = root.codes
     with torch.no_grad():
         added = max(0, num_embeddings - len(old))
@@ -470,6 +577,11 @@ def resize_token_embeddings(model: PreTrainedModel, num_embeddings: int) -> Fact
                 _replace_parameter(
                     model, module.bias, nn.Parameter(bias, requires_grad=module.bias.requires_grad)
                 )
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Linear):  # its own table: transformers knows how to resize it
+        model.set_output_embeddings(model._get_resized_lm_head(head, num_embeddings))
+    if hasattr(model, "_resize_final_logits_bias"):
+        model._resize_final_logits_bias(num_embeddings)
     model.config.get_text_config().vocab_size = num_embeddings
     if hasattr(model, "vocab_size"):
         model.vocab_size = num_embeddings

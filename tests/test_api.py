@@ -153,11 +153,21 @@ def test_an_existing_directory_is_never_lost(source, tmp_path):
     assert read_report(out).rank == 4
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.tex").write_text("x")
-    with pytest.raises(FileExistsError, match="is not a saved model; it is not replaced"):
+    (tmp_path / "precious" / "config.json").write_text("{}")
+    with pytest.raises(
+        FileExistsError, match=r"did not write \(config.json, thesis.tex\); it is not replaced"
+    ):
         embkern.compress(source, **SVD, output=tmp_path / "precious", overwrite=True)
-    assert os.listdir(tmp_path / "precious") == ["thesis.tex"]
-    with pytest.raises(FileExistsError, match="output"):
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"did not write \(notes.txt\)"):
+        embkern.compress(source, **SVD, output=out, overwrite=True)
+    assert (out / "notes.txt").read_text() == "mine"
+    for output in (source, tmp_path):
+        with pytest.raises(ValueError, match="output: .* is, or holds, the model to read"):
+            embkern.compress(source, **SVD, output=output, overwrite=True)
+    with pytest.raises((FileExistsError, PermissionError), match="output"):
         embkern.compress(source, **SVD, output=source / "config.json", overwrite=True)
+    assert {"config.json", "model.safetensors"} <= set(os.listdir(source))
 
 
 def test_a_full_disk_while_saving_leaves_the_old_model_whole(source, tmp_path, monkeypatch):
@@ -183,7 +193,13 @@ def test_arguments_are_checked_before_anything_is_done(source, tmp_path):
         (dict(ratio=900), ValueError, "leaves no room for rank 1 .* the highest that fits is"),
         (dict(ratio=2, epochs=0), ValueError, "epochs"),
         (dict(ratio=2, text=tmp_path / "none"), FileNotFoundError, "text: expected a text file"),
-        (dict(recipe=embkern.Recipe(ratio=2.0), rank=3), ValueError, "either a recipe or ratio"),
+        (
+            dict(recipe=embkern.Recipe(ratio=2.0), rank=3, lm_head="dense"),
+            ValueError,
+            "a recipe or rank, lm_head",
+        ),
+        (dict(rank=3, method="svd", log=tmp_path / "l"), ValueError, "checkpoint, log: expected with method"),
+        (dict(rank=3, log=tmp_path / "no" / "l"), FileNotFoundError, "log: expected a file in a directory"),
     ):
         with pytest.raises(error, match=message):
             embkern.compress(source, output=tmp_path / "out", progress=False, **arguments)
@@ -191,7 +207,9 @@ def test_arguments_are_checked_before_anything_is_done(source, tmp_path):
 
 
 def test_missing_and_damaged_models(tmp_path, source):
-    with pytest.raises(FileNotFoundError, match="neither a directory here nor to be had from the hub"):
+    with pytest.raises(
+        FileNotFoundError, match="model: expected a directory or a name on the hub, found none"
+    ):
         embkern.compress(tmp_path / "nowhere", **SVD)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="model: .*empty cannot be loaded"):
@@ -225,6 +243,41 @@ def test_zero_rows_and_a_vocabulary_of_one():
     assert embkern.compress(single, method="svd", rank=1).table.direction_error == pytest.approx(0, abs=1e-6)
     with pytest.raises(ValueError, match="cannot be factorised smaller"):
         embkern.compress(tiny_bert(vocab_size=1), method="svd", ratio=1)
+
+
+def test_a_table_that_the_checkpoint_lost_is_named(source, tmp_path):
+    embkern.compress(source, **SVD, output=tmp_path / "small")
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    quantization = config.pop("quantization_config")
+    (tmp_path / "small" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=r"cannot be loaded: the checkpoint does not hold .*word_embeddings.weight"
+    ):
+        inspection.inspect(tmp_path / "small")
+    quantization["table"]["head"] = "dense"
+    (tmp_path / "small" / "config.json").write_text(
+        json.dumps({**config, "quantization_config": quantization})
+    )
+    with pytest.raises(ValueError, match="does not hold cls.predictions.decoder.weight, a dense head"):
+        inspection.inspect(tmp_path / "small")
+
+
+def test_a_missing_tokenizer_is_not_made_up_and_a_damaged_one_is_named(source, text, tmp_path):
+    (source / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="tokenizer: the one in .* cannot be loaded"):
+        embkern.compress(source, **SVD)
+    for path in source.glob("*token*"):
+        path.unlink()
+    report = embkern.compress(source, **SVD, output=tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*token*"))
+    assert report.table.worst_rows[0].token is None
+    with pytest.raises(ValueError, match="text: expected a tokenizer with it"):
+        embkern.compress(source, **SVD, text=text)
+
+
+def test_a_head_that_cannot_work_is_refused_before_training(source, tmp_path):
+    with pytest.raises(ValueError, match="lm_head: a tied head cannot decode through activation 'elu'"):
+        embkern.compress(source, rank=4, activation="elu", epochs=10**9, progress=False)
 
 
 def test_a_damaged_report_is_named(tmp_path, source):

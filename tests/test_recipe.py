@@ -24,10 +24,11 @@ def test_defaults_are_the_papers_method():
         (dict(rank=0), "rank: expected at least 1, got 0"),
         (dict(rank=-3), "rank: expected at least 1, got -3"),
         (dict(rank=2.5), "rank: .*integer"),
+        (dict(rank=True), "rank: .*integer"),
         (dict(ratio=5, method="pq"), "method: .*expected one of autoencoder, svd, got 'pq'"),
         (dict(ratio=5, lm_head="tied"), "lm_head: .*got 'tied'"),
         (dict(ratio=5, epochs=3), "epochs: Extra inputs"),
-        (dict(ratio=5, options=dict(epoch=3)), "autoencoder: epoch: Extra inputs .*options: activation"),
+        (dict(ratio=5, options=dict(epoch=3)), "autoencoder: epoch: Extra inputs .*known: activation"),
         (dict(ratio=5, method="svd", options=dict(epochs=3)), "svd: epochs: Extra inputs"),
         (dict(ratio=5, options=dict(epochs=-1)), "autoencoder: epochs: .* got -1"),
     ],
@@ -48,11 +49,12 @@ def test_yaml_and_overrides(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("- 1\n", "recipe: expected a mapping in .*, got list"),
-        ("", "expected a mapping in .*, got NoneType"),
+        ("- 1\n", "recipe: expected a mapping of names in .*, got .1."),
+        ("", "expected a mapping of names in .*, got None"),
         ("a: [1\n", "recipe: .* is not readable YAML"),
         ("ratio: 5\nspeed: 3\n", "recipe: speed: Extra inputs"),
-        ("ratio: 5\noptions: 3\n", "options"),
+        ("ratio: 5\noptions: 3\n", "recipe: options: expected a mapping in .*, got 3"),
+        ("ratio: 5\n1: 2\n", "expected a mapping of names"),
     ],
 )
 def test_bad_yaml_is_named(tmp_path, content, message):

@@ -188,8 +188,107 @@ def test_resize(tmp_path, name, size):
     loaded = reload(model, tmp_path)
     assert_close(outputs(loaded), outputs(model), atol=1e-6, rtol=1e-5)
     assert outputs(loaded.dequantize()).shape[-1] == size
-    with pytest.raises(ValueError, match="num_embeddings: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_embeddings: expected a positive integer, got 0"):
         resize_token_embeddings(model, 0)
+
+
+def test_a_backbone_loaded_under_a_head_has_a_zero_bias(tmp_path):
+    backbone = T.DistilBertModel(build("distilbert").config)
+    compressed(backbone).save_pretrained(tmp_path)
+    for _ in range(3):  # uninitialised memory is often zero by chance
+        torch.full((V,), float("nan"))
+        model = T.DistilBertForMaskedLM.from_pretrained(tmp_path)
+        assert not model.get_output_embeddings().bias.any()
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "albert", "gpt2", "llama-tied", "bart", "m2m100"])
+def test_a_tie_flag_that_an_adapter_cleared_is_restored(tmp_path, name):
+    """PEFT's merge_and_unload compares dense weights, finds none, and clears tie_word_embeddings."""
+    model = compressed(build(name))
+    expected = outputs(model)
+    model.save_pretrained(tmp_path / "before")
+    model.config.tie_word_embeddings = False
+    assert_close(outputs(reload(model, tmp_path / "after")), expected, atol=1e-6, rtol=1e-5)
+    config = json.loads((tmp_path / "before" / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (tmp_path / "before" / "config.json").write_text(json.dumps(config))
+    loaded, info = type(model).from_pretrained(tmp_path / "before", output_loading_info=True)
+    assert not any(info.values())
+    assert_close(outputs(loaded), expected, atol=1e-6, rtol=1e-5)
+    loaded.config.tie_word_embeddings = False
+    vanilla = reload(loaded.dequantize(), tmp_path / "vanilla")
+    assert_close(outputs(vanilla), expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bert", "bart", "t5", "gpt2"])
+def test_a_nested_model_saves_alone_after_training(tmp_path, name):
+    model = compressed(build(name))
+    with torch.no_grad():
+        model.get_input_embeddings().codes.mul_(1.5)
+    backbone = model.base_model
+    if backbone is model:
+        backbone = model.get_encoder()
+    backbone.save_pretrained(tmp_path)
+    loaded = type(backbone).from_pretrained(tmp_path)
+    assert torch.equal(loaded.get_input_embeddings().codes, model.get_input_embeddings().codes)
+
+
+def test_dequantize_after_saving_and_after_a_cast(tmp_path):
+    model = compressed(build("gpt2"))
+    model.save_pretrained(tmp_path)  # leaves config.dtype a string
+    model.double().dequantize()
+    assert outputs(model).dtype == torch.float64
+
+
+def test_models_that_share_a_config_do_not_share_the_compression(tmp_path):
+    config = build("bert-backbone").config
+    first, second = T.BertModel(config), T.BertModel(config)
+    compressed(first)
+    assert first.encoder.config is first.config
+    reload(second, tmp_path / "second")
+    assert reload(first, tmp_path / "first").get_input_embeddings().rank == 7
+
+
+def test_hooks_of_the_embedding_are_kept():
+    model = build("gpt2")
+    model.enable_input_require_grads()
+    compressed(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    assert model.transformer.wte(torch.tensor([3])).requires_grad
+    model.disable_input_require_grads()
+    assert not model.transformer.wte(torch.tensor([3])).requires_grad
+
+
+def test_other_checkpoint_formats_and_shards(tmp_path):
+    model = compressed(build("gpt2"))
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    assert_close(
+        outputs(T.GPT2LMHeadModel.from_pretrained(tmp_path / "shards")), outputs(model), atol=1e-6, rtol=1e-5
+    )
+    model.save_pretrained(tmp_path / "bin")
+    (tmp_path / "bin" / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
+    assert_close(
+        outputs(T.GPT2LMHeadModel.from_pretrained(tmp_path / "bin")), outputs(model), atol=1e-6, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", ["bert", "bart", "gpt2"])
+def test_a_compressed_model_compiles(name):
+    model = compressed(build(name))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    assert_close(outputs(compiled), outputs(model), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama-untied", "bart"])
+@pytest.mark.parametrize("size", [V + 9, V - 30])
+def test_resize_reaches_dense_heads_and_their_biases(tmp_path, name, size):
+    model = compressed(build(name), lm_head="dense" if name == "bart" else "factorized")
+    resize_token_embeddings(model, size)
+    assert outputs(model).shape[-1] == size
+    assert_close(outputs(reload(model, tmp_path)), outputs(model), atol=1e-6, rtol=1e-5)
 
 
 # ---- finding the table and its scale ---------------------------------------------------------------------
@@ -218,14 +317,12 @@ def test_normalised_and_shifted_embeddings_are_refused():
     for kind in (Normalised, Shifted):
         model = build("llama-untied")
         model.set_input_embeddings(kind(V, H))
-        table = find_table(model)
         before = outputs(model)
         with pytest.raises(
             UnsupportedModelError, match=f"model.embed_tokens .{kind.__name__}. does not return a"
         ):
             compressed(model)
         assert torch.equal(outputs(model), before), "the model is unchanged"
-        assert find_table(model).weight is table.weight
 
 
 def test_models_that_cannot_be_compressed_say_why():
@@ -241,6 +338,18 @@ def test_models_that_cannot_be_compressed_say_why():
     )
     with pytest.raises(UnsupportedModelError, match="ViT"):
         find_table(vision)
+    model.set_input_embeddings(nn.Embedding(V, H))
+    model.model.embed_tokens.extra = nn.Parameter(torch.zeros(2, H))
+    with pytest.raises(UnsupportedModelError, match=r"has parameters besides its table \(extra\)"):
+        find_table(model)
+    with pytest.raises(
+        UnsupportedModelError, match="expected a transformers PreTrainedModel, got OptimizedModule"
+    ):
+        find_table(torch.compile(build("gpt2")))
+    model = build("gpt2")
+    model.hf_quantizer = type("Other", (), {"quantization_config": T.BitsAndBytesConfig()})()
+    with pytest.raises(UnsupportedModelError, match="is quantised by Other already"):
+        find_table(model)
     with pytest.raises(UnsupportedModelError, match="compressed already"):
         find_table(compressed(build("bert")))
 
@@ -263,6 +372,8 @@ def test_the_elu_variant_survives_a_reload(tmp_path):
         build("bert-backbone"), method="autoencoder", options={"activation": "elu", "epochs": 1}
     )
     assert_close(outputs(reload(model, tmp_path)), outputs(model))
+    with pytest.raises(ValueError, match="has a tied head, which cannot decode through .* activation 'elu'"):
+        T.BertForMaskedLM.from_pretrained(tmp_path)
 
 
 def test_other_large_tables_are_reported():
@@ -300,11 +411,19 @@ def edit(path: Path, change) -> None:
         ),
         (lambda c: c["table"].update(offset=False), "does not hold the compressed table"),
         (lambda c: c["table"].pop("dtype"), "quantization_config.table is damaged"),
-        (lambda c: c["table"].update(dtype="float31"), "dtype: expected a torch dtype, got 'float31'"),
+        (
+            lambda c: c["table"].update(dtype="float31"),
+            "dtype: expected a floating-point torch dtype, got 'float31'",
+        ),
         (lambda c: c["table"].update(activation="relu"), "activation"),
         (lambda c: c["table"].update(head="half"), "head: expected factorized, dense or null"),
-        (lambda c: c["table"].update(scales={"x": "a"}), "scales: expected numbers"),
+        (lambda c: c["table"].update(scales={"x": "a"}), "scales: expected finite numbers"),
         (lambda c: c["table"].update(checksums={"codes": "crc32:0"}), "codes was changed after it was saved"),
+        (lambda c: c["table"].update(scales={"x": float("nan")}), "scales: expected finite numbers"),
+        (lambda c: c["table"].update(rank=True), "rank: expected a positive integer, got True"),
+        (lambda c: c["table"].update(dtype="int64"), "dtype: expected a floating-point torch dtype"),
+        (lambda c: c["table"].update(checksums={"decoder": "x"}), "checksums: expected them of codes, basis"),
+        (lambda c: c["table"].update(checksums=None), "quantization_config.table is damaged"),
         (lambda c: c.pop("table"), "quantization_config.table: expected what embkern saved"),
         (lambda c: c.update(surprise=1), "unknown field.s. surprise"),
         (lambda c: c.update(format_version=2), "format_version: expected 1, got 2"),

@@ -52,13 +52,37 @@ def read_sentences(path: str | os.PathLike, limit: int = 1000) -> list[str]:
     return sentences
 
 
-def pooling_of(directory: str | os.PathLike | None) -> Pooling:
-    """How a sentence-transformers model pools its tokens; mean where nothing is said."""
-    path = Path(directory or ".") / "1_Pooling" / "config.json"
-    if directory is None or not path.is_file():
-        return "mean"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    return "cls" if config.get("pooling_mode_cls_token") else "mean"
+def pooling_of(source: str | os.PathLike | None) -> Pooling:
+    """How a sentence-transformers model (a directory or hub name) pools its tokens; mean if nothing is said.
+
+    Raises:
+        ValueError: it pools in another way than mean and cls.
+    """
+    config = _pooling_config(source)
+    # One key with the mode's name since sentence-transformers 5, a flag per mode before.
+    modes = [name.removeprefix("pooling_mode_") for name, value in config.items() if value is True]
+    mode = config.get("pooling_mode") or next((each for each in modes if each != "include_prompt"), "mean")
+    known: dict[str, Pooling] = {"mean": "mean", "mean_tokens": "mean", "cls": "cls", "cls_token": "cls"}
+    if mode not in known:
+        raise ValueError(
+            f"text: the model pools its tokens by {mode!r}; sentences are compared for mean and cls"
+        )
+    return known[mode]
+
+
+def _pooling_config(source: str | os.PathLike | None) -> dict[str, Any]:
+    if source is None:
+        return {}
+    path = Path(source) / "1_Pooling" / "config.json"
+    if not Path(source).is_dir():
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            path = Path(hf_hub_download(os.fspath(source), "1_Pooling/config.json"))
+        except EntryNotFoundError:
+            return {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 @torch.no_grad()
@@ -78,11 +102,27 @@ def embed_sentences(
     """
     if model.config.is_encoder_decoder:
         raise ValueError("text: sentence embeddings need an encoder or decoder model, got an encoder-decoder")
-    backbone, training = model.base_model, model.training
+    training, pad_token = model.training, tokenizer.pad_token
+    if pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     model.eval()
+    try:
+        return _embed(model, tokenizer, sentences, pooling, batch_size, max_length)
+    finally:
+        model.train(training)
+        tokenizer.pad_token = pad_token
+
+
+def _embed(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    sentences: list[str],
+    pooling: Pooling,
+    batch_size: int,
+    max_length: int,
+) -> Tensor:
+    backbone = model.base_model
     order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))  # batches of like length
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     embeddings: list[Tensor] = []
     for start in range(0, len(order), batch_size):
         batch = tokenizer(
@@ -100,7 +140,6 @@ def embed_sentences(
         mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
         pooled = hidden[:, 0] if pooling == "cls" else (hidden * mask).sum(1) / mask.sum(1).clamp_min(1)
         embeddings.append(F.normalize(pooled.float(), dim=1))
-    model.train(training)
     result = torch.cat(embeddings)
     return torch.empty_like(result).index_copy_(0, torch.tensor(order, device=result.device), result)
 

@@ -29,11 +29,13 @@ def parse_options(model: type[AnyOptions], options: dict[str, Any], owner: str) 
         return model.model_validate(options)
     except ValidationError as error:
         known = ", ".join(model.model_fields)
-        problems = "; ".join(
-            f"{'.'.join(map(str, problem['loc'])) or 'options'}: {problem['msg']}, got {problem['input']!r}"
-            for problem in error.errors()
-        )
-        raise ValueError(f"{owner}: {problems} (options: {known})") from None
+        problems = []
+        for problem in error.errors():
+            message = problem["msg"].removeprefix("Value error, ")
+            if place := ".".join(map(str, problem["loc"])):  # a check of the whole names its field itself
+                message = f"{place}: {message}, got {problem['input']!r}"
+            problems.append(message)
+        raise ValueError(f"{owner}: {'; '.join(problems)} (known: {known})") from None
 
 
 @contextlib.contextmanager
@@ -51,6 +53,8 @@ def check_table(table: Tensor) -> None:
     """Raise unless ``table`` is a floating-point (V, H) matrix with V, H >= 1 and finite rows."""
     if table.dim() != 2 or 0 in table.shape:
         raise ValueError(f"table: expected shape (V, H) with V, H >= 1, got {tuple(table.shape)}")
+    if table.is_meta:
+        raise ValueError("table: expected data, got a tensor on the meta device (is the model offloaded?)")
     if not table.is_floating_point():
         raise TypeError(f"table: expected a floating-point dtype, got {table.dtype}")
     finite = torch.cat([torch.isfinite(rows).all(1) for rows in blocks(table)])

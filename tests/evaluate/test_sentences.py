@@ -72,3 +72,8 @@ def test_pooling_follows_the_models_own_file(tmp_path):
     (tmp_path / "1_Pooling").mkdir()
     (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
     assert pooling_of(tmp_path) == "cls"
+    (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode": "cls", "include_prompt": true}')
+    assert pooling_of(tmp_path) == "cls"
+    (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode_max_tokens": true}')
+    with pytest.raises(ValueError, match="text: the model pools its tokens by 'max_tokens'"):
+        pooling_of(tmp_path)
