@@ -22,6 +22,11 @@ def test_import_is_light():
     assert loaded == ""
 
 
+def test_the_ops_load_no_compiler():
+    loaded = python("import sys, embkern.ops; print('torch._dynamo' in sys.modules)")
+    assert loaded == "False", "torch._dynamo takes longer to import than all of embkern"
+
+
 def test_nothing_initialises_cuda():
     script = """
         import torch, embkern, embkern.ops, embkern.methods

@@ -23,6 +23,8 @@ def _no_memory_between_tests():
 
 def test_the_best_backend_of_a_device_is_taken(native):
     assert select("gather_project", "cpu", torch.float32) == "native"
+    assert select("gather_project", "cpu", torch.bfloat16) == "torch"
+    assert select("cosine_mse", "cpu", torch.bfloat16) == "native"
     assert select("gather_project", "meta", torch.float32) == "torch"
     assert select("gather_project", "cuda", torch.float32) == "torch"  # no CUDA kernel is written yet
 
@@ -31,7 +33,7 @@ def test_without_the_extension_torch_serves_and_says_so_once(monkeypatch, caplog
     monkeypatch.setattr(backends, "load_native", lambda: "the native extension is not built")
     with caplog.at_level(logging.WARNING, logger="embkern"):
         for op in ("gather_project", "cosine_mse"):
-            for dtype in (torch.float32, torch.bfloat16):
+            for dtype in (torch.float32, torch.float16):
                 assert select(op, "cpu", dtype) == "torch"
     assert [record.getMessage() for record in caplog.records] == [
         "falling back to the torch backend: the native extension is not built"
