@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt embkern/_version.py $(wildcard
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) --upgrade pip "setuptools>=77" wheel ninja
 	@$(PIP) torch numpy
-	@$(PIP) --no-build-isolation --editable ".[demo,test,lint]"
+	@PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --editable ".[demo,test,lint]"
 	@$(BIN)/embkern env
 	@touch $@
 
