@@ -6,13 +6,15 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import BaseModel
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from ._version import __version__
 
 if TYPE_CHECKING:
     from .report import Report
@@ -21,7 +23,6 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Compress the token embeddings of Transformer models.",
 )
 
 Model = Annotated[str, typer.Argument(help="a model directory, or a name on the hub", metavar="MODEL")]
@@ -31,9 +32,24 @@ Output = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a saved model that is there")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 Text = Annotated[
-    Optional[Path],  # noqa: UP045 -- typer on Python 3.10 wants Optional
+    Path | None,
     typer.Option("--text", help="a text file, one sentence a line: compares sentence embeddings"),
 ]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"embkern {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="show it and exit")
+    ] = False,
+) -> None:
+    """Compress the token embeddings of Transformer models."""
 
 
 @app.command()
@@ -41,27 +57,27 @@ def compress(
     model: Model,
     output: Output,
     ratio: Annotated[
-        Optional[float], typer.Option(help="bytes of the table over bytes of what replaces it")  # noqa: UP045
+        float | None, typer.Option(help="bytes of the table over bytes of what replaces it")
     ] = None,
-    rank: Annotated[Optional[int], typer.Option(help="width of the codes, instead of a ratio")] = None,  # noqa: UP045
-    method: Annotated[Optional[str], typer.Option(help="autoencoder (default) or svd")] = None,  # noqa: UP045
+    rank: Annotated[int | None, typer.Option(help="width of the codes, instead of a ratio")] = None,
+    method: Annotated[str | None, typer.Option(help="autoencoder (default) or svd")] = None,
     lm_head: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="a tied head: factorized (default) shares the factors, dense keeps the table"),
     ] = None,
-    recipe: Annotated[Optional[Path], typer.Option(help="YAML file; flags override it")] = None,  # noqa: UP045
+    recipe: Annotated[Path | None, typer.Option(help="YAML file; flags override it")] = None,
     text: Text = None,
-    epochs: Annotated[Optional[int], typer.Option(help="autoencoder: passes over the table")] = None,  # noqa: UP045
-    batch_size: Annotated[Optional[int], typer.Option(help="autoencoder: rows per step")] = None,  # noqa: UP045
-    lr: Annotated[Optional[float], typer.Option(help="autoencoder: Adam's learning rate")] = None,  # noqa: UP045
-    init: Annotated[Optional[str], typer.Option(help="autoencoder: random or svd")] = None,  # noqa: UP045
-    activation: Annotated[Optional[str], typer.Option(help="autoencoder: elu")] = None,  # noqa: UP045
-    center: Annotated[Optional[bool], typer.Option("--center", help="svd: PCA with a mean")] = None,  # noqa: UP045
-    seed: Annotated[Optional[int], typer.Option(help="of the method")] = None,  # noqa: UP045
+    epochs: Annotated[int | None, typer.Option(help="autoencoder: passes over the table")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="autoencoder: rows per step")] = None,
+    lr: Annotated[float | None, typer.Option(help="autoencoder: Adam's learning rate")] = None,
+    init: Annotated[str | None, typer.Option(help="autoencoder: random or svd")] = None,
+    activation: Annotated[str | None, typer.Option(help="autoencoder: elu")] = None,
+    center: Annotated[bool | None, typer.Option("--center", help="svd: PCA with a mean")] = None,
+    seed: Annotated[int | None, typer.Option(help="of the method")] = None,
     checkpoint: Annotated[
-        Optional[Path], typer.Option(help="autoencoder: file to go on from after a kill")  # noqa: UP045
+        Path | None, typer.Option(help="autoencoder: file to go on from after a kill")
     ] = None,
-    log: Annotated[Optional[Path], typer.Option(help="autoencoder: JSON lines, one per epoch")] = None,  # noqa: UP045
+    log: Annotated[Path | None, typer.Option(help="autoencoder: JSON lines, one per epoch")] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:

@@ -64,7 +64,14 @@ class Recipe(BaseModel):
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike, **overrides: Any) -> Recipe:
-        """Read a YAML mapping of the fields above; ``overrides`` win, and ``options`` are merged."""
+        """Read a YAML mapping of the fields above; ``overrides`` win, and ``options`` are merged.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not a mapping of a recipe's fields, or one of them is wrong.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"recipe: expected a YAML file, found none at {path}")
         try:
             fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
+import embkern
 from embkern import cli
 
 from .models import build, word_tokenizer
@@ -58,6 +59,10 @@ def test_compress_evaluate_inspect_export(dense, tmp_path):
     assert (tmp_path / "back" / "model.safetensors").exists()
 
 
+def test_version():
+    assert run("--version").stdout == f"embkern {embkern.__version__}\n"
+
+
 def test_env_tells_the_backends_and_why():
     facts = json.loads(run("env", "--json").stdout)
     assert facts["gather_project on cpu"].split(";")[0] in ("native", "torch")
@@ -84,7 +89,10 @@ def test_env_tells_the_backends_and_why():
             "expected a directory or a name on the hub",
         ),
         (["compress", "{dense}", "-o", "{dense}", "--ratio", "2"], "output: .* the model to read"),
-        (["compress", "{dense}", "-o", "{out}", "--ratio", "2", "--recipe", "{out}.yaml"], "No such file"),
+        (
+            ["compress", "{dense}", "-o", "{out}", "--ratio", "2", "--recipe", "{out}.yaml"],
+            "recipe: expected a YAML file",
+        ),
         (["evaluate", "{dense}", "--against", "{dense}"], "expected one compressed by embkern"),
         (["export", "{dense}", "-o", "{out}"], "expected one compressed by embkern"),
         (["export", "{dense}", "-o", "{out}", "--format", "int4"], "format: expected dense, got 'int4'"),
