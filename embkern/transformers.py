@@ -310,16 +310,15 @@ class EmbkernQuantizer(HfQuantizer):
                 f"activation {state.activation!r}; load the backbone, or export the model to dense"
             )
         if checkpoint_files:
-            keys = _check_files(checkpoint_files, table.root, state)
+            shapes = _check_files(checkpoint_files, table.root, state)
+            keys = set(shapes)
             # A module that the class ties but the checkpoint holds densely was its own table when saved.
             table.embeddings = [
                 name for name in table.embeddings if not _holds(keys, f"{_canonical(model, name)}.weight")
             ]
-            if (
-                state.head == "dense"
-                and table.output_head
-                and not _holds(keys, f"{table.output_head}.weight")
-            ):
+            # By its shape: architectures rename a head's weight on the way to the file.
+            dense_shape = [state.num_embeddings, state.embedding_dim]
+            if state.head == "dense" and table.tied and dense_shape not in shapes.values():
                 raise ValueError(
                     f"the checkpoint does not hold {table.output_head}.weight, a dense head by its config"
                 )
@@ -473,8 +472,8 @@ def _scale_of(state: TableState, name: str) -> float:
     raise ValueError(f"quantization_config.table.scales: no entry for {name}, only {sorted(state.scales)}")
 
 
-def _check_files(files: list[str], root: str, state: TableState) -> set[str]:
-    """Return the names in a checkpoint; raise if it lacks the factors.
+def _check_files(files: list[str], root: str, state: TableState) -> dict[str, list[int]]:
+    """Return the names and shapes in a checkpoint; raise if it lacks the factors.
 
     transformers would only log that they are missing and go on with random ones.
     """
@@ -486,19 +485,17 @@ def _check_files(files: list[str], root: str, state: TableState) -> set[str]:
         expected["offset"] = [state.embedding_dim]
     leaf = root.rpartition(".")[2]
     found: dict[str, list[int]] = {}
-    keys: set[str] = set()
-    for path in files:
-        for key, shape in _shapes(path).items():
-            keys.add(key)
-            for name in TENSORS:
-                if f".{key}".endswith(f".{leaf}.{name}"):
-                    found[name] = shape
+    shapes = {key: shape for path in files for key, shape in _shapes(path).items()}
+    for key, shape in shapes.items():
+        for name in TENSORS:
+            if f".{key}".endswith(f".{leaf}.{name}"):
+                found[name] = shape
     if found != expected:
         raise ValueError(
             f"the checkpoint does not hold the compressed table its config describes: expected {leaf} with "
             f"shapes {expected}, found {found or 'none'}"
         )
-    return keys
+    return shapes
 
 
 def _shapes(path: str) -> dict[str, list[int]]:

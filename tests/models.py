@@ -45,6 +45,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     ).eval(),
     "llama-tied": _model("LlamaForCausalLM", "LlamaConfig", tie_word_embeddings=True),
     "llama-untied": _model("LlamaForCausalLM", "LlamaConfig", tie_word_embeddings=False),
+    "gpt-neox": _model("GPTNeoXForCausalLM", "GPTNeoXConfig"),  # its head has another name in the file
     "qwen3": _model("Qwen3ForCausalLM", "Qwen3Config", tie_word_embeddings=True, head_dim=8),
     "gemma3": _model(
         "Gemma3ForCausalLM", "Gemma3TextConfig", tie_word_embeddings=True, head_dim=8, sliding_window=16

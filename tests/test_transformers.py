@@ -22,7 +22,7 @@ from embkern.transformers import install
 
 from .models import MODELS, H, V, build, outputs
 
-UNTIED = {"bert-backbone", "llama-untied"}
+UNTIED = {"bert-backbone", "llama-untied", "gpt-neox"}
 
 
 def compressed(model, **recipe):
