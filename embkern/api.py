@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -92,6 +93,11 @@ def compress(
         FileExistsError: ``output`` exists and may not be replaced.
     """
     recipe = _recipe(recipe, method, ratio, rank, lm_head, options)
+    run: dict[str, Any] = {}
+    if recipe.method == "autoencoder":
+        run = {"progress": progress, "checkpoint": checkpoint, "log": log}
+    elif checkpoint is not None or log is not None:
+        raise ValueError(f"checkpoint, log: expected with method 'autoencoder' only, got {recipe.method!r}")
     if output is not None:
         check_output(output, overwrite, source=model)
     sentences = None if text is None else read_sentences(text)
@@ -107,21 +113,20 @@ def compress(
     weight = table.weight.detach()
     check_table(weight)
     check_installable(table, recipe)
-    bytes_before = model_bytes(model)
-    before = pooling = None
+    table_bytes, bytes_before, others = weight.nbytes, model_bytes(model), other_tables(model)
+    embed = before = None
     if sentences is not None:
         pooling = pooling_of(source)
-        before = embed_sentences(model, tokenizer, sentences, pooling=pooling)
+        embed = functools.partial(embed_sentences, model, tokenizer, sentences, pooling=pooling)
+        before = embed()
 
-    run: dict[str, Any] = {}
-    if recipe.method == "autoencoder":
-        run = {"progress": progress, "checkpoint": checkpoint, "log": log}
-    elif checkpoint is not None or log is not None:
-        raise ValueError(f"checkpoint, log: expected with method 'autoencoder' only, got {recipe.method!r}")
     started = time.perf_counter()
     factors = recipe.factorize(weight, **run)
     seconds = time.perf_counter() - started
     comparison = compare_tables(weight, factors, tokens=tokenizer and tokenizer.convert_ids_to_tokens)
+    del weight  # the dense table is freed in the swap
+    install(model, table, factors, recipe)
+
     report = Report(
         source=public_name(source or str(getattr(model.config, "_name_or_path", ""))) or type(model).__name__,
         architecture=type(model).__name__,
@@ -130,14 +135,15 @@ def compress(
         embedding_dim=factors.embedding_dim,
         rank=factors.rank,
         dtype=str(factors.dtype).removeprefix("torch."),
-        head=None,
-        table_bytes=weight.nbytes,
+        head=model.config.quantization_config.table.head,
+        table_bytes=table_bytes,
         factors_bytes=factors.nbytes,
-        ratio=weight.nbytes / factors.nbytes,
+        ratio=table_bytes / factors.nbytes,
         model_bytes_before=bytes_before,
-        model_bytes_after=0,
+        model_bytes_after=model_bytes(model),
         table=comparison,
-        other_tables=other_tables(model),
+        sentences=sentence_fidelity(before, embed()) if embed and before is not None else None,
+        other_tables=others,
         seconds=round(seconds, 3),
         versions={
             "embkern": __version__,
@@ -145,13 +151,6 @@ def compress(
             "transformers": transformers.__version__,
         },
     )
-    del weight
-    install(model, table, factors, recipe)
-    report.head = model.config.quantization_config.table.head
-    report.model_bytes_after = model_bytes(model)
-    if before is not None and pooling is not None:
-        after = embed_sentences(model, tokenizer, cast(list, sentences), pooling=pooling)
-        report.sentences = sentence_fidelity(before, after)
     report._model = model
     if output is not None:
         save(model, output, source=source, tokenizer=tokenizer, report=report)

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pydantic import BaseModel
@@ -17,7 +17,7 @@ from rich.table import Table
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .report import Report
+    from .report import Comparison
 
 app = typer.Typer(
     add_completion=False,
@@ -103,7 +103,9 @@ def compress(
     if as_json:
         _print_json(report)
     else:
-        _print_report(report, f"{model} -> {output}")
+        _print_comparison(report, f"{model} -> {output}")
+        for name, size in report.other_tables.items():
+            typer.echo(f"left alone: {name}, {size:,} bytes, is another embedding table", err=True)
 
 
 @app.command()
@@ -142,11 +144,7 @@ def evaluate(
     if as_json:
         _print_json(result)
         return
-    table = Table(title=escape(f"{directory} against {against}"), show_header=False)
-    for name, value in result.rows().items():
-        table.add_row(name, value)
-    _console().print(table)
-    _print_worst(result.table.worst_rows)
+    _print_comparison(result, f"{directory} against {against}")
 
 
 @app.command()
@@ -203,28 +201,14 @@ def _print_json(model: BaseModel) -> None:
     print(model.model_dump_json(indent=2))
 
 
-def _print_report(report: Report, title: str) -> None:
+def _print_comparison(comparison: Comparison, title: str) -> None:
     table = Table(title=escape(title), show_header=False)
-    table.add_row("method", f"{report.recipe.method}, rank {report.rank} of {report.embedding_dim}")
-    table.add_row("table, bytes", f"{report.table_bytes:,} -> {report.factors_bytes:,} ({report.ratio:.2f}x)")
-    table.add_row("model, bytes", f"{report.model_bytes_before:,} -> {report.model_bytes_after:,}")
-    table.add_row("output head", report.head or "none")
-    table.add_row("direction error (1 - cos)", f"{report.table.direction_error:.4f}")
-    table.add_row("RMSE", f"{report.table.rmse:.5f}")
-    table.add_row("nearest neighbours kept", f"{report.table.neighbor_overlap:.1%}")
-    if report.sentences:
-        table.add_row("sentence embeddings, mean cos", f"{report.sentences.mean_cosine:.4f}")
-        if report.sentences.spearman is not None:
-            table.add_row("sentence similarities, Spearman", f"{report.sentences.spearman:.4f}")
-    table.add_row("seconds", f"{report.seconds:.1f}")
+    for name, value in comparison.rows().items():
+        table.add_row(name, value)
     _console().print(table)
-    _print_worst(report.table.worst_rows)
-    for name, size in report.other_tables.items():
-        typer.echo(f"left alone: {name}, {size:,} bytes, is another embedding table", err=True)
-
-
-def _print_worst(rows: list[Any]) -> None:
-    shown = ", ".join(f"{row.token or row.id} {row.direction_error:.2f}" for row in rows)
+    shown = ", ".join(
+        f"{row.token or row.id} {row.direction_error:.2f}" for row in comparison.table.worst_rows
+    )
     _console().print(f"worst rows: {shown}", markup=False)
 
 

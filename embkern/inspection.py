@@ -12,18 +12,12 @@ from pydantic import BaseModel, Field
 
 from ._version import __version__
 from .api import load_model, load_tokenizer, model_bytes
-from .evaluate import (
-    SentenceFidelity,
-    TableComparison,
-    compare_tables,
-    embed_sentences,
-    read_sentences,
-    sentence_fidelity,
-)
+from .evaluate import compare_tables, embed_sentences, read_sentences, sentence_fidelity
 from .evaluate.sentences import pooling_of
-from .layer import FactorizedEmbedding
-from .model_table import find_table, input_embeddings, other_tables, probe_scale
+from .layer import FactorizedEmbedding, FactorizedHead
+from .model_table import find_table, input_embeddings, other_tables
 from .ops.backends import BACKENDS, KERNELS, select, unavailable
+from .report import Comparison
 
 
 class RankSaving(BaseModel):
@@ -92,7 +86,7 @@ def inspect(name: str | os.PathLike) -> Summary:
             rank=embedding.rank,
             table_bytes=embedding.factors.nbytes,
             modules=[n for n, m in model.named_modules() if isinstance(m, FactorizedEmbedding)],
-            heads=[n for n, m in model.named_modules() if type(m).__name__ == "FactorizedHead"],
+            heads=[n for n, m in model.named_modules() if isinstance(m, FactorizedHead)],
             scales=dict(state.scales),
         )
     table = find_table(model)
@@ -119,43 +113,14 @@ def inspect(name: str | os.PathLike) -> Summary:
         table_bytes=table.weight.nbytes,
         modules=table.embeddings,
         heads=table.heads,
-        scales={each: probe_scale(model.get_submodule(each), each) for each in table.embeddings},
+        scales=table.scales,
         ranks=ranks,
     )
 
 
-class Evaluation(BaseModel):
-    """A compressed model beside the dense one."""
-
-    table_bytes: int
-    factors_bytes: int
-    ratio: float
-    model_bytes_before: int
-    model_bytes_after: int
-    table: TableComparison
-    sentences: SentenceFidelity | None = None
-
-    def rows(self) -> dict[str, str]:
-        """Return the rows of the printed table."""
-        rows = {
-            "table, bytes": f"{self.table_bytes:,} -> {self.factors_bytes:,} ({self.ratio:.2f}x)",
-            "model, bytes": f"{self.model_bytes_before:,} -> {self.model_bytes_after:,}",
-            "direction error (1 - cos), mean": f"{self.table.direction_error:.4f}",
-            "direction error, 99th percentile": f"{self.table.direction_error_p99:.4f}",
-            "RMSE": f"{self.table.rmse:.5f}",
-            "nearest neighbours kept": f"{self.table.neighbor_overlap:.1%}",
-        }
-        if self.sentences:
-            rows["sentences compared"] = str(self.sentences.sentences)
-            rows["sentence embeddings, mean cos"] = f"{self.sentences.mean_cosine:.4f}"
-            if self.sentences.spearman is not None:
-                rows["sentence similarities, Spearman"] = f"{self.sentences.spearman:.4f}"
-        return rows
-
-
 def evaluate(
     directory: str | os.PathLike, against: str | os.PathLike, *, text: str | os.PathLike | None = None
-) -> Evaluation:
+) -> Comparison:
     """Compare a compressed model with the dense one it came from.
 
     Raises:
@@ -173,7 +138,7 @@ def evaluate(
         )
     tokenizer = load_tokenizer(against) or load_tokenizer(directory)
     factors = embedding.factors
-    result = Evaluation(
+    result = Comparison(
         table_bytes=table.nbytes,
         factors_bytes=factors.nbytes,
         ratio=table.nbytes / factors.nbytes,

@@ -17,8 +17,39 @@ if TYPE_CHECKING:
 REPORT_NAME = "embkern_report.json"
 
 
-class Report(BaseModel):
-    """What ``embkern.compress`` did and measured. Bytes are tensor bytes, as stored."""
+class Comparison(BaseModel):
+    """A compressed model beside the dense one. Bytes are tensor bytes, as stored."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    table_bytes: int = Field(description="bytes of the table before")
+    factors_bytes: int = Field(description="bytes of everything that replaces it")
+    ratio: float = Field(description="table_bytes / factors_bytes")
+    model_bytes_before: int
+    model_bytes_after: int
+    table: TableComparison
+    sentences: SentenceFidelity | None = None
+
+    def rows(self) -> dict[str, str]:
+        """Return what is printed, and written into a model card, by name."""
+        rows = {
+            "table, bytes": f"{self.table_bytes:,} -> {self.factors_bytes:,} ({self.ratio:.2f}x)",
+            "model, bytes": f"{self.model_bytes_before:,} -> {self.model_bytes_after:,}",
+            "direction error (1 - cos), mean": f"{self.table.direction_error:.4f}",
+            "direction error, 99th percentile": f"{self.table.direction_error_p99:.4f}",
+            "RMSE": f"{self.table.rmse:.5f}",
+            "nearest neighbours kept": f"{self.table.neighbor_overlap:.1%}",
+        }
+        if self.sentences:
+            rows["sentences compared"] = str(self.sentences.sentences)
+            rows["sentence embeddings, mean cos"] = f"{self.sentences.mean_cosine:.4f}"
+            if self.sentences.spearman is not None:
+                rows["sentence similarities, Spearman"] = f"{self.sentences.spearman:.4f}"
+        return rows
+
+
+class Report(Comparison):
+    """What ``embkern.compress`` did and measured."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
@@ -30,13 +61,6 @@ class Report(BaseModel):
     rank: int
     dtype: str
     head: str | None = Field(description="output head: factorized (tied), dense, or null for none")
-    table_bytes: int = Field(description="bytes of the table before")
-    factors_bytes: int = Field(description="bytes of everything that replaces it")
-    ratio: float = Field(description="table_bytes / factors_bytes")
-    model_bytes_before: int
-    model_bytes_after: int
-    table: TableComparison
-    sentences: SentenceFidelity | None = None
     other_tables: dict[str, int] = Field(
         default_factory=dict, description="large embedding tables left alone, with their bytes"
     )
@@ -47,6 +71,15 @@ class Report(BaseModel):
     versions: dict[str, str]
 
     _model: Any = PrivateAttr(None)
+
+    def rows(self) -> dict[str, str]:
+        """Return what was done, then what is compared."""
+        return {
+            "method": f"{self.recipe.method}, rank {self.rank} of {self.embedding_dim}",
+            "output head": self.head or "none",
+            **super().rows(),
+            "seconds": f"{self.seconds:.1f}",
+        }
 
     @property
     def model(self) -> PreTrainedModel:
@@ -63,20 +96,7 @@ def model_card(report: Report) -> str:
         tags=["embkern", "compressed-embeddings"],
         base_model=report.source if _is_hub_name(report.source) else None,
     )
-    rows = {
-        "method": f"{report.recipe.method}, rank {report.rank}",
-        "embedding table": f"{report.num_embeddings} x {report.embedding_dim}, {report.dtype}",
-        "bytes of the table": f"{report.table_bytes:,} -> {report.factors_bytes:,} ({report.ratio:.2f}x)",
-        "bytes of the model": f"{report.model_bytes_before:,} -> {report.model_bytes_after:,}",
-        "direction error, mean of 1 - cos": f"{report.table.direction_error:.4f}",
-        "RMSE": f"{report.table.rmse:.5f}",
-        "nearest neighbours kept": f"{report.table.neighbor_overlap:.1%}",
-    }
-    if report.sentences:
-        rows["sentence embeddings, mean cosine"] = f"{report.sentences.mean_cosine:.4f}"
-        if report.sentences.spearman is not None:
-            rows["sentence similarities, Spearman"] = f"{report.sentences.spearman:.4f}"
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    table = "\n".join(f"| {name} | {value} |" for name, value in report.rows().items())
     return str(
         ModelCard(
             f"""---

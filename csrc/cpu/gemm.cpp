@@ -1,8 +1,8 @@
 // The matrix product of common.h, compiled once per instruction-set level.
 //
-// A tile of 6 rows x 64 bytes of accumulators fills 12 of AVX2's 16 vector registers (6 of AVX-512's 32) and
-// reads each line of b once for six rows. The accumulators are vectors of the compiler's own (GCC, Clang):
-// plain arrays were left in memory, at a seventh of the speed.
+// A tile of 6 rows x 64 bytes of running sums fills 12 of AVX2's 16 vector registers (6 of AVX-512's 32) and
+// reads each line of b once for six rows. The sums are vectors of the compiler's own (GCC, Clang): GCC 12 left
+// plain arrays in memory, and the forward of 4096 tokens at r = 75 took twenty times as long.
 #include <cstring>
 
 #include "cpu/common.h"
@@ -30,8 +30,8 @@ struct Line {
 #endif
 };
 
-// Partial sums of this many terms are added up: over a long k (the backward's H and N) the rounding error
-// then grows with the square root of k / 64 and not of k.
+// Partial sums of this many terms are added up, so that over a long k (the backward's H and N) the rounding
+// error grows with k / 64 and not with k.
 constexpr int64_t kPartialTerms = 64;
 
 // `lanes` columns of a line: all of them (a constant, so that the copies are plain loads) or a tail.

@@ -141,6 +141,7 @@ def autoencoder(
     Raises:
         ValueError, TypeError: the rank or an option is out of range, the table is not usable, or the
             checkpoint belongs to another run or is damaged, or ``validate`` returns no finite number.
+        FileNotFoundError: the directory of ``checkpoint`` or ``log`` does not exist.
         RuntimeError: the loss is no longer finite.
 
     Source: arXiv 2106.08181, section 3, and its authors' released configuration.
@@ -158,7 +159,9 @@ def autoencoder(
         torch.autocast(table.device.type, enabled=False),
         torch.device(table.device),
     ):
-        return _train(table.detach().clone(), rank, chosen, validate, checkpoint, log, progress)
+        # Inference tensors cannot be saved for a backward; only those are worth a copy of the table.
+        data = table.clone() if table.is_inference() else table.detach()
+        return _train(data, rank, chosen, validate, checkpoint, log, progress)
 
 
 def _train(
