@@ -2,11 +2,26 @@
 // backend, so that the ops exist (and say what is missing) where this extension was not built.
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/capability.h"
 #include "cpu/ops.h"
 
 STABLE_TORCH_LIBRARY_IMPL(embkern, CPU, m) {
   m.impl("gather_project_forward.native", TORCH_BOX(&embkern::gather_project_forward));
+  m.impl("gather_project_out.native", TORCH_BOX(&embkern::gather_project_out));
   m.impl("gather_project_backward.native", TORCH_BOX(&embkern::gather_project_backward));
   m.impl("cosine_mse_forward.native", TORCH_BOX(&embkern::cosine_mse_forward));
   m.impl("cosine_mse_backward.native", TORCH_BOX(&embkern::cosine_mse_backward));
 }
+
+STABLE_TORCH_LIBRARY_IMPL(embkern, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&embkern::cpu_capability));
+}
+
+#ifdef USE_CUDA
+#include "cuda/ops.h"
+
+STABLE_TORCH_LIBRARY_IMPL(embkern, CUDA, m) {
+  m.impl("gather_project_forward.native", TORCH_BOX(&embkern::cuda::gather_project_forward));
+  m.impl("gather_project_out.native", TORCH_BOX(&embkern::cuda::gather_project_out));
+}
+#endif

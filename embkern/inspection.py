@@ -17,6 +17,7 @@ from .evaluate.sentences import pooling_of
 from .layer import FactorizedEmbedding, FactorizedHead
 from .model_table import find_table, input_embeddings, other_tables
 from .ops.backends import BACKENDS, KERNELS, select, unavailable
+from .ops.library import cpu_capability, load_native
 from .report import Comparison
 
 
@@ -166,6 +167,8 @@ def environment() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             facts[package] = "not installed"
     facts["cpu"] = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
+    if load_native() is None:
+        facts["native CPU kernels"] = cpu_capability()
     facts["cuda"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:

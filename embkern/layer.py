@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .factors import ACTIVATIONS, Factors, activate
 from .ops import gather_project
-from .ops.backends import Backend
+from .ops.backends import DTYPES, Backend
 
 
 class _FactorizedTable(nn.Module):
@@ -82,6 +82,7 @@ class FactorizedEmbedding(_FactorizedTable):
         activation: None or ``"elu"``, applied to the decoded row.
         scale: constant factor on the output, rounded to its dtype, as in models that scale embeddings by
             ``sqrt(H)``. ``weight`` is the unscaled table.
+        sparse: whether the gradient of ``codes`` is a sparse tensor, as in ``nn.Embedding``.
         backend: passed to ``gather_project``; None takes the best for the device.
 
     The parameters are initialised so that a decoded row has unit variance, like ``nn.Embedding``'s.
@@ -100,6 +101,7 @@ class FactorizedEmbedding(_FactorizedTable):
         offset: bool = False,
         activation: str | None = None,
         scale: float = 1.0,
+        sparse: bool = False,
         backend: Backend | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -117,6 +119,8 @@ class FactorizedEmbedding(_FactorizedTable):
         self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
         self.activation = activation
         self.scale = float(scale)
+        self._scales = {dtype: torch.tensor(self.scale, dtype=dtype, device="cpu").item() for dtype in DTYPES}
+        self.sparse = sparse
         self.backend = backend
         kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         self._register(
@@ -143,6 +147,7 @@ class FactorizedEmbedding(_FactorizedTable):
         *,
         padding_idx: int | None = None,
         scale: float = 1.0,
+        sparse: bool = False,
         backend: Backend | None = None,
     ) -> FactorizedEmbedding:
         """Return a layer over ``factors``, sharing their memory."""
@@ -154,6 +159,7 @@ class FactorizedEmbedding(_FactorizedTable):
             offset=factors.offset is not None,
             activation=factors.activation,
             scale=scale,
+            sparse=sparse,
             backend=backend,
             device="meta",
             dtype=factors.dtype,
@@ -163,14 +169,19 @@ class FactorizedEmbedding(_FactorizedTable):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows of ``ids`` (any shape, int32 or int64): (``*``, H)."""
+        # Models keep their scale in the weights' dtype.
+        scale = 1.0 if self.scale == 1.0 else self._scales[self.codes.dtype]
         rows = gather_project(
-            ids, self.codes, self.basis, self.offset, padding_idx=self.padding_idx, backend=self.backend
+            ids,
+            self.codes,
+            self.basis,
+            self.offset,
+            scale=1.0 if self.activation else scale,
+            padding_idx=self.padding_idx,
+            sparse=self.sparse,
+            backend=self.backend,
         )
-        rows = activate(rows, self.activation)
-        if self.scale == 1.0:
-            return rows
-        # Models keep their scale in the weights' dtype. A scalar on the CPU costs no copy to a device.
-        return rows * torch.tensor(self.scale, dtype=rows.dtype, device="cpu")
+        return activate(rows, self.activation) * scale if self.activation else rows
 
     def extra_repr(self) -> str:
         """Return what ``print`` shows of the layer."""
@@ -183,6 +194,8 @@ class FactorizedEmbedding(_FactorizedTable):
             parts.append(f"activation={self.activation!r}")
         if self.scale != 1.0:
             parts.append(f"scale={self.scale:g}")
+        if self.sparse:
+            parts.append("sparse=True")
         return ", ".join(parts)
 
 

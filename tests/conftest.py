@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS, read before CUDA starts
 import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
@@ -74,6 +77,7 @@ def compile_counting(function: Callable) -> tuple[Callable, list]:
 
 def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
     assert torch.isfinite(got).all(), "unwritten or overflown values"
+    got, exact = got.detach(), exact.detach()
     return float((got.double() - exact).norm() / exact.norm().clamp_min(1e-300))
 
 

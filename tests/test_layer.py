@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from embkern import FactorizedEmbedding, FactorizedHead, Factors
 
-from .conftest import compile_counting
+from .conftest import assert_no_worse_than, compile_counting
 
 
 def layer(**kwargs) -> FactorizedEmbedding:
@@ -55,8 +55,22 @@ def test_padding_idx_masks_the_gradient_and_keeps_the_row():
 def test_scale_is_rounded_to_the_dtype_of_the_weights(dtype):
     scale = 25.298221281347036  # sqrt(640), as Gemma keeps it in the weights' dtype
     embedding = layer(scale=scale).to(dtype)
-    ids = torch.arange(13)
-    assert torch.equal(embedding(ids), embedding.weight * torch.tensor(scale, dtype=dtype))
+    exact = embedding.codes.double() @ embedding.basis.double() + embedding.offset.double()
+    exact = exact * torch.tensor(scale, dtype=dtype).double()
+    got = embedding(torch.arange(13))
+    assert_no_worse_than(got, embedding.weight * torch.tensor(scale, dtype=dtype), exact)
+    assert got.dtype == dtype
+
+
+def test_sparse_gives_the_gradient_of_the_rows_that_were_looked_up():
+    dense, sparse = layer(padding_idx=2), layer(padding_idx=2, sparse=True)
+    sparse.load_state_dict(dense.state_dict())
+    ids = torch.tensor([[1, 5, 1], [2, 2, 12]])
+    for embedding in (dense, sparse):
+        embedding(ids).square().sum().backward()
+    assert sparse.codes.grad.is_sparse
+    assert_close(sparse.codes.grad.to_dense(), dense.codes.grad)
+    torch.optim.SparseAdam([sparse.codes]).step()
 
 
 def test_activation():

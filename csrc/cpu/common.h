@@ -1,4 +1,4 @@
-// Element types, conversions and the one matrix product that the CPU kernels share.
+// Element types, their dispatch and allocation: what the CPU ops share.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -12,14 +12,6 @@
 #include <vector>
 
 #include "checks.h"
-
-// One binary for every x86-64: the compiler emits the function once per level and the loader picks.
-// The kernels below are always_inline templates, so they are compiled anew inside each clone.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define EMBKERN_CPU_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define EMBKERN_CPU_CLONES
-#endif
 
 #if defined(__GNUC__)
 #define EMBKERN_INLINE inline __attribute__((always_inline))
@@ -74,35 +66,17 @@ void dispatch_index(ScalarType type, const char* name, Body body) {
   }
 }
 
-template <class From, class To>
-EMBKERN_INLINE void convert(const From* from, int64_t count, To* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<To>(from[i]);
+// An uninitialised CPU tensor. torch::stable::new_empty looks its operator up by name: 1 us.
+inline torch::stable::Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t dim = sizes.size(); dim-- > 1;)
+    strides[dim - 1] = strides[dim] * std::max<int64_t>(sizes[dim], 1);
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+                               aoti_torch_device_type_cpu(), 0, &handle));
+  return torch::stable::Tensor(handle);
 }
-
-// A table in the accumulation type: the tensor's own memory when it already is, a converted copy otherwise.
-template <class T>
-class Widened {
- public:
-  Widened(const T* data, int64_t count) {
-    if constexpr (std::is_same_v<T, acc_t<T>>) {
-      data_ = data;
-    } else {
-      copy_.resize(count);
-      convert(data, count, copy_.data());
-      data_ = copy_.data();
-    }
-  }
-  const acc_t<T>* data() const { return data_; }
-
- private:
-  std::vector<acc_t<T>> copy_;
-  const acc_t<T>* data_;
-};
-
-// c (m, n) = a (m, k) @ b (k, n), plus init (n,) on every row if given; row-major, leading dimensions ld*.
-void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb,
-          const float* init, float* c, int64_t ldc);
-void gemm(int64_t m, int64_t n, int64_t k, const double* a, int64_t lda, const double* b, int64_t ldb,
-          const double* init, double* c, int64_t ldc);
 
 }  // namespace embkern

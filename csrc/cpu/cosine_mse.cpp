@@ -9,68 +9,13 @@
 // reason the gradient of the squared error is taken from y - x.
 #include <cmath>
 
-#include "cpu/common.h"
+#include "cpu/kernels.h"
 #include "cpu/ops.h"
 
 namespace embkern {
 namespace {
 
 constexpr int64_t kGrainRows = 16;
-constexpr int kLanes = 16;  // independent partial sums: vectorises without reassociating under -O3
-
-template <class A>
-struct RowSums {
-  A dot, output_square, target_square, error_square;
-};
-
-template <class T, class A = acc_t<T>>
-EMBKERN_INLINE RowSums<A> row_sums(const T* output, const T* target, int64_t width) {
-  A dot[kLanes] = {}, yy[kLanes] = {}, xx[kLanes] = {}, ee[kLanes] = {};
-  const auto add = [&](int lane, int64_t j) {
-    const A y = static_cast<A>(output[j]), x = static_cast<A>(target[j]), e = y - x;
-    dot[lane] += x * y;
-    yy[lane] += y * y;
-    xx[lane] += x * x;
-    ee[lane] += e * e;
-  };
-  int64_t j = 0;
-  for (; j + kLanes <= width; j += kLanes)
-    for (int lane = 0; lane < kLanes; ++lane) add(lane, j + lane);
-  for (int lane = 0; j < width; ++j, ++lane) add(lane, j);
-  RowSums<A> total{};
-  for (int lane = 0; lane < kLanes; ++lane) {
-    total.dot += dot[lane];
-    total.output_square += yy[lane];
-    total.target_square += xx[lane];
-    total.error_square += ee[lane];
-  }
-  return total;
-}
-
-// g = from_output * y + from_target * x + from_error * (y - x)
-template <class T, class A = acc_t<T>>
-EMBKERN_INLINE void row_gradient(const T* output, const T* target, int64_t width, A from_output, A from_target,
-                                 A from_error, T* grad) {
-  for (int64_t j = 0; j < width; ++j) {
-    const A y = static_cast<A>(output[j]), x = static_cast<A>(target[j]);
-    grad[j] = static_cast<T>(from_output * y + from_target * x + from_error * (y - x));
-  }
-}
-
-#define EMBKERN_ROW_KERNELS(T)                                                                            \
-  EMBKERN_CPU_CLONES RowSums<acc_t<T>> sums(const T* output, const T* target, int64_t width) {            \
-    return row_sums(output, target, width);                                                               \
-  }                                                                                                       \
-  EMBKERN_CPU_CLONES void gradient(const T* output, const T* target, int64_t width, acc_t<T> from_output, \
-                                   acc_t<T> from_target, acc_t<T> from_error, T* grad) {                  \
-    row_gradient(output, target, width, from_output, from_target, from_error, grad);                      \
-  }
-EMBKERN_ROW_KERNELS(float)
-EMBKERN_ROW_KERNELS(double)
-EMBKERN_ROW_KERNELS(BFloat16)
-EMBKERN_ROW_KERNELS(Half)
-#undef EMBKERN_ROW_KERNELS
-
 template <class A>
 double total_weight(const A* row_weight, int64_t count) {
   if (!row_weight) return static_cast<double>(count);
@@ -119,7 +64,7 @@ std::tuple<Tensor, Tensor> cosine_mse_forward(const Tensor& output, const Tensor
     std::vector<double> row_loss(count);
     torch::stable::parallel_for(0, count, kGrainRows, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
-        const RowSums<A> row = sums(y + n * width, x + n * width, width);
+        const RowSums<A> row = kernels<T>().row_sums(y + n * width, x + n * width, width);
         const A output_norm = std::sqrt(row.output_square), target_norm = std::sqrt(row.target_square);
         stat[3 * n] = row.dot;
         stat[3 * n + 1] = output_norm;
@@ -166,7 +111,8 @@ Tensor cosine_mse_backward(const Tensor& grad_loss, const Tensor& output, const 
         const A from_target = -cosine / (clamped ? A(eps) : product);
         const A from_output = clamped ? A(0) : cosine * (dot / product) / (output_norm * output_norm);
         const A from_error = row * static_cast<A>(2.0 * mse_weight / width);
-        gradient(y + n * width, x + n * width, width, from_output, from_target, from_error, grad + n * width);
+        kernels<T>().row_gradient(y + n * width, x + n * width, width, from_output, from_target, from_error,
+                                  grad + n * width);
       }
     });
   });

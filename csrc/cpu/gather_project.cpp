@@ -1,225 +1,476 @@
-// gather_project: out[n] = codes[ids[n]] @ basis + offset
+// gather_project: out[n] = scale * (codes[ids[n]] @ basis + offset)
 //
-//   ids (N,) int32|int64, codes (V, r), basis (r, H), offset (H,) or none -> out (N, H), all of one dtype;
-//   fp32 accumulation, one rounding at the end.
+//   ids (*) int32|int64, codes (V, r), basis (r, H), offset (H,) or none -> out (*, H), all of one dtype;
+//   fp32 accumulation, one rounding at the end. codes and basis may have any row stride.
 //
-// Bytes moved, forward: N r (gathered codes) + r H (basis, from cache after the first block) + N H (output).
-// No (N, r) intermediate reaches memory: each block of rows is gathered into a buffer that stays in L1/L2.
+// A batch of text repeats its tokens: each distinct id (U <= N of them) is projected once, into the row of its
+// first occurrence, and copied from cache to the others. Bytes moved: U r (codes) + r H (basis, from cache
+// after the first block) + N H (output); 2 U r H operations. No (N, r) intermediate reaches memory.
 //
-// Backward, deterministic for any number of threads: the rows of `grad` that belong to one id are summed
-// first, in order of position, in fp32 ("distinct" below, U <= N of them); then
-//   grad_codes[u] = distinct[u] @ basis^T,  grad_basis = codes[u]^T @ distinct,  grad_offset = sum_u
-//   distinct[u]
-// and every element of those is one sequential sum. Bytes: N H read, U H written and read twice.
+// Backward, deterministic for any number of threads: the rows of `grad` that belong to one id are summed first,
+// in order of position; then, with the sums s_u,
+//   grad_codes[u] = scale s_u @ basis^T,  grad_basis = scale codes[u]^T @ s_u,  grad_offset = scale sum_n
+//   grad_n
+// and every element of those is one sum whose order the shapes alone decide.
+#include <atomic>
+#include <cstring>
+#include <memory>
 #include <numeric>
 
-#include "cpu/common.h"
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+#include "cpu/kernels.h"
 #include "cpu/ops.h"
 
 namespace embkern {
 namespace {
 
-constexpr int64_t kBlockRows = 48;  // rows per task: a multiple of the tile's 6, codes and output stay in L2
+constexpr int64_t kDealtRows = 4;     // rows are dealt to blocks by the smaller tile
+constexpr int64_t kColumnGrain = 64;  // columns are split between threads in multiples of a cache line
+constexpr int64_t kMinColumns = 256;
+constexpr int64_t kThreadWork = 50000;  // multiplications that are worth another thread: some 2 us
+constexpr int64_t kHugePageBytes = 2 << 20;
 
-template <class Index>
-void check_ids(const Index* ids, int64_t count, int64_t num_embeddings) {
-  for (int64_t n = 0; n < count; ++n) {
-    if (ids[n] < 0 || ids[n] >= num_embeddings) {
-      throw std::out_of_range(message("ids: expected 0 <= id < ", num_embeddings, ", got ",
-                                      static_cast<int64_t>(ids[n]), " at flat position ", n));
-    }
+void check_matrix(const char* name, const Tensor& tensor, ScalarType type) {
+  check(tensor.is_cpu(), name, ": expected a CPU tensor");
+  check(tensor.dim() == 2, name, ": expected 2 dimensions, got ", tensor.dim());
+  check(tensor.scalar_type() == type, name, ": expected dtype ", torch::headeronly::toString(type), ", got ",
+        torch::headeronly::toString(tensor.scalar_type()));
+}
+
+// A table with any stride between rows; other layouts are copied.
+Tensor with_contiguous_rows(const Tensor& table) {
+  return table.stride(1) == 1 || table.size(1) <= 1 ? table : torch::stable::contiguous(table);
+}
+
+struct Arguments {
+  int64_t count, vocabulary, rank, width;
+  Tensor ids, codes, basis;
+
+  Arguments(const Tensor& ids_, const Tensor& codes_, const Tensor& basis_)
+      : ids(ids_.is_contiguous() ? ids_ : torch::stable::contiguous(ids_)), codes(codes_), basis(basis_) {
+    check(ids.is_cpu(), "ids: expected a CPU tensor");
+    check_matrix("codes", codes, codes.scalar_type());
+    check_matrix("basis", basis, codes.scalar_type());
+    check_size("basis", basis, 0, codes.size(1));
+    codes = with_contiguous_rows(codes);
+    basis = with_contiguous_rows(basis);
+    count = ids.numel();
+    vocabulary = codes.size(0), rank = codes.size(1), width = basis.size(1);
   }
-}
-
-void check_arguments(const Tensor& ids, const Tensor& codes, const Tensor& basis) {
-  check_tensor("ids", ids, 1, ids.scalar_type());
-  check_tensor("codes", codes, 2, codes.scalar_type());
-  check_tensor("basis", basis, 2, codes.scalar_type());
-  check_size("basis", basis, 0, codes.size(1));
-}
-
-template <class T, class Index>
-void forward(const Index* ids, int64_t count, const T* codes, int64_t rank, const T* basis, int64_t width,
-             const T* offset, T* out) {
-  using A = acc_t<T>;
-  const Widened<T> wide_basis(basis, rank * width);
-  const Widened<T> wide_offset(offset, offset ? width : 0);
-  const A* init = offset ? wide_offset.data() : nullptr;
-  const int64_t blocks = (count + kBlockRows - 1) / kBlockRows;
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<A> rows(kBlockRows * rank);
-    std::vector<A> projected(std::is_same_v<T, A> ? 0 : kBlockRows * width);
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * kBlockRows, size = std::min(kBlockRows, count - first);
-      for (int64_t i = 0; i < size; ++i)
-        convert(codes + static_cast<int64_t>(ids[first + i]) * rank, rank, rows.data() + i * rank);
-      if constexpr (std::is_same_v<T, A>) {
-        gemm(size, width, rank, rows.data(), rank, wide_basis.data(), width, init, out + first * width, width);
-      } else {
-        gemm(size, width, rank, rows.data(), rank, wide_basis.data(), width, init, projected.data(), width);
-        convert(projected.data(), size * width, out + first * width);
-      }
-    }
-  });
-}
-
-// out (width,) = sum of `count` rows. Up to 64 rows add up in the accumulation type; the partial sums of a
-// longer column add up in fp64, as an id like that of "the" has thousands of rows.
-template <class A, class RowAt>
-void sum_rows(int64_t count, int64_t width, RowAt row_at, A* out) {
-  constexpr int64_t partial_rows = 64;
-  std::vector<double> total(count > partial_rows ? width : 0, 0.0);
-  for (int64_t begin = 0; begin == 0 || begin < count; begin += partial_rows) {
-    std::fill(out, out + width, A(0));
-    for (int64_t i = begin; i < std::min(begin + partial_rows, count); ++i) {
-      const auto* row = row_at(i);
-      for (int64_t j = 0; j < width; ++j) out[j] += static_cast<A>(row[j]);
-    }
-    for (size_t j = 0; j < total.size(); ++j) total[j] += out[j];
-  }
-  convert(total.data(), total.size(), out);
-}
-
-// The rows of a gradient summed per distinct id, ids ascending.
-template <class A>
-struct DistinctRows {
-  std::vector<int64_t> ids;  // (U,)
-  std::vector<A> sums;       // (U, width)
-
-  template <class T, class Index>
-  DistinctRows(const T* grad, const Index* positions_ids, int64_t count, int64_t width, int64_t padding_idx) {
-    std::vector<int64_t> order;
-    order.reserve(count);
-    for (int64_t n = 0; n < count; ++n)
-      if (positions_ids[n] != padding_idx) order.push_back(n);
-    std::stable_sort(order.begin(), order.end(),
-                     [&](int64_t left, int64_t right) { return positions_ids[left] < positions_ids[right]; });
-    std::vector<int64_t> starts;
-    for (int64_t i = 0; i < static_cast<int64_t>(order.size()); ++i) {
-      if (i == 0 || positions_ids[order[i]] != positions_ids[order[i - 1]]) {
-        starts.push_back(i);
-        ids.push_back(positions_ids[order[i]]);
-      }
-    }
-    starts.push_back(order.size());
-    sums.resize(ids.size() * width);
-    torch::stable::parallel_for(0, ids.size(), 16, [&](int64_t begin, int64_t end) {
-      for (int64_t u = begin; u < end; ++u)
-        sum_rows(
-            starts[u + 1] - starts[u], width, [&](int64_t i) { return grad + order[starts[u] + i] * width; },
-            sums.data() + u * width);
-    });
-  }
-  int64_t count() const { return ids.size(); }
 };
 
-template <class T, class A>
-void backward_codes(const DistinctRows<A>& distinct, const T* basis, int64_t rank, int64_t width,
-                    T* grad_codes) {
-  std::vector<A> transposed(rank * width);  // (H, r)
-  for (int64_t k = 0; k < rank; ++k)
-    for (int64_t j = 0; j < width; ++j) transposed[j * rank + k] = static_cast<A>(basis[k * width + j]);
-  const int64_t blocks = (distinct.count() + kBlockRows - 1) / kBlockRows;
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<A> rows(kBlockRows * rank);
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * kBlockRows, size = std::min(kBlockRows, distinct.count() - first);
-      gemm(size, rank, width, distinct.sums.data() + first * width, width, transposed.data(), rank,
-           static_cast<const A*>(nullptr), rows.data(), rank);
-      for (int64_t i = 0; i < size; ++i)
-        convert(rows.data() + i * rank, rank, grad_codes + distinct.ids[first + i] * rank);
+template <class Index>
+int64_t checked(const Index* ids, int64_t n, int64_t vocabulary) {
+  const int64_t id = ids[n];
+  if (id < 0 || id >= vocabulary)
+    throw std::out_of_range(
+        message("ids: expected 0 <= id < ", vocabulary, ", got ", id, " at flat position ", n));
+  return id;
+}
+
+// The distinct ids of a batch, in order of first occurrence, and the positions of each, in order. All of it is
+// in one allocation: 28 to 44 bytes a position, against the row of the output that the position gets.
+class Distinct {
+ public:
+  template <class Index>
+  Distinct(const Index* all, int64_t count, int64_t vocabulary, int64_t padding_idx) {
+    check(count < (int64_t(1) << 31), "ids: expected fewer than 2^31, got ", count);
+    int bits = 4;
+    while ((int64_t(1) << bits) < 2 * count) ++bits;
+    const int64_t slots = int64_t(1) << bits;
+    memory_.reset(new int32_t[6 * count + slots]);
+    ids_ = reinterpret_cast<int64_t*>(memory_.get());
+    first_ = memory_.get() + 2 * count;
+    size_ = first_ + count;
+    next_ = size_ + count;
+    int32_t* last = next_ + count;
+    int32_t* slot_of = last + count;
+    std::memset(slot_of, -1, slots * sizeof(int32_t));
+    for (int64_t n = 0; n < count; ++n) {
+      const int64_t id = checked(all, n, vocabulary);
+      if (id == padding_idx) continue;
+      uint64_t slot = (static_cast<uint64_t>(id) * 0x9E3779B97F4A7C15u) >> (64 - bits);
+      while (slot_of[slot] >= 0 && ids_[slot_of[slot]] != id) slot = (slot + 1) & (slots - 1);
+      const int32_t known = slot_of[slot], position = static_cast<int32_t>(n);
+      next_[n] = -1;
+      if (known >= 0) {
+        next_[last[known]] = position;
+        last[known] = position;
+        ++size_[known];
+      } else {
+        slot_of[slot] = static_cast<int32_t>(count_);
+        ids_[count_] = id;
+        first_[count_] = last[count_] = position;
+        size_[count_++] = 1;
+      }
     }
+  }
+
+  int64_t count() const { return count_; }
+  int64_t id(int64_t u) const { return ids_[u]; }
+  int64_t first(int64_t u) const { return first_[u]; }
+  int64_t size(int64_t u) const { return size_[u]; }
+  // The next position of the same id; negative after the last.
+  int64_t next(int64_t n) const { return next_[n]; }
+
+  // Orders the ids, as a coalesced sparse tensor has them.
+  void sort() {
+    std::vector<int64_t> order(count_);
+    std::iota(order.begin(), order.end(), 0);
+    std::sort(order.begin(), order.end(),
+              [&](int64_t left, int64_t right) { return ids_[left] < ids_[right]; });
+    const auto apply = [&](auto* values) {
+      const std::vector<std::decay_t<decltype(*values)>> before(values, values + count_);
+      for (int64_t u = 0; u < count_; ++u) values[u] = before[order[u]];
+    };
+    apply(ids_);
+    apply(first_);
+    apply(size_);
+  }
+
+ private:
+  std::unique_ptr<int32_t[]> memory_;
+  int64_t* ids_;
+  int32_t *first_, *size_, *next_;
+  int64_t count_ = 0;
+};
+
+// Runs body(task) for every task; threads take the next one as they become free. Results do not depend on it.
+template <class Body>
+void for_tasks(int64_t tasks, int64_t threads, Body body) {
+  if (threads <= 1 || tasks <= 1) {
+    for (int64_t task = 0; task < tasks; ++task) body(task);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, std::min(threads, tasks), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker)
+      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(task);
   });
 }
 
-template <class T, class A>
-void backward_basis(const DistinctRows<A>& distinct, const T* codes, int64_t rank, int64_t width,
-                    T* grad_basis) {
-  const int64_t count = distinct.count();
-  std::vector<A> gathered(rank * count);  // (r, U): codes of the distinct ids, transposed
-  for (int64_t u = 0; u < count; ++u)
-    for (int64_t k = 0; k < rank; ++k)
-      gathered[k * count + u] = static_cast<A>(codes[distinct.ids[u] * rank + k]);
-  constexpr int64_t columns = 64;
-  torch::stable::parallel_for(0, (width + columns - 1) / columns, 1, [&](int64_t begin, int64_t end) {
-    std::vector<A> part(rank * columns);
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * columns, size = std::min(columns, width - first);
-      gemm(rank, size, count, gathered.data(), count, distinct.sums.data() + first, width,
-           static_cast<const A*>(nullptr), part.data(), columns);
+int64_t useful_threads(int64_t work) {
+  if (work < 2 * kThreadWork) return 1;
+  return std::min<int64_t>(torch::stable::get_num_threads(), work / kThreadWork);
+}
+
+// A large fresh tensor is paged in 2 MiB at a time: 4 KiB faults cost more than the projection.
+void prefer_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__)
+  const auto begin = (reinterpret_cast<uintptr_t>(data) + kHugePageBytes - 1) & ~uintptr_t(kHugePageBytes - 1);
+  const auto end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~uintptr_t(kHugePageBytes - 1);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+Tensor empty_in_huge_pages(const std::vector<int64_t>& sizes, ScalarType type, int64_t element_bytes) {
+  Tensor tensor = empty(sizes, type);
+  const int64_t bytes = tensor.numel() * element_bytes;
+  if (bytes >= 2 * kHugePageBytes) prefer_huge_pages(tensor.mutable_data_ptr(), bytes);
+  return tensor;
+}
+
+template <class T>
+std::vector<const T*> row_pointers(const Tensor& table) {
+  std::vector<const T*> rows(table.size(0));
+  const T* data = static_cast<const T*>(table.const_data_ptr());
+  const int64_t stride = table.stride(0);
+  for (size_t p = 0; p < rows.size(); ++p) rows[p] = data + p * stride;
+  return rows;
+}
+
+// ---- forward ------------------------------------------------------------------------------------------------
+
+template <class T>
+struct Forward {
+  const Arguments& arguments;
+  std::vector<const T*> basis;
+  const T* codes;
+  int64_t stride;
+  const T* offset;
+  acc_t<T> scale;
+  T* out;
+
+  // Projects rows `ids` into the rows `positions` of out, columns first to last.
+  void project(int64_t m, const int64_t* ids, const int64_t* positions, int64_t first, int64_t last) const {
+    const void* rows[kBlockRows];
+    T* to[kBlockRows];
+    for (int64_t i = 0; i < m; ++i) {
+      rows[i] = codes + ids[i] * stride;
+      to[i] = out + positions[i] * arguments.width;
+    }
+    const int64_t padding = arguments.width - last;
+    kernels<T>().project({m, arguments.rank, first, last, padding, rows, basis.data(), offset, scale, to});
+  }
+
+  // One token, as in decoding: its time is that of reading the basis.
+  void one(int64_t id) const {
+    const int64_t width = arguments.width, threads = useful_threads(arguments.rank * width);
+    const int64_t columns = column_share(threads);
+    const int64_t position = 0;
+    for_tasks((width + columns - 1) / columns, threads, [&](int64_t task) {
+      project(1, &id, &position, task * columns, std::min(width, (task + 1) * columns));
+    });
+  }
+
+  int64_t column_share(int64_t splits) const {
+    return ((arguments.width + splits - 1) / splits + kColumnGrain - 1) / kColumnGrain * kColumnGrain;
+  }
+
+  void operator()(const Distinct& distinct) const {
+    const int64_t count = distinct.count(), width = arguments.width;
+    const int64_t threads = useful_threads(count * arguments.rank * width);
+    // A block packs the basis once for all its rows: few blocks are split by columns, not into smaller ones.
+    const int64_t needed = (count + kBlockRows - 1) / kBlockRows;
+    const int64_t splits = needed >= 4 * threads ? 1 : std::clamp<int64_t>(width / kMinColumns, 1, threads);
+    const int64_t per_split = (threads + splits - 1) / splits;
+    const int64_t blocks = std::min((needed + per_split - 1) / per_split * per_split, count);
+    const int64_t columns = column_share(splits);
+    const int64_t column_blocks = (width + columns - 1) / columns;
+    for_tasks(blocks * column_blocks, threads, [&](int64_t task) {
+      const int64_t block = task / column_blocks, first = task % column_blocks * columns;
+      const int64_t last = std::min(width, first + columns);
+      // Dealt out in turn: early ids are the frequent ones, with the most copies to make.
+      int64_t ids[kBlockRows], positions[kBlockRows], m = 0;
+      for (int64_t begin = block * kDealtRows; begin < count; begin += blocks * kDealtRows) {
+        for (int64_t u = begin; u < std::min(count, begin + kDealtRows); ++u, ++m) {
+          ids[m] = distinct.id(u);
+          positions[m] = distinct.first(u);
+        }
+      }
+      project(m, ids, positions, first, last);
+      for (int64_t i = 0; i < m; ++i) {
+        const T* row = out + positions[i] * width;
+        for (int64_t n = distinct.next(positions[i]); n >= 0; n = distinct.next(n))
+          std::memcpy(out + n * width + first, row + first, (last - first) * sizeof(T));
+      }
+    });
+  }
+};
+
+template <class T>
+void forward(const Arguments& arguments, const std::optional<Tensor>& offset, double scale, Tensor& out) {
+  const Forward<T> run{arguments,
+                       row_pointers<T>(arguments.basis),
+                       static_cast<const T*>(arguments.codes.const_data_ptr()),
+                       arguments.codes.stride(0),
+                       offset ? static_cast<const T*>(offset->const_data_ptr()) : nullptr,
+                       static_cast<acc_t<T>>(scale),
+                       static_cast<T*>(out.mutable_data_ptr())};
+  dispatch_index(arguments.ids.scalar_type(), "ids", [&](auto index) {
+    const auto* ids = static_cast<const decltype(index)*>(arguments.ids.const_data_ptr());
+    if (arguments.count == 1)
+      run.one(checked(ids, 0, arguments.vocabulary));
+    else
+      run(Distinct(ids, arguments.count, arguments.vocabulary, -1));
+  });
+}
+
+void forward_into(const Arguments& arguments, const std::optional<Tensor>& offset, double scale, Tensor& out) {
+  if (arguments.count == 0) return;
+  dispatch_floating(arguments.codes.scalar_type(), "codes",
+                    [&](auto element) { forward<decltype(element)>(arguments, offset, scale, out); });
+}
+
+std::optional<Tensor> checked_offset(const Arguments& arguments, const std::optional<Tensor>& offset) {
+  if (!offset) return offset;
+  const Tensor contiguous = offset->is_contiguous() ? *offset : torch::stable::contiguous(*offset);
+  check_tensor("offset", contiguous, 1, arguments.codes.scalar_type());
+  check_size("offset", contiguous, 0, arguments.width);
+  return contiguous;
+}
+
+std::vector<int64_t> output_sizes(const Arguments& arguments) {
+  std::vector<int64_t> sizes;
+  for (int64_t dim = 0; dim < arguments.ids.dim(); ++dim) sizes.push_back(arguments.ids.size(dim));
+  sizes.push_back(arguments.width);
+  return sizes;
+}
+
+// ---- backward -----------------------------------------------------------------------------------------------
+
+template <class T>
+struct Backward {
+  const Arguments& arguments;
+  const Distinct& distinct;
+  const T* grad;
+  acc_t<T> scale;
+  std::vector<acc_t<T>> sums;     // of ids that occur more than once; in T if the kernels multiply in T
+  std::vector<const void*> rows;  // (U,): the summed gradient of each distinct id
+
+  Backward(const Arguments& arguments_, const Distinct& distinct_, const T* grad_, double scale_)
+      : arguments(arguments_), distinct(distinct_), grad(grad_), scale(static_cast<acc_t<T>>(scale_)) {
+    const int64_t count = distinct.count(), width = arguments.width;
+    const bool narrow = kernels<T>().sums_in_element_type;
+    const int64_t bytes = width * static_cast<int64_t>(narrow ? sizeof(T) : sizeof(acc_t<T>));
+    std::vector<int64_t> slot(count, -1);  // a row that is its own sum stays where it is
+    int64_t summed = 0;
+    for (int64_t u = 0; u < count; ++u)
+      if (distinct.size(u) > 1 || !narrow) slot[u] = summed++;
+    sums.resize((summed * bytes + sizeof(acc_t<T>) - 1) / sizeof(acc_t<T>));
+    char* memory = reinterpret_cast<char*>(sums.data());
+    rows.resize(count);
+    constexpr int64_t chunk = 16;
+    for_tasks((count + chunk - 1) / chunk, useful_threads(arguments.count * width), [&](int64_t task) {
+      std::vector<const T*> positions;
+      for (int64_t u = task * chunk; u < std::min(count, (task + 1) * chunk); ++u) {
+        if (slot[u] < 0) {
+          rows[u] = grad + distinct.first(u) * width;
+          continue;
+        }
+        positions.clear();
+        for (int64_t n = distinct.first(u); n >= 0; n = distinct.next(n)) positions.push_back(grad + n * width);
+        void* sum = memory + slot[u] * bytes;
+        kernels<T>().sum_rows(positions.data(), positions.size(), width, sum);
+        rows[u] = sum;
+      }
+    });
+  }
+
+  // to[u] (r,) = scale * sum of u @ basis^T
+  void codes(const std::vector<T*>& to) const {
+    const int64_t count = distinct.count(), rank = arguments.rank, width = arguments.width;
+    const auto basis = row_pointers<T>(arguments.basis);
+    const int64_t stride = (rank + kColumnGrain - 1) / kColumnGrain * kColumnGrain;
+    std::vector<T> transposed(stride * width);  // (H, r), rows padded
+    std::vector<const T*> terms(width);
+    const int64_t threads = useful_threads(count * rank * width);
+    constexpr int64_t tile = 16;
+    for_tasks((width + tile - 1) / tile, useful_threads(8 * rank * width), [&](int64_t task) {
+      const int64_t end = std::min(width, (task + 1) * tile);
       for (int64_t k = 0; k < rank; ++k)
-        convert(part.data() + k * columns, size, grad_basis + k * width + first);
-    }
-  });
-}
+        for (int64_t j = task * tile; j < end; ++j) transposed[j * stride + k] = basis[k][j];
+    });
+    for (int64_t j = 0; j < width; ++j) terms[j] = transposed.data() + j * stride;
+    // A packed block stays in half of a 1 MiB L2, for any width.
+    const int64_t fits = std::max<int64_t>(12, (1 << 19) / (width * static_cast<int64_t>(sizeof(acc_t<T>))));
+    const int64_t size = std::min({kBlockRows / 2, fits, (count + threads - 1) / threads});
+    for_tasks((count + size - 1) / size, threads, [&](int64_t task) {
+      const int64_t first = task * size, m = std::min(size, count - first);
+      kernels<T>().project_sums({m, width, 0, rank, stride - rank, rows.data() + first, terms.data(), nullptr,
+                                 scale, to.data() + first});
+    });
+  }
 
-template <class T, class A>
-void backward_offset(const DistinctRows<A>& distinct, int64_t width, T* grad_offset) {
-  std::vector<A> sum(width);
-  sum_rows(distinct.count(), width, [&](int64_t u) { return distinct.sums.data() + u * width; }, sum.data());
-  convert(sum.data(), width, grad_offset);
+  void basis(T* to) const {
+    const int64_t count = distinct.count(), rank = arguments.rank, width = arguments.width;
+    const T* table = static_cast<const T*>(arguments.codes.const_data_ptr());
+    const int64_t stride = arguments.codes.stride(0);
+    std::vector<const T*> terms(count);
+    for (int64_t u = 0; u < count; ++u) terms[u] = table + distinct.id(u) * stride;
+    const int64_t threads = useful_threads(count * rank * width);
+    // Every task packs the codes anew: few wide ones, but their running sums should stay in L2.
+    const int64_t share = std::min<int64_t>((width + threads - 1) / threads, 512);
+    const int64_t columns = (share + kColumnGrain - 1) / kColumnGrain * kColumnGrain;
+    for_tasks((width + columns - 1) / columns, threads, [&](int64_t task) {
+      const int64_t first = task * columns, last = std::min(width, first + columns);
+      kernels<T>().outer_sum({rank, count, first, last, terms.data(), rows.data(), scale, to, width});
+    });
+  }
+
+  void offset(T* to) const {
+    const int64_t width = arguments.width;
+    std::vector<const T*> positions;
+    for (int64_t u = 0; u < distinct.count(); ++u)
+      for (int64_t n = distinct.first(u); n >= 0; n = distinct.next(n)) positions.push_back(grad + n * width);
+    std::vector<acc_t<T>> sum(width);
+    const int64_t columns = 4 * kColumnGrain;
+    for_tasks((width + columns - 1) / columns, useful_threads(arguments.count * width), [&](int64_t task) {
+      const int64_t first = task * columns, size = std::min(columns, width - first);
+      std::vector<const T*> shifted(positions);
+      for (const T*& row : shifted) row += first;
+      kernels<T>().total_rows(shifted.data(), shifted.size(), size, sum.data() + first);
+    });
+    for (int64_t j = 0; j < width; ++j) to[j] = static_cast<T>(scale * sum[j]);
+  }
+};
+
+template <class T>
+void zero(Tensor& tensor) {
+  T* data = static_cast<T*>(tensor.mutable_data_ptr());
+  const int64_t count = tensor.numel(), chunk = 1 << 18;
+  for_tasks((count + chunk - 1) / chunk, useful_threads(count), [&](int64_t task) {
+    const int64_t first = task * chunk;
+    std::memset(static_cast<void*>(data + first), 0, std::min(chunk, count - first) * sizeof(T));
+  });
 }
 
 }  // namespace
 
 Tensor gather_project_forward(const Tensor& ids, const Tensor& codes, const Tensor& basis,
-                              const std::optional<Tensor>& offset) {
-  check_arguments(ids, codes, basis);
-  const int64_t count = ids.size(0), rank = codes.size(1), width = basis.size(1);
-  if (offset) {
-    check_tensor("offset", *offset, 1, codes.scalar_type());
-    check_size("offset", *offset, 0, width);
-  }
-  Tensor out = torch::stable::new_empty(codes, {count, width});
-  dispatch_floating(codes.scalar_type(), "codes", [&](auto element) {
-    using T = decltype(element);
-    dispatch_index(ids.scalar_type(), "ids", [&](auto index) {
-      using Index = decltype(index);
-      const auto* id = static_cast<const Index*>(ids.const_data_ptr());
-      check_ids(id, count, codes.size(0));
-      forward<T, Index>(id, count, static_cast<const T*>(codes.const_data_ptr()), rank,
-                        static_cast<const T*>(basis.const_data_ptr()), width,
-                        offset ? static_cast<const T*>(offset->const_data_ptr()) : nullptr,
-                        static_cast<T*>(out.mutable_data_ptr()));
-    });
-  });
+                              const std::optional<Tensor>& offset, double scale) {
+  const Arguments arguments(ids, codes, basis);
+  const std::optional<Tensor> contiguous = checked_offset(arguments, offset);
+  Tensor out = empty_in_huge_pages(output_sizes(arguments), codes.scalar_type(), codes.element_size());
+  forward_into(arguments, contiguous, scale, out);
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> gather_project_backward(const Tensor& grad, const Tensor& ids,
-                                                           const Tensor& codes, const Tensor& basis,
-                                                           int64_t padding_idx, bool needs_codes,
-                                                           bool needs_basis, bool needs_offset) {
-  check_arguments(ids, codes, basis);
-  const int64_t count = ids.size(0), vocabulary = codes.size(0), rank = codes.size(1), width = basis.size(1);
-  check_tensor("grad", grad, 2, codes.scalar_type());
-  check_size("grad", grad, 0, count);
+void gather_project_out(const Tensor& ids, const Tensor& codes, const Tensor& basis,
+                        const std::optional<Tensor>& offset, double scale, Tensor out) {
+  const Arguments arguments(ids, codes, basis);
+  const std::optional<Tensor> contiguous = checked_offset(arguments, offset);
+  const std::vector<int64_t> sizes = output_sizes(arguments);
+  check_tensor("out", out, sizes.size(), codes.scalar_type());
+  for (size_t dim = 0; dim < sizes.size(); ++dim) check_size("out", out, dim, sizes[dim]);
+  forward_into(arguments, contiguous, scale, out);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gather_project_backward(const Tensor& grad, const Tensor& ids,
+                                                                   const Tensor& codes, const Tensor& basis,
+                                                                   double scale, int64_t padding_idx,
+                                                                   bool needs_codes, bool needs_basis,
+                                                                   bool needs_offset, bool sparse) {
+  const Arguments arguments(ids, codes, basis);
+  const ScalarType type = codes.scalar_type();
+  const int64_t rank = arguments.rank, width = arguments.width;
+  check_tensor("grad", grad, 2, type);
+  check_size("grad", grad, 0, arguments.count);
   check_size("grad", grad, 1, width);
-  // A gradient that is not needed is an empty tensor: the stable ABI has no undefined one.
-  Tensor grad_codes =
-      needs_codes ? torch::stable::new_zeros(codes, {vocabulary, rank}) : torch::stable::new_empty(codes, {0});
-  Tensor grad_basis =
-      needs_basis ? torch::stable::new_empty(basis, {rank, width}) : torch::stable::new_empty(basis, {0});
-  Tensor grad_offset =
-      needs_offset ? torch::stable::new_empty(basis, {width}) : torch::stable::new_empty(basis, {0});
-  dispatch_floating(codes.scalar_type(), "codes", [&](auto element) {
+  std::tuple<Tensor, Tensor, Tensor, Tensor> result;
+  auto& [code_ids, grad_codes, grad_basis, grad_offset] = result;
+  dispatch_floating(type, "codes", [&](auto element) {
     using T = decltype(element);
-    dispatch_index(ids.scalar_type(), "ids", [&](auto index) {
-      using Index = decltype(index);
-      const auto* id = static_cast<const Index*>(ids.const_data_ptr());
-      check_ids(id, count, vocabulary);
-      const DistinctRows<acc_t<T>> distinct(static_cast<const T*>(grad.const_data_ptr()), id, count, width,
-                                            padding_idx);
-      if (needs_codes)
-        backward_codes(distinct, static_cast<const T*>(basis.const_data_ptr()), rank, width,
-                       static_cast<T*>(grad_codes.mutable_data_ptr()));
-      if (needs_basis)
-        backward_basis(distinct, static_cast<const T*>(codes.const_data_ptr()), rank, width,
-                       static_cast<T*>(grad_basis.mutable_data_ptr()));
-      if (needs_offset) backward_offset(distinct, width, static_cast<T*>(grad_offset.mutable_data_ptr()));
+    dispatch_index(arguments.ids.scalar_type(), "ids", [&](auto index) {
+      Distinct distinct(static_cast<const decltype(index)*>(arguments.ids.const_data_ptr()), arguments.count,
+                        arguments.vocabulary, padding_idx);
+      const int64_t count = distinct.count();
+      // A gradient that is not needed is an empty tensor: the stable ABI has no undefined one.
+      const int64_t code_rows = !needs_codes ? 0 : sparse ? count : arguments.vocabulary;
+      code_ids = empty({needs_codes && sparse ? count : 0}, ScalarType::Long);
+      grad_codes = empty_in_huge_pages(
+          needs_codes ? std::vector<int64_t>{code_rows, rank} : std::vector<int64_t>{0}, type, sizeof(T));
+      grad_basis = empty(needs_basis ? std::vector<int64_t>{rank, width} : std::vector<int64_t>{0}, type);
+      grad_offset = empty({needs_offset ? width : 0}, type);
+      if (!sparse) zero<T>(grad_codes);
+      if (count == 0) {
+        zero<T>(grad_basis);
+        zero<T>(grad_offset);
+        return;
+      }
+      if (sparse) distinct.sort();
+      const Backward<T> run(arguments, distinct, static_cast<const T*>(grad.const_data_ptr()), scale);
+      if (needs_codes) {
+        T* data = static_cast<T*>(grad_codes.mutable_data_ptr());
+        std::vector<T*> rows(count);
+        for (int64_t u = 0; u < count; ++u) rows[u] = data + (sparse ? u : distinct.id(u)) * rank;
+        run.codes(rows);
+        if (sparse) {
+          auto* to = static_cast<int64_t*>(code_ids.mutable_data_ptr());
+          for (int64_t u = 0; u < count; ++u) to[u] = distinct.id(u);
+        }
+      }
+      if (needs_basis) run.basis(static_cast<T*>(grad_basis.mutable_data_ptr()));
+      if (needs_offset) run.offset(static_cast<T*>(grad_offset.mutable_data_ptr()));
     });
   });
-  return {grad_codes, grad_basis, grad_offset};
+  return result;
 }
 
 }  // namespace embkern

@@ -11,12 +11,16 @@ namespace embkern {
 using torch::stable::Tensor;
 
 Tensor gather_project_forward(const Tensor& ids, const Tensor& codes, const Tensor& basis,
-                              const std::optional<Tensor>& offset);
+                              const std::optional<Tensor>& offset, double scale);
 
-std::tuple<Tensor, Tensor, Tensor> gather_project_backward(const Tensor& grad, const Tensor& ids,
-                                                           const Tensor& codes, const Tensor& basis,
-                                                           int64_t padding_idx, bool needs_codes,
-                                                           bool needs_basis, bool needs_offset);
+void gather_project_out(const Tensor& ids, const Tensor& codes, const Tensor& basis,
+                        const std::optional<Tensor>& offset, double scale, Tensor out);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gather_project_backward(const Tensor& grad, const Tensor& ids,
+                                                                   const Tensor& codes, const Tensor& basis,
+                                                                   double scale, int64_t padding_idx,
+                                                                   bool needs_codes, bool needs_basis,
+                                                                   bool needs_offset, bool sparse);
 
 std::tuple<Tensor, Tensor> cosine_mse_forward(const Tensor& output, const Tensor& target,
                                               const std::optional<Tensor>& row_weight, double cosine_weight,

@@ -7,6 +7,7 @@ and says why; the automatic choice falls back and logs the reason once. Nothing 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import os
 from typing import Literal, TypeAlias, get_args
@@ -21,24 +22,27 @@ Backend: TypeAlias = Literal["native", "triton", "torch"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 ENVIRONMENT_VARIABLE = "EMBKERN_BACKEND"
 
-# Best first, per device type, as `python -m benchmarks backends` measures it. A device that is not listed is
-# served by torch alone.
+# Best first, per device type, as `python -m benchmarks gather_project` and `cosine_mse` measure it on CPU. A
+# device that is not listed is served by torch alone.
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": ("native", "torch"),
     "cuda": ("native", "triton", "torch"),
 }
-# Where one op in one dtype differs. The native gather_project widens bf16 to fp32; torch's product uses the
-# CPU's bf16 instructions and looks up twice as fast from 16 tokens on.
-EXCEPTIONS: dict[tuple[str, str, torch.dtype], tuple[str, ...]] = {
-    ("gather_project", "cpu", torch.bfloat16): ("torch", "native"),
+# Where a regime of one op differs. On CUDA this is by design and not yet measured: a decoding step is one
+# launch of the C++ kernel without Triton's launcher, prefill is for Triton's wgmma.
+REGIMES: dict[tuple[str, str, str], tuple[str, ...]] = {
+    ("gather_project", "cuda", "decode"): ("native", "triton", "torch"),
+    ("gather_project", "cuda", "prefill"): ("triton", "native", "torch"),
 }
 
 # The ops each kernel backend implements, per device type. A new kernel adds its line here.
 KERNELS: dict[tuple[str, str], frozenset[str]] = {
     ("native", "cpu"): frozenset({"gather_project", "cosine_mse"}),
-    ("native", "cuda"): frozenset(),
-    ("triton", "cuda"): frozenset(),
+    ("native", "cuda"): frozenset({"gather_project"}),
+    ("triton", "cuda"): frozenset({"gather_project"}),
 }
+# Those of them that have no backward of their own.
+FORWARD_ONLY: frozenset[tuple[str, str, str]] = frozenset({("native", "cuda", "gather_project")})
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -46,62 +50,105 @@ def unavailable(backend: str, op: str, device_type: str, dtype: torch.dtype) -> 
     """Return why ``backend`` cannot serve ``op`` on this device and dtype, or None if it can."""
     if backend == "torch":
         return None
+    if backend == "triton" and op in KERNELS["triton", "cuda"]:
+        return _triton_unavailable(device_type, dtype)
     if op not in KERNELS.get((backend, device_type), ()):
         return f"there is no {backend} kernel of {op} for {device_type} tensors"
-    return load_native() if backend == "native" else None
+    return load_native() or _native_cuda_unavailable(op, device_type)
 
 
-def select(op: str, device_type: str, dtype: torch.dtype, backend: str | None = None) -> str:
+def _native_cuda_unavailable(op: str, device_type: str) -> str | None:
+    if device_type != "cuda":
+        return None
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"embkern::{op}_forward.native", "CUDA"):
+        return "the native extension was built without CUDA (no nvcc, or a CPU build of torch)"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return "the CUDA kernels need compute capability 8.0 or more"
+    return None
+
+
+def _triton_unavailable(device_type: str, dtype: torch.dtype) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device_type == "cuda":
+        return None
+    if device_type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
+        return f"Triton runs on {device_type} tensors only in its interpreter (TRITON_INTERPRET=1, CPU)"
+    return "bf16 is wrong in Triton's interpreter" if dtype == torch.bfloat16 else None
+
+
+def select(
+    op: str, device_type: str, dtype: torch.dtype, backend: str | None = None, regime: str | None = None
+) -> str:
     """Return the backend that serves ``op``.
+
+    A choice is made once per combination of arguments and kept, ``EMBKERN_BACKEND`` included; ``forget``
+    makes the next call choose anew.
 
     Args:
         op: name of the op, ``"gather_project"`` or ``"cosine_mse"``.
         device_type: of the tensors, such as ``"cpu"``.
         dtype: of the floating-point tensors.
         backend: the caller's choice; None reads ``EMBKERN_BACKEND``, and without that takes the best.
+        regime: a class of shapes for which ``REGIMES`` has an order of its own.
 
     Raises:
         ValueError: the name is not one of ``native``, ``triton`` and ``torch``.
         RuntimeError: the backend asked for cannot serve the call, and why.
         TypeError: no backend takes this dtype.
     """
+    key = (op, device_type, dtype, backend, regime)
+    chosen = _chosen.get(key)
+    if chosen is None:
+        chosen = _chosen[key] = _choose(*key)
+    return chosen
+
+
+def select_backward(op: str, device_type: str, dtype: torch.dtype, forward: str) -> str:
+    """Return the backend of the gradient: the forward's own, or the best that has one."""
+    if (forward, device_type, op) not in FORWARD_ONLY:
+        return forward
+    return "torch" if unavailable("triton", op, device_type, dtype) else "triton"
+
+
+_chosen: dict[tuple, str] = {}
+# Under torch.compile the choice is made while tracing and is a constant of the graph. This is all that
+# torch.compiler.assume_constant_result does, but that imports torch._dynamo: 1.4 s at `import embkern.ops`.
+select._dynamo_marked_constant = True  # type: ignore[attr-defined]
+select_backward._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def forget() -> None:
+    """Forget the choices made so far, so that a change of ``EMBKERN_BACKEND`` takes effect."""
+    _chosen.clear()
+
+
+def _choose(op: str, device_type: str, dtype: torch.dtype, backend: str | None, regime: str | None) -> str:
     if dtype not in DTYPES:
         raise TypeError(f"{op}: dtype {dtype} is not supported, only {', '.join(map(str, DTYPES))}")
     source = "backend"
     if backend is None:
         backend = os.environ.get(ENVIRONMENT_VARIABLE)
         source = ENVIRONMENT_VARIABLE
-    if not backend:
-        return _best(op, device_type, dtype)
-    _check_requested(source, backend, op, device_type, dtype)
-    return backend
-
-
-# Under torch.compile the choice is made while tracing and is a constant of the graph. This is all that
-# torch.compiler.assume_constant_result does, but that imports torch._dynamo: 1.4 s at `import embkern.ops`.
-select._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@functools.cache
-def _check_requested(source: str, backend: str, op: str, device_type: str, dtype: torch.dtype) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    if reason := unavailable(backend, op, device_type, dtype):
-        raise RuntimeError(f"{source}: {backend!r} cannot serve {op}: {reason}")
-
-
-@functools.cache
-def _best(op: str, device_type: str, dtype: torch.dtype) -> str:
-    order = EXCEPTIONS.get((op, device_type, dtype)) or PREFERENCE.get(device_type, ("torch",))
-    for backend in order:
-        reason = unavailable(backend, op, device_type, dtype)
+    if backend:
+        if backend not in BACKENDS:
+            raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+        if reason := unavailable(backend, op, device_type, dtype):
+            raise RuntimeError(f"{source}: {backend!r} cannot serve {op}: {reason}")
+        return backend
+    order = REGIMES.get((op, device_type, regime or "")) or PREFERENCE.get(device_type, ("torch",))
+    reasons = []
+    for candidate in order:
+        reason = unavailable(candidate, op, device_type, dtype)
         if reason is None:
-            return backend
-        if op in KERNELS.get((backend, device_type), ()):
-            _log_once(reason)
+            for missed in reasons:
+                _log_once(candidate, missed)
+            return candidate
+        if op in KERNELS.get((candidate, device_type), ()):
+            reasons.append(reason)
     raise AssertionError("the torch backend serves every device")
 
 
 @functools.cache
-def _log_once(reason: str) -> None:
-    logger.warning("falling back to the torch backend: %s", reason)
+def _log_once(backend: str, reason: str) -> None:
+    logger.warning("falling back to the %s backend: %s", backend, reason)

@@ -1,8 +1,7 @@
-"""gather_project: rows of a factorised table, ``codes[ids] @ basis + offset``."""
+"""gather_project: rows of a factorised table, ``scale * (codes[ids] @ basis + offset)``."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,14 +10,23 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import reference
-from .backends import Backend, select
+from .backends import Backend, select, select_backward
 from .library import define, differentiable_once, needs_autograd, overload
 
 _NO_PADDING = -1
+# Ids up to this many count as decoding: launches and the basis decide there, not the tensor cores.
+DECODE_TOKENS = 64
 
 
-def _forward_fake(ids: Tensor, codes: Tensor, basis: Tensor, offset: Tensor | None) -> Tensor:
-    return codes.new_empty(ids.shape[0], basis.shape[1])
+def _forward_fake(ids: Tensor, codes: Tensor, basis: Tensor, offset: Tensor | None, scale: float) -> Tensor:
+    _check(ids, codes, basis, offset)
+    return codes.new_empty(*ids.shape, basis.shape[1])
+
+
+def _out_fake(
+    ids: Tensor, codes: Tensor, basis: Tensor, offset: Tensor | None, scale: float, out: Tensor
+) -> None:
+    _check(ids, codes, basis, offset, out)
 
 
 def _backward_fake(
@@ -26,13 +34,17 @@ def _backward_fake(
     ids: Tensor,
     codes: Tensor,
     basis: Tensor,
+    scale: float,
     padding_idx: int,
     needs_codes: bool,
     needs_basis: bool,
     needs_offset: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    sparse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = ids.numel() if sparse else codes.shape[0]  # the native kernel returns one row per distinct id
     return (
-        codes.new_empty(codes.shape if needs_codes else (0,)),
+        ids.new_empty(rows if sparse and needs_codes else 0, dtype=torch.int64),
+        codes.new_empty((rows, codes.shape[1]) if needs_codes else (0,)),
         basis.new_empty(basis.shape if needs_basis else (0,)),
         basis.new_empty((basis.shape[1],) if needs_offset else (0,)),
     )
@@ -40,56 +52,93 @@ def _backward_fake(
 
 define(
     "gather_project_forward",
-    "(Tensor ids, Tensor codes, Tensor basis, Tensor? offset) -> Tensor",
-    backends=("native",),
+    "(Tensor ids, Tensor codes, Tensor basis, Tensor? offset, float scale) -> Tensor",
+    backends=("native", "triton"),
     fake=_forward_fake,
 )
 define(
+    "gather_project_out",
+    "(Tensor ids, Tensor codes, Tensor basis, Tensor? offset, float scale, Tensor(a!) out) -> ()",
+    backends=("native", "triton"),
+    fake=_out_fake,
+)
+define(
     "gather_project_backward",
-    "(Tensor grad, Tensor ids, Tensor codes, Tensor basis, int padding_idx, "
-    "bool needs_codes, bool needs_basis, bool needs_offset) -> (Tensor, Tensor, Tensor)",
-    backends=("native",),
+    "(Tensor grad, Tensor ids, Tensor codes, Tensor basis, float scale, int padding_idx, bool needs_codes, "
+    "bool needs_basis, bool needs_offset, bool sparse) -> (Tensor, Tensor, Tensor, Tensor)",
+    backends=("native", "triton"),
     fake=_backward_fake,
 )
 
+
+def _torch_out(
+    ids: Tensor, codes: Tensor, basis: Tensor, offset: Tensor | None, scale: float, out: Tensor
+) -> None:
+    out.copy_(reference.gather_project_forward(ids, codes, basis, offset, scale))
+
+
 _FORWARD: dict[str, Callable] = {
     "native": overload("gather_project_forward", "native"),
+    "triton": overload("gather_project_forward", "triton"),
     "torch": reference.gather_project_forward,
+}
+_OUT: dict[str, Callable] = {
+    "native": overload("gather_project_out", "native"),
+    "triton": overload("gather_project_out", "triton"),
+    "torch": _torch_out,
 }
 _BACKWARD: dict[str, Callable] = {
     "native": overload("gather_project_backward", "native"),
+    "triton": overload("gather_project_backward", "triton"),
     "torch": reference.gather_project_backward,
 }
 
 
 class GatherProject(Function):
-    """Autograd of gather_project; the backend of the forward also runs the backward."""
+    """Autograd of gather_project; the backend of the forward runs the backward if it has one."""
 
     @staticmethod
     def forward(
-        ids: Tensor, codes: Tensor, basis: Tensor, offset: Tensor | None, padding_idx: int, backend: str
+        ids: Tensor,
+        codes: Tensor,
+        basis: Tensor,
+        offset: Tensor | None,
+        scale: float,
+        padding_idx: int,
+        sparse: bool,
+        backend: str,
     ) -> Tensor:
-        """Run the backend's forward on flat, validated arguments."""
-        return _FORWARD[backend](ids, codes, basis, offset)
+        """Run the backend's forward."""
+        return _FORWARD[backend](ids, codes, basis, offset, scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         """Keep what the backward reads."""
-        ids, codes, basis, _, ctx.padding_idx, ctx.backend = inputs
+        ids, codes, basis, _, *ctx.options, ctx.backend = inputs
         ctx.save_for_backward(ids, codes, basis)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         """Return the gradients of codes, basis and offset that are asked for."""
         ids, codes, basis = ctx.saved_tensors
+        scale, padding_idx, sparse = ctx.options
         needs = ctx.needs_input_grad[1:4]
-        with torch.no_grad(), _autocast_off(grad.device.type):
-            grads = _BACKWARD[ctx.backend](grad.contiguous(), ids, codes, basis, ctx.padding_idx, *needs)
+        flat = grad.reshape(-1, grad.shape[-1]).contiguous()
+        device_type = grad.device.type
+        backend = select_backward("gather_project", device_type, codes.dtype, ctx.backend)
+        with torch.no_grad():
+            code_ids, *grads = _BACKWARD[backend](flat, ids, codes, basis, scale, padding_idx, *needs, sparse)
+            if sparse and needs[0]:
+                # The native CPU kernel returns each id once, in order; the others one row per position.
+                coalesced = backend == "native" and device_type == "cpu"
+                grads[0] = torch.sparse_coo_tensor(
+                    code_ids[None], grads[0], codes.shape, is_coalesced=coalesced, check_invariants=False
+                )
         wanted = [
             differentiable_once(each, grad, codes, basis) if needed else None
             for each, needed in zip(grads, needs, strict=True)
         ]
-        return None, *wanted, None, None
+        return None, *wanted, None, None, None, None
 
 
 def gather_project(
@@ -98,24 +147,33 @@ def gather_project(
     basis: Tensor,
     offset: Tensor | None = None,
     *,
+    scale: float = 1.0,
     padding_idx: int | None = None,
+    sparse: bool = False,
+    out: Tensor | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
     """Rows of a factorised embedding table, gathered and projected.
 
-    ``F.embedding(ids, codes) @ basis + offset``
+    ``scale * (F.embedding(ids, codes) @ basis + offset)``
 
     Sums run in fp32 (float64 for float64 factors) and are rounded once; the result has the factors' dtype,
     under autocast too, like ``F.embedding``. Gradients flow to codes, basis and offset, once
-    (no double backward); those of repeated ids are summed in fp32.
+    (no double backward); those of repeated ids are summed in fp32. On CPU the bits of a row depend neither on
+    the other ids nor on the number of threads.
 
     Args:
         ids: indices into the vocabulary, any shape (``*``), int32 or int64.
-        codes: (V, r), one row per token.
+        codes: (V, r), one row per token; rows may lie any stride apart.
         basis: (r, H), shared by all tokens.
         offset: (H,), added to every row.
+        scale: factor on the result, applied before the rounding.
         padding_idx: positions with this id contribute no gradient, to codes (as in ``F.embedding``), basis
             and offset alike.
+        sparse: make the gradient of codes a sparse COO tensor of the rows that were looked up, as in
+            ``F.embedding``; a dense one is V x r. Not under ``torch.compile``.
+        out: (``*``, H), contiguous, in the factors' dtype: written in place and returned. It saves the
+            allocation, whose page faults dominate a large look-up on CPU. No gradient flows through it.
         backend: ``native``, ``triton`` or ``torch``; None takes the best for the device.
 
     Returns:
@@ -124,32 +182,52 @@ def gather_project(
     Raises:
         IndexError: an id is negative or not below V (on CPU; on CUDA a device-side assertion).
         TypeError: a dtype is not supported, or the factors' dtypes differ.
-        ValueError: shapes or devices do not fit, or ``backend`` is unknown.
+        ValueError: shapes or devices do not fit, ``out`` shares no shape with the result or is asked for
+            where a gradient is, or ``backend`` is unknown.
         RuntimeError: the backend asked for cannot serve this call.
 
     Source: arXiv 2106.08181, section 3: at inference a token's row is decoded from its latent code.
     """
-    _check(ids, codes, basis, offset, padding_idx)
-    chosen = select("gather_project", codes.device.type, codes.dtype, backend)
-    flat = ids.reshape(-1).contiguous()
-    codes, basis = codes.contiguous(), basis.contiguous()
-    offset = None if offset is None else offset.contiguous()
-    with _autocast_off(codes.device.type):
+    device_type = "cpu" if codes.is_cpu else codes.device.type  # torch.device costs 300 ns
+    regime = None if codes.is_cpu else _regime(ids)
+    chosen = select("gather_project", device_type, codes.dtype, backend, regime)
+    try:
+        if chosen != "native" or device_type != "cpu":  # the CPU op checks its arguments itself
+            _check(ids, codes, basis, offset, out)
+            ids, codes, basis = ids.contiguous(), codes.contiguous(), basis.contiguous()
+            offset = None if offset is None else offset.contiguous()
+        if padding_idx is not None:
+            _check_padding(padding_idx, codes)
         if needs_autograd(codes, basis, offset):
+            if out is not None:
+                raise ValueError("out: expected None where a gradient is asked for; use torch.no_grad()")
+            if sparse and torch.compiler.is_compiling():
+                raise ValueError("sparse: expected False under torch.compile, which has no sparse gradients")
             padding = _NO_PADDING if padding_idx is None else padding_idx % codes.shape[0]
-            rows = GatherProject.apply(flat, codes, basis, offset, padding, chosen)
-        else:
-            rows = _FORWARD[chosen](flat, codes, basis, offset)
-    return rows.view(*ids.shape, basis.shape[1])
+            return GatherProject.apply(ids, codes, basis, offset, scale, padding, sparse, chosen)
+        if out is None:
+            return _FORWARD[chosen](ids, codes, basis, offset, scale)
+        _OUT[chosen](ids, codes, basis, offset, scale, out)
+        return out
+    except Exception:
+        _check(ids, codes, basis, offset, out)
+        raise
 
 
-def _autocast_off(device_type: str) -> contextlib.AbstractContextManager:
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
+def _regime(ids: Tensor) -> str | None:
+    """Return which CUDA kernels suit the number of ids: those of decoding or of prefill."""
+    if torch.compiler.is_compiling():  # a compiled graph serves every number of ids
+        return None
+    return "decode" if ids.numel() <= DECODE_TOKENS else "prefill"
 
 
-def _check(ids: Tensor, codes: Tensor, basis: Tensor, offset: Tensor | None, padding_idx: int | None) -> None:
+def _check(
+    ids: Tensor,
+    codes: Tensor,
+    basis: Tensor,
+    offset: Tensor | None,
+    out: Tensor | None = None,
+) -> None:
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"ids: expected dtype torch.int32 or torch.int64, got {ids.dtype}")
     if codes.dim() != 2:
@@ -160,11 +238,19 @@ def _check(ids: Tensor, codes: Tensor, basis: Tensor, offset: Tensor | None, pad
         )
     if offset is not None and (offset.dim() != 1 or offset.shape[0] != basis.shape[1]):
         raise ValueError(f"offset: expected shape ({basis.shape[1]},), got {tuple(offset.shape)}")
-    for name, tensor in (("basis", basis), ("offset", offset)):
+    if out is not None and (out.shape != (*ids.shape, basis.shape[1]) or not out.is_contiguous()):
+        raise ValueError(
+            f"out: expected a contiguous tensor of shape {(*ids.shape, basis.shape[1])}, "
+            f"got shape {tuple(out.shape)}, strides {out.stride()}"
+        )
+    for name, tensor in (("basis", basis), ("offset", offset), ("out", out)):
         if tensor is not None and tensor.dtype != codes.dtype:
             raise TypeError(f"{name}: expected dtype {codes.dtype} as in codes, got {tensor.dtype}")
-    for name, tensor in (("ids", ids), ("basis", basis), ("offset", offset)):
+    for name, tensor in (("ids", ids), ("basis", basis), ("offset", offset), ("out", out)):
         if tensor is not None and tensor.device != codes.device:
             raise ValueError(f"{name}: expected device {codes.device} as in codes, got {tensor.device}")
-    if padding_idx is not None and not -codes.shape[0] <= padding_idx < codes.shape[0]:
+
+
+def _check_padding(padding_idx: int, codes: Tensor) -> None:
+    if not -codes.shape[0] <= padding_idx < codes.shape[0]:
         raise ValueError(f"padding_idx: expected an id below {codes.shape[0]}, got {padding_idx}")

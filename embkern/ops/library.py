@@ -7,6 +7,7 @@ where the extension was not built. One overload per backend: ``embkern::gather_p
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,30 @@ from torch.autograd import Function, forward_ad
 
 NAMESPACE = "embkern"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+LIBRARY.define("cpu_capability(int level) -> int")
 
 
 def define(name: str, schema: str, *, backends: tuple[str, ...], fake: Callable) -> None:
-    """Define one overload of ``name`` per backend, with ``fake`` as its shape function."""
+    """Define one overload of ``name`` per backend, with ``fake`` as its shape function.
+
+    The native implementations are bound by the extension; a Triton one is the function ``name`` of the module
+    of ``embkern.triton`` that is called like the module of ``fake``, imported at the first call.
+    """
     for backend in backends:
         overload = f"{name}.{backend}"
         LIBRARY.define(overload + schema)
         LIBRARY.impl(overload, fake, "Meta")
+        if backend == "triton":
+            launcher = _lazy(f"embkern.triton.{fake.__module__.rpartition('.')[2]}", name)
+            LIBRARY.impl(overload, launcher, "CUDA")
+            LIBRARY.impl(overload, launcher, "CPU")  # Triton's interpreter
+
+
+def _lazy(module: str, name: str) -> Callable:
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*args)
+
+    return call
 
 
 def overload(name: str, backend: str) -> torch._ops.OpOverload:
@@ -36,9 +53,11 @@ def needs_autograd(*tensors: torch.Tensor | None) -> bool:
 
     Forward-mode AD goes there too: the Function refuses it, where the raw op would drop the tangent.
     """
-    if forward_ad._current_level >= 0:
-        return True
-    return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:  # any() over a generator would cost more than the look-up of one token
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return forward_ad._current_level >= 0
 
 
 class _OnceDifferentiable(Function):
@@ -50,7 +69,7 @@ class _OnceDifferentiable(Function):
 
     @staticmethod
     def forward(grad: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
-        return grad.view_as(grad)
+        return grad.clone() if grad.is_sparse else grad.view_as(grad)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
@@ -86,3 +105,23 @@ def load_native() -> str | None:
             f"the native extension does not load with torch {torch.__version__}: {error.__cause__ or error}"
         )
     return None
+
+
+CPU_CAPABILITIES = ("portable", "avx2", "avx512", "avx512_bf16")
+
+
+def cpu_capability(level: str | None = None) -> str:
+    """Return the instruction set that the native CPU kernels use, after setting it to ``level`` if given.
+
+    The default is the best this processor has; ``EMBKERN_CPU_CAPABILITY`` sets a lower one.
+
+    Raises:
+        ValueError: the level is unknown, or the processor or the build lacks it.
+        RuntimeError: the native extension cannot be used, and why.
+    """
+    if reason := load_native():
+        raise RuntimeError(reason)
+    if level is not None and level not in CPU_CAPABILITIES:
+        raise ValueError(f"level: expected one of {', '.join(CPU_CAPABILITIES)}, got {level!r}")
+    index = -1 if level is None else CPU_CAPABILITIES.index(level)
+    return CPU_CAPABILITIES[torch.ops.embkern.cpu_capability(index)]

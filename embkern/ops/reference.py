@@ -7,6 +7,10 @@ autograd of the forwards. Sums run in fp32 for narrower dtypes (float64 for floa
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,28 +21,61 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def gather_project_forward(ids: Tensor, codes: Tensor, basis: Tensor, offset: Tensor | None) -> Tensor:
-    """``codes[ids] @ basis + offset``: ids (N,), codes (V, r), basis (r, H), offset (H,) -> (N, H)."""
-    rows = F.embedding(ids, codes)
-    # matmul of bf16 and fp16 accumulates in fp32 and addmm adds the offset before the one rounding.
-    return rows @ basis if offset is None else torch.addmm(offset, rows, basis)
+def _autocast_off(function: Callable) -> Callable:
+    """Keep autocast from narrowing the products: the result has the factors' dtype, like F.embedding's."""
+
+    @functools.wraps(function)
+    def call(first: Tensor, *args: Any) -> Any:
+        device_type = first.device.type
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                return function(first, *args)
+        return function(first, *args)
+
+    return call
 
 
+@_autocast_off
+def gather_project_forward(
+    ids: Tensor, codes: Tensor, basis: Tensor, offset: Tensor | None, scale: float
+) -> Tensor:
+    """``scale * (codes[ids] @ basis + offset)``: ids (*), codes (V, r), basis (r, H), offset (H,); (*, H)."""
+    rows = F.embedding(ids.reshape(-1), codes)
+    # Products of bf16 and fp16 accumulate in fp32; addmm scales and adds the offset before the one rounding.
+    if offset is None:
+        rows = rows @ basis if scale == 1 else (rows @ basis) * scale
+    else:
+        rows = torch.addmm(offset, rows, basis, beta=scale, alpha=scale)
+    return rows.view(*ids.shape, basis.shape[1])
+
+
+@_autocast_off
 def gather_project_backward(
     grad: Tensor,
     ids: Tensor,
     codes: Tensor,
     basis: Tensor,
+    scale: float,
     padding_idx: int,
     needs_codes: bool,
     needs_basis: bool,
     needs_offset: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of codes, basis and offset; an unneeded one is an empty tensor. padding_idx -1 means none."""
+    sparse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ids of sparse rows, gradients of codes, basis and offset; an unneeded one is an empty tensor.
+
+    ``padding_idx`` -1 means none. With ``sparse`` the gradient of codes has one row per position of ids.
+    """
+    ids = ids.reshape(-1)
     if padding_idx >= 0:
         grad = grad.masked_fill((ids == padding_idx).unsqueeze(1), 0)
+    if scale != 1:
+        grad = grad * scale
+    code_ids = ids.new_empty(0, dtype=torch.int64)
     grad_codes = grad_basis = grad_offset = grad.new_empty(0)
-    if needs_codes:
+    if needs_codes and sparse:
+        code_ids, grad_codes = ids.long(), grad @ basis.t()
+    elif needs_codes:
         per_position = (grad @ basis.t()).to(accumulation_dtype(codes.dtype))
         grad_codes = torch.zeros_like(codes, dtype=per_position.dtype)
         grad_codes = grad_codes.index_add(0, ids, per_position).to(codes.dtype)
@@ -46,7 +83,7 @@ def gather_project_backward(
         grad_basis = F.embedding(ids, codes).t() @ grad
     if needs_offset:
         grad_offset = grad.sum(0)
-    return grad_codes, grad_basis, grad_offset
+    return code_ids, grad_codes, grad_basis, grad_offset
 
 
 def cosine_mse_forward(

@@ -13,20 +13,17 @@ from embkern.ops.backends import select, unavailable
 
 @pytest.fixture(autouse=True)
 def _no_memory_between_tests():
-    backends._best.cache_clear()
+    backends.forget()
     backends._log_once.cache_clear()
-    backends._check_requested.cache_clear()
     yield
-    backends._best.cache_clear()
-    backends._check_requested.cache_clear()
+    backends.forget()
 
 
 def test_the_best_backend_of_a_device_is_taken(native):
     assert select("gather_project", "cpu", torch.float32) == "native"
-    assert select("gather_project", "cpu", torch.bfloat16) == "torch"
+    assert select("gather_project", "cpu", torch.bfloat16) == "native"
     assert select("cosine_mse", "cpu", torch.bfloat16) == "native"
     assert select("gather_project", "meta", torch.float32) == "torch"
-    assert select("gather_project", "cuda", torch.float32) == "torch"  # no CUDA kernel is written yet
 
 
 def test_without_the_extension_torch_serves_and_says_so_once(monkeypatch, caplog):
@@ -48,18 +45,26 @@ def test_the_environment_variable_is_obeyed_and_named_in_errors(monkeypatch):
     monkeypatch.setenv("EMBKERN_BACKEND", "torch")
     assert select("gather_project", "cpu", torch.float32) == "torch"
     monkeypatch.setenv("EMBKERN_BACKEND", "nativ")
+    assert select("gather_project", "cpu", torch.float32) == "torch", "a choice is kept"
+    backends.forget()
     with pytest.raises(
         ValueError, match="EMBKERN_BACKEND: expected one of native, triton, torch, got 'nativ'"
     ):
         select("gather_project", "cpu", torch.float32)
     monkeypatch.setenv("EMBKERN_BACKEND", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="EMBKERN_BACKEND: 'triton' cannot serve gather_project"):
         select("gather_project", "cpu", torch.float32)
     assert select("gather_project", "cpu", torch.float32, "torch") == "torch", "the argument wins"
 
 
-def test_every_refusal_has_a_reason():
-    assert "no triton kernel" in unavailable("triton", "gather_project", "cuda", torch.float32)
+def test_every_refusal_has_a_reason(monkeypatch):
+    assert "no triton kernel" in unavailable("triton", "cosine_mse", "cuda", torch.float32)
+    assert "no native kernel" in unavailable("native", "gather_project", "meta", torch.float32)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "interpreter" in unavailable("triton", "gather_project", "cpu", torch.float32)
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    assert "triton is not installed" in unavailable("triton", "gather_project", "cuda", torch.float32)
     for backend in (None, "torch"):
         with pytest.raises(TypeError, match="gather_project: dtype torch.int32 is not supported"):
             select("gather_project", "cpu", torch.int32, backend)

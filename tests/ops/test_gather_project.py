@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
 from embkern.ops import gather_project, reference
+from embkern.ops.backends import unavailable
+from embkern.ops.library import CPU_CAPABILITIES, cpu_capability
 
 from ..conftest import assert_no_worse_than, compile_counting
 
@@ -28,6 +34,67 @@ def problem(shape, dtype=torch.float32, device="cpu", offset=True, ids_dtype=tor
 def plain(ids, codes, basis, offset):
     rows = F.embedding(ids, codes) @ basis
     return rows if offset is None else rows + offset
+
+
+def skip_without_float64(backend, device):
+    if reason := unavailable(backend, OP, device, torch.float64):
+        pytest.skip(reason)
+
+
+@pytest.fixture(params=CPU_CAPABILITIES)
+def level(request, native):
+    """Every instruction set this processor has, one by one."""
+    best = cpu_capability()
+    if CPU_CAPABILITIES.index(request.param) > CPU_CAPABILITIES.index(best):
+        pytest.skip(f"this processor has {best}")
+    yield cpu_capability(request.param)
+    cpu_capability(best)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_every_instruction_set_keeps_the_numerical_contract(level, dtype):
+    assert cpu_capability() == level
+    for shape in [*SHAPES, (500, 130, 95, 25), (500, 19, 300, 4), (40, 300, 33, 700)]:
+        ids, *factors = problem(shape, dtype)
+        upstream = torch.randn(len(ids), shape[2]).to(dtype)
+        results = []
+        for function, cast in ((gather_project, dtype), (plain, dtype), (plain, torch.float64)):
+            leaves = [f.to(cast, copy=True).requires_grad_() for f in factors]
+            out = function(ids, *leaves)
+            out.backward(upstream.to(cast))
+            results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+        for ours, native, exact in zip(*results, strict=True):
+            assert_no_worse_than(ours, native, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_bits_of_a_row_do_not_depend_on_its_batch(level, dtype):
+    _, *factors = problem((300, 150, 210, 1), dtype)
+    rows = gather_project(torch.arange(300), *factors)
+    for count in (1, 2, 5, 11, 12, 23, 25, 97, 300):
+        ids = torch.randint(0, 300, (count,))
+        assert torch.equal(gather_project(ids, *factors), rows[ids]), count
+
+
+def test_an_instruction_set_is_named_or_refused(native, monkeypatch):
+    with pytest.raises(ValueError, match="level: expected one of portable, avx2, .*, got 'sse9'"):
+        cpu_capability("sse9")
+    script = "from embkern.ops.library import cpu_capability; print(cpu_capability())"
+    for value, expected in (("portable", "portable"), ("sse9", "expected portable, avx2")):
+        environment = os.environ | {"EMBKERN_CPU_CAPABILITY": value}
+        run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+        assert expected in run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("special", [float("nan"), float("inf"), 1e30], ids=str)
+def test_narrow_outputs_round_like_torch(level, special):
+    for dtype in (torch.bfloat16, torch.float16):
+        codes = torch.tensor([[1.0], [special], [1 + 2**-8], [3.0]]).to(dtype)
+        basis = torch.tensor([[1.0, 1 + 2**-7, -0.5]]).to(dtype).repeat(1, 20)
+        got = gather_project(torch.arange(4), codes, basis)
+        expected = (codes.float() @ basis.float()).to(dtype)
+        assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -54,9 +121,58 @@ def test_forward_and_gradients_are_no_worse_than_plain_torch(backend, device, sh
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("offset", [True, False])
 def test_gradcheck(backend, device, ids_dtype, offset):
+    skip_without_float64(backend, device)
     ids, *factors = problem((7, 3, 5, 9), torch.float64, device, offset, ids_dtype)
     leaves = [f if f is None else f.requires_grad_() for f in factors]
-    assert torch.autograd.gradcheck(lambda *f: gather_project(ids, *f, backend=backend), leaves)
+    assert torch.autograd.gradcheck(lambda *f: gather_project(ids, *f, scale=1.5, backend=backend), leaves)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [True, False])
+@pytest.mark.usefixtures("poisoned")
+def test_scale_is_applied_before_the_one_rounding(backend, device, dtype, offset):
+    ids, *factors = problem((101, 63, 77, 149), dtype, device, offset)
+    wide = [f if f is None else f.double() for f in factors]
+    got = gather_project(ids, *factors, scale=25.25, backend=backend)
+    assert_no_worse_than(got, plain(ids, *factors) * 25.25, plain(ids, *wide) * 25.25)
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 3), (0,)], ids=str)
+def test_out_is_written_and_returned(backend, device, shape):
+    _, *factors = problem((12, 4, 6, 1), device=device)
+    ids = torch.randint(0, 12, shape, device=device)
+    out = torch.full((*shape, 6), float("nan"), device=device)
+    assert gather_project(ids, *factors, out=out, backend=backend) is out
+    assert torch.equal(out, gather_project(ids, *factors, backend=backend))
+    factors[0].requires_grad_()
+    with pytest.raises(ValueError, match="out: expected None where a gradient is asked for"):
+        gather_project(ids, *factors, out=out, backend=backend)
+
+
+@pytest.mark.parametrize("padding_idx", [None, 3])
+def test_a_sparse_gradient_is_the_dense_one(backend, device, padding_idx):
+    ids, *factors = problem((200, 8, 10, 300), device=device)
+    upstream, grads = torch.randn(300, 10, device=device), []
+    for sparse in (True, False):
+        leaves = [f.clone().requires_grad_() for f in factors]
+        rows = gather_project(ids, *leaves, padding_idx=padding_idx, sparse=sparse, backend=backend)
+        rows.backward(upstream)
+        grads.append([leaf.grad for leaf in leaves])
+    codes, *others = grads[0]
+    assert codes.is_sparse
+    assert codes._nnz() <= 300
+    assert_close([codes.to_dense(), *others], grads[1])
+    if codes.is_coalesced():
+        assert torch.equal(codes.indices()[0], ids[ids != padding_idx].unique())
+
+
+def test_sparse_gradients_are_refused_under_compile(native):
+    ids, *factors = problem((20, 4, 6, 11))
+    factors[0].requires_grad_()
+    with pytest.raises(Exception, match="sparse: expected False under torch.compile"):
+        torch.compile(lambda i: gather_project(i, *factors, sparse=True), backend="eager", fullgraph=True)(
+            ids
+        )
 
 
 @pytest.mark.parametrize("frozen", [0, 1, 2])
@@ -82,6 +198,7 @@ def test_ids_of_any_shape(backend, device, shape):
 
 @pytest.mark.parametrize("padding_idx", [3, -1])
 def test_padding_contributes_no_gradient(backend, device, padding_idx):
+    skip_without_float64(backend, device)
     _, *factors = problem((9, 4, 6, 1), torch.float64, device)
     ids = torch.tensor([3, 1, 3, 8, 8], device=device)
     leaves = [f.requires_grad_() for f in factors]
@@ -100,16 +217,26 @@ def test_padding_idx_does_not_change_the_row(backend, device):
     )
 
 
-def test_non_contiguous_arguments(backend, device):
+@pytest.mark.parametrize("layout", ["columns", "rows apart"])
+def test_non_contiguous_arguments(backend, device, layout):
     ids, codes, basis, offset = problem((30, 8, 10, 24), device=device)
     strided = (
         ids.repeat_interleave(2)[::2],
-        codes.t().contiguous().t(),
-        basis.repeat_interleave(3, 1)[:, ::3],
+        codes.t().contiguous().t() if layout == "columns" else torch.cat((codes, codes), 1)[:, :8],
+        basis.repeat_interleave(3, 1)[:, ::3]
+        if layout == "columns"
+        else torch.cat((basis, basis), 1)[:, :10],
         offset.repeat_interleave(2)[::2],
     )
     assert not strided[1].is_contiguous()
     assert_close(gather_project(*strided, backend=backend), plain(ids, codes, basis, offset))
+    upstream = torch.randn(24, 10, device=device)
+    grads = []
+    for factors in (strided[1:], (codes, basis, offset)):
+        leaves = [f.detach().requires_grad_() for f in factors]
+        gather_project(ids, *leaves, backend=backend).backward(upstream)
+        grads.append([leaf.grad for leaf in leaves])
+    assert_close(*grads)
 
 
 @pytest.mark.parametrize("bad", [-1, 12, 2**40])
@@ -140,9 +267,12 @@ def test_the_error_of_the_native_kernel_names_the_id(native):
         (dict(basis=torch.zeros(4, 6).half()), TypeError, "basis: expected dtype torch.float32"),
         (dict(offset=torch.zeros(7)), ValueError, r"offset: expected shape \(6,\)"),
         (dict(offset=torch.zeros(6, device="meta")), ValueError, "offset: expected device cpu"),
+        (dict(out=torch.zeros(3, 7)), ValueError, r"out: expected a contiguous tensor of shape \(3, 6\)"),
+        (dict(out=torch.zeros(6, 3).t()), ValueError, "out: expected a contiguous tensor"),
+        (dict(out=torch.zeros(3, 6).half()), TypeError, "out: expected dtype torch.float32"),
         (dict(padding_idx=12), ValueError, "padding_idx: expected an id below 12, got 12"),
         (dict(backend="cuda"), ValueError, "backend: expected one of native, triton, torch, got 'cuda'"),
-        (dict(backend="triton"), RuntimeError, "'triton' cannot serve gather_project: there is no triton"),
+        (dict(backend="triton"), RuntimeError, "'triton' cannot serve gather_project: "),
         (
             dict(
                 codes=torch.zeros(12, 4, dtype=torch.int8),
@@ -196,9 +326,12 @@ def test_raw_ops_pass_opcheck(native):
     grad = torch.randn(11, 6)
     ops = torch.ops.embkern
     for given in (offset, None):
-        torch.library.opcheck(ops.gather_project_forward.native, (ids, codes, basis, given))
+        torch.library.opcheck(ops.gather_project_forward.native, (ids, codes, basis, given, 0.5))
+        out = torch.empty(11, 6)
+        torch.library.opcheck(ops.gather_project_out.native, (ids, codes, basis, given, 0.5, out))
     for needs in ((True, True, True), (False, True, False)):
-        torch.library.opcheck(ops.gather_project_backward.native, (grad, ids, codes, basis, 2, *needs))
+        arguments = (grad, ids, codes, basis, 0.5, 2, *needs, False)
+        torch.library.opcheck(ops.gather_project_backward.native, arguments)
 
 
 def test_compiles_to_one_graph_without_recompiling(backend, device):
@@ -221,6 +354,7 @@ def test_compiles_to_one_graph_without_recompiling(backend, device):
 
 
 def test_functional_grad_works(backend, device):
+    skip_without_float64(backend, device)
     ids, *factors = problem((20, 4, 6, 11), torch.float64, device)
     got = torch.func.grad(lambda c: gather_project(ids, c, *factors[1:], backend=backend).square().sum())(
         factors[0]
@@ -273,9 +407,9 @@ def test_reference_backward_is_autograd_of_its_forward():
     ids, *factors = problem((9, 4, 6, 13), torch.float64)
     grad = torch.randn(13, 6, dtype=torch.float64)
     leaves = [f.clone().requires_grad_() for f in factors]
-    reference.gather_project_forward(ids, *leaves).backward(grad)
-    got = reference.gather_project_backward(grad, ids, *factors[:2], -1, True, True, True)
-    assert_close(list(got), [leaf.grad for leaf in leaves])
+    reference.gather_project_forward(ids, *leaves, 0.5).backward(grad)
+    _, *got = reference.gather_project_backward(grad, ids, *factors[:2], 0.5, -1, True, True, True, False)
+    assert_close(got, [leaf.grad for leaf in leaves])
 
 
 def test_shapes_on_the_meta_device():

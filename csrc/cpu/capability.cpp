@@ -1,0 +1,87 @@
+#include "cpu/capability.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <string>
+
+#include "checks.h"
+#include "cpu/kernels.h"
+
+namespace embkern {
+namespace {
+
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+
+Capability best() {
+#if defined(EMBKERN_X86_LEVELS)
+  __builtin_cpu_init();
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Capability::avx512_bf16;
+  if (avx512) return Capability::avx512;
+  if (avx2) return Capability::avx2;
+#endif
+  return Capability::portable;
+}
+
+void check_level(const char* source, int64_t level) {
+  check(level >= 0 && level <= static_cast<int64_t>(best()), source, ": expected at most ",
+        kNames[static_cast<int64_t>(best())], " on this processor, got ", kNames[level]);
+}
+
+int64_t initial() {
+  const char* name = std::getenv("EMBKERN_CPU_CAPABILITY");
+  if (!name || !*name) return static_cast<int64_t>(best());
+  for (int64_t level = 0; level < 4; ++level) {
+    if (std::string(name) == kNames[level]) {
+      check_level("EMBKERN_CPU_CAPABILITY", level);
+      return level;
+    }
+  }
+  check(false, "EMBKERN_CPU_CAPABILITY: expected portable, avx2, avx512 or avx512_bf16, got ", name);
+  return 0;
+}
+
+std::atomic<int64_t>& current() {
+  static std::atomic<int64_t> level{initial()};
+  return level;
+}
+
+}  // namespace
+
+Capability capability() { return static_cast<Capability>(current().load(std::memory_order_relaxed)); }
+
+int64_t cpu_capability(int64_t level) {
+  if (level != -1) {
+    check(level >= 0 && level < 4, "level: expected -1 to 3, got ", level);
+    check_level("level", level);
+    current().store(level);
+  }
+  return current().load();
+}
+
+template <class T>
+const Kernels<T>& kernels() {
+#if defined(EMBKERN_X86_LEVELS)
+  switch (capability()) {
+    case Capability::avx512_bf16:
+      return avx512_bf16::kernels<T>();
+    case Capability::avx512:
+      return avx512::kernels<T>();
+    case Capability::avx2:
+      return avx2::kernels<T>();
+    default:
+      break;
+  }
+#endif
+  return portable::kernels<T>();
+}
+
+template const Kernels<float>& kernels<float>();
+template const Kernels<double>& kernels<double>();
+template const Kernels<BFloat16>& kernels<BFloat16>();
+template const Kernels<Half>& kernels<Half>();
+
+}  // namespace embkern

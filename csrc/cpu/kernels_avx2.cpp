@@ -1,0 +1,22 @@
+// The kernels for AVX2 with FMA and F16C. Headers come first: what they define must run everywhere.
+#include "cpu/kernels.h"
+#include "cpu/kernels_headers.h"
+
+#if defined(EMBKERN_X86_LEVELS)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#define EMBKERN_LEVEL avx2
+#define EMBKERN_AVX2 1
+#include "cpu/kernels.inl"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
