@@ -1,5 +1,5 @@
-"""Triton kernels: one module per op (`_x_kernel` jit, `x_forward` launcher); none is written yet.
+"""Triton kernels: one module per op, `_x_kernel` jit functions and `x_forward` launchers.
 
-A kernel enters service in three lines: its overload in `embkern/ops/x.py` (`backends=("native", "triton")`),
-its launcher in that file's `_FORWARD` / `_BACKWARD`, and its name in `embkern/ops/backends.py::KERNELS`.
+`launch.py` makes a launch a value, which `aot.py` compiles without a GPU; `tiles.py` holds the tile sizes.
+Nothing here is imported, and Triton not loaded, before an op first runs on this backend.
 """

@@ -1,0 +1,177 @@
+"""Compile every kernel ahead of time, with no GPU, and report what the compiler made of it.
+
+    python -m embkern.triton.aot [--capability 80 90 100] [--json PATH]
+
+The launches are those that the launchers make (`embkern/triton/gather_project.py`), for A100, H100 and B200
+and for shapes of every class in the tile table; equal ones compile once. Registers and shared memory are the
+cubin's resource usage; spills (loads and stores of local memory) and instructions are counted in its SASS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from triton.compiler import CompiledKernel
+
+from . import gather_project as gp
+from .launch import Launch
+from .tiles import REPRESENTATIVE, Device
+
+_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+# Warp-level mma.sync, Hopper's warp-group wgmma, Blackwell's tcgen05; DMMA is the fp64 one.
+_TENSOR_CORE = re.compile(r"\b(HMMA|DMMA|HGMMA|UTCHMMA)\b")
+V = 128256
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One problem: N positions, rank r, H columns, and the dtype of the factors."""
+
+    N: int
+    r: int
+    H: int
+    dtype: torch.dtype = torch.bfloat16
+    ids_dtype: torch.dtype = torch.int64
+
+    def __str__(self) -> str:
+        """Return it in one line."""
+        return f"N={self.N} r={self.r} H={self.H} {str(self.dtype).removeprefix('torch.')}"
+
+
+# Every length and rank class, aligned and not; BERT's and Llama's widths; an odd width.
+SHAPES = (
+    *(Shape(16384, r, H) for r, H in ((256, 2048), (75, 768), (299, 768), (512, 4096), (640, 2048))),
+    *(Shape(512, r, H) for r, H in ((256, 2048), (75, 768))),
+    *(Shape(4, r, H) for r, H in ((256, 2048), (75, 768))),
+    Shape(16384, 63, 77, ids_dtype=torch.int32),
+    Shape(16384, 256, 2048, torch.float16),
+    *(Shape(N, r, H, torch.float32) for N in (16384, 4) for r, H in ((256, 2048), (75, 768))),
+    Shape(16384, 75, 768, torch.float64),
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one kernel costs on one architecture."""
+
+    kernel: str
+    capability: int
+    shape: str
+    tile: str
+    registers: int
+    spills: int
+    stack_bytes: int
+    shared_bytes: int
+    shared_limit: int
+    tensor_core: str
+    wide_loads: int
+    async_copies: int
+
+
+def launches(shape: Shape, device: Device) -> Iterator[Launch]:
+    """Yield every launch of the forward and both backwards, on tensors of the meta device."""
+
+    def tensor(*size: int, dtype: torch.dtype = shape.dtype) -> Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    N, r, H = shape.N, shape.r, shape.H
+    ids, codes, basis, offset = tensor(N, dtype=shape.ids_dtype), tensor(V, r), tensor(r, H), tensor(H)
+    rows = tensor(N, r, dtype=gp.accumulation_dtype(shape.dtype))
+    yield gp.forward_launch(ids, codes, basis, offset, 1.0, tensor(N, H), device)
+    yield gp.project_grad_launch(tensor(N, H), ids, codes, basis, 1.0, -1, rows, device)
+    yield from gp.segment_launches(rows, ids, tensor(N, dtype=torch.int64), codes)
+    yield from gp.grad_basis_launches(tensor(N, H), ids, codes, 1.0, -1, basis, offset, device)
+
+
+def report(launch: Launch, device: Device, shape: str = "") -> Report:
+    """Compile a launch for a device and read the cubin."""
+    compiled = launch.compile(device.capability)
+    sass = _disassemble(compiled)
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", sass)
+    assert usage, f"cuobjdump printed no resource usage:\n{sass[:1000]}"
+    blocks = {key: value for key, value in launch.arguments.items() if key.isupper() and len(key) > 1}
+    tile = " ".join(f"{key.removeprefix('BLOCK_')}={value}" for key, value in blocks.items())
+    return Report(
+        kernel=launch.kernel.__name__,
+        capability=device.capability,
+        shape=shape,
+        tile=f"{tile} warps={launch.num_warps} stages={launch.num_stages}",
+        registers=int(usage[1]),
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        stack_bytes=int(usage[2]),
+        shared_bytes=compiled.metadata.shared,
+        shared_limit=device.shared_bytes,
+        tensor_core=" ".join(sorted(set(_TENSOR_CORE.findall(sass)))),
+        wide_loads=len(re.findall(r"\bLDG(?:STS)?\.\S*\.128\b", sass)),
+        async_copies=len(re.findall(r"\bLDGSTS\b", sass)),
+    )
+
+
+def _disassemble(compiled: CompiledKernel) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        command = [str(_CUOBJDUMP), "-res-usage", "-sass", str(path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _report_of(case: tuple[int, Shape, int]) -> Report:
+    capability, shape, index = case
+    device = REPRESENTATIVE[capability]
+    return report(list(launches(shape, device))[index], device, str(shape))
+
+
+def reports(cases: Iterable[tuple[int, Shape]]) -> list[Report]:
+    """Compile the kernels of (capability, shape) cases, each once, in a process per core."""
+    distinct: dict[str, tuple[int, Shape, int]] = {}
+    for capability, shape in cases:
+        for index, launch in enumerate(launches(shape, REPRESENTATIVE[capability])):
+            key = str((capability, launch.kernel.__name__, launch.specialization(), launch.options))
+            distinct.setdefault(key, (capability, shape, index))
+    # Spawned, not forked: torch has threads.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=len(os.sched_getaffinity(0)), mp_context=context) as pool:
+        return list(pool.map(_report_of, distinct.values()))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table, and write it with ``--json``; exit 1 if a kernel spills or does not fit."""
+    parser = argparse.ArgumentParser(prog="python -m embkern.triton.aot", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--capability", type=int, nargs="+", choices=REPRESENTATIVE, default=list(REPRESENTATIVE)
+    )
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    rows = reports((capability, shape) for capability in options.capability for shape in SHAPES)
+    print(
+        f"{'kernel':24}{'cc':>4}  {'shape':32}{'tile':52}{'regs':>5}{'spills':>7}{'shared':>8}  tensor core"
+    )
+    for row in rows:
+        print(
+            f"{row.kernel:24}{row.capability:>4}  {row.shape:32}{row.tile:52}{row.registers:>5}"
+            f"{row.spills:>7}{row.shared_bytes:>8}  {row.tensor_core}"
+        )
+    if options.json:
+        content = {"triton": triton.__version__, "rows": [asdict(row) for row in rows]}
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+    bad = [row for row in rows if row.spills or row.shared_bytes > row.shared_limit]
+    print(f"{len(rows)} kernels, {len(bad)} that spill or exceed shared memory")
+    sys.exit(bool(bad))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""Tile sizes of the Triton kernels: a table, and how a device or shape that is not in it is served.
+
+**No entry is measured yet.** They are chosen by arithmetic (programs per multiprocessor, shared memory, bytes
+read again from L2) and by the compiler's report (`python -m embkern.triton.aot`: no spills, tensor cores in
+use). On a device `python -m benchmarks tune_gather_project` measures candidates and prints the entries.
+There is no `@triton.autotune`: it would time kernels inside the first call and break CUDA graph capture.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a launch depends on: compute capability (90 for 9.0), multiprocessors, shared memory."""
+
+    capability: int
+    processors: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Positions, columns and ranks per program or step, and the compiler's warps and pipeline stages.
+
+    The forward keeps BLOCK_R + BLOCK_TAIL ranks on chip if that covers r and walks r in steps of BLOCK_R
+    otherwise. ``measured_on`` names the device whose timings chose the entry; None: chosen by arithmetic.
+    """
+
+    BLOCK_N: int
+    BLOCK_H: int
+    BLOCK_R: int
+    num_warps: int
+    num_stages: int
+    BLOCK_TAIL: int = 0
+    measured_on: str | None = None
+
+    def blocks(self) -> dict[str, int]:
+        """Return the block sizes that every kernel takes."""
+        return dict(BLOCK_N=self.BLOCK_N, BLOCK_H=self.BLOCK_H, BLOCK_R=self.BLOCK_R)
+
+
+# Upper bounds of the shape classes. Positions: decoding, a prompt, and "batch" beyond.
+LENGTHS = {"decode": 64, "prompt": 1024}
+# Ranks that the forward keeps on chip; a fourth class is everything beyond, which it walks in steps.
+RANKS = (128, 256, 512)
+
+# (kernel, capability, bytes per element) -> {length: a tile per rank class, the last one for the rest}.
+# A capability that has no row or no such length takes the newest older one that has it.
+TILES: dict[tuple[str, int, int], dict[str, tuple[Tile, ...]]] = {
+    # Batches: 128 rows halve how often the basis is read from L2; from r = 257 the codes need the space.
+    ("forward", 80, 2): {
+        "decode": (
+            Tile(16, 32, 128, 4, 2),
+            Tile(16, 32, 256, 4, 2),
+            Tile(16, 32, 512, 4, 2),
+            Tile(16, 32, 128, 4, 3),
+        ),
+        "prompt": (
+            Tile(64, 32, 128, 4, 3),
+            Tile(64, 32, 256, 4, 2),
+            Tile(64, 32, 512, 8, 2),
+            Tile(64, 64, 64, 8, 3),
+        ),
+        "batch": (
+            Tile(128, 64, 128, 8, 3),
+            Tile(128, 64, 256, 8, 2),
+            Tile(64, 32, 512, 8, 2),
+            Tile(64, 64, 64, 8, 3),
+        ),
+    },
+    # 227 KiB of shared memory: a third stage of the basis beside 128 rows of 256 codes.
+    ("forward", 90, 2): {
+        "batch": (
+            Tile(128, 64, 128, 8, 3),
+            Tile(128, 64, 256, 8, 3),
+            Tile(64, 64, 512, 8, 2),
+            Tile(128, 128, 64, 8, 3),
+        ),
+    },
+    # fp32 multiplies outside the tensor cores, fp64 in small ones: registers decide, r is walked in steps.
+    ("forward", 80, 4): {
+        "decode": (Tile(16, 32, 64, 4, 3),),
+        "prompt": (Tile(32, 32, 32, 4, 3),),
+        "batch": (Tile(64, 64, 16, 4, 3),),
+    },
+    ("forward", 80, 8): {
+        "decode": (Tile(16, 32, 16, 4, 2),),
+        "prompt": (Tile(32, 32, 16, 4, 2),),
+        "batch": (Tile(32, 32, 16, 4, 2),),
+    },
+    # One program reads a row of grad once for up to BLOCK_R ranks.
+    ("project_grad", 80, 2): {
+        "decode": (Tile(16, 64, 32, 4, 3),),
+        "prompt": (Tile(64, 64, 64, 4, 3),),
+        "batch": (Tile(128, 64, 128, 8, 3),),
+    },
+    ("project_grad", 90, 2): {
+        "batch": (Tile(128, 64, 128, 8, 3), Tile(128, 64, 256, 8, 3), Tile(128, 64, 128, 8, 3)),
+    },
+    ("project_grad", 80, 4): {
+        "decode": (Tile(16, 32, 32, 4, 3),),
+        "prompt": (Tile(32, 32, 32, 4, 3),),
+        "batch": (Tile(64, 32, 64, 4, 3),),
+    },
+    ("project_grad", 80, 8): {
+        "decode": (Tile(16, 16, 32, 4, 2),),
+        "prompt": (Tile(32, 16, 32, 4, 2),),
+        "batch": (Tile(32, 16, 32, 4, 2),),
+    },
+    # Positions are the inner dimension here: BLOCK_N is the length of a step.
+    ("grad_basis", 80, 2): {
+        "decode": (Tile(16, 64, 64, 4, 3),),
+        "prompt": (Tile(64, 64, 64, 4, 3),),
+        "batch": (Tile(64, 128, 128, 8, 3),),
+    },
+    ("grad_basis", 80, 4): {
+        "decode": (Tile(16, 64, 64, 4, 3),),
+        "prompt": (Tile(16, 64, 64, 4, 3),),
+        "batch": (Tile(16, 64, 64, 4, 3),),
+    },
+    ("grad_basis", 80, 8): {
+        "decode": (Tile(16, 32, 32, 4, 2),),
+        "prompt": (Tile(16, 32, 32, 4, 2),),
+        "batch": (Tile(16, 32, 32, 4, 2),),
+    },
+}
+
+
+def tile_of(kernel: str, device: Device, dtype: torch.dtype, N: int, r: int, H: int) -> Tile:
+    """Return the tile of "forward", "project_grad" or "grad_basis" for N positions, rank r, H columns."""
+    aligned = (r * dtype.itemsize) % 16 == 0 and (H * dtype.itemsize) % 16 == 0
+    return _tile_of(kernel, device, dtype.itemsize, _length(N), r, aligned)
+
+
+@functools.cache
+def _tile_of(kernel: str, device: Device, itemsize: int, length: str, r: int, aligned: bool) -> Tile:
+    capabilities = [
+        capability
+        for (name, capability, size), row in TILES.items()
+        if name == kernel and size == itemsize and length in row
+    ]
+    # A device older than every row takes the oldest.
+    capability = max((each for each in capabilities if each <= device.capability), default=min(capabilities))
+    ranks = TILES[kernel, capability, itemsize][length]
+    tile = ranks[min(sum(r > bound for bound in RANKS), len(ranks) - 1)]
+    if not aligned:
+        # Rows that do not start on 16 bytes are loaded element by element; greater blocks spilled registers.
+        bound = 64 if itemsize == 2 and kernel != "grad_basis" else 32
+        tile = replace(tile, BLOCK_N=min(tile.BLOCK_N, bound))
+    return shrink(kernel, fit_rank(kernel, tile, r), r, itemsize, device.shared_bytes)
+
+
+def _length(N: int) -> str:
+    return next((name for name, bound in LENGTHS.items() if bound >= N), "batch")
+
+
+def fit_rank(kernel: str, tile: Tile, r: int) -> Tile:
+    """Cut BLOCK_R down to what r needs; in the forward to two powers of two, which pad r less than one."""
+    whole = max(16, triton.next_power_of_2(r))
+    if kernel != "forward":
+        return replace(tile, BLOCK_R=min(tile.BLOCK_R, whole))
+    if r > tile.BLOCK_R:
+        return tile
+    half = whole // 2
+    tail = max(16, triton.next_power_of_2(r - half))
+    return replace(tile, BLOCK_R=half, BLOCK_TAIL=tail) if 16 <= half > tail else replace(tile, BLOCK_R=whole)
+
+
+def shrink(kernel: str, tile: Tile, r: int, itemsize: int, shared_bytes: int) -> Tile:
+    """Take stages, then positions, then columns off a tile until it fits ``shared_bytes``."""
+    while shared_estimate(kernel, tile, r, itemsize) > shared_bytes:
+        if tile.num_stages > 2:
+            tile = replace(tile, num_stages=tile.num_stages - 1)
+        elif tile.BLOCK_N > 16:
+            tile = replace(tile, BLOCK_N=tile.BLOCK_N // 2)
+        else:
+            tile = replace(tile, BLOCK_H=tile.BLOCK_H // 2)
+    return tile
+
+
+def shared_estimate(kernel: str, tile: Tile, r: int, itemsize: int) -> int:
+    """Return the bytes of shared memory of operands and staged output; the compiler's report is exact."""
+    N, H, R = tile.BLOCK_N, tile.BLOCK_H, tile.BLOCK_R + tile.BLOCK_TAIL
+    if kernel == "forward":
+        codes_copies = 1 if r <= R else tile.num_stages
+        elements = codes_copies * N * R + tile.num_stages * R * H + N * H
+    elif kernel == "project_grad":
+        elements = tile.num_stages * (N * H + H * R) + N * R
+    else:
+        elements = tile.num_stages * (N * R + N * H) + R * H
+    return elements * itemsize
+
+
+@functools.cache
+def _device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    return Device(
+        10 * properties.major + properties.minor,
+        properties.multi_processor_count,
+        getattr(properties, "shared_memory_per_block_optin", 48 << 10),
+    )
+
+
+# What the compiler-only report assumes for A100, H100 and B200.
+REPRESENTATIVE = {
+    80: Device(80, 108, 163 << 10),
+    90: Device(90, 132, 227 << 10),
+    100: Device(100, 148, 227 << 10),
+}
+
+
+def describe_device(tensor: Tensor) -> Device:
+    """Return the device of a tensor; off CUDA (the interpreter) an H100's."""
+    return _device(tensor.get_device()) if tensor.is_cuda else REPRESENTATIVE[90]

@@ -1,0 +1,137 @@
+"""Ahead-of-time compilation for A100, H100 and B200: no spills, shared memory fits, tensor cores in use."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from embkern.triton import aot
+from embkern.triton.aot import Shape, launches
+from embkern.triton.tiles import LENGTHS, REPRESENTATIVE, TILES, Device, shared_estimate, tile_of
+
+MULTIPLIES = ("_gather_project_kernel", "_project_grad_kernel", "_grad_basis_kernel")
+TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+ALIGNED, UNALIGNED, FULL = (
+    Shape(16384, 256, 2048),
+    Shape(16384, 75, 768),
+    Shape(16384, 75, 768, torch.float32),
+)
+CASES = [(80, ALIGNED), (80, FULL), (90, ALIGNED), (90, UNALIGNED), (100, ALIGNED), (100, UNALIGNED)]
+# What takes another path in the source is compiled for one architecture: decoding, ranks walked in steps with
+# int32 ids and odd columns, fp64.
+CASES += [(90, Shape(4, 75, 768)), (90, Shape(16384, 640, 77, torch.float16, torch.int32))]
+CASES += [(90, Shape(16384, 75, 768, torch.float64))]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        return aot.reports(CASES)
+
+
+def test_every_kernel_is_compiled_for_every_architecture(rows):
+    for capability in REPRESENTATIVE:
+        names = {row.kernel for row in rows if row.capability == capability}
+        assert names == {launch.kernel.__name__ for launch in launches(ALIGNED, REPRESENTATIVE[90])}
+        assert len(names) == 6
+
+
+def test_no_kernel_spills_or_exceeds_shared_memory(rows):
+    for row in rows:
+        assert row.spills == 0, row
+        assert row.stack_bytes == 0, row
+        assert row.shared_bytes <= row.shared_limit, row
+
+
+def test_products_run_on_the_tensor_cores_of_their_architecture(rows):
+    for row in rows:
+        if row.kernel in MULTIPLIES and row.shape in map(str, (ALIGNED, UNALIGNED)):
+            assert row.tensor_core == TENSOR_CORE[row.capability], row
+    (decode,) = (row for row in rows if row.kernel == MULTIPLIES[0] and row.shape.startswith("N=4 "))
+    assert decode.tensor_core == "HMMA", "16 rows are too few for wgmma, not for mma.sync"
+
+
+def test_fp32_is_never_cut_to_tf32(rows):
+    full = [row for row in rows if row.shape == str(FULL) and row.kernel in MULTIPLIES]
+    assert len(full) == 3
+    assert not any(row.tensor_core for row in full)
+
+
+def test_aligned_rows_are_gathered_16_bytes_at_a_time_and_the_operands_prefetched(rows):
+    for row in rows:
+        if row.kernel in MULTIPLIES and row.shape == str(ALIGNED):
+            assert row.wide_loads >= 16, row
+            assert row.async_copies >= 16, row
+
+
+@pytest.mark.parametrize("shape", [ALIGNED, Shape(4, 75, 77, torch.float16, torch.int32)], ids=str)
+def test_a_launch_compiles_as_triton_itself_would(shape):
+    """Types, constants and alignment are those that Triton's launcher finds in the same arguments."""
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    for launch in launches(shape, REPRESENTATIVE[90]):
+        binder = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+        bound, specialization, _ = binder(**launch.arguments, **launch.options)
+        signature, constants, attributes = launch.specialization()
+        assert signature == dict(zip(bound, (kind for kind, _ in specialization), strict=True))
+        for position, (kind, detail) in enumerate(specialization):
+            assert ((position,) in constants) == (kind == "constexpr")
+            if kind != "constexpr":
+                assert backend.parse_attr(detail or "") == attributes.get((position,), [])
+
+
+def test_the_report_is_printed_and_written(tmp_path, monkeypatch, capsys, rows):
+    monkeypatch.setattr(aot, "reports", lambda cases: rows)
+    with pytest.raises(SystemExit) as ended:
+        aot.main(["--json", str(tmp_path / "aot.json")])
+    assert ended.value.code == 0
+    assert "0 that spill" in capsys.readouterr().out
+    written = json.loads((tmp_path / "aot.json").read_text())["rows"]
+    assert [each["kernel"] for each in written] == [row.kernel for row in rows]
+
+
+def test_a_kernel_that_spills_fails_the_report(monkeypatch):
+    bad = aot.Report("k", 80, "", "", 255, 4, 0, 0, 1, "", 0, 0)
+    monkeypatch.setattr(aot, "reports", lambda cases: [bad])
+    with pytest.raises(SystemExit) as ended:
+        aot.main([])
+    assert ended.value.code == 1
+
+
+# 9.9 is newer than the table, 7.5 older; both have less shared memory than the row they take.
+@pytest.mark.parametrize(
+    "device", [*REPRESENTATIVE.values(), Device(99, 60, 99 << 10), Device(75, 40, 64 << 10)]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_every_shape_has_a_tile_that_fits_the_device(device, dtype):
+    for kernel in {name for name, _, _ in TILES}:
+        for N in (1, *LENGTHS.values(), 10**6):
+            for r in (1, 16, 75, 128, 129, 257, 299, 512, 513, 5000):
+                for H in (768, 77):
+                    tile = tile_of(kernel, device, dtype, N, r, H)
+                    assert shared_estimate(kernel, tile, r, dtype.itemsize) <= device.shared_bytes
+                    assert all(block >= 16 and block & (block - 1) == 0 for block in tile.blocks().values())
+
+
+@pytest.mark.parametrize(
+    ("r", "blocks"),
+    [(75, (64, 16)), (299, (256, 64)), (256, (256, 0)), (200, (256, 0)), (257, (256, 16)), (5, (16, 0))],
+)
+def test_two_powers_of_two_hold_a_rank(r, blocks):
+    tile = tile_of("forward", REPRESENTATIVE[90], torch.bfloat16, 16384, r, 768)
+    assert blocks == (tile.BLOCK_R, tile.BLOCK_TAIL)
+
+
+def test_importing_the_launchers_needs_no_device():
+    code = "import torch, embkern.triton.gather_project; assert not torch.cuda.is_initialized()"
+    subprocess.run([sys.executable, "-c", code], check=True)
