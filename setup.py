@@ -3,6 +3,7 @@
 EMBKERN_NATIVE=0  install in pure Python, ask for no compiler
 EMBKERN_NATIVE=1  fail if the extension cannot be built
 unset             build it if possible, else say why not once and install in pure Python
+EMBKERN_SANITIZE=1  build with AddressSanitizer and UBSan (see `make sanitize`)
 
 CUDA sources are compiled when torch itself is a CUDA build and a toolkit is found; no device is asked.
 """
@@ -38,15 +39,23 @@ def extension() -> dict:
     sources = [Path("csrc/registration.cpp"), *sorted(Path("csrc/cpu").glob("*.cpp"))]
     cuda_sources = sorted(Path("csrc/cuda").glob("*.cu"))
     use_cuda = bool(cuda_sources and torch.version.cuda and CUDA_HOME)
+    if use_cuda:
+        # Unset, torch asks the device that happens to be there, or targets sm_75, which has no cp.async.
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;8.6;8.9;9.0;10.0;12.0+PTX")
     # Torch 2.10 is the oldest stable ABI with parallel_for; one wheel then serves every torch >= 2.10.
     defines: list = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
     optimise = ["/O2"] if os.name == "nt" else ["-O3", "-Wall"]
+    sanitize: list = []
+    if os.environ.get("EMBKERN_SANITIZE") == "1":
+        optimise = ["-O1", "-g", "-Wall"]
+        sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     module = (CUDAExtension if use_cuda else CppExtension)(
         "embkern._C",
         sources=[str(path) for path in sources + (cuda_sources if use_cuda else [])],
         include_dirs=[str(Path("csrc").resolve())],
         define_macros=defines + ([("USE_CUDA", None)] if use_cuda else []),
-        extra_compile_args={"cxx": optimise, "nvcc": ["-O3"]} if use_cuda else {"cxx": optimise},
+        extra_compile_args={"cxx": optimise + sanitize} | ({"nvcc": ["-O3"]} if use_cuda else {}),
+        extra_link_args=sanitize,
         py_limited_api=True,
     )
     return {

@@ -1,0 +1,99 @@
+// gather_project on CUDA tensors: from the raw op's arguments to one launch. Formula and kernels are in
+// gather_project.cuh. Run: embkern.ops.gather_project(ids, codes, basis, offset, backend="native").
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <vector>
+
+#include "checks.h"
+#include "cuda/gather_project.cuh"
+#include "cuda/ops.h"
+
+namespace embkern::cuda {
+namespace {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+
+// Columns are counted in int; rows and elements in int64.
+int to_int(const char* name, int64_t size) {
+  constexpr int64_t kMost = int64_t{1} << 30;
+  check(size <= kMost, name, ": expected rows of at most ", kMost, " elements, got ", size);
+  return static_cast<int>(size);
+}
+
+bool aligned(const void* pointer, int64_t row_bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && row_bytes % 16 == 0;
+}
+
+template <class T>
+void run(const Tensor& ids, const Tensor& codes, const Tensor& basis, const std::optional<Tensor>& offset,
+         double scale, const Tensor& out) {
+  Problem<T> problem;
+  problem.ids = ids.const_data_ptr();
+  problem.wide_ids = ids.scalar_type() == ScalarType::Long;
+  problem.count = ids.numel();
+  problem.num_embeddings = codes.size(0);
+  problem.rank = to_int("codes", codes.size(1));
+  problem.width = to_int("basis", basis.size(1));
+  problem.codes = static_cast<const T*>(codes.const_data_ptr());
+  problem.basis = static_cast<const T*>(basis.const_data_ptr());
+  problem.offset = offset ? static_cast<const T*>(offset->const_data_ptr()) : nullptr;
+  problem.out = static_cast<T*>(out.mutable_data_ptr());
+  problem.scale = static_cast<acc_t<T>>(scale);
+  problem.aligned_codes = aligned(problem.codes, problem.rank * sizeof(T));
+  problem.aligned_basis = aligned(problem.basis, problem.width * sizeof(T));
+  problem.aligned_out = aligned(problem.out, problem.width * sizeof(T));
+
+  const int device = codes.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream = nullptr;
+  if (aoti_torch_get_current_cuda_stream(device, &stream) != AOTI_TORCH_SUCCESS)
+    throw std::runtime_error(message(kOp, ": no current stream on CUDA device ", device));
+  gather_project(problem, device_properties(device, kOp), static_cast<Stream>(stream));
+}
+
+void check_arguments(const Tensor& ids, const Tensor& codes, const Tensor& basis) {
+  for (const Tensor* each : {&ids, &codes, &basis})
+    check(each->is_cuda() && each->is_contiguous(), kOp, ": expected contiguous CUDA tensors");
+  check(codes.dim() == 2 && basis.dim() == 2 && basis.size(0) == codes.size(1), kOp,
+        ": expected codes (V, r) and basis (r, H)");
+}
+
+}  // namespace
+
+void gather_project_out(const Tensor& ids, const Tensor& codes, const Tensor& basis,
+                        const std::optional<Tensor>& offset, double scale, Tensor out) {
+  check_arguments(ids, codes, basis);
+  check(out.is_cuda() && out.is_contiguous() && out.numel() == ids.numel() * basis.size(1), kOp,
+        ": expected out contiguous with one row of H for each id");
+  if (out.numel() == 0) return;
+  switch (codes.scalar_type()) {
+    case ScalarType::Float:
+      return run<float>(ids, codes, basis, offset, scale, out);
+    case ScalarType::Double:
+      return run<double>(ids, codes, basis, offset, scale, out);
+    case ScalarType::BFloat16:
+      return run<BFloat16>(ids, codes, basis, offset, scale, out);
+    case ScalarType::Half:
+      return run<Half>(ids, codes, basis, offset, scale, out);
+    default:
+      check(false, "codes: expected dtype Float, Double, BFloat16 or Half, got ",
+            torch::headeronly::toString(codes.scalar_type()));
+  }
+}
+
+Tensor gather_project_forward(const Tensor& ids, const Tensor& codes, const Tensor& basis,
+                              const std::optional<Tensor>& offset, double scale) {
+  check_arguments(ids, codes, basis);
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i < ids.dim(); ++i) shape.push_back(ids.size(i));
+  shape.push_back(basis.size(1));
+  Tensor out = torch::stable::new_empty(codes, shape);
+  gather_project_out(ids, codes, basis, offset, scale, out);
+  return out;
+}
+
+}  // namespace embkern::cuda

@@ -1,0 +1,103 @@
+// What the kernels need of the machine below C++: one thin inline function per instruction.
+//
+// Everything above this header is ordinary C++; tests/cuda/emulator provides the same functions on a CPU.
+// Target: sm_80 and later. Fragment layouts are those of the PTX ISA, "Warp-level matrix instructions".
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cassert>
+#include <cstdint>
+#include <type_traits>
+
+#define EMBKERN_DEVICE __device__ __forceinline__
+
+namespace embkern::cuda::ptx {
+
+// The block's dynamic shared memory, 16-byte aligned.
+EMBKERN_DEVICE unsigned char* shared_memory() {
+  extern __shared__ __align__(16) unsigned char memory[];
+  return memory;
+}
+
+EMBKERN_DEVICE uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Ends the kernel with a device-side assertion, also where NDEBUG removes assert().
+EMBKERN_DEVICE void fail(const char* what) { __assert_fail(what, "embkern", 0, ""); }
+
+// 16 bytes, aligned.
+template <class Vector>
+EMBKERN_DEVICE Vector load_16(const void* from) {
+  static_assert(sizeof(Vector) == 16 && alignof(Vector) == 16, "");
+  return *static_cast<const Vector*>(from);
+}
+
+template <class Vector>
+EMBKERN_DEVICE void store_16(void* to, const Vector& vector) {
+  static_assert(sizeof(Vector) == 16 && alignof(Vector) == 16, "");
+  *static_cast<Vector*>(to) = vector;
+}
+
+// Starts a copy of 16 aligned bytes from global to shared memory past L1; zeros if not `valid` (then
+// nothing is read).
+EMBKERN_DEVICE void copy_async_16(void* shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+// Closes the group of the copies this thread has started since the last group.
+EMBKERN_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most `kPending` of this thread's newest groups are still under way.
+template <int kPending>
+EMBKERN_DEVICE void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit elements from shared memory; lane 8 i + j gives the address of row j of matrix
+// i (16 bytes, aligned). Lane l receives elements (l / 4, 2 (l % 4) + {0, 1}) of each.
+EMBKERN_DEVICE void load_matrix_x4(uint32_t (&to)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// The same, each matrix transposed: lane l receives elements (2 (l % 4) + {0, 1}, l / 4).
+EMBKERN_DEVICE void load_matrix_x4_transposed(uint32_t (&to)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// c (16, 8) += a (16, 16) @ b (16, 8): 16-bit factors, fp32 sums, the tensor cores' m16n8k16.
+template <class T>
+EMBKERN_DEVICE void multiply_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<T, torch::headeronly::BFloat16>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    static_assert(std::is_same_v<T, torch::headeronly::Half>, "");
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+template <class A>
+EMBKERN_DEVICE A shuffle_xor(A value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+EMBKERN_DEVICE void sync_block() { __syncthreads(); }
+EMBKERN_DEVICE void sync_warp() { __syncwarp(); }
+
+}  // namespace embkern::cuda::ptx

@@ -1,0 +1,228 @@
+// Runs CUDA kernels on a CPU: one fiber per CUDA thread, one block at a time, in one OS thread.
+//
+// A fiber runs until it meets a barrier or an instruction of the whole warp, so a run is deterministic for a
+// given order of the fibers. Orders differ between schedules: a kernel that lacks a barrier gives other bits
+// under another order. What else the emulator checks, each time by ending the process with a message:
+//   - every thread of a block (warp) reaches the same barrier (warp instruction), from the same line
+//   - 16-byte accesses and rows of ldmatrix are aligned, and asynchronous copies end in shared memory
+//   - the rows of ldmatrix lie in different banks
+// Shared memory starts as NaN, and so is the target of an asynchronous copy until its group is waited for.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define __global__
+#define __host__
+#define __device__
+#define __launch_bounds__(...)
+#define EMBKERN_DEVICE inline
+
+namespace emulator {
+
+struct Index {
+  unsigned x;
+};
+inline Index thread_index{}, block_index{};
+
+enum class Order { kAscending, kDescending, kShuffled };
+
+[[noreturn]] inline void fail(const char* what, int line = 0) {
+  std::fprintf(stderr, "emulator: block %u, thread %u, line %d: %s\n", block_index.x, thread_index.x, line,
+               what);
+  std::fflush(stderr);
+  std::_Exit(3);
+}
+
+constexpr int kWarp = 32;
+constexpr size_t kStackBytes = 256 * 1024;
+
+// A copy in the background: what it will write, taken when it starts, and where to.
+struct Copy {
+  void* to;
+  unsigned char bytes[16];
+};
+
+using WarpInstruction = void (*)(void* const (&lanes)[kWarp]);
+
+enum class State { kReady, kAtBlockBarrier, kAtWarpInstruction, kDone };
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<unsigned char[]> stack{new unsigned char[kStackBytes]};
+  State state;
+  int line;
+  WarpInstruction instruction;
+  void* arguments;
+  std::deque<std::vector<Copy>> copies;  // one entry per group, the newest still open
+};
+
+class Machine {
+ public:
+  Order order = Order::kAscending;
+  int shared_limit = 0;  // bytes a block may ask for
+
+  unsigned char* shared_memory() { return shared_; }
+  Fiber& current() { return fibers_[thread_index.x]; }
+
+  bool in_shared(const void* pointer, size_t bytes) const {
+    const auto* at = static_cast<const unsigned char*>(pointer);
+    return at >= shared_ && at + bytes <= shared_ + shared_bytes_;
+  }
+
+  void run(int64_t blocks, int threads, int shared_bytes, std::function<void()> kernel) {
+    if (threads % kWarp) fail("the block is not made of whole warps");
+    if (shared_bytes > shared_limit) fail("a launch asks for more shared memory than a block may have");
+    kernel_ = std::move(kernel);
+    fibers_.resize(threads);
+    void* memory = std::aligned_alloc(16, (shared_bytes + 15) / 16 * 16);
+    shared_ = static_cast<unsigned char*>(memory);
+    shared_bytes_ = shared_bytes;
+    for (int64_t block = 0; block < blocks; ++block) {
+      block_index.x = static_cast<unsigned>(block);
+      std::memset(shared_, 0xff, shared_bytes);  // NaN in every format
+      run_block();
+    }
+    std::free(memory);
+  }
+
+  // Leaves the fiber until the scheduler has seen the other participants arrive.
+  void wait(State state, int line, WarpInstruction instruction = nullptr, void* arguments = nullptr) {
+    Fiber& fiber = current();
+    fiber.state = state, fiber.line = line, fiber.instruction = instruction, fiber.arguments = arguments;
+    switch_to_scheduler(fiber, false);
+  }
+
+ private:
+  static void entry() {
+    Machine& machine = instance();
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack_, &machine.scheduler_size_);
+#endif
+    machine.kernel_();
+    Fiber& fiber = machine.current();
+    fiber.state = State::kDone;
+    machine.switch_to_scheduler(fiber, true);
+  }
+
+  void switch_to_scheduler(Fiber& fiber, [[maybe_unused]] bool last) {
+#if defined(__SANITIZE_ADDRESS__)
+    void* fake = nullptr;
+    __sanitizer_start_switch_fiber(last ? nullptr : &fake, scheduler_stack_, scheduler_size_);
+    swapcontext(&fiber.context, &scheduler_);
+    __sanitizer_finish_switch_fiber(fake, &scheduler_stack_, &scheduler_size_);
+#else
+    swapcontext(&fiber.context, &scheduler_);
+#endif
+  }
+
+  void resume(int thread) {
+    thread_index.x = thread;
+    Fiber& fiber = fibers_[thread];
+#if defined(__SANITIZE_ADDRESS__)
+    void* fake = nullptr;
+    __sanitizer_start_switch_fiber(&fake, fiber.stack.get(), kStackBytes);
+    swapcontext(&scheduler_, &fiber.context);
+    __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#else
+    swapcontext(&scheduler_, &fiber.context);
+#endif
+  }
+
+  void run_block() {
+    const int threads = static_cast<int>(fibers_.size());
+    std::vector<int> sequence(threads);
+    for (int i = 0; i < threads; ++i) sequence[i] = order == Order::kDescending ? threads - 1 - i : i;
+    for (Fiber& fiber : fibers_) {
+      fiber.state = State::kReady;
+      fiber.copies.assign(1, {});
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.get();
+      fiber.context.uc_stack.ss_size = kStackBytes;
+      fiber.context.uc_link = nullptr;
+      makecontext(&fiber.context, entry, 0);
+    }
+    for (;;) {
+      if (order == Order::kShuffled)
+        for (int i = threads - 1; i > 0; --i) std::swap(sequence[i], sequence[random() % (i + 1)]);
+      bool progress = false;
+      for (const int thread : sequence)
+        if (fibers_[thread].state == State::kReady) resume(thread), progress = true;
+      for (int warp = 0; warp < threads / kWarp; ++warp) progress |= finish_warp_instruction(warp);
+      progress |= release_block_barrier();
+      if (all_done()) return;
+      if (!progress) fail("some threads of the block or warp never reach the barrier that the others wait at");
+    }
+  }
+
+  bool all_done() const {
+    for (const Fiber& fiber : fibers_)
+      if (fiber.state != State::kDone) return false;
+    return true;
+  }
+
+  bool finish_warp_instruction(int warp) {
+    Fiber* lanes = &fibers_[warp * kWarp];
+    void* arguments[kWarp];
+    for (int lane = 0; lane < kWarp; ++lane) {
+      if (lanes[lane].state != State::kAtWarpInstruction) return false;
+      if (lanes[lane].line != lanes[0].line || lanes[lane].instruction != lanes[0].instruction)
+        fail("the lanes of a warp meet different warp instructions", lanes[lane].line);
+      arguments[lane] = lanes[lane].arguments;
+    }
+    thread_index.x = warp * kWarp;
+    if (lanes[0].instruction) lanes[0].instruction(arguments);
+    for (int lane = 0; lane < kWarp; ++lane) lanes[lane].state = State::kReady;
+    return true;
+  }
+
+  bool release_block_barrier() {
+    for (const Fiber& fiber : fibers_) {
+      if (fiber.state != State::kAtBlockBarrier) return false;
+      if (fiber.line != fibers_[0].line) fail("the threads of a block meet different barriers", fiber.line);
+    }
+    for (Fiber& fiber : fibers_) fiber.state = State::kReady;
+    return true;
+  }
+
+  unsigned random() { return (random_ = random_ * 1664525u + 1013904223u) >> 8; }
+
+  std::vector<Fiber> fibers_;
+  std::function<void()> kernel_;
+  ucontext_t scheduler_;
+  unsigned char* shared_ = nullptr;
+  int shared_bytes_ = 0;
+  unsigned random_ = 1;
+#if defined(__SANITIZE_ADDRESS__)
+  const void* scheduler_stack_ = nullptr;
+  size_t scheduler_size_ = 0;
+#endif
+
+ public:
+  static Machine& instance() {
+    static Machine machine;
+    return machine;
+  }
+};
+
+inline void check_alignment(const void* pointer, int line) {
+  if (reinterpret_cast<uintptr_t>(pointer) % 16) fail("a 16-byte access is not aligned", line);
+}
+
+}  // namespace emulator
+
+#define threadIdx emulator::thread_index
+#define blockIdx emulator::block_index

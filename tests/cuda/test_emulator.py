@@ -1,0 +1,206 @@
+"""The CUDA kernels of gather_project, compiled for the CPU and run on an emulator of the GPU's instructions.
+
+What is compiled is csrc/cuda/gather_project.cuh as it is; only the small functions of ptx.cuh and launch.cuh
+are replaced (tests/cuda/emulator). So these tests check indexing, barriers, fragment layouts and numbers.
+What only a GPU can show (nvcc's code, timing) they do not.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.cpp_extension import include_paths
+
+from ..conftest import assert_no_worse_than
+
+ROOT = Path(__file__).parents[2]
+SOURCES = Path(__file__).parent / "emulator"
+COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+pytestmark = [
+    pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler (g++, or CXX)"),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the emulator uses ucontext"),
+]
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
+HOPPER_SHARED, SMALL_SHARED = 227 * 1024, 48 * 1024
+
+
+@dataclass
+class Call:
+    """One call of the op on a device of so many multiprocessors and so much shared memory per block."""
+
+    dtype: torch.dtype
+    N: int
+    r: int
+    H: int
+    V: int = 41
+    offset: bool = True
+    ids_dtype: torch.dtype = torch.int64
+    scale: float = 1.0
+    misaligned: int = 0  # elements between a 16-byte boundary and each tensor
+    multiprocessors: int = 132  # few of them and the large tiles are chosen
+    shared: int = HOPPER_SHARED
+    order: str = "ascending"
+    bad_id: int | None = None
+
+    def __post_init__(self) -> None:
+        self.ids = (torch.rand(self.N) ** 3 * self.V).to(self.ids_dtype)  # skewed: many ids repeat
+        if self.bad_id is not None:
+            self.ids[-1] = self.bad_id
+        self.codes = torch.randn(self.V, self.r).to(self.dtype)
+        self.basis = (torch.randn(self.r, self.H) / max(self.r, 1) ** 0.5).to(self.dtype)
+        self.shift = torch.randn(self.H).to(self.dtype) if self.offset else None
+
+    def serialised(self) -> bytes:
+        header = (
+            *(DTYPES[self.dtype], self.ids_dtype == torch.int64, self.N, self.V, self.r, self.H, self.offset),
+            *(self.misaligned, self.multiprocessors, self.shared, ORDERS[self.order]),
+        )
+        tensors = [self.ids, self.codes, self.basis] + ([self.shift] if self.offset else [])
+        data = (t.contiguous().view(torch.uint8).numpy().tobytes() if t.numel() else b"" for t in tensors)
+        return struct.pack("<11qd", *map(int, header), self.scale) + b"".join(data)
+
+    def plain(self, dtype: torch.dtype) -> torch.Tensor:
+        rows = F.embedding(self.ids, self.codes.to(dtype)) @ self.basis.to(dtype)
+        return self.scale * (rows if self.shift is None else rows + self.shift.to(dtype))
+
+
+def build(folder: Path, *flags: str) -> Path:
+    program = folder / "emulator"
+    includes = [SOURCES, ROOT / "csrc", *include_paths()]
+    command = [COMPILER, "-std=c++17", "-Wall", "-Wno-unknown-pragmas", "-fno-strict-aliasing", *flags]
+    command += [f"-I{each}" for each in includes]
+    subprocess.run([*command, str(SOURCES / "main.cpp"), "-o", str(program)], check=True)
+    return program
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("emulator"), "-O1")
+
+
+@pytest.fixture(scope="module")
+def sanitized_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sanitized")
+    try:
+        return build(folder, "-O1", "-fsanitize=address,alignment", "-fno-sanitize-recover=alignment")
+    except subprocess.CalledProcessError:
+        pytest.skip("the compiler has no address sanitizer")
+
+
+def run(program: Path, calls: list[Call], folder: Path) -> list[torch.Tensor]:
+    (folder / "in").write_bytes(b"".join(call.serialised() for call in calls))
+    done = subprocess.run([str(program), folder / "in", folder / "out"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    data, outputs = bytearray((folder / "out").read_bytes()), []
+    for call in calls:
+        count = call.N * call.H
+        size = count * call.dtype.itemsize
+        outputs.append(torch.frombuffer(data[:size], dtype=call.dtype, count=count).view(call.N, call.H))
+        data = data[size:]
+    assert not data
+    return outputs
+
+
+def check(program: Path, calls: list[Call], folder: Path) -> None:
+    for call, got in zip(calls, run(program, calls, folder), strict=True):
+        try:
+            assert_no_worse_than(got, call.plain(call.dtype), call.plain(torch.float64))
+        except AssertionError as error:
+            raise AssertionError(f"{call}: {error}") from None
+
+
+# N: each kernel and both sides of its bounds. r: one, less than a fragment, a multiple of 16 bytes or not,
+# more than a stage. H: less than a vector, odd, a multiple of 16 bytes or not, more than a tile.
+COUNTS = (1, 4, 16, 17, 64, 65, 128, 333)
+RANKS = (1, 16, 63, 75, 256, 257)
+WIDTHS = (5, 77, 96, 136)
+LARGE, SMALL = dict(multiprocessors=1), dict(multiprocessors=132)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_worse_than_plain_torch(program, dtype, tmp_path):
+    calls = [
+        Call(
+            *(dtype, N, r, WIDTHS[(i + j) % 4]),
+            offset=(i + j) % 3 > 0,
+            ids_dtype=(torch.int32, torch.int64)[(i + j) % 2],
+            scale=(1.0, 0.37)[j % 2],
+            **(SMALL, LARGE)[(i + j // 2) % 2],
+        )
+        for i, N in enumerate(COUNTS)
+        for j, r in enumerate(RANKS)
+    ]
+    check(program, calls, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_several_tiles_along_the_width(program, dtype, tmp_path):
+    """The pipeline runs on from one column tile to the next, and blocks share the columns of their rows."""
+    calls = [Call(dtype, 150, r, 520, multiprocessors=m) for r in (24, 64, 75) for m in (1, 4, 9, 132)]
+    check(program, calls, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_codes_that_do_not_fit_in_shared_memory(program, dtype, tmp_path):
+    """Then they come in panels; the decode kernel's come in turns at r in the thousands."""
+    few = dict(shared=72 * 1024, H=136, r=600)
+    calls = [Call(dtype, 70, **few), Call(dtype, 140, **few, multiprocessors=1), Call(dtype, 9, 2100, 40)]
+    check(program, calls, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tensors_that_are_not_aligned(program, dtype, tmp_path):
+    calls = [Call(dtype, N, 64, 96, misaligned=1, **LARGE) for N in (1, 9, 70)]
+    check(program, calls, tmp_path)
+
+
+def test_rank_zero_is_the_scaled_offset(program, tmp_path):
+    for dtype in DTYPES:
+        for call in (Call(dtype, N, 0, 24, scale=0.5) for N in (3, 40)):
+            (got,) = run(program, [call], tmp_path)
+            assert torch.equal(got, (call.shift.double() * 0.5).to(dtype).expand(call.N, -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_bits_in_every_order_of_threads(program, dtype, tmp_path):
+    """Threads run one after another between barriers: where a barrier is missing, order shows."""
+    for N, r, H in ((1, 75, 40), (11, 2100, 40), (130, 264, 264), (70, 75, 77)):
+        for device in (SMALL, LARGE):
+            calls = []
+            for order in ORDERS:
+                torch.manual_seed(0)
+                calls.append(Call(dtype, N, r, H, order=order, shared=72 * 1024, **device))
+            first, *others = run(program, calls, tmp_path)
+            assert torch.isfinite(first).all()
+            assert all(torch.equal(first, other) for other in others)
+
+
+def test_no_access_out_of_bounds(sanitized_program, tmp_path):
+    """Under AddressSanitizer every buffer ends with its last element; alignment is checked too."""
+    calls = [
+        Call(dtype, N, r, H, ids_dtype=torch.int32, **device)
+        for dtype in DTYPES
+        for N, r, H in ((1, 75, 77), (7, 64, 40), (66, 63, 77), (130, 72, 264))
+        for device in (SMALL, LARGE)
+    ]
+    check(sanitized_program, calls, tmp_path)
+
+
+@pytest.mark.parametrize("bad", [-1, 41, 2**40])
+@pytest.mark.parametrize("N", [3, 40])
+def test_an_id_out_of_range_ends_the_kernel(program, N, bad, tmp_path):
+    (tmp_path / "in").write_bytes(Call(torch.bfloat16, N, 16, 24, bad_id=bad).serialised())
+    done = subprocess.run([str(program), tmp_path / "in", tmp_path / "out"], capture_output=True, text=True)
+    assert done.returncode == 3
+    assert "ids: expected 0 <= id < V" in done.stderr

@@ -1,0 +1,41 @@
+"""Every CUDA source compiles for every architecture, without spills, with the instructions that are meant."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.nvcc_report import ARCHITECTURES, Kernel, find_cuobjdump, find_nvcc, report
+
+pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc (CUDA_HOME or PATH)")
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[Kernel]:
+    return report()
+
+
+def test_every_kernel_compiles_without_spills(kernels):
+    assert {kernel.architecture for kernel in kernels} == set(ARCHITECTURES)
+    for kernel in kernels:
+        assert kernel.spill_stores == kernel.spill_loads == kernel.stack == 0, kernel
+        assert 0 < kernel.registers <= 128, f"two blocks of 256 threads no longer fit: {kernel}"
+
+
+@pytest.mark.skipif(find_cuobjdump() is None, reason="needs cuobjdump (the toolkit's or triton's)")
+def test_the_instructions_that_are_meant(kernels):
+    """Tensor cores, ldmatrix, cp.async and 16-byte accesses: none of them lost to a generic path."""
+    for architecture in ARCHITECTURES:
+        of_architecture = [kernel for kernel in kernels if kernel.architecture == architecture]
+        for part, instructions, count in (
+            ("TensorCoreProduct", ("HMMA", "LDSM", "LDGSTS", "STG.E.128"), 4),
+            ("FmaProduct", ("LDGSTS", "STG.E.128"), 4),
+            ("decode", ("LDG.E.128",), 12),
+        ):
+            matching = [kernel for kernel in of_architecture if part in kernel.name]
+            assert len(matching) == count, [kernel.name for kernel in of_architecture]
+            for kernel in matching:
+                for instruction in instructions:
+                    assert kernel.instructions[instruction] > 0, f"{instruction} missing: {kernel}"
+                assert kernel.instructions["LDL"] == kernel.instructions["STL"] == 0, (
+                    f"local memory: {kernel}"
+                )
