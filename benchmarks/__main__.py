@@ -6,14 +6,18 @@ import importlib
 import sys
 
 BENCHMARKS = {
+    "gather_project": "the lookup beside dense, quantised and two-step peers: time, bound, peak memory",
+    "cosine_mse": "the loss on every backend beside plain torch",
     "methods": "SVD, PCA and the paper's autoencoder on a real table: quality and seconds",
-    "backends": "every backend of every op, interleaved: what ops/backends.py prefers, and why",
     "import_time": "what `import embkern` costs beyond torch",
+    "plots": "pictures of the figures of gather_project",
+    "gpu_check": "on a CUDA machine: build, GPU tests, GPU benchmark, tuner, in one results file",
+    "tune_gather_project": "on a CUDA machine: the tile sizes of the Triton kernels",
 }
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in BENCHMARKS:
         for name, what in BENCHMARKS.items():
-            print(f"python -m benchmarks {name:12} {what}")
+            print(f"python -m benchmarks {name:20} {what}")
         sys.exit(len(sys.argv) > 1)
-    importlib.import_module(f"benchmarks.{sys.argv[1]}").main(sys.argv[2:])
+    sys.exit(importlib.import_module(f"benchmarks.{sys.argv[1]}").main(sys.argv[2:]))

@@ -1,14 +1,21 @@
-"""What every benchmark shares: interleaved timing, the machine it ran on, the results file."""
+"""What every benchmark shares: interleaved timing, peak memory, the machine it ran on, the results file."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import datetime
+import itertools
 import json
+import os
 import platform
+import random
+import shutil
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +24,14 @@ import torch
 from embkern import __version__
 from embkern.files import replacing
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("EMBKERN_RESULTS") or Path(__file__).parent / "results")
+
+# A sample shorter than this is mostly the clock's own noise, so several calls go into one.
+MIN_SAMPLE_US = 200.0
+MAX_CALLS_PER_SAMPLE = 64
+MAX_WARMUP_SECONDS = 0.1
+# Below about 100 us of device time a CUDA call is bound by its launch; eager time is up to ten times that.
+GRAPH_BELOW_US = 1000.0
 
 
 def interleaved(
@@ -36,11 +50,100 @@ def interleaved(
             _synchronize(device)
             if round_ >= warmup:
                 times[name].append((time.perf_counter() - start) * 1e6)
-    return {name: _quantiles(each) for name, each in times.items()}
+    return {name: quantiles(each) for name, each in times.items()}
 
 
-def _quantiles(times: list[float]) -> dict[str, float]:
-    cuts = statistics.quantiles(times, n=10)
+Sample = Callable[[], float]
+
+
+def cpu_sampler(calls: list[Callable[[], Any]]) -> tuple[Sample, str]:
+    """Return a function that times the next calls, in microseconds per call, and the timer's name.
+
+    ``calls`` are one provider's, one per batch of ids; samples go through them in turn, so that no timing is
+    of one batch that stays in cache.
+    """
+    turns = itertools.cycle(calls)
+
+    def sample(count: int) -> float:
+        batch = list(itertools.islice(turns, count))
+        start = time.perf_counter()
+        for call in batch:
+            call()
+        return (time.perf_counter() - start) * 1e6 / count
+
+    start = time.perf_counter()
+    for _ in calls:  # one pass over the batches to warm up, or a part of it where the calls are slow
+        once = sample(1)
+        if time.perf_counter() - start > MAX_WARMUP_SECONDS:
+            break
+    count = _per_sample(once)
+    return lambda: sample(count), "perf_counter"
+
+
+def cuda_sampler(calls: list[Callable[[], Any]]) -> tuple[Sample, str]:
+    """Like `cpu_sampler`, by CUDA events; short calls are captured in a CUDA graph, all batches in one.
+
+    Must run on a stream that is not the default one, or nothing can be captured.
+    """
+
+    def every() -> None:
+        for call in calls:
+            call()
+
+    def timed(run: Callable[[], Any], count: int) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(count):
+            run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e3 / (count * len(calls))
+
+    for _ in range(3):
+        every()
+    estimate, run, timer = timed(every, 1), every, "cuda events"
+    if estimate < GRAPH_BELOW_US:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                every()
+            run, timer = graph.replay, "cuda graph"
+            run()
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            timer += f" (no graph: {str(error).splitlines()[0]})"
+    count = _per_sample(timed(run, 1) * len(calls))
+    return lambda: timed(run, count), timer
+
+
+def _per_sample(microseconds: float) -> int:
+    return max(1, min(MAX_CALLS_PER_SAMPLE, round(MIN_SAMPLE_US / max(microseconds, 1e-3))))
+
+
+def paired_rounds(
+    samples: dict[str, Sample], *, seconds: float, repeats: tuple[int, int]
+) -> dict[str, list[float]]:
+    """Take one sample of every provider per round, in a new order each time.
+
+    The k-th entries of two lists are of one round: noise that lasts longer than a round cancels in their
+    ratio. The number of rounds fills ``seconds``, within the two bounds in ``repeats``.
+    """
+    times: dict[str, list[float]] = {name: [] for name in samples}
+    order, shuffle = list(samples), random.Random(0).shuffle
+    fewest, most = repeats
+    start = time.perf_counter()
+    for done in range(most):
+        if done >= fewest and time.perf_counter() - start > seconds:
+            break
+        shuffle(order)
+        for name in order:
+            times[name].append(samples[name]())
+    return times
+
+
+def quantiles(times: list[float]) -> dict[str, float]:
+    """Return the median, p20 and p80 of at least two times."""
+    cuts = statistics.quantiles(times, n=10, method="inclusive")
     return {
         "median": round(statistics.median(times), 2),
         "p20": round(cuts[1], 2),
@@ -53,22 +156,101 @@ def _synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def peak_bytes(call: Callable[[], Any], device: str) -> int | None:
+    """Return how far memory rises during one call, its result included; None where that cannot be measured.
+
+    CUDA: torch's allocator. CPU: the resident set (Linux), freed heap handed back first. A page counts when
+    it is first written; scratch that a library allocated once and keeps does not.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is None:
+        return None
+    trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present
+        before = _resident()["VmRSS"]
+        call()
+        return max(0, _resident()["VmHWM"] - before)
+    except OSError:
+        return None
+
+
+def _resident() -> dict[str, int]:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return {
+        line.split(":")[0]: int(line.split()[1]) * 1024
+        for line in lines
+        if line.startswith(("VmRSS", "VmHWM"))
+    }
+
+
+def copy_bandwidth(device: str) -> float:
+    """Return the bandwidth of a large copy in GB/s, reads plus writes, the best of several."""
+    source = torch.ones((2**30 if device == "cuda" else 2**28) // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _best_seconds(lambda: target.copy_(source), device) / 1e9
+
+
+def gemm_peak(dtype: torch.dtype, device: str) -> float:
+    """Return the rate of a large square product in GFLOP/s, the best of several."""
+    size = 8192 if device == "cuda" else 2048
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(left)
+    return 2 * size**3 / _best_seconds(lambda: torch.mm(left, right, out=out), device) / 1e9
+
+
+def _best_seconds(call: Callable[[], Any], device: str) -> float:
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < 1 and len(times) < 10):
+        _synchronize(device)
+        start = time.perf_counter()
+        call()
+        _synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
 def environment() -> dict[str, Any]:
     """Return what a figure depends on besides the code."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS
-    )
+    cuda = torch.cuda.is_available()
     return {
         "embkern": __version__,
-        "commit": commit.stdout.strip() or None,
+        "commit": _commit(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
         "python": platform.python_version(),
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": torch.cuda.get_device_name() if cuda else None,
+        "cuda_version": torch.version.cuda,
+        "cuda_capability": ".".join(map(str, torch.cuda.get_device_capability())) if cuda else None,
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _commit() -> str | None:
+    """The commit of the sources, with ``-dirty`` where they were edited since; None outside a checkout."""
+    if not shutil.which("git"):
+        return None
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    return (
+        subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+        or None
+    )
+
+
+def _version(package: str) -> str | None:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(package)
+    return None
 
 
 def _cpu_name() -> str:
@@ -77,12 +259,13 @@ def _cpu_name() -> str:
     return names[0] if names and names[0] else platform.machine()
 
 
-def write_results(name: str, command: str, rows: list[dict[str, Any]]) -> Path:
-    """Write rows with the command and the environment to ``results/NAME.json``."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write_results(
+    name: str, command: str, rows: list[dict[str, Any]], *, directory: Path = RESULTS, **more: Any
+) -> Path:
+    """Write rows with the command and the environment, and what else is given, to ``directory/NAME.json``."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{name}.json"
+    contents = {"command": command, "environment": environment(), **more, "rows": rows}
     with replacing(path) as temporary:
-        temporary.write_text(
-            json.dumps({"command": command, "environment": environment(), "rows": rows}, indent=1) + "\n"
-        )
+        temporary.write_text(json.dumps(contents, indent=1) + "\n")
     return path

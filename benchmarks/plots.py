@@ -1,0 +1,159 @@
+"""Pictures of a results file of `python -m benchmarks gather_project`: latency by N, and speed-ups.
+
+Needs matplotlib. Every picture is written beside the results file it shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from .common import RESULTS
+
+# Colour-blind safe (Okabe and Ito). Backends by name stay in the JSON: the pictures show what a user gets
+# without asking for one.
+STYLES: dict[str, tuple[str, str, str]] = {
+    "dense": ("#000000", "-", "s"),
+    "liger": ("#000000", ":", "s"),
+    "quint8": ("#CC79A7", "-", "^"),
+    "quint4x2": ("#CC79A7", "--", "v"),
+    "fbgemm-int8": ("#E69F00", "-", "^"),
+    "fbgemm-int4": ("#E69F00", "--", "v"),
+    "two-step": ("#0072B2", "-", "o"),
+    "two-step-compiled": ("#0072B2", "--", "o"),
+    "two-step-out": ("#56B4E9", "-", "o"),
+    "two-step-sparse": ("#56B4E9", "--", "o"),
+    "embkern": ("#D55E00", "-", "D"),
+    "embkern-out": ("#009E73", "-", "D"),
+    "embkern-sparse": ("#009E73", "--", "D"),
+}
+
+
+def main(arguments: list[str]) -> None:
+    """Draw what the results files have, or those in benchmarks/results."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks plots", description=__doc__)
+    parser.add_argument("files", nargs="*", type=Path, help="JSON files; default: gather_project_*.json")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where to look for them")
+    parser.add_argument("--model", help="for the latencies; default: the first in the file")
+    parser.add_argument("--rank", type=int, help="for the latencies; default: the middle one of the model")
+    parser.add_argument("--ids", help="default: the first kind in the file")
+    options = parser.parse_args(arguments)
+    files = options.files or sorted(options.results.glob("gather_project_*.json"))
+    if not files:
+        parser.error(f"no gather_project_*.json in {options.results}: run the benchmark first")
+    for path in files:
+        results = json.loads(path.read_text())
+        rows = [row for row in results["rows"] if row["mode"] == "forward"]
+        if not rows:
+            print(f"{path.name}: no forward rows, nothing to draw")
+            continue
+        model = options.model or rows[0]["model"]
+        ids = options.ids or rows[0]["ids"]
+        rows = [row for row in rows if row["ids"] == ids]
+        ranks = sorted({row["r"] for row in rows if row["model"] == model})
+        if not ranks:
+            parser.error(f"{path.name} has no forward rows of {model} with {ids} ids")
+        rank = options.rank or ranks[len(ranks) // 2]
+        chosen = [row for row in rows if (row["model"], row["r"]) == (model, rank)]
+        print("->", latency(chosen, results, path.with_name(f"{path.stem}_latency.png")))
+        print("->", speedup(rows, results, path.with_name(f"{path.stem}_speedup.png")))
+
+
+def latency(rows: list[dict[str, Any]], results: dict[str, Any], path: Path) -> Path:
+    """Draw time against N, a line per provider and a panel per dtype; the bands are p20 to p80."""
+    plt = _pyplot()
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    figure, axes = plt.subplots(1, len(dtypes), figsize=(5.2 * len(dtypes), 4.2), sharey=True, squeeze=False)
+    for axis, dtype in zip(axes[0], dtypes, strict=True):
+        for name, (colour, line, marker) in STYLES.items():
+            points = sorted(
+                (r for r in rows if (r["provider"], r["dtype"]) == (name, dtype)), key=lambda r: r["N"]
+            )
+            if points:
+                counts = [row["N"] for row in points]
+                axis.plot(
+                    counts,
+                    [row["p50"] for row in points],
+                    line,
+                    color=colour,
+                    marker=marker,
+                    ms=4,
+                    label=name,
+                )
+                low, high = ([row[key] for row in points] for key in ("p20", "p80"))
+                axis.fill_between(counts, low, high, color=colour, alpha=0.12, linewidth=0)
+        axis.set(xscale="log", yscale="log", xlabel="N, ids per call", title=dtype)
+        axis.grid(True, which="major", alpha=0.3)
+    axes[0][0].set_ylabel("µs per call, median")
+    handles: dict[str, Any] = {}
+    for axis in axes[0]:
+        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False)
+    first = rows[0]
+    title = f"{first['model']}: {first['V']} × {first['H']}, r = {first['r']}, {first['ids']} ids"
+    figure.suptitle(f"{title}\n{_machine(results)}", fontsize=10)
+    return _save(figure, path)
+
+
+def speedup(rows: list[dict[str, Any]], results: dict[str, Any], path: Path) -> Path:
+    """Draw embkern over the faster of two-step eager and compiled: a bar per N, grouped by table."""
+    plt = _pyplot()
+    ours = [row for row in rows if row["provider"] == "embkern" and row["speedup"] is not None]
+    tables = list(dict.fromkeys((row["model"], row["r"]) for row in ours))
+    counts = sorted({row["N"] for row in ours})
+    dtypes = list(dict.fromkeys(row["dtype"] for row in ours))
+    figure, axes = plt.subplots(
+        len(dtypes) or 1,
+        1,
+        figsize=(max(7.0, 1.7 * len(tables)), 2.7 * len(dtypes) or 2.7),
+        sharex=True,
+        squeeze=False,
+    )
+    colours = plt.get_cmap("viridis")
+    for axis, dtype in zip(axes[:, 0], dtypes, strict=False):
+        for k, count in enumerate(counts):
+            found = {
+                (r["model"], r["r"]): r["speedup"] for r in ours if (r["dtype"], r["N"]) == (dtype, count)
+            }
+            width = 0.8 / len(counts)
+            places = [i - 0.4 + width * (k + 0.5) for i, table in enumerate(tables) if table in found]
+            heights = [found[table] for table in tables if table in found]
+            axis.bar(
+                places, heights, width, color=colours(0.9 * k / max(1, len(counts) - 1)), label=f"N = {count}"
+            )
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set(ylabel=f"{dtype}, times as fast", xticks=range(len(tables)))
+        axis.set_xticklabels([f"{model}\nr = {rank}" for model, rank in tables])
+        axis.grid(True, axis="y", alpha=0.3)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels) or 1, frameon=False)
+    ids = f", {rows[0]['ids']} ids" if rows else ""
+    figure.suptitle(
+        f"embkern against the faster of two-step eager and compiled{ids}\n{_machine(results)}", fontsize=10
+    )
+    return _save(figure, path)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"figure.constrained_layout.use": True, "font.size": 9, "legend.fontsize": 8})
+    return plt
+
+
+def _machine(results: dict[str, Any]) -> str:
+    environment = results["environment"]
+    threads = f", {environment['threads']} thread(s)" if results["device"] == "cpu" else ""
+    name = environment["cpu"] if results["device"] == "cpu" else environment["cuda"]
+    return f"{name}{threads}, torch {environment['torch']}"
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=200)
+    _pyplot().close(figure)
+    return path
