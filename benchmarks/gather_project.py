@@ -57,28 +57,28 @@ Selection = dict[str, list[Any]]
 _PAPER: Selection = dict(
     models=["bert-base"],
     ranks=[],
-    counts=[1, 16, 128, 1024, 4096, 16384],
+    counts=list(COUNTS),
     ids=["zipf", "uniform", "text"],
     dtypes=["fp32", "bf16"],
     modes=["forward"],
 )
 _TRAINING: Selection = _PAPER | dict(
-    ranks=[149], counts=[128, 4096], ids=["zipf"], modes=["backward", "both"]
+    ranks=[149], counts=[128, 1024, 4096], ids=["zipf", "uniform"], modes=["backward", "both"]
 )
 _LARGE: Selection = dict(
     models=["gpt2", "llama-3-8b", "qwen3-0.6b", "gemma-3-1b"],
-    ranks=[151, 256],
+    ranks=[128, 151, 256, 512],
     counts=[1, 128, 4096],
-    ids=["zipf"],
+    ids=["zipf", "uniform"],
     dtypes=["fp32", "bf16"],
     modes=["forward"],
 )
 DEFAULT = {
     "cpu": [_PAPER, _TRAINING, _LARGE],
     "cuda": [
-        _PAPER | dict(counts=list(COUNTS)),
-        _TRAINING | dict(counts=[128, 4096, 16384]),
-        _LARGE | dict(counts=[1, 128, 4096, 65536]),
+        _PAPER,
+        _TRAINING | dict(counts=[128, 4096, 16384], ids=["zipf"]),
+        _LARGE | dict(counts=[1, 128, 4096, 65536], ids=["zipf"]),
     ],
 }
 QUICK = {

@@ -8,10 +8,10 @@
 // after the first block) + N H (output); 2 U r H operations. No (N, r) intermediate reaches memory.
 //
 // Backward, deterministic for any number of threads: the rows of `grad` that belong to one id are summed first,
-// in order of position; then, with the sums s_u,
-//   grad_codes[u] = scale s_u @ basis^T,  grad_basis = scale codes[u]^T @ s_u,  grad_offset = scale sum_n
-//   grad_n
+// in order of position; then, with rows g_n and sums s_u,
+//   grad_codes[u] = scale s_u @ basis^T,  grad_basis = scale codes[u]^T @ s_u,  grad_offset = scale sum_n g_n
 // and every element of those is one sum whose order the shapes alone decide.
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <memory>
@@ -19,7 +19,6 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
-#include <unistd.h>
 #endif
 
 #include "cpu/kernels.h"
@@ -30,7 +29,7 @@ namespace {
 
 constexpr int64_t kDealtRows = 4;     // rows are dealt to blocks by the smaller tile
 constexpr int64_t kColumnGrain = 64;  // columns are split between threads in multiples of a cache line
-constexpr int64_t kMinColumns = 256;
+constexpr int64_t kMinColumns = 256;  // of a split: the rows are packed for each anew
 constexpr int64_t kThreadWork = 50000;  // multiplications that are worth another thread: some 2 us
 constexpr int64_t kHugePageBytes = 2 << 20;
 
@@ -244,6 +243,7 @@ struct Forward {
           positions[m] = distinct.first(u);
         }
       }
+      if (m == 0) return;
       project(m, ids, positions, first, last);
       for (int64_t i = 0; i < m; ++i) {
         const T* row = out + positions[i] * width;
