@@ -15,6 +15,7 @@ STABLE_TORCH_LIBRARY_IMPL(embkern, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(embkern, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&embkern::cpu_capability));
+  m.impl("poison_memory", TORCH_BOX(&embkern::set_poison_memory));
 }
 
 #ifdef USE_CUDA

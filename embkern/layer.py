@@ -118,8 +118,7 @@ class FactorizedEmbedding(_FactorizedTable):
         self.num_embeddings, self.embedding_dim, self.rank = num_embeddings, embedding_dim, rank
         self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
         self.activation = activation
-        self.scale = float(scale)
-        self._scales = {dtype: torch.tensor(self.scale, dtype=dtype, device="cpu").item() for dtype in DTYPES}
+        self.scale = scale
         self.sparse = sparse
         self.backend = backend
         kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -132,6 +131,19 @@ class FactorizedEmbedding(_FactorizedTable):
             )
         )
         self.reset_parameters()
+
+    @property
+    def scale(self) -> float:
+        """Constant factor on the output."""
+        return self._scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        self._scale = float(value)
+        # Models keep their scale in the weights' dtype.
+        self._rounded_scale = {
+            dtype: torch.tensor(self._scale, dtype=dtype, device="cpu").item() for dtype in DTYPES
+        }
 
     def reset_parameters(self) -> None:
         """Draw codes ~ N(0, 1) and basis ~ N(0, 1/r); the offset is zero."""
@@ -169,8 +181,7 @@ class FactorizedEmbedding(_FactorizedTable):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows of ``ids`` (any shape, int32 or int64): (``*``, H)."""
-        # Models keep their scale in the weights' dtype.
-        scale = 1.0 if self.scale == 1.0 else self._scales[self.codes.dtype]
+        scale = self._rounded_scale.get(self.codes.dtype, self._scale)  # the op refuses other dtypes
         rows = gather_project(
             ids,
             self.codes,

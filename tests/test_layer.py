@@ -60,6 +60,8 @@ def test_scale_is_rounded_to_the_dtype_of_the_weights(dtype):
     got = embedding(torch.arange(13))
     assert_no_worse_than(got, embedding.weight * torch.tensor(scale, dtype=dtype), exact)
     assert got.dtype == dtype
+    embedding.scale = 2.0
+    assert torch.equal(embedding(torch.arange(13)), embedding.weight * 2)
 
 
 def test_sparse_gives_the_gradient_of_the_rows_that_were_looked_up():

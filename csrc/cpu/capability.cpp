@@ -6,6 +6,9 @@
 
 #include "checks.h"
 #include "cpu/kernels.h"
+#if defined(EMBKERN_X86_LEVELS)
+#include <cpuid.h>
+#endif
 
 namespace embkern {
 namespace {
@@ -15,8 +18,9 @@ constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
 Capability best() {
 #if defined(EMBKERN_X86_LEVELS)
   __builtin_cpu_init();
-  const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  unsigned eax, ebx, ecx = 0, edx;  // older compilers do not know the name "f16c"
+  const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx512 && __builtin_cpu_supports("avx512bf16")) return Capability::avx512_bf16;

@@ -7,7 +7,9 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 #include <vector>
 
@@ -66,6 +68,15 @@ void dispatch_index(ScalarType type, const char* name, Body body) {
   }
 }
 
+// Whether fresh memory is filled with NaN first, so that tests see what a kernel forgot to write. The
+// allocation below is beneath torch's own switch for that
+// (torch.utils.deterministic.fill_uninitialized_memory).
+inline std::atomic<bool> poison_memory{false};
+
+inline void poison(void* memory, int64_t bytes) {
+  if (poison_memory.load(std::memory_order_relaxed)) std::memset(memory, 0xff, bytes);
+}
+
 // An uninitialised CPU tensor. torch::stable::new_empty looks its operator up by name: 1 us.
 inline torch::stable::Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
   std::vector<int64_t> strides(sizes.size(), 1);
@@ -76,7 +87,9 @@ inline torch::stable::Tensor empty(const std::vector<int64_t>& sizes, ScalarType
       aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(),
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
                                aoti_torch_device_type_cpu(), 0, &handle));
-  return torch::stable::Tensor(handle);
+  torch::stable::Tensor tensor(handle);
+  poison(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
+  return tensor;
 }
 
 }  // namespace embkern

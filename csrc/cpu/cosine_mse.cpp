@@ -56,6 +56,7 @@ std::tuple<Tensor, Tensor> cosine_mse_forward(const Tensor& output, const Tensor
     using T = decltype(element);
     using A = acc_t<T>;
     check_arguments<T>(output, target, row_weight);
+    const Kernels<T>& table = kernels<T>();
     const int64_t count = output.size(0), width = output.size(1);
     const T* y = static_cast<const T*>(output.const_data_ptr());
     const T* x = static_cast<const T*>(target.const_data_ptr());
@@ -64,7 +65,7 @@ std::tuple<Tensor, Tensor> cosine_mse_forward(const Tensor& output, const Tensor
     std::vector<double> row_loss(count);
     torch::stable::parallel_for(0, count, kGrainRows, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
-        const RowSums<A> row = kernels<T>().row_sums(y + n * width, x + n * width, width);
+        const RowSums<A> row = table.row_sums(y + n * width, x + n * width, width);
         const A output_norm = std::sqrt(row.output_square), target_norm = std::sqrt(row.target_square);
         stat[3 * n] = row.dot;
         stat[3 * n + 1] = output_norm;
@@ -91,6 +92,7 @@ Tensor cosine_mse_backward(const Tensor& grad_loss, const Tensor& output, const 
     using T = decltype(element);
     using A = acc_t<T>;
     check_arguments<T>(output, target, row_weight);
+    const Kernels<T>& table = kernels<T>();
     const int64_t count = output.size(0), width = output.size(1);
     check_tensor("grad_loss", grad_loss, 0, scalar_type_of<A>());
     check_tensor("stats", stats, 2, scalar_type_of<A>());
@@ -111,8 +113,8 @@ Tensor cosine_mse_backward(const Tensor& grad_loss, const Tensor& output, const 
         const A from_target = -cosine / (clamped ? A(eps) : product);
         const A from_output = clamped ? A(0) : cosine * (dot / product) / (output_norm * output_norm);
         const A from_error = row * static_cast<A>(2.0 * mse_weight / width);
-        kernels<T>().row_gradient(y + n * width, x + n * width, width, from_output, from_target, from_error,
-                                  grad + n * width);
+        table.row_gradient(y + n * width, x + n * width, width, from_output, from_target, from_error,
+                           grad + n * width);
       }
     });
   });

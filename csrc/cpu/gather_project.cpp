@@ -10,7 +10,8 @@
 // Backward, deterministic for any number of threads: the rows of `grad` that belong to one id are summed first,
 // in order of position; then, with rows g_n and sums s_u,
 //   grad_codes[u] = scale s_u @ basis^T,  grad_basis = scale codes[u]^T @ s_u,  grad_offset = scale sum_n g_n
-// and every element of those is one sum whose order the shapes alone decide.
+// and every element of those is one sum whose order the ids alone decide. Where the kernels multiply bf16 the
+// s_u of repeated ids are rounded to bf16 first; all other sums are kept in fp32.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -27,11 +28,13 @@
 namespace embkern {
 namespace {
 
-constexpr int64_t kDealtRows = 4;     // rows are dealt to blocks by the smaller tile
-constexpr int64_t kColumnGrain = 64;  // columns are split between threads in multiples of a cache line
-constexpr int64_t kMinColumns = 256;  // of a split: the rows are packed for each anew
+constexpr int64_t kDealtRows = 4;       // rows are dealt to blocks by AVX-512's smaller tile
+constexpr int64_t kColumnGrain = 64;    // columns are split between threads in multiples of a cache line
+constexpr int64_t kMinColumns = 256;    // of a split: the rows are packed for each anew
 constexpr int64_t kThreadWork = 50000;  // multiplications that are worth another thread: some 2 us
 constexpr int64_t kHugePageBytes = 2 << 20;
+constexpr int64_t kMappedBytes =
+    32 << 20;  // from here on glibc maps every allocation afresh and returns it at once
 
 void check_matrix(const char* name, const Tensor& tensor, ScalarType type) {
   check(tensor.is_cpu(), name, ": expected a CPU tensor");
@@ -52,6 +55,7 @@ struct Arguments {
   Arguments(const Tensor& ids_, const Tensor& codes_, const Tensor& basis_)
       : ids(ids_.is_contiguous() ? ids_ : torch::stable::contiguous(ids_)), codes(codes_), basis(basis_) {
     check(ids.is_cpu(), "ids: expected a CPU tensor");
+    dispatch_index(ids.scalar_type(), "ids", [](auto) {});
     check_matrix("codes", codes, codes.scalar_type());
     check_matrix("basis", basis, codes.scalar_type());
     check_size("basis", basis, 0, codes.size(1));
@@ -72,7 +76,7 @@ int64_t checked(const Index* ids, int64_t n, int64_t vocabulary) {
 }
 
 // The distinct ids of a batch, in order of first occurrence, and the positions of each, in order. All of it is
-// in one allocation: 28 to 44 bytes a position, against the row of the output that the position gets.
+// in one allocation: some 40 bytes a position, against the row of the output that the position gets.
 class Distinct {
  public:
   template <class Index>
@@ -157,7 +161,7 @@ int64_t useful_threads(int64_t work) {
   return std::min<int64_t>(torch::stable::get_num_threads(), work / kThreadWork);
 }
 
-// A large fresh tensor is paged in 2 MiB at a time: 4 KiB faults cost more than the projection.
+// A fresh mapping is paged in 2 MiB at a time: 4 KiB faults cost more than the projection.
 void prefer_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__)
   const auto begin = (reinterpret_cast<uintptr_t>(data) + kHugePageBytes - 1) & ~uintptr_t(kHugePageBytes - 1);
@@ -171,7 +175,7 @@ void prefer_huge_pages(void* data, int64_t bytes) {
 Tensor empty_in_huge_pages(const std::vector<int64_t>& sizes, ScalarType type, int64_t element_bytes) {
   Tensor tensor = empty(sizes, type);
   const int64_t bytes = tensor.numel() * element_bytes;
-  if (bytes >= 2 * kHugePageBytes) prefer_huge_pages(tensor.mutable_data_ptr(), bytes);
+  if (bytes >= kMappedBytes) prefer_huge_pages(tensor.mutable_data_ptr(), bytes);
   return tensor;
 }
 
@@ -188,6 +192,7 @@ std::vector<const T*> row_pointers(const Tensor& table) {
 
 template <class T>
 struct Forward {
+  const Kernels<T>& table;  // taken once: another thread may set another level meanwhile
   const Arguments& arguments;
   std::vector<const T*> basis;
   const T* codes;
@@ -205,7 +210,7 @@ struct Forward {
       to[i] = out + positions[i] * arguments.width;
     }
     const int64_t padding = arguments.width - last;
-    kernels<T>().project({m, arguments.rank, first, last, padding, rows, basis.data(), offset, scale, to});
+    table.project({m, arguments.rank, first, last, padding, rows, basis.data(), offset, scale, to});
   }
 
   // One token, as in decoding: its time is that of reading the basis.
@@ -256,7 +261,8 @@ struct Forward {
 
 template <class T>
 void forward(const Arguments& arguments, const std::optional<Tensor>& offset, double scale, Tensor& out) {
-  const Forward<T> run{arguments,
+  const Forward<T> run{kernels<T>(),
+                       arguments,
                        row_pointers<T>(arguments.basis),
                        static_cast<const T*>(arguments.codes.const_data_ptr()),
                        arguments.codes.stride(0),
@@ -273,7 +279,7 @@ void forward(const Arguments& arguments, const std::optional<Tensor>& offset, do
 }
 
 void forward_into(const Arguments& arguments, const std::optional<Tensor>& offset, double scale, Tensor& out) {
-  if (arguments.count == 0) return;
+  if (arguments.count == 0 || arguments.width == 0) return;
   dispatch_floating(arguments.codes.scalar_type(), "codes",
                     [&](auto element) { forward<decltype(element)>(arguments, offset, scale, out); });
 }
@@ -297,6 +303,7 @@ std::vector<int64_t> output_sizes(const Arguments& arguments) {
 
 template <class T>
 struct Backward {
+  const Kernels<T>& table = kernels<T>();
   const Arguments& arguments;
   const Distinct& distinct;
   const T* grad;
@@ -307,7 +314,7 @@ struct Backward {
   Backward(const Arguments& arguments_, const Distinct& distinct_, const T* grad_, double scale_)
       : arguments(arguments_), distinct(distinct_), grad(grad_), scale(static_cast<acc_t<T>>(scale_)) {
     const int64_t count = distinct.count(), width = arguments.width;
-    const bool narrow = kernels<T>().sums_in_element_type;
+    const bool narrow = table.sums_in_element_type;
     const int64_t bytes = width * static_cast<int64_t>(narrow ? sizeof(T) : sizeof(acc_t<T>));
     std::vector<int64_t> slot(count, -1);  // a row that is its own sum stays where it is
     int64_t summed = 0;
@@ -327,7 +334,7 @@ struct Backward {
         positions.clear();
         for (int64_t n = distinct.first(u); n >= 0; n = distinct.next(n)) positions.push_back(grad + n * width);
         void* sum = memory + slot[u] * bytes;
-        kernels<T>().sum_rows(positions.data(), positions.size(), width, sum);
+        table.sum_rows(positions.data(), positions.size(), width, sum);
         rows[u] = sum;
       }
     });
@@ -348,29 +355,29 @@ struct Backward {
         for (int64_t j = task * tile; j < end; ++j) transposed[j * stride + k] = basis[k][j];
     });
     for (int64_t j = 0; j < width; ++j) terms[j] = transposed.data() + j * stride;
-    // A packed block stays in half of a 1 MiB L2, for any width.
+    // A packed block stays in half of a 1 MiB L2, up to a width of 10922 in fp32.
     const int64_t fits = std::max<int64_t>(12, (1 << 19) / (width * static_cast<int64_t>(sizeof(acc_t<T>))));
     const int64_t size = std::min({kBlockRows / 2, fits, (count + threads - 1) / threads});
     for_tasks((count + size - 1) / size, threads, [&](int64_t task) {
       const int64_t first = task * size, m = std::min(size, count - first);
-      kernels<T>().project_sums({m, width, 0, rank, stride - rank, rows.data() + first, terms.data(), nullptr,
-                                 scale, to.data() + first});
+      table.project_sums({m, width, 0, rank, stride - rank, rows.data() + first, terms.data(), nullptr, scale,
+                          to.data() + first});
     });
   }
 
   void basis(T* to) const {
     const int64_t count = distinct.count(), rank = arguments.rank, width = arguments.width;
-    const T* table = static_cast<const T*>(arguments.codes.const_data_ptr());
+    const T* codes = static_cast<const T*>(arguments.codes.const_data_ptr());
     const int64_t stride = arguments.codes.stride(0);
     std::vector<const T*> terms(count);
-    for (int64_t u = 0; u < count; ++u) terms[u] = table + distinct.id(u) * stride;
+    for (int64_t u = 0; u < count; ++u) terms[u] = codes + distinct.id(u) * stride;
     const int64_t threads = useful_threads(count * rank * width);
     // Every task packs the codes anew: few wide ones, but their running sums should stay in L2.
     const int64_t share = std::min<int64_t>((width + threads - 1) / threads, 512);
     const int64_t columns = (share + kColumnGrain - 1) / kColumnGrain * kColumnGrain;
     for_tasks((width + columns - 1) / columns, threads, [&](int64_t task) {
       const int64_t first = task * columns, last = std::min(width, first + columns);
-      kernels<T>().outer_sum({rank, count, first, last, terms.data(), rows.data(), scale, to, width});
+      table.outer_sum({rank, count, first, last, terms.data(), rows.data(), scale, to, width});
     });
   }
 
@@ -385,7 +392,7 @@ struct Backward {
       const int64_t first = task * columns, size = std::min(columns, width - first);
       std::vector<const T*> shifted(positions);
       for (const T*& row : shifted) row += first;
-      kernels<T>().total_rows(shifted.data(), shifted.size(), size, sum.data() + first);
+      table.total_rows(shifted.data(), shifted.size(), size, sum.data() + first);
     });
     for (int64_t j = 0; j < width; ++j) to[j] = static_cast<T>(scale * sum[j]);
   }
@@ -402,6 +409,8 @@ void zero(Tensor& tensor) {
 }
 
 }  // namespace
+
+void set_poison_memory(bool on) { poison_memory.store(on); }
 
 Tensor gather_project_forward(const Tensor& ids, const Tensor& codes, const Tensor& basis,
                               const std::optional<Tensor>& offset, double scale) {
@@ -433,8 +442,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_project_backward(const Tensor&
   check_tensor("grad", grad, 2, type);
   check_size("grad", grad, 0, arguments.count);
   check_size("grad", grad, 1, width);
-  std::tuple<Tensor, Tensor, Tensor, Tensor> result;
-  auto& [code_ids, grad_codes, grad_basis, grad_offset] = result;
+  Tensor code_ids, grad_codes, grad_basis, grad_offset;
   dispatch_floating(type, "codes", [&](auto element) {
     using T = decltype(element);
     dispatch_index(arguments.ids.scalar_type(), "ids", [&](auto index) {
@@ -449,7 +457,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_project_backward(const Tensor&
       grad_basis = empty(needs_basis ? std::vector<int64_t>{rank, width} : std::vector<int64_t>{0}, type);
       grad_offset = empty({needs_offset ? width : 0}, type);
       if (!sparse) zero<T>(grad_codes);
-      if (count == 0) {
+      if (count == 0 || width == 0) {
+        zero<T>(grad_codes);
         zero<T>(grad_basis);
         zero<T>(grad_offset);
         return;
@@ -470,7 +479,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_project_backward(const Tensor&
       if (needs_offset) run.offset(static_cast<T*>(grad_offset.mutable_data_ptr()));
     });
   });
-  return result;
+  return {code_ids, grad_codes, grad_basis, grad_offset};
 }
 
 }  // namespace embkern

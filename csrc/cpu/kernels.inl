@@ -2,9 +2,9 @@
 //
 // A product works on tiles of kRows x kPanel running sums that stay in registers: AVX-512 has 32 of them and
 // holds 12 x 2 vectors, the others hold 6 x 2 in 16. Its left operand is gathered and packed once per block of
-// rows, tile after tile; its right operand is packed panel by panel into L1, or read where it lies if the block
-// is too small to pay for that. Every row is summed in the same order in all of these cases, so that the bits
-// of a row depend neither on its neighbours nor on the number of threads.
+// rows, tile after tile; its right operand is packed panel by panel (32 columns x k), or read where it lies if
+// the block is too small to pay for that. Every row is summed in the same order in all of these cases, so that
+// the bits of a row depend neither on its neighbours nor on the number of threads.
 
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12 takes _mm512_undefined_epi32 of its own header, and sums that one branch fills, for uninitialised,
@@ -193,6 +193,7 @@ struct Single {
 };
 
 #if defined(EMBKERN_AVX512_BF16)
+// The instruction takes bf16 subnormals (below 1.2e-38) for zero.
 struct Pair {
   static constexpr int kTerms = 2;
   using A = float;
@@ -228,7 +229,9 @@ struct Pair {
                                          38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     EMBKERN_UNROLL for (int v = 0; v < N; v += 2) {  // 32 columns make two lines of 16 pairs
-      const int64_t at = v * 16, left = N == 1 ? 16 : count < 0 ? -1 : std::max<int64_t>(count - at, 0);
+      const int64_t at = v * 16, left = N == 1      ? (count < 0 ? 16 : std::min<int64_t>(count, 16))
+                                        : count < 0 ? -1
+                                                    : std::max<int64_t>(count - at, 0);
       const __m512i even = columns(rows[p] + j + at, left);
       const __m512i odd = p + 1 == k ? _mm512_setzero_si512() : columns(rows[p + 1] + j + at, left);
       to[v] = _mm512_permutex2var_epi16(even, low, odd);
@@ -254,7 +257,8 @@ struct Product<BFloat16> {
 
 // ---- scratch ----------------------------------------------------------------------------------------------
 
-// A thread's own buffers, kept between calls: a fresh 200 KB costs fifty page faults.
+// A thread's own buffers, kept between calls: a fresh 200 KB costs fifty page faults. The largest are 192 rows
+// of k terms, a panel of k x 128 bytes, and 512 x 512 sums of the outer products.
 template <int SLOT, class A>
 A* scratch(int64_t count) {
   struct Free {
@@ -265,9 +269,11 @@ A* scratch(int64_t count) {
   const int64_t bytes = count * static_cast<int64_t>(sizeof(A));
   if (bytes > capacity) {
     memory.reset();
+    capacity = 0;
     memory.reset(::operator new(bytes, std::align_val_t{64}));
     capacity = bytes;
   }
+  poison(memory.get(), bytes);
   return static_cast<A*>(memory.get());
 }
 
@@ -411,7 +417,7 @@ void project(const Projection<T>& x) {
   using Scalar = typename M::Scalar;
   constexpr int64_t lanes = kLanes<typename M::A>, width = kPanelVectors * lanes;
   const int64_t units = (x.k + M::kTerms - 1) / M::kTerms;
-  // An odd number of cache lines apart: rows a multiple of 4 KiB apart would share a set of L1.
+  // An odd number of 16 units apart: rows a multiple of 4 KiB apart would share a set of L1.
   const int64_t stride = ((units + 15) / 16 | 1) * 16;
   Scalar* packed = scratch<0, Scalar>(stride * x.m);
   for (int64_t i = 0; i < x.m; ++i) {
@@ -433,30 +439,32 @@ void project(const Projection<T>& x) {
 
 // ---- sum of outer products --------------------------------------------------------------------------------
 
+constexpr int64_t kSumRows = 512;  // of the result that are summed at a time
+
 template <class T, class S, class M>
-void outer_sum(const OuterSum<T>& x) {
+EMBKERN_INLINE void outer_sum_rows(const OuterSum<T>& x, int64_t row, int64_t m) {
   using A = typename M::A;
   using Scalar = typename M::Scalar;
   using Line = typename M::Line;
   constexpr int64_t width = kPanelVectors * kLanes<A>;
   const int64_t columns = (x.last - x.first + width - 1) / width * width;
-  A* total = scratch<2, A>(x.m * columns);
-  std::fill(total, total + x.m * columns, A(0));
-  Scalar* packed = scratch<0, Scalar>(x.m * kPartialTerms);
+  A* total = scratch<2, A>(m * columns);
+  for (int64_t i = 0; i < m * columns; ++i) total[i] = A(0);
+  Scalar* packed = scratch<0, Scalar>(m * kPartialTerms);
   Line* panel = scratch<1, Line>(kPartialTerms * kPanelVectors);
   for (int64_t begin = 0; begin < x.k; begin += kPartialTerms) {
     const int64_t k = std::min(kPartialTerms, x.k - begin), units = (k + M::kTerms - 1) / M::kTerms;
     const T* const* a = x.a + begin;
     const S* const* b = reinterpret_cast<const S* const*>(x.b + begin);
     for (int64_t u = 0; u < units; ++u) {
-      for_groups(x.m, [&](int64_t i, auto rows) {
+      for_groups(m, [&](int64_t i, auto rows) {
         constexpr int size = decltype(rows)::value;
-        M::template across<size>(a, u * M::kTerms, k, i, packed + i * units + u * size);
+        M::template across<size>(a, u * M::kTerms, k, row + i, packed + i * units + u * size);
       });
     }
     for (int64_t j = x.first; j < x.last; j += width) {
       pack_panel<M, kPanelVectors>(b, k, j, x.last - j, panel);
-      for_groups(x.m, [&](int64_t i, auto rows) {
+      for_groups(m, [&](int64_t i, auto rows) {
         constexpr int size = decltype(rows)::value;
         Vector<A> sum[size][kPanelVectors];
         tile<M, size, kPanelVectors>(units, UnitMajor<Scalar, size>{packed + i * units},
@@ -469,9 +477,15 @@ void outer_sum(const OuterSum<T>& x) {
       });
     }
   }
-  for (int64_t i = 0; i < x.m; ++i)
+  for (int64_t i = 0; i < m; ++i)
     for (int64_t j = x.first; j < x.last; j += kLanes<A>)
-      store(x.scale * load(total + i * columns + j - x.first), x.out + i * x.ld + j, x.last - j);
+      store(x.scale * load(total + i * columns + j - x.first), x.out + (row + i) * x.ld + j, x.last - j);
+}
+
+template <class T, class S, class M>
+void outer_sum(const OuterSum<T>& x) {
+  for (int64_t row = 0; row < x.m; row += kSumRows)
+    outer_sum_rows<T, S, M>(x, row, std::min(kSumRows, x.m - row));
 }
 
 // ---- sums of rows -----------------------------------------------------------------------------------------

@@ -30,4 +30,7 @@ Tensor cosine_mse_backward(const Tensor& grad_loss, const Tensor& output, const 
                            const std::optional<Tensor>& row_weight, const Tensor& stats, double cosine_weight,
                            double mse_weight, double eps);
 
+// Fills fresh tensors and scratch with NaN from now on, or no more; for tests.
+void set_poison_memory(bool on);
+
 }  // namespace embkern

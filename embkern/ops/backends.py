@@ -137,7 +137,7 @@ def _choose(op: str, device_type: str, dtype: torch.dtype, backend: str | None, 
             raise RuntimeError(f"{source}: {backend!r} cannot serve {op}: {reason}")
         return backend
     order = REGIMES.get((op, device_type, regime or "")) or PREFERENCE.get(device_type, ("torch",))
-    reasons = []
+    reasons: list[str] = []
     for candidate in order:
         reason = unavailable(candidate, op, device_type, dtype)
         if reason is None:

@@ -123,7 +123,7 @@ class GatherProject(Function):
         ids, codes, basis = ctx.saved_tensors
         scale, padding_idx, sparse = ctx.options
         needs = ctx.needs_input_grad[1:4]
-        flat = grad.reshape(-1, grad.shape[-1]).contiguous()
+        flat = grad.reshape(ids.numel(), basis.shape[1]).contiguous()
         device_type = grad.device.type
         backend = select_backward("gather_project", device_type, codes.dtype, ctx.backend)
         with torch.no_grad():
@@ -159,8 +159,8 @@ def gather_project(
 
     Sums run in fp32 (float64 for float64 factors) and are rounded once; the result has the factors' dtype,
     under autocast too, like ``F.embedding``. Gradients flow to codes, basis and offset, once
-    (no double backward); those of repeated ids are summed in fp32. On CPU the bits of a row depend neither on
-    the other ids nor on the number of threads.
+    (no double backward); those of repeated ids are summed in fp32. With the native CPU kernels the bits of a
+    row depend neither on the other ids nor on the number of threads.
 
     Args:
         ids: indices into the vocabulary, any shape (``*``), int32 or int64.
@@ -182,8 +182,8 @@ def gather_project(
     Raises:
         IndexError: an id is negative or not below V (on CPU; on CUDA a device-side assertion).
         TypeError: a dtype is not supported, or the factors' dtypes differ.
-        ValueError: shapes or devices do not fit, ``out`` shares no shape with the result or is asked for
-            where a gradient is, or ``backend`` is unknown.
+        ValueError: shapes or devices do not fit, ``out`` has another shape than the result or is given where
+            a gradient is asked for, or ``backend`` is unknown.
         RuntimeError: the backend asked for cannot serve this call.
 
     Source: arXiv 2106.08181, section 3: at inference a token's row is decoded from its latent code.
@@ -198,7 +198,7 @@ def gather_project(
             offset = None if offset is None else offset.contiguous()
         if padding_idx is not None:
             _check_padding(padding_idx, codes)
-        if needs_autograd(codes, basis, offset):
+        if needs_autograd(codes, basis, offset, out):
             if out is not None:
                 raise ValueError("out: expected None where a gradient is asked for; use torch.no_grad()")
             if sparse and torch.compiler.is_compiling():
@@ -208,6 +208,8 @@ def gather_project(
         if out is None:
             return _FORWARD[chosen](ids, codes, basis, offset, scale)
         _OUT[chosen](ids, codes, basis, offset, scale, out)
+        if not torch.compiler.is_compiling():
+            torch.autograd.graph.increment_version(out)  # autograd must know that a saved `out` has changed
         return out
     except Exception:
         _check(ids, codes, basis, offset, out)

@@ -18,6 +18,7 @@ from torch.autograd import Function, forward_ad
 NAMESPACE = "embkern"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 LIBRARY.define("cpu_capability(int level) -> int")
+LIBRARY.define("poison_memory(bool on) -> ()")  # NaN in fresh memory of the native CPU kernels, for tests
 
 
 def define(name: str, schema: str, *, backends: tuple[str, ...], fake: Callable) -> None:

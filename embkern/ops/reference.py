@@ -43,7 +43,8 @@ def gather_project_forward(
     rows = F.embedding(ids.reshape(-1), codes)
     # Products of bf16 and fp16 accumulate in fp32; addmm scales and adds the offset before the one rounding.
     if offset is None:
-        rows = rows @ basis if scale == 1 else (rows @ basis) * scale
+        nothing = rows.new_zeros(())  # beta 0 ignores it
+        rows = rows @ basis if scale == 1 else torch.addmm(nothing, rows, basis, beta=0, alpha=scale)
     else:
         rows = torch.addmm(offset, rows, basis, beta=scale, alpha=scale)
     return rows.view(*ids.shape, basis.shape[1])
