@@ -218,9 +218,8 @@ struct Pair {
         bits(rows[p] + i + r) | (p + 1 == k ? 0 : bits(rows[p + 1] + i + r) << 16);
   }
   static EMBKERN_INLINE __m512i columns(const BFloat16* from, int64_t count) {
-    if (count < 0) return _mm512_loadu_si512(from);
-    const __mmask32 mask = count >= 32 ? ~__mmask32(0) : count > 0 ? (__mmask32(1) << count) - 1 : 0;
-    return _mm512_maskz_loadu_epi16(mask, from);
+    if (count >= 32) return _mm512_loadu_si512(from);
+    return _mm512_maskz_loadu_epi16(count > 0 ? (__mmask32(1) << count) - 1 : 0, from);
   }
   template <int N>
   static EMBKERN_INLINE void lines(const BFloat16* const* rows, int64_t p, int64_t k, int64_t j, int64_t count,
@@ -228,12 +227,11 @@ struct Pair {
     const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7,
                                          38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    const int64_t exist = count < 0 ? N * 16 : std::min<int64_t>(count, N * 16);
     EMBKERN_UNROLL for (int v = 0; v < N; v += 2) {  // 32 columns make two lines of 16 pairs
-      const int64_t at = v * 16, left = N == 1      ? (count < 0 ? 16 : std::min<int64_t>(count, 16))
-                                        : count < 0 ? -1
-                                                    : std::max<int64_t>(count - at, 0);
-      const __m512i even = columns(rows[p] + j + at, left);
-      const __m512i odd = p + 1 == k ? _mm512_setzero_si512() : columns(rows[p + 1] + j + at, left);
+      const int64_t at = v * 16;
+      const __m512i even = columns(rows[p] + j + at, exist - at);
+      const __m512i odd = p + 1 == k ? _mm512_setzero_si512() : columns(rows[p + 1] + j + at, exist - at);
       to[v] = _mm512_permutex2var_epi16(even, low, odd);
       if (N > 1) to[v + 1] = _mm512_permutex2var_epi16(even, high, odd);
     }
