@@ -55,7 +55,7 @@ sanitize: $(STAMP)
 	@cd build/sanitize/lib && \
 	  LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(abspath $(BIN))/python -m pytest tests/ops -p no:cacheprovider
+	  $(abspath $(BIN))/python -m pytest tests/ops -p no:cacheprovider --capture=sys
 
 bench: $(STAMP)
 	@for name in import_time cosine_mse methods gather_project plots; do $(BIN)/python -m benchmarks $$name || exit 1; done

@@ -74,7 +74,7 @@ void dispatch_index(ScalarType type, const char* name, Body body) {
 inline std::atomic<bool> poison_memory{false};
 
 inline void poison(void* memory, int64_t bytes) {
-  if (poison_memory.load(std::memory_order_relaxed)) std::memset(memory, 0xff, bytes);
+  if (bytes > 0 && poison_memory.load(std::memory_order_relaxed)) std::memset(memory, 0xff, bytes);
 }
 
 // An uninitialised CPU tensor. torch::stable::new_empty looks its operator up by name: 1 us.
