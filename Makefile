@@ -11,13 +11,13 @@ CPP    := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' 
 .PHONY: help setup demo test lint format sanitize bench clean
 
 help:
-	@echo "make demo    compress a real model, reload it, compare (about two minutes after the set-up)"
-	@echo "make test    lint and every test"
-	@echo "make lint    ruff, mypy, clang-format"
-	@echo "make format  let ruff and clang-format rewrite the sources"
+	@echo "make demo      compress a real model, reload it, compare (about two minutes after the set-up)"
+	@echo "make test      lint and every test"
+	@echo "make lint      ruff, mypy, clang-format"
+	@echo "make format    let ruff and clang-format rewrite the sources"
 	@echo "make sanitize  the native kernels' tests under AddressSanitizer and UBSan"
-	@echo "make bench   the benchmarks, into benchmarks/results"
-	@echo "make clean   remove .venv and what was built"
+	@echo "make bench     the benchmarks, into benchmarks/results"
+	@echo "make clean     remove .venv and what was built"
 
 setup: $(STAMP)
 

@@ -265,7 +265,8 @@ def write_results(
     """Write rows with the command and the environment, and what else is given, to ``directory/NAME.json``."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.json"
-    contents = {"command": command, "environment": environment(), **more, "rows": rows}
+    head = json.dumps({"command": command, "environment": environment(), **more}, indent=1)
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)  # a row per line reads and diffs well
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(contents, indent=1) + "\n")
+        temporary.write_text(f'{head[:-2]},\n "rows": [\n{lines}\n ]\n}}\n')
     return path

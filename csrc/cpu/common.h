@@ -77,7 +77,7 @@ inline void poison(void* memory, int64_t bytes) {
   if (bytes > 0 && poison_memory.load(std::memory_order_relaxed)) std::memset(memory, 0xff, bytes);
 }
 
-// An uninitialised CPU tensor. torch::stable::new_empty looks its operator up by name: 1 us.
+// An uninitialised CPU tensor. torch::stable::new_empty would look its operator up by name.
 inline torch::stable::Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t dim = sizes.size(); dim-- > 1;)

@@ -312,7 +312,10 @@ struct Backward {
   std::vector<const void*> rows;  // (U,): the summed gradient of each distinct id
 
   Backward(const Arguments& arguments_, const Distinct& distinct_, const T* grad_, double scale_)
-      : arguments(arguments_), distinct(distinct_), grad(grad_), scale(static_cast<acc_t<T>>(scale_)) {
+      : arguments(arguments_), distinct(distinct_), grad(grad_), scale(static_cast<acc_t<T>>(scale_)) {}
+
+  // What codes() and basis() multiply.
+  void sum_rows() {
     const int64_t count = distinct.count(), width = arguments.width;
     const bool narrow = table.sums_in_element_type;
     const int64_t bytes = width * static_cast<int64_t>(narrow ? sizeof(T) : sizeof(acc_t<T>));
@@ -390,9 +393,7 @@ struct Backward {
     const int64_t columns = 4 * kColumnGrain;
     for_tasks((width + columns - 1) / columns, useful_threads(arguments.count * width), [&](int64_t task) {
       const int64_t first = task * columns, size = std::min(columns, width - first);
-      std::vector<const T*> shifted(positions);
-      for (const T*& row : shifted) row += first;
-      table.total_rows(shifted.data(), shifted.size(), size, sum.data() + first);
+      table.total_rows(positions.data(), positions.size(), first, first + size, sum.data());
     });
     for (int64_t j = 0; j < width; ++j) to[j] = static_cast<T>(scale * sum[j]);
   }
@@ -464,7 +465,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_project_backward(const Tensor&
         return;
       }
       if (sparse) distinct.sort();
-      const Backward<T> run(arguments, distinct, static_cast<const T*>(grad.const_data_ptr()), scale);
+      Backward<T> run(arguments, distinct, static_cast<const T*>(grad.const_data_ptr()), scale);
+      if (needs_codes || needs_basis) run.sum_rows();
       if (needs_codes) {
         T* data = static_cast<T*>(grad_codes.mutable_data_ptr());
         std::vector<T*> rows(count);

@@ -53,8 +53,8 @@ struct Kernels {
   void (*outer_sum)(const OuterSum<T>&);       // b[p] of the sums' type
   // out (width,) = sum of rows, rounded once, to the sums' type.
   void (*sum_rows)(const T* const* rows, int64_t count, int64_t width, void* out);
-  // The same, to A.
-  void (*total_rows)(const T* const* rows, int64_t count, int64_t width, A* out);
+  // The same to A, of columns first to last.
+  void (*total_rows)(const T* const* rows, int64_t count, int64_t first, int64_t last, A* out);
   RowSums<A> (*row_sums)(const T* output, const T* target, int64_t width);
   // grad = from_output * output + from_target * target + from_error * (output - target)
   void (*row_gradient)(const T* output, const T* target, int64_t width, A from_output, A from_target,

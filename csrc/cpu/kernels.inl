@@ -29,7 +29,7 @@ constexpr int kVectorBytes = 16, kRows = 6, kWide = 8;
 #endif
 constexpr int kMidRows = kRows / 3;
 constexpr int kPanelVectors = 2;
-constexpr int64_t kAhead = 4;
+constexpr int64_t kAhead = 4;                // units that the widest tile asks for before it needs them
 constexpr int64_t kPackingRows = 2 * kRows;  // from this many rows on, packing the right operand pays
 // Running sums this long are added up, so that the rounding error of a long sum does not grow with its length.
 constexpr int64_t kPartialTerms = 128;
@@ -523,21 +523,21 @@ EMBKERN_INLINE void sum_columns(const T* const* rows, int64_t count, int64_t j, 
 }
 
 template <class T, class S>
-EMBKERN_INLINE void sum_rows_to(const T* const* rows, int64_t count, int64_t width, S* to) {
+EMBKERN_INLINE void sum_rows_to(const T* const* rows, int64_t count, int64_t first, int64_t last, S* to) {
   constexpr int vectors = 8, columns = vectors * kLanes<acc_t<T>>;
-  int64_t j = 0;
-  for (; j + columns <= width; j += columns) sum_columns<T, S, vectors>(rows, count, j, width, to);
-  for (; j < width; j += kLanes<acc_t<T>>) sum_columns<T, S, 1>(rows, count, j, width, to);
+  int64_t j = first;
+  for (; j + columns <= last; j += columns) sum_columns<T, S, vectors>(rows, count, j, last, to);
+  for (; j < last; j += kLanes<acc_t<T>>) sum_columns<T, S, 1>(rows, count, j, last, to);
 }
 
 template <class T, class S>
 void sum_rows(const T* const* rows, int64_t count, int64_t width, void* out) {
-  sum_rows_to(rows, count, width, static_cast<S*>(out));
+  sum_rows_to(rows, count, 0, width, static_cast<S*>(out));
 }
 
 template <class T>
-void total_rows(const T* const* rows, int64_t count, int64_t width, acc_t<T>* out) {
-  sum_rows_to(rows, count, width, out);
+void total_rows(const T* const* rows, int64_t count, int64_t first, int64_t last, acc_t<T>* out) {
+  sum_rows_to(rows, count, first, last, out);
 }
 
 // ---- rows of the loss -------------------------------------------------------------------------------------

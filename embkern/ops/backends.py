@@ -31,7 +31,6 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
 # Where a regime of one op differs. On CUDA this is by design and not yet measured: a decoding step is one
 # launch of the C++ kernel without Triton's launcher, prefill is for Triton's wgmma.
 REGIMES: dict[tuple[str, str, str], tuple[str, ...]] = {
-    ("gather_project", "cuda", "decode"): ("native", "triton", "torch"),
     ("gather_project", "cuda", "prefill"): ("triton", "native", "torch"),
 }
 

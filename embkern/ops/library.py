@@ -55,7 +55,7 @@ def needs_autograd(*tensors: torch.Tensor | None) -> bool:
     Forward-mode AD goes there too: the Function refuses it, where the raw op would drop the tangent.
     """
     if torch.is_grad_enabled():
-        for tensor in tensors:  # any() over a generator would cost more than the look-up of one token
+        for tensor in tensors:  # on the path of a single token: no generator
             if tensor is not None and tensor.requires_grad:
                 return True
     return forward_ad._current_level >= 0

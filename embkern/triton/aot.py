@@ -27,6 +27,7 @@ import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
+from ..ops.reference import accumulation_dtype
 from . import gather_project as gp
 from .launch import Launch
 from .tiles import REPRESENTATIVE, Device
@@ -90,7 +91,7 @@ def launches(shape: Shape, device: Device) -> Iterator[Launch]:
 
     N, r, H = shape.N, shape.r, shape.H
     ids, codes, basis, offset = tensor(N, dtype=shape.ids_dtype), tensor(V, r), tensor(r, H), tensor(H)
-    rows = tensor(N, r, dtype=gp.accumulation_dtype(shape.dtype))
+    rows = tensor(N, r, dtype=accumulation_dtype(shape.dtype))
     yield gp.forward_launch(ids, codes, basis, offset, 1.0, tensor(N, H), device)
     yield gp.project_grad_launch(tensor(N, H), ids, codes, basis, 1.0, -1, rows, device)
     yield from gp.segment_launches(rows, ids, tensor(N, dtype=torch.int64), codes)

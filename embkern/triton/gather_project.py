@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.reference import accumulation_dtype
 from .launch import Launch
 from .tiles import Device, Tile, describe_device, tile_of
 
@@ -573,7 +574,3 @@ def _sum_grad_codes(
     sorted_ids, order = torch.sort(ids.reshape(-1), stable=True)
     for launch in segment_launches(rows, sorted_ids, order, grad_codes):
         launch.run()
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

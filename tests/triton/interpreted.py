@@ -10,7 +10,6 @@ import os
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.testing import assert_close
 from triton.runtime import interpreter
 
@@ -20,6 +19,8 @@ from embkern.triton import gather_project as gp
 from embkern.triton.launch import Launch
 
 from ..conftest import assert_no_worse_than
+from ..ops.test_gather_project import plain as unscaled
+from ..ops.test_gather_project import problem
 
 # (V, r, H, N). Even; odd everything; rank 1; one token; the paper's table; a full row block; one row more;
 # blocks without a rest; a batch; a rank that is walked in steps for every dtype.
@@ -38,17 +39,8 @@ SHAPES = [
 SCALE = 0.7
 
 
-def problem(shape, dtype=torch.float32, ids_dtype=torch.int64):
-    V, r, H, N = shape
-    ids = (torch.rand(N) ** 3 * V).to(ids_dtype)  # skewed: many ids repeat
-    codes = torch.randn(V, r).to(dtype)
-    basis = (torch.randn(r, H) / r**0.5).to(dtype)
-    return ids, codes, basis, torch.randn(H).to(dtype)
-
-
 def plain(ids, codes, basis, offset, scale):
-    rows = F.embedding(ids, codes) @ basis
-    return scale * (rows if offset is None else rows + offset)
+    return scale * unscaled(ids, codes, basis, offset)
 
 
 def plain_with_gradients(ids, factors, upstream, cast, scale=SCALE):

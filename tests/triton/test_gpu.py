@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from embkern.triton import gather_project as gp
 
 from ..conftest import assert_no_worse_than
+from ..ops.test_gather_project import problem as factorised
 
 pytestmark = pytest.mark.gpu
 SCALE = 0.7
@@ -30,12 +31,8 @@ SHAPES = [
 
 
 def problem(shape, dtype):
-    V, r, H, N = shape
-    ids = (torch.rand(N, device="cuda") ** 3 * V).long()
-    codes = torch.randn(V, r, device="cuda").to(dtype)
-    basis = (torch.randn(r, H, device="cuda") / r**0.5).to(dtype)
-    upstream = torch.randn(N, H, device="cuda").to(dtype)
-    return ids, codes, basis, torch.randn(H, device="cuda").to(dtype), upstream
+    upstream = torch.randn(shape[3], shape[2], device="cuda").to(dtype)
+    return *factorised(shape, dtype, "cuda"), upstream
 
 
 def ours(ids, codes, basis, offset, upstream, sparse=False):
