@@ -1,6 +1,7 @@
 """The ops of embkern: one file each, read top-down: schema, fake, autograd function, public function."""
 
+from .autoencoder import autoencoder_loss
 from .cosine_mse import cosine_mse_loss
 from .gather_project import gather_project
 
-__all__ = ["cosine_mse_loss", "gather_project"]
+__all__ = ["autoencoder_loss", "cosine_mse_loss", "gather_project"]

@@ -36,9 +36,9 @@ REGIMES: dict[tuple[str, str, str], tuple[str, ...]] = {
 
 # The ops each kernel backend implements, per device type. A new kernel adds its line here.
 KERNELS: dict[tuple[str, str], frozenset[str]] = {
-    ("native", "cpu"): frozenset({"gather_project", "cosine_mse"}),
-    ("native", "cuda"): frozenset({"gather_project"}),
-    ("triton", "cuda"): frozenset({"gather_project"}),
+    ("native", "cpu"): frozenset({"gather_project", "cosine_mse", "autoencoder"}),
+    ("native", "cuda"): frozenset({"gather_project", "cosine_mse"}),
+    ("triton", "cuda"): frozenset({"gather_project", "cosine_mse", "autoencoder"}),
 }
 # Those of them that have no backward of their own.
 FORWARD_ONLY: frozenset[tuple[str, str, str]] = frozenset({("native", "cuda", "gather_project")})

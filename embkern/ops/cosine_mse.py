@@ -1,9 +1,14 @@
-"""cosine_mse_loss: the direction-aware reconstruction loss, cosine distance plus mean squared error."""
+"""cosine_mse_loss: the direction-aware reconstruction loss of the paper, in four terms.
+
+The gradient is computed with the loss, while a row is in registers or L1: output and target are read once, the
+gradient is written once, and a backward whose incoming gradient is 1 touches none of them again.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,91 +16,135 @@ from torch.autograd import Function
 
 from . import reference
 from .backends import Backend, select
-from .library import define, differentiable_once, needs_autograd, overload
+from .library import define, needs_autograd, overload, scaled_gradient, second_derivative_refused
+
+Reduction = Literal["mean", "sum", "none"]
 
 
 def _forward_fake(
     output: Tensor,
     target: Tensor,
     row_weight: Tensor | None,
+    target_norm: Tensor | None,
+    grad_loss: Tensor | None,
+    reduction: int,
     cosine_weight: float,
     mse_weight: float,
+    rmse_weight: float,
+    power_weight: float,
+    alpha: float,
     eps: float,
-) -> tuple[Tensor, Tensor]:
-    dtype = reference.accumulation_dtype(output.dtype)
-    return output.new_empty((), dtype=dtype), output.new_empty((output.shape[0], 3), dtype=dtype)
-
-
-def _backward_fake(grad_loss: Tensor, output: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(output)
+    needs_output: bool,
+    needs_target: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (output.shape[0],) if reduction == reference.NONE else ()
+    return (
+        output.new_empty(shape, dtype=reference.accumulation_dtype(output.dtype)),
+        output.new_empty(output.shape if needs_output else (0,)),
+        output.new_empty(output.shape if needs_target else (0,)),
+    )
 
 
 define(
     "cosine_mse_forward",
-    "(Tensor output, Tensor target, Tensor? row_weight, float cosine_weight, float mse_weight, float eps)"
-    " -> (Tensor, Tensor)",
-    backends=("native",),
+    "(Tensor output, Tensor target, Tensor? row_weight, Tensor? target_norm, Tensor? grad_loss, int reduction, "
+    "float cosine_weight, float mse_weight, float rmse_weight, float power_weight, float alpha, float eps, "
+    "bool needs_output, bool needs_target) -> (Tensor, Tensor, Tensor)",
+    backends=("native", "triton"),
     fake=_forward_fake,
 )
+
+def _scale_fake(grad: Tensor, grad_loss: Tensor) -> None:
+    return None
+
+
+# grad *= grad_loss, a scalar or one value per row, that reads no gradient where grad_loss is 1.
 define(
-    "cosine_mse_backward",
-    "(Tensor grad_loss, Tensor output, Tensor target, Tensor? row_weight, Tensor stats, "
-    "float cosine_weight, float mse_weight, float eps) -> Tensor",
-    backends=("native",),
-    fake=_backward_fake,
+    "scale_gradient_", "(Tensor(a!) grad, Tensor grad_loss) -> ()", backends=("triton",), fake=_scale_fake
 )
 
 _FORWARD: dict[str, Callable] = {
     "native": overload("cosine_mse_forward", "native"),
+    "triton": overload("cosine_mse_forward", "triton"),
     "torch": reference.cosine_mse_forward,
-}
-_BACKWARD: dict[str, Callable] = {
-    "native": overload("cosine_mse_backward", "native"),
-    "torch": reference.cosine_mse_backward,
 }
 
 
 class CosineMSE(Function):
-    """Autograd of cosine_mse_loss; the backend of the forward also runs the backward."""
+    """Autograd of cosine_mse_loss: the forward returns the gradients beside the loss, the backward scales them.
+
+    In fp16 a gradient of the mean would vanish before the loss scale that is to save it arrives: there the
+    backward runs the kernel again, with the incoming gradient.
+    """
 
     @staticmethod
     def forward(
         output: Tensor,
         target: Tensor,
         row_weight: Tensor | None,
-        cosine_weight: float,
-        mse_weight: float,
-        eps: float,
+        target_norm: Tensor | None,
+        options: tuple,
+        needs: tuple[bool, bool],
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the backend's forward on (N, H) validated arguments; return the loss and its gradients."""
+        now = (False, False) if output.dtype == torch.float16 else needs
+        return _FORWARD[backend](output, target, row_weight, target_norm, None, *options, *now)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Keep the gradients, or what computes them."""
+        rows, target, row_weight, target_norm, ctx.options, ctx.needs, ctx.backend = inputs
+        ctx.later = rows.dtype == torch.float16
+        ctx.set_materialize_grads(False)
+        if ctx.later:
+            ctx.save_for_backward(rows, target, row_weight, target_norm)
+        else:
+            ctx.save_for_backward(*output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *second: Tensor | None) -> tuple:
+        """Return the gradients of output and target."""
+        # A compiled graph has a tangent for every output and refuses second derivatives itself.
+        if not torch.compiler.is_compiling() and any(each is not None for each in second):
+            raise second_derivative_refused()
+        nothing = (None,) * 5
+        if grad_loss is None:
+            return None, None, *nothing
+        if ctx.later:
+            grads = _Later.apply(grad_loss, *ctx.saved_tensors, ctx.options, ctx.needs, ctx.backend)
+        else:
+            grads = [
+                scaled_gradient(each, grad_loss) if needed else None
+                for each, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
+            ]
+        return *(each if needed else None for each, needed in zip(grads, ctx.needs, strict=True)), *nothing
+
+
+class _Later(Function):
+    """The gradients of CosineMSE from its inputs and the incoming gradient; differentiable no further."""
+
+    @staticmethod
+    def forward(
+        grad_loss: Tensor,
+        output: Tensor,
+        target: Tensor,
+        row_weight: Tensor | None,
+        target_norm: Tensor | None,
+        options: tuple,
+        needs: tuple[bool, bool],
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        """Run the backend's forward on (N, H) validated arguments; return the loss and its statistics."""
-        return _FORWARD[backend](output, target, row_weight, cosine_weight, mse_weight, eps)
+        grads = _FORWARD[backend](output, target, row_weight, target_norm, grad_loss, *options, *needs)[1:]
+        return grads[0], grads[1]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        """Keep what the backward reads."""
-        rows, target, row_weight, *ctx.scalars, ctx.backend = inputs
-        stats = output[1]
-        ctx.mark_non_differentiable(stats)
-        ctx.save_for_backward(rows, target, row_weight, stats)
+        pass
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple:
-        """Return the gradients of output and target; the loss is symmetric, so one kernel serves both."""
-        output, target, row_weight, stats = ctx.saved_tensors
-        backward = _BACKWARD[ctx.backend]
-        grad_output = grad_target = None
-        with torch.no_grad():
-            if ctx.needs_input_grad[0]:
-                grad_output = backward(grad_loss, output, target, row_weight, stats, *ctx.scalars)
-            if ctx.needs_input_grad[1]:
-                swapped = stats[:, [0, 2, 1]].contiguous()
-                grad_target = backward(grad_loss, target, output, row_weight, swapped, *ctx.scalars)
-        grads = [
-            None if grad is None else differentiable_once(grad, grad_loss, output, target)
-            for grad in (grad_output, grad_target)
-        ]
-        return *grads, None, None, None, None, None
+    def backward(ctx: Any, *_: Tensor) -> tuple:
+        raise second_derivative_refused()
 
 
 def cosine_mse_loss(
@@ -104,18 +153,35 @@ def cosine_mse_loss(
     *,
     cosine_weight: float = 1.0,
     mse_weight: float = 1.0,
+    rmse_weight: float = 0.0,
+    power_weight: float = 0.0,
+    alpha: float = 1.0,
     row_weight: Tensor | None = None,
+    target_norm: Tensor | None = None,
+    reduction: Reduction = "mean",
     eps: float = 1e-8,
     backend: Backend | None = None,
 ) -> Tensor:
-    """Cosine distance plus mean squared error, averaged over rows.
+    """Cosine distance, squared error, its root, and a power of the absolute error.
 
-    ``cosine_weight * (1 - cos).mean() + mse_weight * F.mse_loss(output, target)`` with
-    ``cos = (output * target).sum(-1) / (output.norm(dim=-1) * target.norm(dim=-1)).clamp_min(eps)``
+    ``(w * rows).sum() / w.sum() + rmse_weight * ((w * mse).sum() / w.sum()).sqrt()`` with ``w = row_weight``
+    (ones by default), ``e = output - target`` and, per row::
 
-    With ``row_weight`` both means are weighted: ``(row_weight * per_row).sum() / row_weight.sum()``.
-    A row of zeros has cosine 0, so it costs ``cosine_weight``. Gradients flow to output and target, once
-    (no double backward). Sums run in fp32 (float64 for float64).
+        mse  = e.square().mean(-1)
+        cos  = (output * target).sum(-1) / (output.norm(dim=-1) * target.norm(dim=-1)).clamp_min(eps)
+        rows = cosine_weight * (1 - cos) + mse_weight * mse
+               + power_weight * (e.abs() + 1e-10).pow(alpha).mean(-1)
+
+    ``reduction="none"`` returns ``w * (rows + rmse_weight * mse.sqrt())``, ``"sum"`` its sum: only the mean
+    has one root for the whole batch, as the paper's authors do.
+
+    A row of zeros has cosine 0, so it costs ``cosine_weight``; the gradient of a root at 0 is 0, that of an
+    absolute value too. Gradients flow to output and target, once (no double backward). Sums run in fp32
+    (float64 for float64); where the squares of a row would leave fp32's range (norms of 1e-20 or 1e20), the
+    row is summed in a wider one. A NaN stays in the gradient of its row, but for the batch's root.
+
+    One pass over output and target, but for ``rmse_weight`` with the mean: its gradient needs the batch's
+    sum first, which is a pass of its own.
 
     Args:
         output: (``*``, H), the reconstruction.
@@ -123,40 +189,63 @@ def cosine_mse_loss(
             promoted to the wider one.
         cosine_weight: weight of the cosine distance.
         mse_weight: weight of the squared error.
+        rmse_weight: weight of the root of the mean squared error.
+        power_weight: weight of the power of the absolute error.
+        alpha: its exponent, above 0.
         row_weight: (``*``), non-negative with a positive sum; takes no gradient.
+        target_norm: (``*``), ``target.norm(dim=-1)`` in the accumulation dtype, where it is known (a table
+            is a constant); then target takes no gradient.
+        reduction: ``mean``, ``sum`` or ``none``.
         eps: lower bound of the product of the two norms. A row of zeros beside one that is not has a
             gradient of the order of 1/eps: below about 1e-4 that is infinite in float16.
         backend: ``native``, ``triton`` or ``torch``; None takes the best for the device.
 
     Returns:
-        A scalar, float32 (float64 for float64 input). NaN if there are no rows, like ``F.mse_loss``.
+        A scalar, or (``*``) for ``none``: float32 (float64 for float64 input). The mean is NaN if there are
+        no rows, like ``F.mse_loss``.
 
     Raises:
         TypeError: a dtype is not supported.
-        ValueError: shapes or devices do not fit, ``row_weight`` requires a gradient, ``eps`` is not a
-            positive normal number of the accumulation dtype, or ``backend`` is unknown.
+        ValueError: shapes or devices do not fit, ``row_weight`` or ``target_norm`` requires a gradient,
+            ``eps`` is not a positive normal number of the accumulation dtype, ``alpha`` is not positive, or
+            ``reduction`` or ``backend`` is unknown.
         RuntimeError: the backend asked for cannot serve this call.
 
-    Source: arXiv 2106.08181, section 3 (the loss that weighs direction); its authors' eps is 1e-6.
+    Source: arXiv 2106.08181, section 3 (the loss that weighs direction), and its authors' released training
+    code (root and power terms); their eps is 1e-6.
     """
-    _check(output, target, row_weight, eps)
-    width = output.shape[-1]
+    check_loss_arguments(output, target, row_weight, target_norm, reduction, alpha, eps)
+    width, shape = output.shape[-1], output.shape[:-1]
     if output.dtype != target.dtype:
         dtype = torch.promote_types(output.dtype, target.dtype)
         output, target = output.to(dtype), target.to(dtype)
     chosen = select("cosine_mse", output.device.type, output.dtype, backend)
     output, target = output.reshape(-1, width).contiguous(), target.reshape(-1, width).contiguous()
+    accumulation = reference.accumulation_dtype(output.dtype)
     if row_weight is not None:
-        row_weight = row_weight.reshape(-1).to(reference.accumulation_dtype(output.dtype)).contiguous()
-    arguments = (output, target, row_weight, float(cosine_weight), float(mse_weight), float(eps))
+        row_weight = row_weight.reshape(-1).to(accumulation).contiguous()
+    if target_norm is not None:
+        target_norm = target_norm.reshape(-1).to(accumulation).contiguous()
+    weights = (float(cosine_weight), float(mse_weight), float(rmse_weight), float(power_weight))
+    options = (reference.REDUCTIONS.index(reduction), *weights, float(alpha), float(eps))
     if needs_autograd(output, target):
-        loss, _ = CosineMSE.apply(*arguments, chosen)
+        needs = (output.requires_grad, target.requires_grad)
+        loss = CosineMSE.apply(output, target, row_weight, target_norm, options, needs, chosen)[0]
     else:
-        loss, _ = _FORWARD[chosen](*arguments)
-    return loss
+        loss = _FORWARD[chosen](output, target, row_weight, target_norm, None, *options, False, False)[0]
+    return loss.view(shape) if reduction == "none" else loss
 
 
-def _check(output: Tensor, target: Tensor, row_weight: Tensor | None, eps: float) -> None:
+def check_loss_arguments(
+    output: Tensor,
+    target: Tensor,
+    row_weight: Tensor | None,
+    target_norm: Tensor | None,
+    reduction: str,
+    alpha: float,
+    eps: float,
+) -> None:
+    """Raise the errors that cosine_mse_loss documents."""
     if output.dim() == 0 or output.shape[-1] == 0 or output.shape != target.shape:
         raise ValueError(
             "output, target: expected equal shapes (*, H) with H >= 1, "
@@ -167,17 +256,31 @@ def _check(output: Tensor, target: Tensor, row_weight: Tensor | None, eps: float
             raise TypeError(f"{name}: expected a floating-point dtype, got {tensor.dtype}")
     if target.device != output.device:
         raise ValueError(f"target: expected device {output.device} as in output, got {target.device}")
-    if row_weight is not None:
-        if row_weight.shape != output.shape[:-1]:
-            raise ValueError(
-                f"row_weight: expected shape {tuple(output.shape[:-1])}, got {tuple(row_weight.shape)}"
-            )
-        if row_weight.device != output.device:
-            raise ValueError(
-                f"row_weight: expected device {output.device} as in output, got {row_weight.device}"
-            )
-        if row_weight.requires_grad:
-            raise ValueError("row_weight: expected a tensor without gradient, got one that requires it")
-    smallest = torch.finfo(reference.accumulation_dtype(output.dtype)).tiny
+    check_row_values("row_weight", row_weight, output)
+    check_row_values("target_norm", target_norm, output)
+    if target_norm is not None and target.requires_grad:
+        raise ValueError("target_norm: expected None where target requires a gradient")
+    check_loss_options(reduction, alpha, eps, output.dtype)
+
+
+def check_row_values(name: str, values: Tensor | None, rows: Tensor) -> None:
+    """Check an optional tensor with one value for each of ``rows`` (*, H)."""
+    if values is None:
+        return
+    if values.shape != rows.shape[:-1]:
+        raise ValueError(f"{name}: expected shape {tuple(rows.shape[:-1])}, got {tuple(values.shape)}")
+    if values.device != rows.device:
+        raise ValueError(f"{name}: expected device {rows.device} as the rows', got {values.device}")
+    if values.requires_grad:
+        raise ValueError(f"{name}: expected a tensor without gradient, got one that requires it")
+
+
+def check_loss_options(reduction: str, alpha: float, eps: float, dtype: torch.dtype) -> None:
+    """Check the scalars of the loss."""
+    if reduction not in reference.REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(reference.REDUCTIONS)}, got {reduction!r}")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha: expected a positive number, got {alpha}")
+    smallest = torch.finfo(reference.accumulation_dtype(dtype)).tiny
     if not eps >= smallest:
         raise ValueError(f"eps: expected at least {smallest:.3g}, got {eps}")

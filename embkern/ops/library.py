@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,14 @@ def needs_autograd(*tensors: torch.Tensor | None) -> bool:
     return forward_ad._current_level >= 0
 
 
+def second_derivative_refused() -> RuntimeError:
+    """Return the error of a gradient that is to be differentiated."""
+    return RuntimeError(
+        "embkern's ops are differentiable once, and this needs a second derivative (create_graph, or "
+        "nested torch.func.grad); use the plain torch formula of the op's docstring for that"
+    )
+
+
 class _OnceDifferentiable(Function):
     """Identity of a gradient whose own gradient is refused.
 
@@ -78,10 +87,7 @@ class _OnceDifferentiable(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
-        raise RuntimeError(
-            "embkern's ops are differentiable once, and this needs a second derivative (create_graph, or "
-            "nested torch.func.grad); use the plain torch formula of the op's docstring for that"
-        )
+        raise second_derivative_refused()
 
 
 def differentiable_once(grad: torch.Tensor, *sources: torch.Tensor | None) -> torch.Tensor:
@@ -89,6 +95,30 @@ def differentiable_once(grad: torch.Tensor, *sources: torch.Tensor | None) -> to
     if not torch.is_grad_enabled():
         return grad
     return _OnceDifferentiable.apply(grad, *(each for each in sources if each is not None))
+
+
+# Whether the graph that is now differentiated will be needed again (retain_graph, create_graph).
+_keeps_graph: Callable[[], bool] = getattr(
+    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
+)
+
+
+def scaled_gradient(grad: torch.Tensor, grad_loss: torch.Tensor) -> torch.Tensor:
+    """Return ``grad * grad_loss`` for a gradient that the forward computed for an incoming gradient of 1.
+
+    grad (N, ...), grad_loss a scalar or (N,). Unless the graph is kept, ``grad`` is nobody else's: it is
+    scaled in place, and not touched at all if grad_loss is 1 (which on CUDA the kernel finds out, so that
+    the host need not wait).
+    """
+    factor = grad_loss.reshape(-1, *(1,) * (grad.dim() - 1)) if grad_loss.dim() else grad_loss
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or _keeps_graph():
+        return (grad * factor).to(grad.dtype)
+    if grad.is_cpu:
+        return grad if bool((grad_loss == 1).all()) else grad.mul_(factor)
+    if grad.is_cuda and importlib.util.find_spec("triton") is not None:
+        overload("scale_gradient_", "triton")(grad, grad_loss.contiguous())
+        return grad
+    return grad.mul_(factor)
 
 
 @functools.cache

@@ -1,13 +1,14 @@
 """Every op in plain torch: the definition, the oracle of the tests, and the last-resort backend.
 
 The forwards are the formulas that the docstrings promise; run in float64 they are what every kernel is
-checked against. The backwards are the gradients the kernels compute, written out; the tests hold them to
-autograd of the forwards. Sums run in fp32 for narrower dtypes (float64 for float64).
+checked against. The gradients that the kernels compute are written out; the tests hold them to numerical
+differentiation. Sums run in fp32 for narrower dtypes (float64 for float64).
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -87,46 +88,157 @@ def gather_project_backward(
     return code_ids, grad_codes, grad_basis, grad_offset
 
 
+# The values of the raw ops' `reduction`, in torch's own order.
+REDUCTIONS = ("none", "mean", "sum")
+NONE, MEAN, SUM = range(3)
+# Beyond these, squares of an fp32 row may leave fp32's range: the row is divided by its largest entry first.
+_LARGE, _SMALL = 1e10, 1e-10
+POWER_BIAS = 1e-10  # of the authors' |x - y| + 1e-10: keeps the gradient of the power term finite
+
+
 def cosine_mse_forward(
     output: Tensor,
     target: Tensor,
     row_weight: Tensor | None,
+    target_norm: Tensor | None,
+    grad_loss: Tensor | None,
+    reduction: int,
     cosine_weight: float,
     mse_weight: float,
+    rmse_weight: float,
+    power_weight: float,
+    alpha: float,
     eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Loss (scalar) and the statistics (N, 3) that its backward needs: <x, y>, |y|, |x|."""
+    needs_output: bool,
+    needs_target: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and the gradients of output and target that are asked for; an unneeded one is an empty tensor.
+
+    output and target (N, H), row_weight and target_norm (N,) or none, grad_loss of the loss's shape or none
+    (ones). The loss is (N,) for reduction none, else a scalar. A term of weight 0 is not computed.
+    """
     dtype = accumulation_dtype(output.dtype)
+    count, width = output.shape
     y, x = output.to(dtype), target.to(dtype)
+    e = y - x
+    (y, y_scale), (x, x_scale), (e_scaled, e_scale) = _scaled_rows(y), _scaled_rows(x), _scaled_rows(e)
+    y_norm = torch.linalg.vector_norm(y, dim=1)
+    x_norm = torch.linalg.vector_norm(x, dim=1) if target_norm is None else target_norm / x_scale
+    both_scales = y_scale * x_scale
+    clamped = y_norm * x_norm * both_scales < eps
     dot = (x * y).sum(1)
-    output_norm, target_norm = torch.linalg.vector_norm(y, dim=1), torch.linalg.vector_norm(x, dim=1)
-    cosine = dot / (output_norm * target_norm).clamp_min(eps)
-    rows = cosine_weight * (1 - cosine) + mse_weight * (x - y).square().mean(1)
-    loss = rows.mean() if row_weight is None else (row_weight * rows).sum() / row_weight.sum()
-    return loss, torch.stack((dot, output_norm, target_norm), 1)
+    cosine = torch.where(clamped, dot * both_scales / eps, dot / (y_norm * x_norm))
+    root = torch.linalg.vector_norm(e_scaled, dim=1) / math.sqrt(width)  # of the row's MSE, by e_scale
+    magnitude = e.abs() + POWER_BIAS
+
+    weight = torch.ones_like(dot) if row_weight is None else row_weight
+    if reduction == MEAN:
+        weight = weight / (count if row_weight is None else row_weight.sum())
+    rows = torch.zeros_like(dot)
+    if cosine_weight:
+        rows = rows + cosine_weight * (1 - cosine)
+    if mse_weight:
+        rows = rows + mse_weight * (e_scale * root).square()
+    if power_weight:
+        rows = rows + power_weight * magnitude.pow(alpha).mean(1)
+    rmse = e_scale * root
+    if rmse_weight and reduction == MEAN:  # one root for the batch
+        largest = e_scale.max() if count else e_scale.sum()
+        rmse = largest * (weight * (e_scale / largest * root).square()).sum().sqrt()
+    elif rmse_weight:
+        rows = rows + rmse_weight * rmse
+    rows = weight * rows
+    loss = rows if reduction == NONE else rows.sum()
+    if row_weight is None and count == 0 and reduction == MEAN:
+        loss = loss / 0
+    if rmse_weight and reduction == MEAN:
+        loss = loss + rmse_weight * rmse
+
+    # Per row: d loss / d row of each term, the vectors divided by their scales.
+    row = weight if grad_loss is None else weight * grad_loss
+    from_error = row * (2 * mse_weight / width)
+    if rmse_weight:
+        from_error = from_error + torch.where(rmse == 0, 0.0, row * (rmse_weight / width) / rmse)
+    error = from_error.unsqueeze(1) * e
+    if power_weight:
+        slope = (row * (power_weight * alpha / width)).unsqueeze(1) * magnitude.pow(alpha - 1)
+        error = error + slope * e.sign()
+
+    def gradient(a: Tensor, a_norm: Tensor, a_scale: Tensor, b: Tensor, b_norm: Tensor, b_scale: Tensor) -> Tensor:
+        slope = row * cosine_weight
+        from_a = torch.where(clamped, 0.0, slope * cosine / (a_norm * a_norm * a_scale))
+        from_b = -torch.where(clamped, slope / eps * b_scale, slope / (a_norm * b_norm * a_scale))
+        return from_a.unsqueeze(1) * a + from_b.unsqueeze(1) * b
+
+    grad_output = grad_target = output.new_empty(0)
+    if needs_output:
+        grad = error if not cosine_weight else error + gradient(y, y_norm, y_scale, x, x_norm, x_scale)
+        grad_output = grad.to(output.dtype)
+    if needs_target:
+        grad = -error if not cosine_weight else gradient(x, x_norm, x_scale, y, y_norm, y_scale) - error
+        grad_target = grad.to(output.dtype)
+    return loss, grad_output, grad_target
 
 
-def cosine_mse_backward(
-    grad_loss: Tensor,
-    output: Tensor,
+def _scaled_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows whose squares stay in range, and the scale (N,) to multiply them by; 1 for all ordinary rows."""
+    largest = torch.linalg.vector_norm(rows, float("inf"), dim=1)
+    outside = (largest > _LARGE) | ((largest < _SMALL) & (largest > 0))
+    scale = torch.where(outside, largest, 1.0)
+    return rows / scale.unsqueeze(1), scale
+
+
+@_autocast_off
+def autoencoder_forward(
     target: Tensor,
+    codes: Tensor | None,
+    encoder_weight: Tensor | None,
+    encoder_bias: Tensor | None,
+    basis: Tensor,
+    offset: Tensor | None,
     row_weight: Tensor | None,
-    stats: Tensor,
+    target_norm: Tensor | None,
+    reduction: int,
     cosine_weight: float,
     mse_weight: float,
+    rmse_weight: float,
+    power_weight: float,
+    alpha: float,
     eps: float,
-) -> Tensor:
-    """Gradient of the loss with respect to ``output``, from the forward's statistics."""
-    y, x = output.to(stats.dtype), target.to(stats.dtype)
-    dot, output_norm, target_norm = stats.unbind(1)
-    product = output_norm * target_norm
-    clamped = product < eps
-    row = grad_loss / output.shape[0] if row_weight is None else grad_loss * row_weight / row_weight.sum()
-    cosine = row * cosine_weight
-    from_target = -cosine / product.clamp_min(eps)
-    from_output = torch.where(clamped, 0.0, cosine * (dot / product) / output_norm.square())
-    from_error = row * (2 * mse_weight / output.shape[1])
-    if from_error.dim():
-        from_error = from_error.unsqueeze(1)
-    grad = from_output.unsqueeze(1) * y + from_target.unsqueeze(1) * x + from_error * (y - x)
-    return grad.to(output.dtype)
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Terms (4,), and the gradients of codes, encoder_weight, encoder_bias, basis and offset.
+
+    target (N, H); codes (N, r), or encoder_weight (r, H) and encoder_bias (r,) that make them of the target;
+    basis (r, H), offset (H,). The terms are the loss, then cosine distance, MSE and power term by themselves,
+    reduced alike (the power term is 0 where its weight is). Gradients that do not exist are empty tensors.
+    """
+    encoded = codes is None
+    if encoded:
+        assert encoder_weight is not None
+        codes = F.linear(target, encoder_weight, encoder_bias)
+    assert codes is not None
+    output = codes @ basis if offset is None else torch.addmm(offset, codes, basis)
+
+    def loss(weights: tuple[float, float, float, float], needs: bool) -> tuple[Tensor, Tensor]:
+        value, grad, _ = cosine_mse_forward(
+            output, target, row_weight, target_norm, None, reduction, *weights, alpha, eps, needs, False
+        )
+        return value, grad
+
+    total, grad = loss((cosine_weight, mse_weight, rmse_weight, power_weight), needs_grad)
+    terms = [total, loss((1.0, 0.0, 0.0, 0.0), False)[0], loss((0.0, 1.0, 0.0, 0.0), False)[0]]
+    terms.append(loss((0.0, 0.0, 0.0, 1.0), False)[0] if power_weight else torch.zeros_like(total))
+    grads = [target.new_empty(0) for _ in range(5)]
+    if needs_grad:
+        grad_codes = grad @ basis.t()
+        if encoded:
+            grads[1] = grad_codes.t() @ target
+            if encoder_bias is not None:
+                grads[2] = grad_codes.sum(0)
+        else:
+            grads[0] = grad_codes
+        grads[3] = codes.t() @ grad
+        if offset is not None:
+            grads[4] = grad.sum(0)
+    return (torch.stack(terms), *grads)  # type: ignore[return-value]
