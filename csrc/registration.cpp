@@ -10,7 +10,6 @@ STABLE_TORCH_LIBRARY_IMPL(embkern, CPU, m) {
   m.impl("gather_project_out.native", TORCH_BOX(&embkern::gather_project_out));
   m.impl("gather_project_backward.native", TORCH_BOX(&embkern::gather_project_backward));
   m.impl("cosine_mse_forward.native", TORCH_BOX(&embkern::cosine_mse_forward));
-  m.impl("cosine_mse_backward.native", TORCH_BOX(&embkern::cosine_mse_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(embkern, CompositeExplicitAutograd, m) {

@@ -66,26 +66,38 @@ int64_t cpu_capability(int64_t level) {
   return current().load();
 }
 
+// The table of the level in use, by the name of the function that has it in every level's namespace.
+#if defined(EMBKERN_X86_LEVELS)
+#define EMBKERN_DISPATCH(table)       \
+  switch (capability()) {             \
+    case Capability::avx512_bf16:     \
+      return avx512_bf16::table<T>(); \
+    case Capability::avx512:          \
+      return avx512::table<T>();      \
+    case Capability::avx2:            \
+      return avx2::table<T>();        \
+    default:                          \
+      return portable::table<T>();    \
+  }
+#else
+#define EMBKERN_DISPATCH(table) return portable::table<T>();
+#endif
+
 template <class T>
 const Kernels<T>& kernels() {
-#if defined(EMBKERN_X86_LEVELS)
-  switch (capability()) {
-    case Capability::avx512_bf16:
-      return avx512_bf16::kernels<T>();
-    case Capability::avx512:
-      return avx512::kernels<T>();
-    case Capability::avx2:
-      return avx2::kernels<T>();
-    default:
-      break;
-  }
-#endif
-  return portable::kernels<T>();
+  EMBKERN_DISPATCH(kernels)
+}
+
+template <class T>
+const TrainingKernels<T>& training_kernels() {
+  EMBKERN_DISPATCH(training_kernels)
 }
 
 template const Kernels<float>& kernels<float>();
 template const Kernels<double>& kernels<double>();
 template const Kernels<BFloat16>& kernels<BFloat16>();
 template const Kernels<Half>& kernels<Half>();
+template const TrainingKernels<float>& training_kernels<float>();
+template const TrainingKernels<double>& training_kernels<double>();
 
 }  // namespace embkern

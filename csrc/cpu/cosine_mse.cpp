@@ -1,124 +1,163 @@
-// cosine_mse: with rows y_n of output, x_n of target and weights w_n (1 if none), W = sum_n w_n,
+// cosine_mse: for rows y of output and x of target, e = y - x,
+//   row  = cosine (1 - <x, y> / max(|x||y|, eps)) + mse mean(e^2) + power mean((|e| + 1e-10)^alpha)
+//   loss = sum_n w_n row_n / sum_n w_n + rmse sqrt(sum_n w_n mean(e_n^2) / sum_n w_n)
+// and its gradients, times `grad_loss` where it is given. reduction sum: no division, and a root per row; none:
+// the terms of that sum.
 //
-//   loss = sum_n w_n (cosine_weight (1 - cos_n) + mse_weight |x_n - y_n|^2 / H) / W
-//   cos_n = <x_n, y_n> / max(|x_n| |y_n|, eps)
+//   output, target (N, H) of one dtype, row_weight and target_norm (N,) or none -> loss () or (N,), gradients
+//   (N, H) or (0,) where they are not needed. fp32 sums, wider where a row's squares leave fp32's range.
 //
-// Bytes moved: forward 2 N H read and (N, 3) statistics written; backward 2 N H read, N H written.
-// stats[n] = (<x, y>, |y|, |x|): with them the gradient of a row is a combination of y, x and y - x.
-// |x - y|^2 is summed directly, not from the statistics, where it would cancel for a good fit; for the same
-// reason the gradient of the squared error is taken from y - x.
+// Bytes moved: 2 N H read, N H written per gradient. A row stays in L1 between its sums and its gradient. The
+// gradient of the batch's root needs the whole batch's sum first: that one reads both once more.
 #include <cmath>
+#include <vector>
 
-#include "cpu/kernels.h"
 #include "cpu/ops.h"
+#include "cpu/parallel.h"
+#include "cpu/row_loss.h"
 
 namespace embkern {
 namespace {
 
-constexpr int64_t kGrainRows = 16;
-template <class A>
-double total_weight(const A* row_weight, int64_t count) {
-  if (!row_weight) return static_cast<double>(count);
-  double sum = 0;
-  for (int64_t n = 0; n < count; ++n) sum += row_weight[n];
-  return sum;
-}
-
-// output and target (N, H) of one dtype; row_weight (N,) in the accumulation dtype.
-template <class T>
-void check_arguments(const Tensor& output, const Tensor& target, const std::optional<Tensor>& row_weight) {
-  check_tensor("output", output, 2, output.scalar_type());
-  check_tensor("target", target, 2, output.scalar_type());
-  check_size("target", target, 0, output.size(0));
-  check_size("target", target, 1, output.size(1));
-  if (row_weight) {
-    check_tensor("row_weight", *row_weight, 1, scalar_type_of<acc_t<T>>());
-    check_size("row_weight", *row_weight, 0, output.size(0));
-  }
-}
+constexpr int64_t kTaskElements = 1 << 15;  // of rows that a thread takes at a time: 128 KB of each operand
 
 template <class A>
 const A* optional_data(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<const A*>(tensor->const_data_ptr()) : nullptr;
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor> cosine_mse_forward(const Tensor& output, const Tensor& target,
-                                              const std::optional<Tensor>& row_weight, double cosine_weight,
-                                              double mse_weight, double eps) {
-  check_tensor("output", output, 2, output.scalar_type());
-  const bool wide = output.scalar_type() == ScalarType::Double;
-  const auto scalar = wide ? ScalarType::Double : ScalarType::Float;
-  Tensor loss = torch::stable::new_empty(output, {}, scalar);
-  Tensor stats = torch::stable::new_empty(output, {output.size(0), 3}, scalar);
-  dispatch_floating(output.scalar_type(), "output", [&](auto element) {
-    using T = decltype(element);
-    using A = acc_t<T>;
-    check_arguments<T>(output, target, row_weight);
-    const Kernels<T>& table = kernels<T>();
-    const int64_t count = output.size(0), width = output.size(1);
-    const T* y = static_cast<const T*>(output.const_data_ptr());
-    const T* x = static_cast<const T*>(target.const_data_ptr());
-    const A* weight = optional_data<A>(row_weight);
-    A* stat = static_cast<A*>(stats.mutable_data_ptr());
-    std::vector<double> row_loss(count);
-    torch::stable::parallel_for(0, count, kGrainRows, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) {
-        const RowSums<A> row = table.row_sums(y + n * width, x + n * width, width);
-        const A output_norm = std::sqrt(row.output_square), target_norm = std::sqrt(row.target_square);
-        stat[3 * n] = row.dot;
-        stat[3 * n + 1] = output_norm;
-        stat[3 * n + 2] = target_norm;
-        // std::max(eps, NaN) would hide a NaN; the comparison below lets it through to the loss.
-        const A product = output_norm * target_norm;
-        const A cosine = row.dot / (product < A(eps) ? A(eps) : product);
-        row_loss[n] = (weight ? weight[n] : 1.0) *
-                      (cosine_weight * (1.0 - cosine) + mse_weight * row.error_square / width);
-      }
-    });
-    double sum = 0;  // sequential: the same bits for any number of threads
-    for (const double value : row_loss) sum += value;
-    *static_cast<A*>(loss.mutable_data_ptr()) = static_cast<A>(sum / total_weight(weight, count));
-  });
-  return {loss, stats};
+template <class A>
+void check_row_values(const char* name, const std::optional<Tensor>& values, int64_t count) {
+  if (!values) return;
+  check_tensor(name, *values, 1, scalar_type_of<A>());
+  check_size(name, *values, 0, count);
 }
 
-Tensor cosine_mse_backward(const Tensor& grad_loss, const Tensor& output, const Tensor& target,
-                           const std::optional<Tensor>& row_weight, const Tensor& stats, double cosine_weight,
-                           double mse_weight, double eps) {
-  Tensor grad_output = torch::stable::empty_like(output);
-  dispatch_floating(output.scalar_type(), "output", [&](auto element) {
+template <class T>
+struct CosineMSE {
+  using A = acc_t<T>;
+  const Kernels<T>& table = kernels<T>();  // taken once: another thread may set another level meanwhile
+  LossOptions options;
+  int64_t count, width;
+  const T *output, *target;
+  const A *weight, *target_norm, *grad_loss;
+  A* loss;
+  T *grad_output, *grad_target;  // null where not needed
+
+  double weight_of(int64_t n) const { return weight ? static_cast<double>(weight[n]) : 1; }
+
+  template <class Body>
+  void for_rows(int64_t operations, Body body) const {
+    const int64_t rows = std::max<int64_t>(1, kTaskElements / width);
+    for_tasks((count + rows - 1) / rows, useful_threads(count * width * operations), [&](int64_t task) {
+      for (int64_t n = task * rows; n < std::min(count, (task + 1) * rows); ++n) body(n);
+    });
+  }
+
+  void operator()() const {
+    double total_weight = count;
+    if (weight) {
+      total_weight = 0;
+      for (int64_t n = 0; n < count; ++n) total_weight += weight[n];
+    }
+    const bool mean = options.reduction == kMean, one_root = mean && options.rmse != 0;
+    const double norm = mean ? 1 / total_weight : 1;  // what a row's weight is multiplied by
+    std::vector<double> rows(count);
+    double root = 0;
+    if (one_root) {
+      for_rows(4, [&](int64_t n) {
+        rows[n] = table.row_sums(output + n * width, target + n * width, width).error_square / width;
+      });
+      for (int64_t n = 0; n < count; ++n) root += norm * weight_of(n) * rows[n];
+      root = std::sqrt(root);
+    }
+    for_rows(options.power != 0 ? 40 : 8,
+             [&](int64_t n) { rows[n] = row(n, norm, one_root ? &root : nullptr); });
+    if (options.reduction == kNone) return;
+    double sum = 0;  // sequential: the same bits for any number of threads
+    for (const double value : rows) sum += value;
+    if (one_root) sum += options.rmse * root;
+    *loss = static_cast<A>(mean && count == 0 ? std::nan("") : sum);
+  }
+
+  // Returns a row's part of the loss and writes its gradients.
+  double row(int64_t n, double norm, const double* batch_root) const {
+    const T *y = output + n * width, *x = target + n * width;
+    thread_local std::vector<A> slopes;
+    const bool gradient = grad_output || grad_target;
+    if (options.power != 0 && gradient && static_cast<int64_t>(slopes.size()) < width) slopes.resize(width);
+    A* slope = gradient ? slopes.data() : nullptr;
+    const double known_norm = target_norm ? static_cast<double>(target_norm[n]) : 0;
+    RowLoss row =
+        row_loss(table.row_sums(y, x, width), target_norm ? &known_norm : nullptr, width, options.eps);
+    if (options.power != 0) row.power = table.row_power(y, x, width, options.alpha, slope) / width;
+
+    const double factor = norm * weight_of(n);
+    const double root = batch_root ? *batch_root : std::sqrt(row.mse);
+    double value = factor * row.value(options);
+    if (!batch_root && options.rmse != 0) value += factor * options.rmse * root;
+    if (options.reduction == kNone) loss[n] = static_cast<A>(value);
+    if (gradient) {
+      const double incoming = !grad_loss ? 1 : grad_loss[options.reduction == kNone ? n : 0];
+      const double scaled = incoming * factor, from_root = root_slope(options, scaled, root, width);
+      if (grad_output)
+        table.row_gradient(y, x, width, output_gradient<A>(row, options, width, scaled, from_root, slope),
+                           grad_output + n * width);
+      if (grad_target)
+        table.row_gradient(y, x, width, target_gradient<A>(row, options, width, scaled, from_root, slope),
+                           grad_target + n * width);
+    }
+    return value;
+  }
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> cosine_mse_forward(const Tensor& output, const Tensor& target,
+                                                      const std::optional<Tensor>& row_weight,
+                                                      const std::optional<Tensor>& target_norm,
+                                                      const std::optional<Tensor>& grad_loss, int64_t reduction,
+                                                      double cosine_weight, double mse_weight,
+                                                      double rmse_weight, double power_weight, double alpha,
+                                                      double eps, bool needs_output, bool needs_target) {
+  const ScalarType type = output.scalar_type();
+  check_tensor("output", output, 2, type);
+  check_tensor("target", target, 2, type);
+  const int64_t count = output.size(0), width = output.size(1);
+  check_size("target", target, 0, count);
+  check_size("target", target, 1, width);
+  check(width > 0, "output: expected rows of at least 1 element, got 0");
+  const LossOptions options{reduction, cosine_weight, mse_weight, rmse_weight, power_weight, alpha, eps};
+  check_options(options);
+  Tensor loss, grad_output, grad_target;
+  dispatch_floating(type, "output", [&](auto element) {
     using T = decltype(element);
     using A = acc_t<T>;
-    check_arguments<T>(output, target, row_weight);
-    const Kernels<T>& table = kernels<T>();
-    const int64_t count = output.size(0), width = output.size(1);
-    check_tensor("grad_loss", grad_loss, 0, scalar_type_of<A>());
-    check_tensor("stats", stats, 2, scalar_type_of<A>());
-    check_size("stats", stats, 0, count);
-    check_size("stats", stats, 1, 3);
-    const T* y = static_cast<const T*>(output.const_data_ptr());
-    const T* x = static_cast<const T*>(target.const_data_ptr());
-    const A* weight = optional_data<A>(row_weight);
-    const A* stat = static_cast<const A*>(stats.const_data_ptr());
-    T* grad = static_cast<T*>(grad_output.mutable_data_ptr());
-    const double incoming = *static_cast<const A*>(grad_loss.const_data_ptr()) / total_weight(weight, count);
-    torch::stable::parallel_for(0, count, kGrainRows, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) {
-        const A dot = stat[3 * n], output_norm = stat[3 * n + 1], product = output_norm * stat[3 * n + 2];
-        const A row = static_cast<A>(incoming * (weight ? weight[n] : 1.0));
-        const A cosine = row * A(cosine_weight);
-        const bool clamped = product < A(eps);
-        const A from_target = -cosine / (clamped ? A(eps) : product);
-        const A from_output = clamped ? A(0) : cosine * (dot / product) / (output_norm * output_norm);
-        const A from_error = row * static_cast<A>(2.0 * mse_weight / width);
-        table.row_gradient(y + n * width, x + n * width, width, from_output, from_target, from_error,
-                           grad + n * width);
-      }
-    });
+    check_row_values<A>("row_weight", row_weight, count);
+    check_row_values<A>("target_norm", target_norm, count);
+    const std::vector<int64_t> loss_shape(reduction == kNone ? 1 : 0, count);
+    if (grad_loss) check_tensor("grad_loss", *grad_loss, loss_shape.size(), scalar_type_of<A>());
+    if (grad_loss && reduction == kNone) check_size("grad_loss", *grad_loss, 0, count);
+    const auto gradient = [&](bool needed) {
+      return needed ? empty_in_huge_pages({count, width}, type, sizeof(T)) : empty({0}, type);
+    };
+    loss = empty(loss_shape, scalar_type_of<A>());
+    grad_output = gradient(needs_output);
+    grad_target = gradient(needs_target);
+    CosineMSE<T> run;
+    run.options = options;
+    run.count = count, run.width = width;
+    run.output = static_cast<const T*>(output.const_data_ptr());
+    run.target = static_cast<const T*>(target.const_data_ptr());
+    run.weight = optional_data<A>(row_weight);
+    run.target_norm = optional_data<A>(target_norm);
+    run.grad_loss = optional_data<A>(grad_loss);
+    run.loss = static_cast<A*>(loss.mutable_data_ptr());
+    run.grad_output = needs_output ? static_cast<T*>(grad_output.mutable_data_ptr()) : nullptr;
+    run.grad_target = needs_target ? static_cast<T*>(grad_target.mutable_data_ptr()) : nullptr;
+    run();
   });
-  return grad_output;
+  return {loss, grad_output, grad_target};
 }
 
 }  // namespace embkern

@@ -38,9 +38,37 @@ struct OuterSum {
   int64_t ld;
 };
 
-template <class A>
+// out[i][j] (+)= sum_p a[p][i] * b[p][j] for i < m, j < n: like OuterSum, but added to what `out` holds unless
+// `overwrite`, 128 terms at a time, and with `b` read where it lies.
+template <class T>
+struct OuterUpdate {
+  int64_t m, k, n;
+  const T* const* a;
+  const T* const* b;
+  bool overwrite;
+  T* out;
+  int64_t ld;
+};
+
+// What the loss needs of one row: y the output, x the target, e = y - x.
 struct RowSums {
-  A dot, output_square, target_square, error_square;
+  double dot, output_square, target_square, error_square;
+  bool wide;  // the squares leave the range of fp32: the gradient is to be computed in double
+};
+
+// grad[j] = from_output * y[j] + from_target * x[j] + from_error * e[j] + from_slope * slope[j]
+template <class A>
+struct RowGradient {
+  double from_output, from_target, from_error, from_slope;
+  const A* slope;  // none if null
+  bool wide;
+};
+
+// One step of Adam on n parameters: m and v are updated by the gradient, p by
+// step_size * m / (sqrt(v) / root_correction + eps).
+template <class T>
+struct AdamStep {
+  T beta1, beta2, step_size, root_correction, eps;
 };
 
 template <class T>
@@ -55,20 +83,39 @@ struct Kernels {
   void (*sum_rows)(const T* const* rows, int64_t count, int64_t width, void* out);
   // The same to A, of columns first to last.
   void (*total_rows)(const T* const* rows, int64_t count, int64_t first, int64_t last, A* out);
-  RowSums<A> (*row_sums)(const T* output, const T* target, int64_t width);
-  // grad = from_output * output + from_target * target + from_error * (output - target)
-  void (*row_gradient)(const T* output, const T* target, int64_t width, A from_output, A from_target,
-                       A from_error, T* grad);
+  RowSums (*row_sums)(const T* output, const T* target, int64_t width);
+  // Sum of (|e| + 1e-10)^alpha; its derivative by e goes to `slope` unless that is null.
+  double (*row_power)(const T* output, const T* target, int64_t width, double alpha, A* slope);
+  void (*row_gradient)(const T* output, const T* target, int64_t width, const RowGradient<A>& coefficients,
+                       T* grad);  // may be `output`
+};
+
+// The kernels of training, for float and double.
+template <class T>
+struct TrainingKernels {
+  // Elements of a right operand of k terms and n columns, packed.
+  int64_t (*packed_size)(int64_t k, int64_t n);
+  // Packs b[p][j], a row per term, or b[j][p], a row per column, for project_packed.
+  void (*pack)(const T* const* b, int64_t k, int64_t n, T* packed);
+  void (*pack_transposed)(const T* const* b, int64_t k, int64_t n, T* packed);
+  // Kernels::project with a packed right operand, of all columns: first is 0, b unused.
+  void (*project_packed)(const Projection<T>&, const T* packed);
+  void (*outer_update)(const OuterUpdate<T>&);
+  void (*adam)(const AdamStep<T>&, int64_t n, const T* grad, T* p, T* m, T* v);
 };
 
 // The table of the level in use.
 template <class T>
 const Kernels<T>& kernels();
+template <class T>
+const TrainingKernels<T>& training_kernels();
 
-#define EMBKERN_LEVEL(name)    \
-  namespace name {             \
-  template <class T>           \
-  const Kernels<T>& kernels(); \
+#define EMBKERN_LEVEL(name)                     \
+  namespace name {                              \
+  template <class T>                            \
+  const Kernels<T>& kernels();                  \
+  template <class T>                            \
+  const TrainingKernels<T>& training_kernels(); \
   }
 EMBKERN_LEVEL(portable)
 #if defined(EMBKERN_X86_LEVELS)

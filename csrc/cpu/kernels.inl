@@ -47,6 +47,18 @@ struct VectorOf {
       for (int i = 0; i < kLanes; ++i) x.lane[i] += y.lane[i];
       return x;
     }
+    friend Type operator+(Type x, A y) {
+      for (int i = 0; i < kLanes; ++i) x.lane[i] += y;
+      return x;
+    }
+    friend Type operator*(Type x, const Type& y) {
+      for (int i = 0; i < kLanes; ++i) x.lane[i] *= y.lane[i];
+      return x;
+    }
+    friend Type operator/(Type x, const Type& y) {
+      for (int i = 0; i < kLanes; ++i) x.lane[i] /= y.lane[i];
+      return x;
+    }
     friend Type operator*(A x, Type y) {
       for (int i = 0; i < kLanes; ++i) y.lane[i] *= x;
       return y;
@@ -540,38 +552,7 @@ void total_rows(const T* const* rows, int64_t count, int64_t first, int64_t last
   sum_rows_to(rows, count, first, last, out);
 }
 
-// ---- rows of the loss -------------------------------------------------------------------------------------
-
-template <class T>
-RowSums<acc_t<T>> row_sums(const T* output, const T* target, int64_t width) {
-  using A = acc_t<T>;
-  Vector<A> dot{}, yy{}, xx{}, ee{};
-  for (int64_t j = 0; j < width; j += kLanes<A>) {
-    const Vector<A> y = load(output + j, width - j), x = load(target + j, width - j), e = y + A(-1) * x;
-    dot = dot + x * y;
-    yy = yy + y * y;
-    xx = xx + x * x;
-    ee = ee + e * e;
-  }
-  RowSums<A> total{};
-  for (int lane = 0; lane < kLanes<A>; ++lane) {
-    total.dot += dot[lane];
-    total.output_square += yy[lane];
-    total.target_square += xx[lane];
-    total.error_square += ee[lane];
-  }
-  return total;
-}
-
-template <class T>
-void row_gradient(const T* output, const T* target, int64_t width, acc_t<T> from_output, acc_t<T> from_target,
-                  acc_t<T> from_error, T* grad) {
-  using A = acc_t<T>;
-  for (int64_t j = 0; j < width; j += kLanes<A>) {
-    const Vector<A> y = load(output + j, width - j), x = load(target + j, width - j), e = y + A(-1) * x;
-    store(from_output * y + from_target * x + from_error * e, grad + j, width - j);
-  }
-}
+#include "cpu/training.inl"
 
 }  // namespace
 
@@ -581,7 +562,14 @@ const Kernels<T>& kernels() {
   using M = typename Product<T>::Arithmetic;
   static constexpr Kernels<T> table = {std::is_same_v<S, T>, project<T, T, M>, project<T, S, M>,
                                        outer_sum<T, S, M>,   sum_rows<T, S>,   total_rows<T>,
-                                       row_sums<T>,          row_gradient<T>};
+                                       row_sums<T>,          row_power<T>,     row_gradient<T>};
+  return table;
+}
+
+template <class T>
+const TrainingKernels<T>& training_kernels() {
+  static constexpr TrainingKernels<T> table = {packed_size<T>,    pack<T>,         pack_transposed<T>,
+                                               project_packed<T>, outer_update<T>, adam<T>};
   return table;
 }
 
@@ -589,6 +577,8 @@ template const Kernels<float>& kernels<float>();
 template const Kernels<double>& kernels<double>();
 template const Kernels<BFloat16>& kernels<BFloat16>();
 template const Kernels<Half>& kernels<Half>();
+template const TrainingKernels<float>& training_kernels<float>();
+template const TrainingKernels<double>& training_kernels<double>();
 
 }  // namespace EMBKERN_LEVEL
 }  // namespace embkern

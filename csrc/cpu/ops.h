@@ -22,13 +22,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_project_backward(const Tensor&
                                                                    bool needs_codes, bool needs_basis,
                                                                    bool needs_offset, bool sparse);
 
-std::tuple<Tensor, Tensor> cosine_mse_forward(const Tensor& output, const Tensor& target,
-                                              const std::optional<Tensor>& row_weight, double cosine_weight,
-                                              double mse_weight, double eps);
-
-Tensor cosine_mse_backward(const Tensor& grad_loss, const Tensor& output, const Tensor& target,
-                           const std::optional<Tensor>& row_weight, const Tensor& stats, double cosine_weight,
-                           double mse_weight, double eps);
+std::tuple<Tensor, Tensor, Tensor> cosine_mse_forward(const Tensor& output, const Tensor& target,
+                                                      const std::optional<Tensor>& row_weight,
+                                                      const std::optional<Tensor>& target_norm,
+                                                      const std::optional<Tensor>& grad_loss, int64_t reduction,
+                                                      double cosine_weight, double mse_weight,
+                                                      double rmse_weight, double power_weight, double alpha,
+                                                      double eps, bool needs_output, bool needs_target);
 
 // Fills fresh tensors and scratch with NaN from now on, or no more; for tests.
 void set_poison_memory(bool on);
