@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from ..factors import Factors, activate, checksum
+from ..factors import Factors, checksum
 from ..files import replacing
 from ..layer import check_rank
-from ..ops import cosine_mse_loss, gather_project
-from .base import Options, blocks, check_table, parse_options, seeded
-from .svd import svd
+from .base import BLOCK_ROWS, Options, blocks, check_table, parse_options, seeded
+from .sharded import SummedSteps, World
+from .steps import ENGINES, Objective, Weights, select_engine
+from .svd import gram, principal_vectors
+
+FORMAT = "embkern.autoencoder/2"  # of checkpoints
+CHUNK_SECONDS = 0.1  # of steps between two looks at the progress bar and at Ctrl-C
+# Larger batches are summed block by block: one block on the GPU's device memory, one of L3's size on the CPU.
+LARGEST_BATCH = {"cpu": BLOCK_ROWS, "cuda": 8 * BLOCK_ROWS}
 
 
 class AutoencoderOptions(Options):
@@ -57,50 +61,30 @@ class AutoencoderOptions(Options):
         return self.lr * self.lr_gamma ** (epoch // self.lr_step)
 
 
-class Autoencoder(nn.Module):
-    """``decode(encode(x))``, with the decoder's weight stored as ``basis`` (r, H)."""
-
-    positions: Tensor
-
-    def __init__(self, embedding_dim: int, rank: int, activation: str | None = None) -> None:
-        super().__init__()
-        self.activation = activation
-        self.encoder = nn.Linear(embedding_dim, rank)
-        decoder = nn.Linear(rank, embedding_dim)
-        self.basis = nn.Parameter(decoder.weight.detach().t().contiguous())
-        self.offset = nn.Parameter(decoder.bias.detach())
-        self.register_buffer("positions", torch.empty(0, dtype=torch.int64), persistent=False)
-
-    def encode(self, rows: Tensor) -> Tensor:
-        """Return the codes (N, r) of rows (N, H)."""
-        return activate(self.encoder(rows), self.activation)
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """Return the reconstruction (N, H), through the function that inference uses."""
-        if len(self.positions) < len(codes):
-            self.positions = torch.arange(len(codes), device=codes.device)
-        rows = gather_project(self.positions[: len(codes)], codes, self.basis, self.offset)
-        return activate(rows, self.activation)
-
-    @torch.no_grad()
-    def init_from(self, factors: Factors) -> None:
-        """Start at a linear factorisation with an orthonormal basis: the projection onto it."""
-        self.encoder.weight.copy_(factors.basis)
-        self.basis.copy_(factors.basis)
-        self.encoder.bias.zero_()
-        self.offset.zero_()
-
-
 @dataclass
 class _Run:
     """Where a run stands after a whole epoch; everything that a resumed run needs."""
 
-    model: Autoencoder
-    optimizer: torch.optim.Adam
+    weights: Weights
     epoch: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     best_score: float = float("inf")
-    best_weights: dict[str, Tensor] = field(default_factory=dict)
+    best: Tensor | None = None
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "weights": self.weights.state(),
+            "epoch": self.epoch,
+            "history": self.history,
+            "best_score": self.best_score,
+            "best": self.best,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.weights.load(state["weights"])
+        self.epoch, self.history = state["epoch"], state["history"]
+        self.best_score = state["best_score"]
+        self.best = state["best"].to(self.weights.parameters.device)
 
 
 def autoencoder(
@@ -109,8 +93,11 @@ def autoencoder(
     *,
     validate: Callable[[Factors], float] | None = None,
     checkpoint: str | os.PathLike | None = None,
+    checkpoint_seconds: float = 5.0,
     log: str | os.PathLike | None = None,
     progress: bool | None = None,
+    engine: str | None = None,
+    world: World | None = None,
     **options: Any,
 ) -> Factors:
     """Train the paper's autoencoder on the rows of a table and keep its codes and decoder.
@@ -122,17 +109,25 @@ def autoencoder(
 
     The defaults are the authors' recipe: 30 epochs of batch 32, alpha falling from 1 to 0.1 over 20 epochs.
     Training runs in fp32 (float64 for a float64 table) on the table's device. The order of rows depends on
-    the seed and the epoch alone, so a resumed run ends with the weights of an uninterrupted one.
+    the seed and the epoch alone, so a resumed run ends with the weights of an uninterrupted one. With
+    ``batch_size >= V`` every epoch is one step on the whole table. The gradient of a batch beyond
+    8192 rows (65536 on CUDA) is summed in blocks of 8192 rows.
 
     Args:
         table: (V, H).
         rank: r, 1 to H.
         validate: score of the factors after an epoch, lower is better; the best epoch is kept. By default
             the loss over the whole table, with alpha at ``alpha_end`` so that epochs compare.
-        checkpoint: file that is replaced after every epoch; if it exists, the run goes on from it (with the
+        checkpoint: file that is replaced after an epoch; if it exists, the run goes on from it (with the
             same ``validate``: its scores so far are kept).
+        checkpoint_seconds: least time between two checkpoints, for epochs shorter than that; the last epoch
+            is always kept.
         log: file of JSON lines, one per epoch: epoch, loss, direction_error, rmse, alpha, lr, score, seconds.
+            It is written as often as the checkpoint.
         progress: show a bar on stderr; None shows it on a terminal.
+        engine: what takes the steps: ``native`` (C++ on the CPU, linear only) or ``torch``; None takes the
+            first that can serve. Engines differ in rounding.
+        world: the processes and shards of a run on several, see ``embkern.methods.sharded``.
         options: the fields of ``AutoencoderOptions``.
 
     Returns:
@@ -142,7 +137,7 @@ def autoencoder(
         ValueError, TypeError: the rank or an option is out of range, the table is not usable, or the
             checkpoint belongs to another run or is damaged, or ``validate`` returns no finite number.
         FileNotFoundError: the directory of ``checkpoint`` or ``log`` does not exist.
-        RuntimeError: the loss is no longer finite.
+        RuntimeError: the loss is no longer finite, or the engine asked for cannot serve.
 
     Source: arXiv 2106.08181, section 3, and its authors' released configuration.
     """
@@ -155,178 +150,185 @@ def autoencoder(
     # Training must not depend on the modes of whoever calls: no_grad, inference, autocast, a default device.
     with (
         torch.inference_mode(False),
-        torch.enable_grad(),
+        torch.no_grad(),
         torch.autocast(table.device.type, enabled=False),
         torch.device(table.device),
     ):
         # Inference tensors cannot be saved for a backward; only those are worth a copy of the table.
         data = table.clone() if table.is_inference() else table.detach()
-        return _train(data, rank, chosen, validate, checkpoint, log, progress)
+        trainer = _Trainer(data, rank, chosen, engine, world or World(), progress)
+        return trainer.train(validate, _Files(checkpoint, log, checkpoint_seconds))
 
 
-def _train(
-    table: Tensor,
-    rank: int,
-    chosen: AutoencoderOptions,
-    validate: Callable[[Factors], float] | None,
-    checkpoint: str | os.PathLike | None,
-    log: str | os.PathLike | None,
-    progress: bool | None,
-) -> Factors:
-    rows = table.to(torch.promote_types(table.dtype, torch.float32))
-    run = _start(rows, rank, chosen)
-    identity: dict[str, Any] = {}
-    if checkpoint is not None:
-        identity = {
-            "table": [checksum(table), str(table.dtype), *table.shape],
-            "rank": rank,
-            "options": chosen.model_dump(exclude={"epochs"}),
+class _Files:
+    """The checkpoint and the log of a run, written after an epoch unless they were a moment ago."""
+
+    def __init__(
+        self, checkpoint: str | os.PathLike | None, log: str | os.PathLike | None, seconds: float
+    ) -> None:
+        self.checkpoint, self.log, self.seconds = checkpoint, log, seconds
+        self.identity: dict[str, Any] = {}
+        self.written = time.monotonic()
+
+    def resume(self, identity: dict[str, Any], epochs: int) -> dict[str, Any] | None:
+        """Return the state of the run to go on with; None if there is none."""
+        self.identity = identity
+        if self.checkpoint is None or not Path(self.checkpoint).exists():
+            return None
+        return _read(self.checkpoint, identity, epochs)
+
+    def keep(self, run: _Run, *, last: bool) -> None:
+        """Write both, if it is time."""
+        if not last and time.monotonic() - self.written < self.seconds:
+            return
+        if self.checkpoint is not None:
+            with replacing(self.checkpoint) as temporary:
+                torch.save({"identity": self.identity, **run.state()}, temporary)
+        if self.log is not None:
+            with replacing(self.log) as temporary:
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in run.history))
+        self.written = time.monotonic()
+
+
+class _Trainer:
+    """The epoch loop, and what goes over the whole table: by blocks, and by the shards of this process."""
+
+    def __init__(
+        self,
+        table: Tensor,
+        rank: int,
+        options: AutoencoderOptions,
+        engine: str | None,
+        world: World,
+        progress: bool | None,
+    ) -> None:
+        self.table, self.options, self.world = table, options, world
+        self.progress = progress if world.rank == 0 else False
+        self.rows = table.to(torch.promote_types(table.dtype, torch.float32)).contiguous()
+        self.sections = world.sections(self.rows)
+        self.objective = Objective(
+            options.cosine_weight, options.mse_weight, options.rmse_weight, options.power_weight, options.eps
+        )
+        with seeded(options.seed, torch.device("cpu")):  # the same start on every device
+            weights = Weights.random(rank, table.shape[1], options.activation)
+        self.weights = weights.to(self.rows.device, self.rows.dtype)
+        self.batch_size = min(options.batch_size, len(table))
+        self.take = self._steps(select_engine(engine, self.weights))
+
+    def _steps(self, engine: str) -> Callable[[Tensor, float, float], Tensor]:
+        """Return what takes the steps of an order of rows with an alpha and a learning rate."""
+        if self.world.shards > 1 or self.batch_size > LARGEST_BATCH.get(self.rows.device.type, BLOCK_ROWS):
+            summed = SummedSteps(self.weights, self.objective, self.world)
+            return lambda ids, alpha, lr: summed.run(self.sections, ids, self.batch_size, alpha, lr)
+        steps = ENGINES[engine](self.weights, self.objective)
+        return lambda ids, alpha, lr: steps.run(self.rows, ids, self.batch_size, alpha, lr)
+
+    def train(self, validate: Callable[[Factors], float] | None, files: _Files) -> Factors:
+        """Run the epochs that are left and return the factors of the best."""
+        options, run = self.options, _Run(self.weights)
+        identity = self._identity() if files.checkpoint is not None else {}
+        state = self.world.on_first(lambda: files.resume(identity, options.epochs))
+        if state is not None:
+            run.load(state)
+        elif options.init == "svd":
+            self._start_at_svd()
+        steps = -(-len(self.rows) // self.batch_size)
+        bar = tqdm(
+            total=options.epochs * steps,
+            initial=run.epoch * steps,
+            desc=f"autoencoder r={self.weights.rank}",
+            unit="step",
+            disable=None if self.progress is None else not self.progress,
+        )
+        with bar:
+            while run.epoch < options.epochs:
+                entry = self._epoch(run.epoch, validate, bar)
+                run.history.append(entry)
+                bar.set_postfix(loss=f"{entry['loss']:.4f}", direction=f"{entry['direction_error']:.4f}")
+                if entry["score"] < run.best_score:
+                    run.best_score, run.best = entry["score"], self.weights.parameters.clone()
+                run.epoch += 1
+                self.world.on_first(lambda: files.keep(run, last=run.epoch == options.epochs))
+        assert run.best is not None
+        self.weights.parameters.copy_(run.best)
+        return self._factors()
+
+    def _epoch(self, epoch: int, validate: Callable[[Factors], float] | None, bar: tqdm) -> dict[str, Any]:
+        """Take the steps of an epoch; return its line of the log."""
+        options, started = self.options, time.perf_counter()
+        alpha, lr = options.alpha(epoch), options.learning_rate(epoch)
+        order, at, count = self._order(epoch), 0, 1
+        while at < len(order):
+            began = time.perf_counter()
+            ids = order[at : at + count * self.batch_size]
+            losses = self.take(ids, alpha, lr)
+            bar.update(len(losses))
+            float(losses[-1])  # a device has caught up, too
+            at += len(ids)
+            count = max(1, min(2 * count, int(count * CHUNK_SECONDS / (time.perf_counter() - began))))
+        entry = self._measure()
+        score = entry["loss"]
+        if validate is not None:
+            factors = self._factors()
+            score = self.world.on_first(lambda: float(validate(factors)))
+            if not math.isfinite(score):
+                raise ValueError(f"validate: expected a finite score in epoch {epoch}, got {score}")
+        seconds = round(time.perf_counter() - started, 3)
+        return {**entry, "epoch": epoch, "alpha": alpha, "lr": lr, "score": score, "seconds": seconds}
+
+    def _order(self, epoch: int) -> Tensor:
+        """Ids of an epoch; a step on the whole table needs no shuffle."""
+        with torch.device("cpu"):
+            if self.batch_size == len(self.rows):
+                return torch.arange(len(self.rows))
+            # A generator of its own for every epoch: no state to save, and the same order after a resume.
+            generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + epoch)
+            return torch.randperm(len(self.rows), generator=generator)
+
+    def _measure(self) -> dict[str, Any]:
+        """Loss with the final alpha, direction error and RMSE over the whole table."""
+        sums = torch.zeros(len(self.sections), 3, dtype=torch.float64, device=self.rows.device)
+        for total, section in zip(sums, self.sections, strict=True):
+            for block in blocks(section.rows):
+                total += self.objective.sums(self.weights, block, self.options.alpha_end)
+        direction, squared, power = (self.world.sum(sums) / len(self.rows)).tolist()
+        loss = self.objective.value(direction, squared, power)
+        if not loss < float("inf"):
+            lr = self.options.lr
+            raise RuntimeError(f"autoencoder: the loss is {loss}; training diverged, lower lr ({lr:g})")
+        return {"loss": loss, "direction_error": direction, "rmse": squared**0.5}
+
+    def _factors(self) -> Factors:
+        weights, dtype = self.weights, self.table.dtype
+        codes = [
+            weights.encode(block).to(dtype) for section in self.sections for block in blocks(section.rows)
+        ]
+        basis, offset = weights.basis.to(dtype, copy=True), weights.offset.to(dtype, copy=True)
+        return Factors(torch.cat(codes), basis, offset, weights.activation)
+
+    def _start_at_svd(self) -> None:
+        grams = torch.stack([gram(section.rows).view(-1) for section in self.sections])
+        square = self.world.sum(grams).view(self.weights.width, self.weights.width)
+        self.weights.start_at(self.world.on_first(lambda: principal_vectors(square, self.weights.rank)).t())
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must have in common with the run that goes on from it."""
+        return {
+            "format": FORMAT,
+            "table": [checksum(self.table), str(self.table.dtype), *self.table.shape],
+            "rank": self.weights.rank,
+            "options": self.options.model_dump(exclude={"epochs"}),
         }
-        if Path(checkpoint).exists():
-            _resume(run, checkpoint, identity, chosen.epochs)
-
-    steps = -(-len(rows) // chosen.batch_size)
-    bar = tqdm(
-        total=chosen.epochs * steps,
-        initial=run.epoch * steps,
-        desc=f"autoencoder r={rank}",
-        unit="step",
-        disable=None if progress is None else not progress,
-    )
-    with bar:
-        while run.epoch < chosen.epochs:
-            started = time.perf_counter()
-            with _threads_for(chosen.batch_size * rows.shape[1] * rank):
-                _train_epoch(run, rows, chosen, bar)
-            entry = _measure(run.model, rows, chosen)
-            score = entry["loss"]
-            if validate is not None:
-                score = float(validate(_factors(run.model, rows, table.dtype)))
-                if not math.isfinite(score):
-                    raise ValueError(f"validate: expected a finite score in epoch {run.epoch}, got {score}")
-            entry |= {
-                "epoch": run.epoch,
-                "alpha": chosen.alpha(run.epoch),
-                "lr": chosen.learning_rate(run.epoch),
-                "score": score,
-                "seconds": round(time.perf_counter() - started, 3),
-            }
-            run.history.append(entry)
-            bar.set_postfix(loss=f"{entry['loss']:.4f}", direction=f"{entry['direction_error']:.4f}")
-            if score < run.best_score:
-                run.best_score, run.best_weights = score, _weights(run.model)
-            run.epoch += 1
-            if checkpoint is not None:
-                _save(run, checkpoint, identity)
-            if log is not None:
-                with replacing(log) as temporary:
-                    temporary.write_text("".join(json.dumps(line) + "\n" for line in run.history))
-    run.model.load_state_dict(run.best_weights)
-    return _factors(run.model, rows, table.dtype)
 
 
-def _start(rows: Tensor, rank: int, options: AutoencoderOptions) -> _Run:
-    with seeded(options.seed, torch.device("cpu")), torch.device("cpu"):  # the same start on every device
-        model = Autoencoder(rows.shape[1], rank, options.activation)
-    model.to(rows.device, rows.dtype)
-    if options.init == "svd":
-        model.init_from(svd(rows, rank))
-    return _Run(model, torch.optim.Adam(model.parameters(), lr=options.lr, fused=True))
+def _read(path: str | os.PathLike, identity: dict[str, Any], epochs: int) -> dict[str, Any]:
+    """Read a checkpoint of the run with this identity.
 
-
-@contextlib.contextmanager
-def _threads_for(multiplications: int) -> Iterator[None]:
-    """Use no more CPU threads than a step has work for, a million multiplications each.
-
-    A step of batch 32 is as fast on one thread as on two, and five times faster where another process keeps
-    the second core busy: the threads would wait for each other at every one of its dozen small ops.
+    Raises:
+        ValueError: it is damaged, of another run, or of more epochs.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, min(before, multiplications // 2**20)))
     try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _train_epoch(run: _Run, rows: Tensor, options: AutoencoderOptions, bar: tqdm) -> None:
-    # A generator of its own for every epoch: no state to save, and the same order after a resume.
-    generator = torch.Generator("cpu").manual_seed(options.seed * 1_000_003 + run.epoch)
-    order = torch.randperm(len(rows), generator=generator, device="cpu").to(rows.device)
-    alpha = options.alpha(run.epoch)
-    for group in run.optimizer.param_groups:
-        group["lr"] = options.learning_rate(run.epoch)
-    for ids in order.split(options.batch_size):
-        batch = rows[ids]
-        loss = reconstruction_loss(run.model.decode(run.model.encode(batch)), batch, options, alpha)
-        run.optimizer.zero_grad()
-        loss.backward()
-        run.optimizer.step()
-        bar.update()
-
-
-def reconstruction_loss(output: Tensor, target: Tensor, options: AutoencoderOptions, alpha: float) -> Tensor:
-    """Loss of one batch: the four weighted terms of ``autoencoder``'s docstring."""
-    loss = cosine_mse_loss(
-        output, target, cosine_weight=options.cosine_weight, mse_weight=options.mse_weight, eps=options.eps
-    )
-    if options.rmse_weight:
-        mse = cosine_mse_loss(output, target, cosine_weight=0.0)
-        loss = loss + options.rmse_weight * (mse + 1e-20).sqrt()  # the root has no gradient at a perfect fit
-    if options.power_weight:
-        loss = loss + options.power_weight * ((output - target).abs() + 1e-10).pow(alpha).mean()
-    return loss
-
-
-@torch.no_grad()
-def _measure(model: Autoencoder, rows: Tensor, options: AutoencoderOptions) -> dict[str, Any]:
-    """Loss with the final alpha, direction error and RMSE over the whole table."""
-    direction = squared = power = 0.0
-    for block in blocks(rows):
-        output = model.decode(model.encode(block))
-        direction += len(block) * float(cosine_mse_loss(output, block, mse_weight=0.0, eps=options.eps))
-        squared += len(block) * float(F.mse_loss(output, block))
-        power += len(block) * float(((output - block).abs() + 1e-10).pow(options.alpha_end).mean())
-    direction, squared, power = direction / len(rows), squared / len(rows), power / len(rows)
-    loss = (
-        options.cosine_weight * direction
-        + options.mse_weight * squared
-        + options.rmse_weight * squared**0.5
-        + options.power_weight * power
-    )
-    if not loss < float("inf"):
-        raise RuntimeError(f"autoencoder: the loss is {loss}; training diverged, lower lr ({options.lr:g})")
-    return {"loss": loss, "direction_error": direction, "rmse": squared**0.5}
-
-
-@torch.no_grad()
-def _factors(model: Autoencoder, rows: Tensor, dtype: torch.dtype) -> Factors:
-    codes = torch.cat([model.encode(block) for block in blocks(rows)])
-    basis, offset = model.basis.detach().clone(), model.offset.detach().clone()
-    return Factors(codes, basis, offset, model.activation).to(dtype)
-
-
-def _weights(model: Autoencoder) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def _save(run: _Run, path: str | os.PathLike, identity: dict[str, Any]) -> None:
-    state = {
-        "identity": identity,
-        "epoch": run.epoch,
-        "history": run.history,
-        "best_score": run.best_score,
-        "best_weights": run.best_weights,
-        "model": run.model.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-    }
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
-
-
-def _resume(run: _Run, path: str | os.PathLike, identity: dict[str, Any], epochs: int) -> None:
-    try:
-        state = torch.load(path, map_location=run.model.basis.device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         saved = state["identity"]
     except Exception as error:  # torch.load raises many kinds for a damaged file
         raise ValueError(f"checkpoint: {path} cannot be read ({error}); delete it to start anew") from error
@@ -338,7 +340,4 @@ def _resume(run: _Run, path: str | os.PathLike, identity: dict[str, Any], epochs
         )
     if state["epoch"] > epochs:
         raise ValueError(f"epochs: expected at least the checkpoint's {state['epoch']}, got {epochs}")
-    run.model.load_state_dict(state["model"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.epoch, run.history = state["epoch"], state["history"]
-    run.best_score, run.best_weights = state["best_score"], state["best_weights"]
+    return state

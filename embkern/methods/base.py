@@ -69,6 +69,15 @@ def blocks(table: Tensor) -> Iterator[Tensor]:
     yield from table.split(BLOCK_ROWS)
 
 
+def row_blocks(table: Tensor, ids: Tensor) -> Iterator[Tensor]:
+    """Yield the rows of distinct, sorted ids, some thousand at a time; the whole table without a copy."""
+    if len(ids) == len(table):
+        yield from blocks(table)
+    else:
+        for some in ids.split(BLOCK_ROWS):
+            yield table.index_select(0, some.to(table.device))
+
+
 def rank_for_ratio(num_embeddings: int, embedding_dim: int, ratio: float, *, offset: bool) -> int:
     """Return the largest rank whose factors take at most 1/ratio of the table's bytes.
 

@@ -53,7 +53,7 @@ def svd(table: Tensor, rank: int, **options: Any) -> Factors:
     if chosen.center:
         offset = torch.stack([rows.double().sum(0) for rows in blocks(table)]).sum(0) / len(table)
     if chosen.algorithm == "exact":
-        basis = _gram_eigenvectors(table, offset, rank)
+        basis = principal_vectors(gram(table, offset), rank)
     else:
         basis = _randomized_vectors(table, offset, rank, chosen.n_iter, chosen.seed)
     return project(table, basis, offset)
@@ -71,11 +71,17 @@ def _centered(rows: Tensor, offset: Tensor | None) -> Tensor:
     return rows.double() if offset is None else rows.double() - offset
 
 
-def _gram_eigenvectors(table: Tensor, offset: Tensor | None, rank: int) -> Tensor:
-    gram = table.new_zeros(table.shape[1], table.shape[1], dtype=torch.float64)
+def gram(table: Tensor, offset: Tensor | None = None) -> Tensor:
+    """Gram matrix (H, H) of the rows of ``table - offset``, in fp64."""
+    total = torch.zeros(table.shape[1], table.shape[1], dtype=torch.float64, device=table.device)
     for rows in blocks(table):
         wide = _centered(rows, offset)
-        gram.addmm_(wide.t(), wide)
+        total.addmm_(wide.t(), wide)
+    return total
+
+
+def principal_vectors(gram: Tensor, rank: int) -> Tensor:
+    """Eigenvectors (H, r) of the largest eigenvalues of a Gram matrix, the largest first."""
     return torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)
 
 
