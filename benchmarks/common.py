@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import datetime
@@ -14,17 +15,20 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from embkern import __version__
 from embkern.files import replacing
 
 RESULTS = Path(os.environ.get("EMBKERN_RESULTS") or Path(__file__).parent / "results")
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # A sample shorter than this is mostly the clock's own noise, so several calls go into one.
 MIN_SAMPLE_US = 200.0
@@ -80,10 +84,15 @@ def cpu_sampler(calls: list[Callable[[], Any]]) -> tuple[Sample, str]:
     return lambda: sample(count), "perf_counter"
 
 
+def side_stream(device: str) -> contextlib.AbstractContextManager:
+    """On CUDA, a stream that is not the default one, on which no CUDA graph can be captured."""
+    return torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else contextlib.nullcontext()
+
+
 def cuda_sampler(calls: list[Callable[[], Any]]) -> tuple[Sample, str]:
     """Like `cpu_sampler`, by CUDA events; short calls are captured in a CUDA graph, all batches in one.
 
-    Must run on a stream that is not the default one, or nothing can be captured.
+    Must run in ``side_stream``, or nothing can be captured.
     """
 
     def every() -> None:
@@ -154,6 +163,32 @@ def quantiles(times: list[float]) -> dict[str, float]:
 def _synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def paired_ratio(times: dict[str, list[float]], baseline: str, name: str) -> float:
+    """Return how many times as fast ``name`` is as ``baseline``: the median of the ratios within a round."""
+    ratios = (theirs / ours for theirs, ours in zip(times[baseline], times[name], strict=True))
+    return round(statistics.median(ratios), 3)
+
+
+def speedups(times: dict[str, list[float]], name: str, baselines: Iterable[str]) -> dict[str, Any]:
+    """How many times as fast a provider is as the faster of its baselines: paired rounds, and medians."""
+    measured = [each for each in baselines if each in times]
+    if not measured:
+        return {"baseline": None, "speedup": None, "speedup_of_medians": None}
+    baseline = min(measured, key=lambda each: statistics.median(times[each]))
+    of_medians = statistics.median(times[baseline]) / statistics.median(times[name])
+    return {
+        "baseline": baseline,
+        "speedup": paired_ratio(times, baseline, name),
+        "speedup_of_medians": round(of_medians, 3),
+    }
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    """Norm of the difference over the norm of ``exact``; infinite where it is NaN."""
+    error = float((got.detach().double() - exact).norm() / exact.norm().clamp_min(1e-300))
+    return error if error == error else float("inf")
 
 
 def peak_bytes(call: Callable[[], Any], device: str) -> int | None:
@@ -270,3 +305,96 @@ def write_results(
     with replacing(path) as temporary:
         temporary.write_text(f'{head[:-2]},\n "rows": [\n{lines}\n ]\n}}\n')
     return path
+
+
+def add_options(
+    parser: argparse.ArgumentParser, providers: Iterable[str], limits: tuple[float, float] = (1440.0, 170.0)
+) -> None:
+    """Add the options that every comparison has; ``limits``: seconds of a whole run, in full and quick."""
+    add = parser.add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    add("--providers", nargs="+", choices=list(providers))
+    add("--no-compile", action="store_true", help="leave out what needs torch.compile")
+    add("--threads", type=int, help="of torch on the CPU")
+    add("--repeats", type=int, default=30, help="most rounds per cell; at least 5")
+    add("--cell-seconds", type=float, help="of measured rounds, beyond the fewest of them")
+    add(
+        "--limit-seconds",
+        type=float,
+        help=f"start no cell after this long; default: {limits[0]:.0f}, if quick {limits[1]:.0f}",
+    )
+    add("--quick", action="store_true", help="a small selection and short cells")
+    add("--results", type=Path, default=RESULTS, help="directory of the JSON file")
+    parser.set_defaults(limits=limits)
+
+
+def parse(
+    parser: argparse.ArgumentParser, arguments: list[str], seconds: dict[str, tuple[float, float]]
+) -> argparse.Namespace:
+    """Parse, with defaults that depend on the device; ``seconds``: of a cell by device, in full and quick."""
+    options = parser.parse_args(arguments)
+    if options.cell_seconds is None:
+        options.cell_seconds = seconds[options.device][options.quick]
+    if options.limit_seconds is None:
+        options.limit_seconds = options.limits[options.quick]
+    return options
+
+
+class Report:
+    """What a run has measured, what it could not measure and why; and when it has to end."""
+
+    def __init__(self, name: str, command: str, options: argparse.Namespace) -> None:
+        self.name, self.command, self.options = name, command, options
+        self.deadline = time.monotonic() + options.limit_seconds
+        self.rows: list[dict[str, Any]] = []
+        self.failures: list[dict[str, str]] = []
+        self.unavailable: dict[str, str] = {}
+        self.facts: dict[str, Any] = {}
+
+    def late(self) -> bool:
+        """Whether nothing more may be started."""
+        return time.monotonic() > self.deadline
+
+    def missing(self, what: str, reason: str) -> None:
+        """Say once why something is left out."""
+        if what not in self.unavailable:
+            self.unavailable[what] = reason
+            print(f"without {what}: {reason}")
+
+    @contextlib.contextmanager
+    def recorded(self, name: str, where: str) -> Iterator[None]:
+        """Go on with the other providers when one fails; the failure is reported and fails the run."""
+        try:
+            yield
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            message = f"{type(error).__name__}: {lines[0]}"
+            self.failures.append({"provider": name, "where": where, "error": message})
+            print(f"FAILED {name}: {message}")
+
+    def write(self) -> Path:
+        """Write what there is so far."""
+        return write_results(
+            f"{self.name}_{self.options.device}",
+            self.command,
+            self.rows,
+            directory=self.options.results,
+            device=self.options.device,
+            **self.facts,
+            unavailable=self.unavailable,
+            failures=self.failures,
+        )
+
+    def finish(self) -> None:
+        """Write, name the failures, and exit with 1 if there are any."""
+        print("->", self.write())
+        for failure in self.failures:
+            print(f"FAILED {failure['provider']} on {failure['where']}: {failure['error']}")
+        if self.failures:
+            raise SystemExit(1)
+
+
+def table_line(label: str, figures: dict[str, str], columns: Iterable[str], width: int = 28) -> str:
+    """One line of a printed table: a figure per column, under its name."""
+    cells = (f"{figures.get(name, '-'):>{max(9, len(name)) + 1}}" for name in columns)
+    return f"{label:{width}}{''.join(cells)}"

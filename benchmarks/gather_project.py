@@ -23,8 +23,7 @@ import argparse
 import contextlib
 import itertools
 import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +31,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import common
 from .common import (
-    RESULTS,
+    DTYPES,
+    Report,
     copy_bandwidth,
     cpu_sampler,
     cuda_sampler,
@@ -41,12 +42,13 @@ from .common import (
     paired_rounds,
     peak_bytes,
     quantiles,
-    write_results,
+    relative_error,
+    side_stream,
+    table_line,
 )
 from .peers import BACKWARD, FORWARD, MODES, PROVIDERS, Lookup, Problem
 from .shapes import COUNTS, MODELS, SENTENCES, STREAMS, UnavailableError, id_sets
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHECKED_ROWS = 512
 ID_SETS = 8
 KEPT_BYTES = 2**28  # of outputs that the backward mode may keep alive per provider
@@ -118,15 +120,10 @@ def main(arguments: list[str]) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     bench = Bench(options, " ".join(["python -m benchmarks gather_project", *arguments]))
-    stream = torch.cuda.stream(torch.cuda.Stream()) if options.device == "cuda" else contextlib.nullcontext()
-    with stream:  # a CUDA graph cannot be captured on the default stream
+    with side_stream(options.device):
         bench.run(plan(options))
     print_speedups(bench.rows)
-    print("->", bench.write())
-    for failure in bench.failures:
-        print(f"FAILED {failure['provider']} on {failure['where']}: {failure['error']}")
-    if bench.failures:
-        raise SystemExit(1)
+    bench.finish()
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -136,7 +133,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     add("--models", nargs="+", choices=MODELS, help="what is not given keeps its default selection")
     add("--ranks", nargs="+", type=int)
     add("--counts", nargs="+", type=int, help="N, the numbers of ids")
@@ -144,21 +140,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--text", type=Path, default=SENTENCES, help="text file of the ids `text`, tokenised for bert-base")
     add("--dtypes", nargs="+", choices=DTYPES)
     add("--modes", nargs="+", choices=MODES)
-    add("--providers", nargs="+", choices=PROVIDERS)
-    add("--no-compile", action="store_true", help="leave out what needs torch.compile")
-    add("--threads", type=int, help="of torch on the CPU")
-    add("--repeats", type=int, default=30, help="most rounds per cell; at least 5")
-    add("--cell-seconds", type=float, help="default: 2 on the CPU, 0.5 on CUDA, less if quick")
-    add("--limit-seconds", type=float, help="start no cell after this long; default: 1440, if quick 170")
-    add("--quick", action="store_true", help="a small selection and short cells")
-    add("--results", type=Path, default=RESULTS, help="directory of the JSON file")
-    options = parser.parse_args(arguments)
-    defaults = {"cpu": (2.0, 0.5), "cuda": (0.5, 0.2)}[options.device]
-    if options.cell_seconds is None:
-        options.cell_seconds = defaults[options.quick]
-    if options.limit_seconds is None:
-        options.limit_seconds = 170.0 if options.quick else 1440.0
-    return options
+    common.add_options(parser, PROVIDERS)
+    return common.parse(parser, arguments, {"cpu": (2.0, 0.5), "cuda": (0.5, 0.2)})
 
 
 def plan(options: argparse.Namespace) -> list[tuple[Table, list[Cell]]]:
@@ -178,15 +161,11 @@ def plan(options: argparse.Namespace) -> list[tuple[Table, list[Cell]]]:
     return [(table, list(cells)) for table, cells in tables.items()]
 
 
-class Bench:
+class Bench(Report):
     """Runs cells and keeps their rows."""
 
     def __init__(self, options: argparse.Namespace, command: str) -> None:
-        self.options, self.command = options, command
-        self.deadline = time.monotonic() + options.limit_seconds
-        self.rows: list[dict[str, Any]] = []
-        self.failures: list[dict[str, str]] = []
-        self.unavailable: dict[str, str] = {}
+        super().__init__("gather_project", command, options)
         self.names = [
             name
             for name in options.providers or PROVIDERS
@@ -194,34 +173,22 @@ class Bench:
         ]
         self.bandwidth = copy_bandwidth(options.device)
         self.gemm: dict[str, float] = {}
+        self.facts = {"copy_gbps": round(self.bandwidth, 2), "gemm_gflops": {}}
         print(f"copy bandwidth {self.bandwidth:.1f} GB/s (reads plus writes)")
 
     def run(self, tables: list[tuple[Table, list[Cell]]]) -> None:
         """Measure every cell; the results file is written after each table."""
         for position, (table, cells) in enumerate(tables):
-            if time.monotonic() > self.deadline:
+            if self.late():
                 left = sum(len(cells) for _, cells in tables[position:])
                 print(f"--limit-seconds: {left} cells of {len(tables) - position} tables were not measured")
                 return
             if table.dtype not in self.gemm:
                 self.gemm[table.dtype] = gemm_peak(DTYPES[table.dtype], self.options.device)
+                self.facts["gemm_gflops"][table.dtype] = round(self.gemm[table.dtype], 1)
                 print(f"{table.dtype} product {self.gemm[table.dtype]:.0f} GFLOP/s")
             self._run_table(table, cells)
             self.write()
-
-    def write(self) -> Path:
-        """Write what there is so far."""
-        return write_results(
-            f"gather_project_{self.options.device}",
-            self.command,
-            self.rows,
-            directory=self.options.results,
-            device=self.options.device,
-            copy_gbps=round(self.bandwidth, 2),
-            gemm_gflops={dtype: round(rate, 1) for dtype, rate in self.gemm.items()},
-            unavailable=self.unavailable,
-            failures=self.failures,
-        )
 
     def _run_table(self, table: Table, cells: list[Cell]) -> None:
         torch._dynamo.reset()
@@ -231,19 +198,19 @@ class Bench:
             if not any(cell.mode in PROVIDERS[name].modes for cell in cells):
                 continue
             if reason := PROVIDERS[name].reason(self.options.device, DTYPES[table.dtype]):
-                self._unavailable(f"{name} {table.dtype}", reason)
+                self.missing(f"{name} {table.dtype}", reason)
                 continue
-            with self._recorded(name, f"{table}, build"):
+            with self.recorded(name, f"{table}, build"):
                 lookups[name] = [PROVIDERS[name].build(problem) for problem in problems]
         title = f"{table.model} r={table.r} {table.dtype}"
-        print(f"\nmedian us\n{_line(title, {name: name for name in lookups}, lookups)}")
+        print(f"\nmedian us\n{table_line(title, {name: name for name in lookups}, lookups)}")
         for cell in cells:
-            if time.monotonic() > self.deadline:
+            if self.late():
                 return
             try:
                 sets = self._id_sets(table, cell)
             except UnavailableError as error:
-                self._unavailable(f"{cell.ids} ids, {table.model}", str(error))
+                self.missing(f"{cell.ids} ids, {table.model}", str(error))
                 continue
             self._run_cell(table, cell, problems, lookups, sets)
 
@@ -280,7 +247,7 @@ class Bench:
             for name, built in lookups.items():
                 if cell.mode not in PROVIDERS[name].modes or not (cell.mode == FORWARD or built[0].leaves):
                     continue
-                with self._recorded(name, f"{table}, {cell}"):
+                with self.recorded(name, f"{table}, {cell}"):
                     errors[name] = check(built[0], PROVIDERS[name].allowed_factor)
                     turns = itertools.cycle(built)
                     calls = [mode_call(cell.mode, next(turns), ids, check.upstream) for ids in sets]
@@ -326,7 +293,7 @@ class Bench:
             )
         self.rows += rows
         medians = {row["provider"]: f"{row['p50']:.1f}" for row in rows}
-        print(_line(f"{cell.mode:9}{cell.ids:8} N={cell.N}", medians, lookups), flush=True)
+        print(table_line(f"{cell.mode:9}{cell.ids:8} N={cell.N}", medians, lookups), flush=True)
 
     def _least(
         self, table: Table, cell: Cell, name: str, nbytes: int, distinct: float
@@ -344,22 +311,6 @@ class Bench:
         parts = {FORWARD: (1, 0), BACKWARD: (0, 1)}.get(cell.mode, (1, 1))
         elements = parts[0] * forward + parts[1] * backward
         return 8 * N * sum(parts) + elements * size, parts[0] * flops_forward + parts[1] * flops_backward
-
-    def _unavailable(self, what: str, reason: str) -> None:
-        if what not in self.unavailable:
-            self.unavailable[what] = reason
-            print(f"without {what}: {reason}")
-
-    @contextlib.contextmanager
-    def _recorded(self, name: str, where: str) -> Iterator[None]:
-        """Go on with the other providers when one fails; the failure is reported and fails the run."""
-        try:
-            yield
-        except Exception as error:
-            lines = str(error).strip().splitlines() or [""]
-            message = f"{type(error).__name__}: {lines[0]}"
-            self.failures.append({"provider": name, "where": where, "error": message})
-            print(f"FAILED {name}: {message}")
 
 
 def mode_call(mode: str, lookup: Lookup, ids: Tensor, upstream: Tensor | None) -> Callable[[], Any]:
@@ -413,9 +364,11 @@ class Check:
             assert rows.shape == (len(self.ids), self.problem.model.H), f"shape {tuple(rows.shape)}"
             picked = self.ids[self.picked]
             exact = lookup.own_rows(picked) if lookup.own_rows else self._exact_rows(picked)
-            return [_error(rows[self.picked], exact)]
+            return [relative_error(rows[self.picked], exact)]
         grads = mode_call(self.mode, lookup, self.ids, self.upstream)()
-        return [_error(got, exact) for got, exact in self._pairs(grads, dense=lookup.own_rows is not None)]
+        return [
+            relative_error(got, exact) for got, exact in self._pairs(grads, dense=lookup.own_rows is not None)
+        ]
 
     def _exact_rows(self, ids: Tensor) -> Tensor:
         with torch.no_grad():
@@ -457,24 +410,9 @@ def _rows_of(grad: Tensor, distinct: Tensor) -> Tensor:
     return grad[distinct].double()
 
 
-def _error(got: Tensor, exact: Tensor) -> float:
-    error = float((got.detach().double() - exact).norm() / exact.norm().clamp_min(1e-300))
-    return error if error == error else float("inf")
-
-
 def speedups(times: dict[str, list[float]], name: str) -> dict[str, Any]:
-    """How many times as fast a provider is as the faster of its baselines: paired rounds, and medians."""
-    baselines = [each for each in PROVIDERS[name].baselines if each in times]
-    if not baselines:
-        return {"baseline": None, "speedup": None, "speedup_of_medians": None}
-    baseline = min(baselines, key=lambda each: statistics.median(times[each]))
-    ratios = [theirs / ours for theirs, ours in zip(times[baseline], times[name], strict=True)]
-    of_medians = statistics.median(times[baseline]) / statistics.median(times[name])
-    return {
-        "baseline": baseline,
-        "speedup": round(statistics.median(ratios), 3),
-        "speedup_of_medians": round(of_medians, 3),
-    }
+    """How many times as fast a provider is as the faster of its baselines."""
+    return common.speedups(times, name, PROVIDERS[name].baselines)
 
 
 def print_speedups(rows: list[dict[str, Any]]) -> None:
@@ -495,9 +433,3 @@ def print_speedups(rows: list[dict[str, Any]]) -> None:
     for (model, rank, dtype, mode, ids), line in lines.items():
         cells = "".join(f"{line.get(count, '-'):>9}" for count in counts)
         print(f"{model:12}{rank:>4} {dtype:6}{mode:9}{ids:8}{cells}")
-
-
-def _line(label: str, figures: dict[str, str], providers: Iterable[str]) -> str:
-    """One line of the table: a figure per provider, under its name."""
-    cells = (f"{figures.get(name, '-'):>{max(9, len(name)) + 1}}" for name in providers)
-    return f"{label:28}{''.join(cells)}"

@@ -136,7 +136,8 @@ def _compiled() -> Any:
     return torch.compile(two_step, dynamic=False, fullgraph=True)
 
 
-def _no_compiler(device: str, dtype: torch.dtype) -> str | None:
+def no_compiler(device: str, dtype: torch.dtype) -> str | None:
+    """Return why torch.compile cannot be used, or None if it can."""
     if device == "cpu":
         compiler = os.environ.get("CXX", "g++")
         found, what = bool(shutil.which(compiler)), f"a C++ compiler, and there is no {compiler}"
@@ -296,7 +297,7 @@ PROVIDERS: dict[str, Provider] = {
     "fbgemm-int4": Provider(lambda p: _fbgemm(p, 4), _no_fbgemm, (FORWARD,), dense=True),
     "two-step": Provider(lambda p: _of_factors(p, two_step)),
     # A rival is not left out for an inexact sum: inductor's offset gradient has 5 to 9 times eager's.
-    "two-step-compiled": Provider(lambda p: _of_factors(p, _compiled()), _no_compiler, allowed_factor=20.0),
+    "two-step-compiled": Provider(lambda p: _of_factors(p, _compiled()), no_compiler, allowed_factor=20.0),
     "two-step-out": Provider(_two_step_out, modes=(FORWARD,)),
     "two-step-sparse": Provider(_two_step_sparse, modes=(BACKWARD, BOTH), sparse=True),
     "embkern": Provider(_embkern),

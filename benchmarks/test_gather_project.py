@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gather_project import DTYPES, Check, mode_call
+from benchmarks.common import DTYPES
+from benchmarks.gather_project import Check, mode_call
 from benchmarks.peers import BOTH, FORWARD, PROVIDERS, Problem
 from benchmarks.shapes import MODELS, id_sets
 
