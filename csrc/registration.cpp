@@ -10,6 +10,8 @@ STABLE_TORCH_LIBRARY_IMPL(embkern, CPU, m) {
   m.impl("gather_project_out.native", TORCH_BOX(&embkern::gather_project_out));
   m.impl("gather_project_backward.native", TORCH_BOX(&embkern::gather_project_backward));
   m.impl("cosine_mse_forward.native", TORCH_BOX(&embkern::cosine_mse_forward));
+  m.impl("autoencoder_forward.native", TORCH_BOX(&embkern::autoencoder_forward));
+  m.impl("autoencoder_train.native", TORCH_BOX(&embkern::autoencoder_train));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(embkern, CompositeExplicitAutograd, m) {
@@ -23,5 +25,6 @@ STABLE_TORCH_LIBRARY_IMPL(embkern, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(embkern, CUDA, m) {
   m.impl("gather_project_forward.native", TORCH_BOX(&embkern::cuda::gather_project_forward));
   m.impl("gather_project_out.native", TORCH_BOX(&embkern::cuda::gather_project_out));
+  m.impl("cosine_mse_forward.native", TORCH_BOX(&embkern::cuda::cosine_mse_forward));
 }
 #endif

@@ -65,10 +65,11 @@ struct RowGradient {
 };
 
 // One step of Adam on n parameters: m and v are updated by the gradient, p by
-// step_size * m / (sqrt(v) / root_correction + eps).
+// -step_size * m / (root_correction * sqrt(v) + eps).
 template <class T>
 struct AdamStep {
-  T beta1, beta2, step_size, root_correction, eps;
+  T beta1, rest1, beta2, rest2;  // rest = 1 - beta, which is not exact in T
+  T step_size, root_correction, eps;
 };
 
 template <class T>

@@ -30,6 +30,18 @@ std::tuple<Tensor, Tensor, Tensor> cosine_mse_forward(const Tensor& output, cons
                                                       double rmse_weight, double power_weight, double alpha,
                                                       double eps, bool needs_output, bool needs_target);
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> autoencoder_forward(
+    const Tensor& target, const std::optional<Tensor>& codes, const std::optional<Tensor>& encoder_weight,
+    const std::optional<Tensor>& encoder_bias, const Tensor& basis, const std::optional<Tensor>& offset,
+    const std::optional<Tensor>& row_weight, const std::optional<Tensor>& target_norm, int64_t reduction,
+    double cosine_weight, double mse_weight, double rmse_weight, double power_weight, double alpha, double eps,
+    bool needs_grad);
+
+Tensor autoencoder_train(const Tensor& rows, const Tensor& order, int64_t batch_size, Tensor parameters,
+                         Tensor first_moment, Tensor second_moment, int64_t rank, int64_t step, double lr,
+                         double beta1, double beta2, double adam_eps, double cosine_weight, double mse_weight,
+                         double rmse_weight, double power_weight, double alpha, double eps);
+
 // Fills fresh tensors and scratch with NaN from now on, or no more; for tests.
 void set_poison_memory(bool on);
 

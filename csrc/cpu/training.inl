@@ -327,8 +327,8 @@ void adam(const AdamStep<T>& step, int64_t n, const T* grad, T* p, T* m, T* v) {
     const int64_t left = n - i;
     const Vector<T> g = load(grad + i, left);
     Vector<T> first = load(m + i, left), second = load(v + i, left);
-    first = first + (T(1) - step.beta1) * (g + T(-1) * first);
-    second = step.beta2 * second + (T(1) - step.beta2) * (g * g);
+    first = first + step.rest1 * (g + T(-1) * first);
+    second = step.beta2 * second + step.rest2 * (g * g);
     const Vector<T> root = step.root_correction * square_root(second) + constant(step.eps);
     store(first, m + i, left);
     store(second, v + i, left);

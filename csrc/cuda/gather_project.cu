@@ -1,6 +1,5 @@
 // gather_project on CUDA tensors: from the raw op's arguments to one launch. Formula and kernels are in
 // gather_project.cuh. Run: embkern.ops.gather_project(ids, codes, basis, offset, backend="native").
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -9,6 +8,7 @@
 #include "checks.h"
 #include "cuda/gather_project.cuh"
 #include "cuda/ops.h"
+#include "cuda/tensors.h"
 
 namespace embkern::cuda {
 namespace {
@@ -16,17 +16,6 @@ namespace {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
-
-// Columns are counted in int; rows and elements in int64.
-int to_int(const char* name, int64_t size) {
-  constexpr int64_t kMost = int64_t{1} << 30;
-  check(size <= kMost, name, ": expected rows of at most ", kMost, " elements, got ", size);
-  return static_cast<int>(size);
-}
-
-bool aligned(const void* pointer, int64_t row_bytes) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && row_bytes % 16 == 0;
-}
 
 template <class T>
 void run(const Tensor& ids, const Tensor& codes, const Tensor& basis, const std::optional<Tensor>& offset,
@@ -49,10 +38,7 @@ void run(const Tensor& ids, const Tensor& codes, const Tensor& basis, const std:
 
   const int device = codes.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  void* stream = nullptr;
-  if (aoti_torch_get_current_cuda_stream(device, &stream) != AOTI_TORCH_SUCCESS)
-    throw std::runtime_error(message(kOp, ": no current stream on CUDA device ", device));
-  gather_project(problem, device_properties(device, kOp), static_cast<Stream>(stream));
+  gather_project(problem, device_properties(device, kOp), current_stream(device, kOp));
 }
 
 void check_arguments(const Tensor& ids, const Tensor& codes, const Tensor& basis) {

@@ -27,24 +27,9 @@
 #include <type_traits>
 
 #include "cuda/launch.cuh"
-#include "cuda/ptx.cuh"
+#include "cuda/vectors.cuh"
 
 namespace embkern::cuda {
-
-constexpr int kThreads = 256;
-constexpr int kLanes = 32;  // threads of a warp
-constexpr int kWarps = kThreads / kLanes;
-
-template <class T>
-using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-template <class T>
-constexpr int kVector = 16 / sizeof(T);  // elements in one 16-byte access
-
-template <class T>
-struct alignas(16) Vector {
-  T values[kVector<T>];
-};
 
 // The arguments of one call. `aligned_*`: pointer and row length are multiples of 16 bytes.
 template <class T>
@@ -63,9 +48,6 @@ struct Problem {
   bool aligned_codes, aligned_basis, aligned_out;
 };
 
-__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-__host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
-
 // The id at position n. One out of range ends the kernel before anything is read with it.
 template <class T>
 EMBKERN_DEVICE int64_t checked_id(const Problem<T>& problem, int64_t n) {
@@ -74,28 +56,6 @@ EMBKERN_DEVICE int64_t checked_id(const Problem<T>& problem, int64_t n) {
   if (static_cast<uint64_t>(id) >= static_cast<uint64_t>(problem.num_embeddings))
     ptx::fail("gather_project: ids: expected 0 <= id < V");
   return id;
-}
-
-// One vector of which the first `valid` elements exist; the rest are zeros. A row that is a multiple of 16
-// bytes has all of a vector or none of it.
-template <class T>
-EMBKERN_DEVICE Vector<T> load_vector(const T* from, int valid, bool aligned) {
-  if (aligned && valid > 0) return ptx::load_16<Vector<T>>(from);
-  Vector<T> vector;
-#pragma unroll
-  for (int i = 0; i < kVector<T>; ++i) vector.values[i] = i < valid ? from[i] : T(0);
-  return vector;
-}
-
-template <class T>
-EMBKERN_DEVICE void store_vector(T* to, const Vector<T>& vector, int valid, bool aligned) {
-  if (aligned) {
-    if (valid > 0) ptx::store_16(to, vector);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kVector<T>; ++i)
-    if (i < valid) to[i] = vector.values[i];
 }
 
 // global -> shared: in the background where a 16-byte copy is possible, at once where not.

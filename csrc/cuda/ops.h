@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <tuple>
 
 namespace embkern::cuda {
 
@@ -14,5 +15,13 @@ Tensor gather_project_forward(const Tensor& ids, const Tensor& codes, const Tens
 
 void gather_project_out(const Tensor& ids, const Tensor& codes, const Tensor& basis,
                         const std::optional<Tensor>& offset, double scale, Tensor out);
+
+std::tuple<Tensor, Tensor, Tensor> cosine_mse_forward(const Tensor& output, const Tensor& target,
+                                                      const std::optional<Tensor>& row_weight,
+                                                      const std::optional<Tensor>& target_norm,
+                                                      const std::optional<Tensor>& grad_loss, int64_t reduction,
+                                                      double cosine_weight, double mse_weight,
+                                                      double rmse_weight, double power_weight, double alpha,
+                                                      double eps, bool needs_output, bool needs_target);
 
 }  // namespace embkern::cuda

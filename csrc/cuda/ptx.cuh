@@ -41,6 +41,16 @@ EMBKERN_DEVICE void store_16(void* to, const Vector& vector) {
   *static_cast<Vector*>(to) = vector;
 }
 
+// The same 16 bytes, of which the compiler does not know that they are the same: so it computes anew what it
+// would else keep in registers.
+template <class Vector>
+EMBKERN_DEVICE Vector forget(Vector vector) {
+  static_assert(sizeof(Vector) == 16 && alignof(Vector) == 16, "");
+  uint4& bits = reinterpret_cast<uint4&>(vector);
+  asm volatile("" : "+r"(bits.x), "+r"(bits.y), "+r"(bits.z), "+r"(bits.w));
+  return vector;
+}
+
 // Starts a copy of 16 aligned bytes from global to shared memory past L1; zeros if not `valid` (then
 // nothing is read).
 EMBKERN_DEVICE void copy_async_16(void* shared, const void* global, bool valid) {
@@ -95,6 +105,23 @@ EMBKERN_DEVICE void multiply_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint
 template <class A>
 EMBKERN_DEVICE A shuffle_xor(A value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+// Whether a condition holds in any lane of the warp.
+EMBKERN_DEVICE bool any(bool condition) { return __any_sync(0xffffffffu, condition); }
+
+// log2 of a normal number, to 2^-22 or that part of it; 2 to a power, to 2 of its last bits, 0 instead of a
+// subnormal.
+EMBKERN_DEVICE float log2_approximate(float value) {
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
+
+EMBKERN_DEVICE float exp2_approximate(float value) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
 }
 
 EMBKERN_DEVICE void sync_block() { __syncthreads(); }

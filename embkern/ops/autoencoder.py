@@ -57,6 +57,22 @@ define(
     fake=_forward_fake,
 )
 
+def _train_fake(rows: Tensor, order: Tensor, batch_size: int, *_: object) -> Tensor:
+    return rows.new_empty(-(-order.shape[0] // batch_size))
+
+
+# Steps of Adam over batches of `order` (ids of rows, the last batch may be smaller), in place; the losses before
+# each. The vectors hold encoder weight (r, H), encoder bias (r,), basis (r, H) and offset (H,); `step` steps were
+# taken before.
+define(
+    "autoencoder_train",
+    "(Tensor rows, Tensor order, int batch_size, Tensor(a!) parameters, Tensor(b!) first_moment, "
+    "Tensor(c!) second_moment, int rank, int step, float lr, float beta1, float beta2, float adam_eps, "
+    "float cosine_weight, float mse_weight, float rmse_weight, float power_weight, float alpha, float eps) -> Tensor",
+    backends=("native",),
+    fake=_train_fake,
+)
+
 _FORWARD: dict[str, Callable] = {
     "native": overload("autoencoder_forward", "native"),
     "triton": overload("autoencoder_forward", "triton"),

@@ -1,0 +1,56 @@
+// What the kernels share: the size of a block, and memory in accesses of 16 bytes.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cuda/ptx.cuh"
+
+namespace embkern::cuda {
+
+constexpr int kThreads = 256;
+constexpr int kLanes = 32;  // threads of a warp
+constexpr int kWarps = kThreads / kLanes;
+
+template <class T>
+using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class T>
+constexpr int kVector = 16 / sizeof(T);  // elements in one 16-byte access
+
+template <class T>
+struct alignas(16) Vector {
+  T values[kVector<T>];
+};
+
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
+
+// Whether a matrix can be moved in 16-byte vectors: its first element and the length of its rows.
+inline bool aligned(const void* pointer, int64_t row_bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && row_bytes % 16 == 0;
+}
+
+// One vector of which the first `valid` elements exist; the rest are zeros. A row that is a multiple of 16
+// bytes has all of a vector or none of it.
+template <class T>
+EMBKERN_DEVICE Vector<T> load_vector(const T* from, int valid, bool aligned) {
+  if (aligned && valid > 0) return ptx::load_16<Vector<T>>(from);
+  Vector<T> vector;
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i) vector.values[i] = i < valid ? from[i] : T(0);
+  return vector;
+}
+
+template <class T>
+EMBKERN_DEVICE void store_vector(T* to, const Vector<T>& vector, int valid, bool aligned) {
+  if (aligned) {
+    if (valid > 0) ptx::store_16(to, vector);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i)
+    if (i < valid) to[i] = vector.values[i];
+}
+
+}  // namespace embkern::cuda
