@@ -40,7 +40,7 @@ def test_cosine_mse(benchmark: Any, case: Cell, name: str) -> None:
     batches = [Batch.random(case.N, case.H, dtype, DEVICE, seed) for seed in range(8)]
     with torch.set_grad_enabled(case.mode != FORWARD):
         loss = provider.build(terms)
-        Check(batches[0], case.mode, terms)(loss, provider.allowed_factor)
+        Check(batches[0], case.mode, terms)(loss, provider.rival)
         turns = itertools.cycle([mode_call(case.mode, loss, batch) for batch in batches])
 
         def call() -> None:
