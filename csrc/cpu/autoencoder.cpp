@@ -33,8 +33,9 @@ namespace {
 constexpr int64_t kSmallBatch = 256;        // rows that are not cut into chunks
 constexpr int64_t kChunkRows = 512;         // at least, in a larger batch
 constexpr int64_t kMaxChunks = 32;          // at most: each holds a copy of the parameters' size
-constexpr int64_t kBlockBytes = 256 << 10;  // of a block's rows of y
 constexpr int64_t kTileRows = 12;           // of the widest tile: blocks and ranges are multiples
+constexpr int64_t kMostBlockRows = 120;     // outer_update reads and writes its sums once per 128 terms
+constexpr int64_t kBlockBytes = 384 << 10;  // of a block's rows of y
 constexpr int64_t kParameterRows = 36;      // of a matrix whose gradient one task computes
 constexpr double kSafeError = 1.0 / 16;     // see above: the error loses at most some four bits
 
@@ -177,9 +178,8 @@ class Step {
  public:
   Step(const Parameters<T>& parameters, const LossOptions& options)
       : p_(parameters), layout_{parameters.rank, parameters.width}, options_(options) {
-    block_rows_ = std::clamp<int64_t>(kBlockBytes / (p_.width * static_cast<int64_t>(sizeof(T))) / kTileRows, 1,
-                                      kBlockRows / kTileRows) *
-                  kTileRows;
+    const int64_t fit = kBlockBytes / (p_.width * static_cast<int64_t>(sizeof(T)));
+    block_rows_ = std::clamp(fit / kTileRows * kTileRows, kTileRows, kMostBlockRows);
     stride_ = round_up(p_.rank + 1, 16);
   }
 

@@ -284,6 +284,29 @@ void project_packed(const Projection<T>& x, const T* packed) {
   if (j < x.last) panel(std::integral_constant<int, 1>{}, j);
 }
 
+// The columns j... of SIZE rows of an update; all kPanelVectors vectors of them exist if WHOLE.
+template <class T, int SIZE, bool WHOLE>
+EMBKERN_INLINE void update_tile(const T* const* b, int64_t k, const T* packed, int64_t j, int64_t count,
+                                bool overwrite, T* out, int64_t ld) {
+  using M = Single<T>;
+  Vector<T> sum[SIZE][kPanelVectors] = {};
+  for (int64_t p = 0; p < k; ++p) {
+    Vector<T> line[kPanelVectors];
+    M::template lines<kPanelVectors>(b, p, k, j, WHOLE ? -1 : count, line);
+    EMBKERN_UNROLL for (int r = 0; r < SIZE; ++r) {
+      const T x = packed[p * SIZE + r];
+      EMBKERN_UNROLL for (int v = 0; v < kPanelVectors; ++v) sum[r][v] = M::add(sum[r][v], x, line[v]);
+    }
+  }
+  EMBKERN_UNROLL for (int r = 0; r < SIZE; ++r) {
+    EMBKERN_UNROLL for (int v = 0; v < kPanelVectors; ++v) {
+      T* to = out + r * ld + j + v * kLanes<T>;
+      const int64_t left = WHOLE ? kLanes<T> : std::max<int64_t>(0, count - v * kLanes<T>);
+      store(overwrite ? sum[r][v] : load(to, left) + sum[r][v], to, left);
+    }
+  }
+}
+
 template <class T>
 void outer_update(const OuterUpdate<T>& x) {
   using M = Single<T>;
@@ -302,20 +325,11 @@ void outer_update(const OuterUpdate<T>& x) {
       const int64_t count = x.n - j;
       for_groups(x.m, [&](int64_t i, auto rows) {
         constexpr int size = decltype(rows)::value;
-        Vector<T> sum[size][kPanelVectors];
-        const UnitMajor<T, size> left{packed + i * k};
-        const auto lines = [&](int64_t p, Vector<T>* line) {
-          M::template lines<kPanelVectors>(b, p, k, j, count >= width ? -1 : count, line);
-        };
-        tile<M, size, kPanelVectors>(k, left, lines, sum);
-        for (int r = 0; r < size; ++r) {
-          T* to = x.out + (i + r) * x.ld + j;
-          for (int v = 0; v < kPanelVectors; ++v) {
-            const int64_t at = v * kLanes<T>, left_columns = count - at;
-            if (left_columns <= 0) continue;
-            store(overwrite ? sum[r][v] : load(to + at, left_columns) + sum[r][v], to + at, left_columns);
-          }
-        }
+        T* out = x.out + i * x.ld;
+        if (count >= width)
+          update_tile<T, size, true>(b, k, packed + i * k, j, count, overwrite, out, x.ld);
+        else
+          update_tile<T, size, false>(b, k, packed + i * k, j, count, overwrite, out, x.ld);
       });
     }
   }

@@ -50,6 +50,7 @@ struct LossProblem {
   int width;      // H
   Reduction reduction;
   A cosine_weight, mse_weight, rmse_weight, power_weight, alpha, eps;
+  A mse_slope, rmse_slope, power_slope;  // 2 mse_weight / H, rmse_weight / H, power_weight alpha / H
   A* loss;
   T* grad_output;  // or null
   T* grad_target;  // or null
@@ -85,6 +86,7 @@ constexpr int kSumsBytes = 2 * kWarps * kMostSums * static_cast<int>(sizeof(doub
 template <int kCount, class A>
 EMBKERN_DEVICE void sum_over(A (&values)[kCount], int lanes, int& turn) {
   static_assert(kCount <= kMostSums, "");
+#pragma unroll 1
   for (int mask = smaller(lanes, kLanes) / 2; mask > 0; mask /= 2) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) values[i] += ptx::shuffle_xor(values[i], mask);
@@ -99,6 +101,7 @@ EMBKERN_DEVICE void sum_over(A (&values)[kCount], int lanes, int& turn) {
   ptx::sync_block();
 #pragma unroll
   for (int i = 0; i < kCount; ++i) values[i] = of_warps[i];
+#pragma unroll 1
   for (int warp = 1; warp < lanes / kLanes; ++warp) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) values[i] += of_warps[warp * kCount + i];
@@ -108,6 +111,7 @@ EMBKERN_DEVICE void sum_over(A (&values)[kCount], int lanes, int& turn) {
 // The batch's sums from the blocks' partial ones, by one block.
 EMBKERN_DEVICE void add_partials(double (&batch)[kBatchSums], const Partials& partials, int threads,
                                  int& turn) {
+#pragma unroll 1
   for (int i = threadIdx.x; i < partials.count; i += threads) {
 #pragma unroll
     for (int j = 0; j < kBatchSums; ++j) batch[j] += partials.sums[int64_t{i} * kBatchSums + j];
@@ -163,20 +167,21 @@ EMBKERN_DEVICE RowResult<S> row_result(const LossProblem<T>& problem, const S* s
     row.other = -cosine_slope / norms;
     if (!clamped) {
       row.own_output = cosine_slope * cosine / sums[kOutputSquare];
-      row.own_target = cosine_slope * cosine / (target_norm * target_norm);
+      if (problem.grad_target) row.own_target = cosine_slope * cosine / (target_norm * target_norm);
     }
   }
-  row.loss += problem.mse_weight * row.square + problem.power_weight * (power_sum / width);
-  row.error = slope * (2 * problem.mse_weight / width);
+  row.loss += problem.mse_weight * row.square;
+  if (problem.power_weight != 0) row.loss += problem.power_weight * (power_sum / width);
+  row.error = slope * problem.mse_slope;
   if (problem.rmse_weight != 0) {
     S rmse = static_cast<S>(root);
     if (problem.reduction != kMean) {
       rmse = std::sqrt(row.square);
       row.loss += problem.rmse_weight * rmse;
     }
-    if (rmse != 0) row.error += slope * (problem.rmse_weight / width) / rmse;
+    if (rmse != 0) row.error += slope * problem.rmse_slope / rmse;
   }
-  row.power = slope * (problem.power_weight * problem.alpha / width);
+  row.power = slope * problem.power_slope;
   return row;
 }
 
@@ -198,17 +203,32 @@ EMBKERN_DEVICE bool left_range(const LossProblem<T>& problem, const float* sums,
 }
 
 // magnitude^alpha; `slope` becomes magnitude^(alpha - 1). magnitude >= 1e-10.
+// The library's powf costs 80 instructions; these leave the kernel to the memory.
 template <class T>
 EMBKERN_DEVICE acc_t<T> power(acc_t<T> magnitude, acc_t<T> alpha, acc_t<T>& slope) {
   slope = 1;
   if (alpha == 1) return magnitude;
-  if constexpr (sizeof(T) == 2) {  // good to 1e-6, where an accurate power would cost more than the memory
+  if constexpr (std::is_same_v<T, double>) {
+    const double result = std::pow(magnitude, alpha);
+    slope = result / magnitude;
+    return result;
+  } else if constexpr (sizeof(T) == 2) {  // good to 1e-6, a thousandth of the last bit
     const float log2 = ptx::log2_approximate(magnitude);
     slope = ptx::exp2_approximate((alpha - 1) * log2);
     return ptx::exp2_approximate(alpha * log2);
-  } else {
-    const acc_t<T> result = std::pow(magnitude, alpha);
-    slope = result / magnitude;
+  } else {  // good to 2 or 3 of the last bits: integers and fractions apart, in the logarithm and in the result
+    int bits;
+    memcpy(&bits, &magnitude, sizeof(bits));
+    const int exponent = (bits - 0x3f2aaaab) >> 23;  // so that 2/3 <= fraction < 4/3
+    bits -= exponent * (1 << 23);
+    float fraction;
+    memcpy(&fraction, &bits, sizeof(fraction));
+    const float integer = static_cast<float>(exponent), log2 = ptx::log2_approximate(fraction);
+    const float whole = std::rint(alpha * (integer + log2));
+    const float rest = std::fma(alpha, log2, std::fma(alpha, integer, -whole));
+    float result = ptx::exp2_approximate(rest) * ptx::exp2_approximate(whole);
+    if (!(magnitude < INFINITY)) result = magnitude;  // which has no fraction
+    slope = result * ptx::reciprocal_approximate(magnitude);
     return result;
   }
 }
@@ -244,64 +264,80 @@ EMBKERN_DEVICE Vector<T> unpack(const Words& words) {
 // moved so, else single elements; neighbouring lanes have neighbouring ones.
 template <class T, bool kAligned>
 struct Share {
+  static constexpr int kAtOnce = kAligned ? kVector<T> : 1;  // elements
+
   int lane, lanes;
   int width;  // 0 for a row beyond the last
 
-  // The column of element j of vector i in the chunk that starts at column `chunk`.
-  EMBKERN_DEVICE int column(int chunk, int i, int j) const {
-    return kAligned ? chunk + (i * lanes + lane) * kVector<T> + j : chunk + (i * kVector<T> + j) * lanes + lane;
+  // Of the chunk that starts at column `chunk`: the thread's first element, and how far the next ones are.
+  EMBKERN_DEVICE int first(int chunk) const { return chunk + lane * kAtOnce; }
+  EMBKERN_DEVICE int step() const { return lanes * kAtOnce; }
+
+  // Whether element j of vector i exists, of those that begin `left` columns before the row's end.
+  EMBKERN_DEVICE bool exists(int left, int i, int j) const {
+    return (kAligned ? i : i * kVector<T> + j) * step() < left;
   }
 
-  EMBKERN_DEVICE Words load(const T* row, int chunk, int i) const {
+  // Whether any lane has an element of its vector i.
+  EMBKERN_DEVICE bool any(int chunk, int i) const { return chunk + i * lanes * kVector<T> < width; }
+
+  EMBKERN_DEVICE Words load(const T* from, int left, int i) const {
     if constexpr (kAligned) {
       Words words{};
-      if (column(chunk, i, 0) < width) words = ptx::load_16<Words>(row + column(chunk, i, 0));
+      if (exists(left, i, 0)) words = ptx::load_16<Words>(from + i * step());
       return words;
     } else {
       Vector<T> vector{};
 #pragma unroll
       for (int j = 0; j < kVector<T>; ++j)
-        if (column(chunk, i, j) < width) vector.values[j] = row[column(chunk, i, j)];
+        if (exists(left, i, j)) vector.values[j] = from[(i * kVector<T> + j) * step()];
       return pack(vector);
     }
   }
 
-  EMBKERN_DEVICE void store(T* row, int chunk, int i, const Vector<T>& vector) const {
+  EMBKERN_DEVICE void store(T* to, int left, int i, const Vector<T>& vector) const {
     if constexpr (kAligned) {
-      if (column(chunk, i, 0) < width) ptx::store_16(row + column(chunk, i, 0), vector);
+      if (exists(left, i, 0)) ptx::store_16(to + i * step(), vector);
     } else {
 #pragma unroll
       for (int j = 0; j < kVector<T>; ++j)
-        if (column(chunk, i, j) < width) row[column(chunk, i, j)] = vector.values[j];
+        if (exists(left, i, j)) to[(i * kVector<T> + j) * step()] = vector.values[j];
     }
   }
 };
 
-// Vectors of each tensor that a thread holds. The power term keeps a slope per element beside them.
-template <bool kWithPower>
-constexpr int kHeldVectors = kWithPower ? 4 : 8;
+// Vectors of each tensor that a thread holds: as many as 128 registers allow. The power term keeps a slope per
+// element beside them, single elements an address.
+template <class T, bool kWithPower, bool kAligned>
+constexpr int kHeldVectors = !kAligned ? 3 : !kWithPower ? 8 : sizeof(T) == 4 ? 6 : 4;
+
+template <class T, bool kWithPower, bool kAligned>
+constexpr int kHeldElements = kHeldVectors<T, kWithPower, kAligned> * kVector<T>;
 
 // A thread's share of one chunk of a row, in registers. Elements beyond the row are zeros.
 template <class T, bool kWithPower, bool kAligned>
 struct Chunk {
   using A = acc_t<T>;
-  static constexpr int kVectors = kHeldVectors<kWithPower>;
+  static constexpr int kVectors = kHeldVectors<T, kWithPower, kAligned>;
 
   Words output[kVectors], target[kVectors];
   A slopes[kWithPower ? kVectors : 1][kVector<T>];
 
   EMBKERN_DEVICE void load(const Share<T, kAligned>& share, const T* output_row, const T* target_row,
                            int chunk) {
+    const int first = share.first(chunk), left = share.width - first;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      output[i] = share.load(output_row, chunk, i);
-      target[i] = share.load(target_row, chunk, i);
+      output[i] = share.load(output_row + first, left, i);
+      target[i] = share.load(target_row + first, left, i);
     }
   }
 
-  EMBKERN_DEVICE void add_to(A (&sums)[kRowSums + kWithPower]) const {
+  EMBKERN_DEVICE void add_to(A (&sums)[kRowSums + kWithPower], const Share<T, kAligned>& share,
+                             int chunk) const {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
+      if (!share.any(chunk, i)) break;
       const Vector<T> ys = unpack<T>(output[i]), xs = unpack<T>(target[i]);
 #pragma unroll
       for (int j = 0; j < kVector<T>; ++j) {
@@ -316,15 +352,17 @@ struct Chunk {
 
   // Fills `slopes` and returns the sum of the powers.
   EMBKERN_DEVICE A take_powers(const Share<T, kAligned>& share, int chunk, A alpha) {
+    const int left = share.width - share.first(chunk);
     A sum = 0;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
+      if (!share.any(chunk, i)) break;
       const Vector<T> ys = unpack<T>(output[i]), xs = unpack<T>(target[i]);
 #pragma unroll
       for (int j = 0; j < kVector<T>; ++j) {
         const A e = static_cast<A>(ys.values[j]) - static_cast<A>(xs.values[j]);
         const A power = power_of_error<T>(e, alpha, slopes[i][j]);
-        sum += share.column(chunk, i, j) < share.width ? power : 0;
+        sum += share.exists(left, i, j) ? power : 0;
       }
     }
     return sum;
@@ -339,8 +377,10 @@ struct Chunk {
  private:
   template <bool kOfOutput>
   EMBKERN_DEVICE void store(const Share<T, kAligned>& share, T* to, int chunk, const RowResult<A>& row) const {
+    const int first = share.first(chunk), left = share.width - first;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
+      if (!share.any(chunk, i)) break;
       // The compiler would keep x, y and e in fp32 since the sums, and spill.
       const Vector<T> ys = unpack<T>(ptx::forget(output[i])), xs = unpack<T>(ptx::forget(target[i]));
       Vector<T> gradient;
@@ -352,7 +392,7 @@ struct Chunk {
         gradient.values[j] = static_cast<T>(kOfOutput ? row.own_output * y + row.other * x + error
                                                       : row.own_target * x + row.other * y - error);
       }
-      share.store(to, chunk, i, gradient);
+      share.store(to + first, left, i, gradient);
     }
   }
 };
@@ -365,6 +405,7 @@ EMBKERN_DEVICE RowResult<double> wide_row(const LossProblem<T>& problem, int64_t
                                           float root, int& turn) {
   const T *output = problem.output + offset, *target = problem.target + offset;
   double sums[kRowSums] = {};
+#pragma unroll 2
   for (int i = lane; i < width; i += lanes) {
     const double y = static_cast<float>(output[i]), x = static_cast<float>(target[i]), e = y - x;
     sums[kDot] += x * y;
@@ -375,6 +416,7 @@ EMBKERN_DEVICE RowResult<double> wide_row(const LossProblem<T>& problem, int64_t
   sum_over(sums, lanes, turn);
   const auto row = row_result<double, T>(problem, sums, power_sum, factors, root);
   if (!problem.grad_output && !problem.grad_target) return row;
+#pragma unroll 2
   for (int i = lane; i < width; i += lanes) {
     const double y = static_cast<float>(output[i]), x = static_cast<float>(target[i]);
     double error = row.error * (y - x);
@@ -403,7 +445,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int thread = threadIdx.x, groups = plan.threads / plan.lanes, width = problem.width;
   const bool gradients = problem.grad_output || problem.grad_target;
   Share<T, kAligned> share{thread % plan.lanes, plan.lanes, width};
-  constexpr int kChunk = kHeldVectors<kWithPower> * kVector<T>;  // elements of a thread
+  const int chunk_width = kHeldElements<T, kWithPower, kAligned> * plan.lanes;
+  const int last_chunk = (plan.chunks - 1) * chunk_width;
   int turn = 0;
 
   A total = 1, root = 0;
@@ -436,12 +479,13 @@ __global__ void __launch_bounds__(kThreads, 2)
 
     Chunk<T, kWithPower, kAligned> held;
     A sums[kRowSums + kWithPower] = {};
-    for (int chunk = 0, left = plan.chunks;;) {
+#pragma unroll 1
+    for (int chunk = 0;;) {
       held.load(share, problem.output + offset, problem.target + offset, chunk);
-      held.add_to(sums);
+      held.add_to(sums, share, chunk);
       if constexpr (kWithPower) sums[kPower] += held.take_powers(share, chunk, problem.alpha);
-      if (--left == 0) break;
-      chunk += kChunk * plan.lanes;
+      if (chunk == last_chunk) break;
+      chunk += chunk_width;
     }
     sum_over(sums, plan.lanes, turn);
 
@@ -452,19 +496,21 @@ __global__ void __launch_bounds__(kThreads, 2)
     if constexpr (kMayLeaveRange<T>) left = exists && left_range(problem, sums, factors.target_norm);
     const auto row = row_result<A, T>(problem, sums, power_sum, factors, root);
     if (gradients && !left)
-      for (int chunk = (plan.chunks - 1) * kChunk * plan.lanes;;) {
+#pragma unroll 1
+      for (int chunk = last_chunk;;) {
         held.store_gradients(share, problem, offset, chunk, row);
         if (chunk == 0) break;
-        chunk -= kChunk * plan.lanes;
+        chunk -= chunk_width;
         held.load(share, problem.output + offset, problem.target + offset, chunk);
         if constexpr (kWithPower) held.take_powers(share, chunk, problem.alpha);
       }
     double loss = row.loss, square = row.square;
-    if constexpr (kMayLeaveRange<T>) if (ptx::any(left)) {
-      const auto wide = wide_row<T, kWithPower>(problem, offset, share.lane, share.lanes, left ? width : 0,
-                                                power_sum, factors, root, turn);
-      if (left) loss = wide.loss, square = wide.square;
-    }
+    if constexpr (kMayLeaveRange<T>)
+      if (ptx::any(left)) {
+        const auto wide = wide_row<T, kWithPower>(problem, offset, share.lane, share.lanes, left ? width : 0,
+                                                  power_sum, factors, root, turn);
+        if (left) loss = wide.loss, square = wide.square;
+      }
 
     if (!exists || share.lane != 0) continue;
     if (problem.reduction == kNone) {
@@ -530,13 +576,12 @@ inline int most_blocks(const Device& device) { return device.multiprocessors * (
 // Doubles that a call needs, for the partial sums before and after.
 inline int64_t loss_scratch(const Device& device) { return int64_t{2} * kBatchSums * most_blocks(device); }
 
-template <class T, bool kWithPower>
-LossPlan plan_loss(int64_t count, int width, const Device& device) {
-  constexpr int kChunk = kHeldVectors<kWithPower> * kVector<T>;
+// `held`: elements of a row that a thread keeps.
+inline LossPlan plan_rows(int64_t count, int width, int held, const Device& device) {
   LossPlan plan{};
   plan.lanes = kLeastLanes;
-  while (plan.lanes < kThreads && plan.lanes * kChunk < width) plan.lanes *= 2;
-  plan.chunks = static_cast<int>(ceil_div(width, plan.lanes * kChunk));
+  while (plan.lanes < kThreads && plan.lanes * held < width) plan.lanes *= 2;
+  plan.chunks = static_cast<int>(ceil_div(width, plan.lanes * held));
   // A row of more than a warp has a block to itself. Others share one, of fewer threads if few rows would
   // leave multiprocessors without any.
   plan.threads = plan.lanes > kLanes ? plan.lanes : kThreads;
@@ -547,12 +592,16 @@ LossPlan plan_loss(int64_t count, int width, const Device& device) {
   return plan;
 }
 
+template <class T>
+struct RowsKernel {
+  void (*kernel)(LossProblem<T>, LossPlan);
+  int held;
+};
+
 template <class T, bool kWithPower>
-void launch_rows(const LossProblem<T>& problem, const LossPlan& plan, Stream stream) {
-  launch(kOp,
-         problem.aligned ? cosine_mse_rows_kernel<T, kWithPower, true>
-                         : cosine_mse_rows_kernel<T, kWithPower, false>,
-         plan.blocks, plan.threads, kSumsBytes, stream, problem, plan);
+RowsKernel<T> rows_kernel(bool aligned) {
+  if (aligned) return {cosine_mse_rows_kernel<T, kWithPower, true>, kHeldElements<T, kWithPower, true>};
+  return {cosine_mse_rows_kernel<T, kWithPower, false>, kHeldElements<T, kWithPower, false>};
 }
 
 // Enqueues the op, in one to three launches and without host synchronisation. `scratch`: loss_scratch(device)
@@ -560,33 +609,31 @@ void launch_rows(const LossProblem<T>& problem, const LossPlan& plan, Stream str
 template <class T>
 void cosine_mse(const LossProblem<T>& problem, double* scratch, const Device& device, Stream stream) {
   using A = acc_t<T>;
-  const bool power = problem.power_weight != 0;
   LossPlan plan{};
   if (problem.count > 0) {
-    const bool totals = problem.reduction == kMean && (problem.grad_output || problem.grad_target);
-    plan = power ? plan_loss<T, true>(problem.count, problem.width, device)
-                 : plan_loss<T, false>(problem.count, problem.width, device);
+    const RowsKernel<T> without_power = rows_kernel<T, false>(problem.aligned);
+    const RowsKernel<T> rows =
+        problem.power_weight == 0 ? without_power : rows_kernel<T, true>(problem.aligned);
+    plan = plan_rows(problem.count, problem.width, rows.held, device);
     plan.before = {scratch, 0};
-    plan.after = {scratch + most_blocks(device) * kBatchSums, plan.blocks};
+    plan.after = {scratch + kBatchSums * most_blocks(device), plan.blocks};
+    const bool totals = problem.reduction == kMean && (problem.grad_output || problem.grad_target);
     if (totals && problem.rmse_weight != 0) {
       LossProblem<T> squares = problem;
-      squares.cosine_weight = squares.mse_weight = squares.power_weight = 0;
+      squares.cosine_weight = squares.power_weight = 0;
       squares.grad_output = squares.grad_target = nullptr;
       squares.loss = nullptr;
-      LossPlan pass = plan_loss<T, false>(problem.count, problem.width, device);
+      LossPlan pass = plan_rows(problem.count, problem.width, without_power.held, device);
       plan.before.count = pass.blocks;
       pass.after = plan.before;
-      launch_rows<T, false>(squares, pass, stream);
+      launch(kOp, without_power.kernel, pass.blocks, pass.threads, kSumsBytes, stream, squares, pass);
     } else if (totals && problem.row_weight && problem.count > kWeightsPerThread * plan.threads) {
       const int64_t blocks = ceil_div(problem.count, kWeightsPerThread * kThreads);
       plan.before.count = static_cast<int>(std::min<int64_t>(blocks, device.multiprocessors));
       launch(kOp, cosine_mse_weights_kernel<A>, plan.before.count, kThreads, kSumsBytes, stream,
              problem.row_weight, problem.count, plan.before);
     }
-    if (power)
-      launch_rows<T, true>(problem, plan, stream);
-    else
-      launch_rows<T, false>(problem, plan, stream);
+    launch(kOp, rows.kernel, plan.blocks, plan.threads, kSumsBytes, stream, problem, plan);
   }
   if (problem.reduction != kNone && plan.blocks != 1)
     launch(kOp, cosine_mse_loss_kernel<A>, 1, kThreads, kSumsBytes, stream, plan.after, problem.reduction,

@@ -110,8 +110,8 @@ EMBKERN_DEVICE A shuffle_xor(A value, int mask) {
 // Whether a condition holds in any lane of the warp.
 EMBKERN_DEVICE bool any(bool condition) { return __any_sync(0xffffffffu, condition); }
 
-// log2 of a normal number, to 2^-22 or that part of it; 2 to a power, to 2 of its last bits, 0 instead of a
-// subnormal.
+// The special function unit's approximations: log2 to 2^-22 absolute for values between 0.5 and 2, else
+// relative; 2^value to 2^-22; 1 / value to 2^-23. Subnormal numbers count as 0.
 EMBKERN_DEVICE float log2_approximate(float value) {
   float result;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
@@ -121,6 +121,12 @@ EMBKERN_DEVICE float log2_approximate(float value) {
 EMBKERN_DEVICE float exp2_approximate(float value) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
+
+EMBKERN_DEVICE float reciprocal_approximate(float value) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
   return result;
 }
 
