@@ -16,18 +16,30 @@ from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
-from ..factors import Factors, checksum
+from ..factors import Factors
 from ..files import replacing
 from ..layer import check_rank
-from .base import BLOCK_ROWS, Options, blocks, check_table, parse_options, seeded
+from .base import (
+    Options,
+    Rows,
+    block_rows,
+    check_shape,
+    not_finite,
+    parse_options,
+    refuse_rows,
+    seeded,
+    table_checksum,
+    take,
+    training_dtype,
+    wide_blocks,
+)
 from .sharded import SummedSteps, World
 from .steps import ENGINES, Objective, Weights, select_engine
 from .svd import gram, principal_vectors
 
 FORMAT = "embkern.autoencoder/2"  # of checkpoints
 CHUNK_SECONDS = 0.1  # of steps between two looks at the progress bar and at Ctrl-C
-# Larger batches are summed block by block: one block on the GPU's device memory, one of L3's size on the CPU.
-LARGEST_BATCH = {"cpu": BLOCK_ROWS, "cuda": 8 * BLOCK_ROWS}
+LARGEST_BATCH = {"cpu": 1, "cuda": 8}  # in blocks of rows; a larger batch is summed block by block
 
 
 class AutoencoderOptions(Options):
@@ -88,7 +100,7 @@ class _Run:
 
 
 def autoencoder(
-    table: Tensor,
+    table: Rows,
     rank: int,
     *,
     validate: Callable[[Factors], float] | None = None,
@@ -110,11 +122,13 @@ def autoencoder(
     The defaults are the authors' recipe: 30 epochs of batch 32, alpha falling from 1 to 0.1 over 20 epochs.
     Training runs in fp32 (float64 for a float64 table) on the table's device. The order of rows depends on
     the seed and the epoch alone, so a resumed run ends with the weights of an uninterrupted one. With
-    ``batch_size >= V`` every epoch is one step on the whole table. The gradient of a batch beyond
-    8192 rows (65536 on CUDA) is summed in blocks of 8192 rows.
+    ``batch_size >= V`` every epoch is one step on the whole table. The gradient of a batch beyond 8192 rows
+    (65536 on CUDA; fewer for rows wider than 1024) is summed in blocks of 8192 rows, so that its memory
+    beyond the table is some copies of the weights and one block. A ``TableFile`` is read block by block and
+    gives the same bits as its rows in memory on the same device.
 
     Args:
-        table: (V, H).
+        table: (V, H), in memory or a ``TableFile``.
         rank: r, 1 to H.
         validate: score of the factors after an epoch, lower is better; the best epoch is kept. By default
             the loss over the whole table, with alpha at ``alpha_end`` so that epochs compare.
@@ -142,8 +156,10 @@ def autoencoder(
     Source: arXiv 2106.08181, section 3, and its authors' released configuration.
     """
     chosen = parse_options(AutoencoderOptions, options, "autoencoder")
-    check_table(table)
+    check_shape(table)
     check_rank(rank, table.shape[1])
+    if not checkpoint_seconds >= 0:
+        raise ValueError(f"checkpoint_seconds: expected at least 0, got {checkpoint_seconds}")
     for name, path in (("checkpoint", checkpoint), ("log", log)):
         if path is not None and not Path(path).resolve().parent.is_dir():
             raise FileNotFoundError(f"{name}: expected a file in a directory that exists, got {path}")
@@ -154,9 +170,10 @@ def autoencoder(
         torch.autocast(table.device.type, enabled=False),
         torch.device(table.device),
     ):
-        # Inference tensors cannot be saved for a backward; only those are worth a copy of the table.
-        data = table.clone() if table.is_inference() else table.detach()
-        trainer = _Trainer(data, rank, chosen, engine, world or World(), progress)
+        if isinstance(table, Tensor):
+            # Inference tensors cannot be saved for a backward; only those are worth a copy of the table.
+            table = table.clone() if table.is_inference() else table.detach()
+        trainer = _Trainer(table, rank, chosen, engine, world or World(), progress)
         return trainer.train(validate, _Files(checkpoint, log, checkpoint_seconds))
 
 
@@ -169,25 +186,41 @@ class _Files:
         self.checkpoint, self.log, self.seconds = checkpoint, log, seconds
         self.identity: dict[str, Any] = {}
         self.written = time.monotonic()
+        self.epoch = 0  # of the checkpoint
 
     def resume(self, identity: dict[str, Any], epochs: int) -> dict[str, Any] | None:
         """Return the state of the run to go on with; None if there is none."""
         self.identity = identity
         if self.checkpoint is None or not Path(self.checkpoint).exists():
             return None
-        return _read(self.checkpoint, identity, epochs)
+        state = _read(self.checkpoint, identity, epochs)
+        self.epoch = state["epoch"]
+        return state
 
-    def keep(self, run: _Run, *, last: bool) -> None:
-        """Write both, if it is time."""
-        if not last and time.monotonic() - self.written < self.seconds:
-            return
-        if self.checkpoint is not None:
-            with replacing(self.checkpoint) as temporary:
-                torch.save({"identity": self.identity, **run.state()}, temporary)
+    def keep(self, run: _Run, *, last: bool) -> int:
+        """Write both, if it is time; return the epoch that the checkpoint holds."""
+        if last or time.monotonic() - self.written >= self.seconds:
+            if self.checkpoint is not None:
+                with replacing(self.checkpoint) as temporary:
+                    torch.save({"identity": self.identity, **run.state()}, temporary)
+                self.epoch = run.epoch
+            self.keep_log(run)
+            self.written = time.monotonic()
+        return self.epoch
+
+    def keep_log(self, run: _Run) -> None:
+        """Write the log."""
         if self.log is not None:
             with replacing(self.log) as temporary:
                 temporary.write_text("".join(json.dumps(line) + "\n" for line in run.history))
-        self.written = time.monotonic()
+
+    def told(self, epoch: int, epochs: int) -> str:
+        """What to tell of the checkpoint when a run is lost."""
+        if self.checkpoint is None:
+            return "no checkpoint was named, so nothing is kept"
+        if not epoch:
+            return f"{self.checkpoint} holds no epoch yet: run the same command again"
+        return f"{self.checkpoint} holds epoch {epoch} of {epochs}: run the same command again"
 
 
 class _Trainer:
@@ -195,7 +228,7 @@ class _Trainer:
 
     def __init__(
         self,
-        table: Tensor,
+        table: Rows,
         rank: int,
         options: AutoencoderOptions,
         engine: str | None,
@@ -204,30 +237,43 @@ class _Trainer:
     ) -> None:
         self.table, self.options, self.world = table, options, world
         self.progress = progress if world.rank == 0 else False
-        self.rows = table.to(torch.promote_types(table.dtype, torch.float32)).contiguous()
+        bad = [row for rows in world.all(self._not_finite()) for row in rows]
+        if bad:
+            world.on_first(lambda: refuse_rows(bad))
+        self.rows: Rows = table
+        if isinstance(table, Tensor):
+            self.rows = table.to(training_dtype(table)).contiguous()
         self.sections = world.sections(self.rows)
         self.objective = Objective(
             options.cosine_weight, options.mse_weight, options.rmse_weight, options.power_weight, options.eps
         )
         with seeded(options.seed, torch.device("cpu")):  # the same start on every device
             weights = Weights.random(rank, table.shape[1], options.activation)
-        self.weights = weights.to(self.rows.device, self.rows.dtype)
+        self.weights = weights.to(table.device, training_dtype(table))
         self.batch_size = min(options.batch_size, len(table))
-        self.take = self._steps(select_engine(engine, self.weights))
+        self.most_steps = len(table)  # of a chunk
+        self.positions = torch.arange(block_rows(table), device="cpu")  # of the rows of a streamed chunk
+        self.take_steps = self._steps(select_engine(engine, self.weights))
 
     def _steps(self, engine: str) -> Callable[[Tensor, float, float], Tensor]:
         """Return what takes the steps of an order of rows with an alpha and a learning rate."""
-        if self.world.shards > 1 or self.batch_size > LARGEST_BATCH.get(self.rows.device.type, BLOCK_ROWS):
+        rows, size = self.rows, self.batch_size
+        largest = block_rows(rows) * LARGEST_BATCH.get(rows.device.type, 1)
+        if self.world.shards > 1 or size > largest:
             summed = SummedSteps(self.weights, self.objective, self.world)
-            return lambda ids, alpha, lr: summed.run(self.sections, ids, self.batch_size, alpha, lr)
+            return lambda ids, alpha, lr: summed.run(self.sections, ids, size, alpha, lr)
         steps = ENGINES[engine](self.weights, self.objective)
-        return lambda ids, alpha, lr: steps.run(self.rows, ids, self.batch_size, alpha, lr)
+        if isinstance(rows, Tensor):
+            return lambda ids, alpha, lr: steps.run(rows, ids, size, alpha, lr)
+        self.most_steps = max(1, block_rows(rows) // size)
+        return lambda ids, alpha, lr: steps.run(take(rows, ids), self.positions[: len(ids)], size, alpha, lr)
 
     def train(self, validate: Callable[[Factors], float] | None, files: _Files) -> Factors:
         """Run the epochs that are left and return the factors of the best."""
         options, run = self.options, _Run(self.weights)
         identity = self._identity() if files.checkpoint is not None else {}
         state = self.world.on_first(lambda: files.resume(identity, options.epochs))
+        self.world.kept = files.told(0 if state is None else state["epoch"], options.epochs)
         if state is not None:
             run.load(state)
         elif options.init == "svd":
@@ -240,18 +286,30 @@ class _Trainer:
             unit="step",
             disable=None if self.progress is None else not self.progress,
         )
-        with bar:
-            while run.epoch < options.epochs:
-                entry = self._epoch(run.epoch, validate, bar)
-                run.history.append(entry)
-                bar.set_postfix(loss=f"{entry['loss']:.4f}", direction=f"{entry['direction_error']:.4f}")
-                if entry["score"] < run.best_score:
-                    run.best_score, run.best = entry["score"], self.weights.parameters.clone()
-                run.epoch += 1
-                self.world.on_first(lambda: files.keep(run, last=run.epoch == options.epochs))
+        try:
+            with bar:
+                while run.epoch < options.epochs:
+                    self._next_epoch(run, validate, bar)
+                    last = run.epoch == options.epochs
+                    kept = self.world.on_first(lambda: files.keep(run, last=last))  # noqa: B023
+                    self.world.kept = files.told(kept, options.epochs)
+        except BaseException:
+            if self.world.rank == 0:
+                files.keep_log(run)
+            raise
         assert run.best is not None
         self.weights.parameters.copy_(run.best)
         return self._factors()
+
+    def _next_epoch(self, run: _Run, validate: Callable[[Factors], float] | None, bar: tqdm) -> None:
+        """Take an epoch's steps, and keep its weights if they are the best."""
+        entry = self._epoch(run.epoch, validate, bar)
+        self.world.agree(self.weights.parameters)
+        run.history.append(entry)
+        bar.set_postfix(loss=f"{entry['loss']:.4f}", direction=f"{entry['direction_error']:.4f}")
+        if entry["score"] < run.best_score:
+            run.best_score, run.best = entry["score"], self.weights.parameters.clone()
+        run.epoch += 1
 
     def _epoch(self, epoch: int, validate: Callable[[Factors], float] | None, bar: tqdm) -> dict[str, Any]:
         """Take the steps of an epoch; return its line of the log."""
@@ -261,20 +319,29 @@ class _Trainer:
         while at < len(order):
             began = time.perf_counter()
             ids = order[at : at + count * self.batch_size]
-            losses = self.take(ids, alpha, lr)
+            losses = self.take_steps(ids, alpha, lr)
             bar.update(len(losses))
             float(losses[-1])  # a device has caught up, too
             at += len(ids)
-            count = max(1, min(2 * count, int(count * CHUNK_SECONDS / (time.perf_counter() - began))))
+            pace = count * CHUNK_SECONDS / (time.perf_counter() - began)
+            count = max(1, min(2 * count, int(pace), self.most_steps))
         entry = self._measure()
         score = entry["loss"]
         if validate is not None:
-            factors = self._factors()
-            score = self.world.on_first(lambda: float(validate(factors)))
-            if not math.isfinite(score):
-                raise ValueError(f"validate: expected a finite score in epoch {epoch}, got {score}")
+            score = self._validated(validate, epoch)
         seconds = round(time.perf_counter() - started, 3)
         return {**entry, "epoch": epoch, "alpha": alpha, "lr": lr, "score": score, "seconds": seconds}
+
+    def _validated(self, validate: Callable[[Factors], float], epoch: int) -> float:
+        factors = self._factors()
+
+        def score() -> float:
+            value = float(validate(factors))
+            if not math.isfinite(value):
+                raise ValueError(f"validate: expected a finite score in epoch {epoch}, got {value}")
+            return value
+
+        return self.world.on_first(score)
 
     def _order(self, epoch: int) -> Tensor:
         """Ids of an epoch; a step on the whole table needs no shuffle."""
@@ -289,33 +356,49 @@ class _Trainer:
         """Loss with the final alpha, direction error and RMSE over the whole table."""
         sums = torch.zeros(len(self.sections), 3, dtype=torch.float64, device=self.rows.device)
         for total, section in zip(sums, self.sections, strict=True):
-            for block in blocks(section.rows):
+            for block in wide_blocks(section.rows):
                 total += self.objective.sums(self.weights, block, self.options.alpha_end)
         direction, squared, power = (self.world.sum(sums) / len(self.rows)).tolist()
         loss = self.objective.value(direction, squared, power)
         if not loss < float("inf"):
-            lr = self.options.lr
-            raise RuntimeError(f"autoencoder: the loss is {loss}; training diverged, lower lr ({lr:g})")
+            self.world.on_first(lambda: self._diverged(loss))
         return {"loss": loss, "direction_error": direction, "rmse": squared**0.5}
+
+    def _diverged(self, loss: float) -> None:
+        lr = self.options.lr
+        raise RuntimeError(f"autoencoder: the loss is {loss}; training diverged, lower lr ({lr:g})")
 
     def _factors(self) -> Factors:
         weights, dtype = self.weights, self.table.dtype
-        codes = [
-            weights.encode(block).to(dtype) for section in self.sections for block in blocks(section.rows)
-        ]
+        codes = []
+        for section in self.sections:
+            part = torch.empty(len(section.rows), weights.rank, dtype=dtype)
+            at = 0
+            for block in wide_blocks(section.rows):
+                part[at : at + len(block)] = weights.encode(block)
+                at += len(block)
+            codes.append(part)
         basis, offset = weights.basis.to(dtype, copy=True), weights.offset.to(dtype, copy=True)
-        return Factors(torch.cat(codes), basis, offset, weights.activation)
+        return Factors(self.world.collect(codes), basis, offset, weights.activation)
 
     def _start_at_svd(self) -> None:
-        grams = torch.stack([gram(section.rows).view(-1) for section in self.sections])
-        square = self.world.sum(grams).view(self.weights.width, self.weights.width)
-        self.weights.start_at(self.world.on_first(lambda: principal_vectors(square, self.weights.rank)).t())
+        width = self.weights.width
+        total = self.world.sum(gram(section.rows).view(-1) for section in self.sections)
+        vectors = self.world.on_first(lambda: principal_vectors(total.view(width, width), self.weights.rank))
+        self.weights.start_at(vectors.t())
+
+    def _not_finite(self) -> list[int]:
+        """Ids of the rows of this process with a NaN or an infinity."""
+        sections = self.world.sections(self.table)
+        return [row for section in sections for row in not_finite(section.rows, section.start)]
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must have in common with the run that goes on from it."""
+        checksums = [table_checksum(section.rows) for section in self.world.sections(self.table)]
+        checksums = [each for checksums in self.world.all(checksums) for each in checksums]  # one per shard
         return {
             "format": FORMAT,
-            "table": [checksum(self.table), str(self.table.dtype), *self.table.shape],
+            "table": [*checksums, str(self.table.dtype), *self.table.shape],
             "rank": self.weights.rank,
             "options": self.options.model_dump(exclude={"epochs"}),
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import zlib
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -11,7 +12,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
+from ..table_file import TableFile
+
 BLOCK_ROWS = 8192  # rows of a table worked on at a time: 25 MB in fp32 at H = 768
+BLOCK_VALUES = 2**23  # and fewer where a row is wide
+
+Rows = Tensor | TableFile
 
 
 class Options(BaseModel):
@@ -49,33 +55,87 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def check_table(table: Tensor) -> None:
+def check_table(table: Rows) -> None:
     """Raise unless ``table`` is a floating-point (V, H) matrix with V, H >= 1 and finite rows."""
-    if table.dim() != 2 or 0 in table.shape:
+    check_shape(table)
+    refuse_rows(not_finite(table))
+
+
+def check_shape(table: Rows) -> None:
+    """Raise unless ``table`` is a floating-point (V, H) matrix with V, H >= 1."""
+    if len(table.shape) != 2 or 0 in table.shape:
         raise ValueError(f"table: expected shape (V, H) with V, H >= 1, got {tuple(table.shape)}")
-    if table.is_meta:
+    if table.device.type == "meta":
         raise ValueError("table: expected data, got a tensor on the meta device (is the model offloaded?)")
-    if not table.is_floating_point():
+    if not table.dtype.is_floating_point:
         raise TypeError(f"table: expected a floating-point dtype, got {table.dtype}")
-    finite = torch.cat([torch.isfinite(rows).all(1) for rows in blocks(table)])
-    bad = torch.nonzero(~finite).flatten().tolist()
+
+
+def not_finite(table: Rows, first: int = 0) -> list[int]:
+    """Ids of the rows with a NaN or an infinity, the first row having the id ``first``."""
+    bad = []
+    for rows in blocks(table):
+        finite = torch.isfinite(torch.stack(rows.aminmax(dim=1))).all(0)  # a NaN is both least and largest
+        bad += (first + torch.nonzero(~finite).flatten()).tolist()
+        first += len(rows)
+    return bad
+
+
+def refuse_rows(bad: list[int]) -> None:
+    """Raise if there are rows that are not finite."""
     if bad:
         shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
         raise ValueError(f"table: expected finite values, got NaN or infinity in {len(bad)} row(s): {shown}")
 
 
-def blocks(table: Tensor) -> Iterator[Tensor]:
-    """Yield the rows of a table, some thousand at a time."""
-    yield from table.split(BLOCK_ROWS)
+def table_checksum(table: Rows) -> str:
+    """Return the CRC-32 of a table's bytes, read by blocks."""
+    crc = 0
+    for rows in blocks(table):
+        data: Any = rows.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        crc = zlib.crc32(data, crc)
+    return f"crc32:{crc:08x}"
 
 
-def row_blocks(table: Tensor, ids: Tensor) -> Iterator[Tensor]:
-    """Yield the rows of distinct, sorted ids, some thousand at a time; the whole table without a copy."""
+def blocks(table: Rows) -> Iterator[Tensor]:
+    """Yield the rows of a table, some thousand at a time, in its dtype."""
+    size = block_rows(table)
+    if len(table):
+        yield from table.split(size) if isinstance(table, Tensor) else table.blocks(size)
+
+
+def block_rows(table: Rows) -> int:
+    """Rows of a block of a table."""
+    return max(1, min(BLOCK_ROWS, BLOCK_VALUES // table.shape[1]))
+
+
+def wide_blocks(table: Rows) -> Iterator[Tensor]:
+    """Yield the rows of a table, some thousand at a time, in the dtype of training."""
+    for rows in blocks(table):
+        yield rows.to(training_dtype(table))
+
+
+def row_blocks(table: Rows, ids: Tensor) -> Iterator[Tensor]:
+    """Yield the rows of distinct, sorted ids like ``wide_blocks``; all rows of a tensor are not copied."""
+    if not len(ids):
+        return
     if len(ids) == len(table):
-        yield from blocks(table)
+        yield from wide_blocks(table)
     else:
-        for some in ids.split(BLOCK_ROWS):
-            yield table.index_select(0, some.to(table.device))
+        for some in ids.split(block_rows(table)):
+            yield take(table, some)
+
+
+def take(table: Rows, ids: Tensor) -> Tensor:
+    """Return the rows of ids, in the dtype of training."""
+    if isinstance(table, TableFile):
+        return table.gather(ids)
+    return table.index_select(0, ids.to(table.device)).to(training_dtype(table))
+
+
+def training_dtype(table: Rows) -> torch.dtype:
+    """Return fp32, or float64 for a float64 table."""
+    return torch.promote_types(table.dtype, torch.float32)
 
 
 def rank_for_ratio(num_embeddings: int, embedding_dim: int, ratio: float, *, offset: bool) -> int:

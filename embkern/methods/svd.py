@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..factors import Factors
 from ..layer import check_rank
-from .base import Options, blocks, check_table, parse_options, seeded
+from .base import Options, Rows, blocks, check_table, parse_options, seeded
 
 
 class SVDOptions(Options):
@@ -71,12 +71,13 @@ def _centered(rows: Tensor, offset: Tensor | None) -> Tensor:
     return rows.double() if offset is None else rows.double() - offset
 
 
-def gram(table: Tensor, offset: Tensor | None = None) -> Tensor:
+def gram(table: Rows, offset: Tensor | None = None) -> Tensor:
     """Gram matrix (H, H) of the rows of ``table - offset``, in fp64."""
     total = torch.zeros(table.shape[1], table.shape[1], dtype=torch.float64, device=table.device)
     for rows in blocks(table):
-        wide = _centered(rows, offset)
-        total.addmm_(wide.t(), wide)
+        for part in rows.split(1024):  # in fp64 it is twice as large
+            wide = _centered(part, offset)
+            total.addmm_(wide.t(), wide)
     return total
 
 

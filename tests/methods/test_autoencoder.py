@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -145,25 +146,50 @@ def test_resume_after_any_epoch_ends_with_the_same_weights(table, tmp_path):
         assert len((tmp_path / "resumed.jsonl").read_text().splitlines()) == 3
 
 
-def test_resume_after_a_kill_ends_with_the_same_weights(table, tmp_path):
+def test_resume_after_kills_at_any_step_ends_with_the_same_weights(tmp_path):
+    table = torch.randn(400, 6) @ torch.randn(6, 10)
     torch.save(table, tmp_path / "table.pt")
+    path, options = tmp_path / "c.pt", dict(batch_size=4, progress=False, checkpoint_seconds=0)
     script = (
         "import sys, torch; from embkern.methods import autoencoder\n"
         "table = torch.load(sys.argv[1] + '/table.pt')\n"
-        "options = dict(epochs=150, batch_size=4, progress=False)\n"
-        "autoencoder(table, 3, checkpoint=sys.argv[1] + '/c.pt', **options)\n"
+        f"autoencoder(table, 3, checkpoint=sys.argv[1] + '/c.pt', epochs=10**6, **{options})\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)])
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "c.pt").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    options = dict(epochs=150, batch_size=4, progress=False)
-    done = torch.load(tmp_path / "c.pt")["epoch"]
-    assert 0 < done < 150
-    resumed = autoencoder(table, 3, **options, checkpoint=tmp_path / "c.pt")
-    assert same(resumed, autoencoder(table, 3, **options))
+
+    def mark():
+        return os.stat(path).st_mtime_ns if path.exists() else None
+
+    done = 0
+    for _ in range(2):
+        before, deadline = mark(), time.monotonic() + 60
+        process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)])
+        while mark() == before and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1 * random.random())
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert torch.load(path)["epoch"] > done
+        done = torch.load(path)["epoch"]
+    resumed = autoencoder(table, 3, **options, epochs=done + 2, checkpoint=path)
+    assert same(resumed, autoencoder(table, 3, **options, epochs=done + 2))
+
+
+def test_short_epochs_are_not_all_checkpoints(table, tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(torch, "save", lambda state, path: saved.append(state["epoch"]))
+    autoencoder(table, 3, **QUICK, checkpoint=tmp_path / "c.pt", checkpoint_seconds=1e9)
+    assert saved == [3]
+    autoencoder(table, 3, **QUICK, checkpoint=tmp_path / "d.pt", checkpoint_seconds=0)
+    assert saved == [3, 1, 2, 3]
+
+
+def test_whole_table_steps_can_be_resumed(table, tmp_path):
+    options = QUICK | dict(batch_size=10**6, epochs=9, rmse_weight=0.1)
+    half = options | dict(epochs=4)
+    autoencoder(table, 3, **half, checkpoint=tmp_path / "c.pt")
+    assert same(
+        autoencoder(table, 3, **options, checkpoint=tmp_path / "c.pt"), autoencoder(table, 3, **options)
+    )
 
 
 def test_a_finished_checkpoint_returns_at_once_and_can_be_prolonged(table, tmp_path):
