@@ -36,8 +36,10 @@ constexpr int64_t kMaxChunks = 32;          // at most: each holds a copy of the
 constexpr int64_t kTileRows = 12;           // of the widest tile: blocks and ranges are multiples
 constexpr int64_t kMostBlockRows = 120;     // outer_update reads and writes its sums once per 128 terms
 constexpr int64_t kBlockBytes = 384 << 10;  // of a block's rows of y
-constexpr int64_t kParameterRows = 36;      // of a matrix whose gradient one task computes
-constexpr double kSafeError = 1.0 / 16;     // see above: the error loses at most some four bits
+constexpr int64_t kParameterRows = 36;      // of a matrix whose gradient one task computes, at least
+constexpr int64_t kForwardShare = 8;     // a step has several phases: more work for a thread than in a lookup,
+constexpr int64_t kTeamShare = 4;        // and less where the threads of a Team take the phases
+constexpr double kSafeError = 1.0 / 16;  // see above: the error loses at most some four bits
 
 // Memory of one thread or step, aligned for whole vectors.
 template <class T>
@@ -120,9 +122,10 @@ struct Operands {
   std::vector<T> basis_offset;                     // (r,): D b
   double offset_square = 0;
 
-  void pack(const TrainingKernels<T>& training, const Parameters<T>& p, bool gradient, int64_t threads) {
+  template <class Tasks>
+  void pack(const TrainingKernels<T>& training, const Parameters<T>& p, bool gradient, const Tasks& for_tasks) {
     const auto basis = rows_of(p.basis, p.rank, p.width);
-    for_tasks(3, threads, [&](int64_t task) {
+    for_tasks(3, [&](int64_t task) {
       if (task == 0 && p.encoder_weight) {
         const auto weight = rows_of(p.encoder_weight, p.rank, p.width);
         training.pack_transposed(weight.data(), p.width, p.rank,
@@ -176,8 +179,9 @@ struct Operands {
 template <class T>
 class Step {
  public:
-  Step(const Parameters<T>& parameters, const LossOptions& options)
-      : p_(parameters), layout_{parameters.rank, parameters.width}, options_(options) {
+  // `team`: the threads of a run of steps; torch's if null.
+  Step(const Parameters<T>& parameters, const LossOptions& options, Team* team)
+      : p_(parameters), layout_{parameters.rank, parameters.width}, options_(options), team_(team) {
     const int64_t fit = kBlockBytes / (p_.width * static_cast<int64_t>(sizeof(T)));
     block_rows_ = std::clamp(fit / kTileRows * kTileRows, kTileRows, kMostBlockRows);
     stride_ = round_up(p_.rank + 1, 16);
@@ -187,9 +191,8 @@ class Step {
   // `finish(first, count, gradient)` is called for every range of it as soon as that is known.
   template <class Finish>
   Terms run(const Batch<T>& batch, T* gradient, Finish finish) {
-    const int64_t work = batch.count * p_.rank * p_.width;
-    threads_ = useful_threads(work / kStepShare);
-    operands_.pack(training_, p_, batch.gradient, useful_threads(p_.rank * p_.width / 4));
+    threads_ = team_ ? team_->size() : useful_threads(batch.count * p_.rank * p_.width / kForwardShare);
+    operands_.pack(training_, p_, batch.gradient, [&](int64_t tasks, auto body) { run_tasks(tasks, body); });
     factor_ = 1;
     if (options_.reduction == kMean) {
       double total = batch.count;
@@ -213,8 +216,6 @@ class Step {
   }
 
  private:
-  static constexpr int64_t kStepShare = 8;  // a step's threads meet twice: more work each than in a lookup
-
   struct Block {
     int64_t first, m;
     const T* rows[kBlockRows];
@@ -222,6 +223,14 @@ class Step {
     T* output[kBlockRows];  // y, then its gradient
     T* grad_codes[kBlockRows];
   };
+
+  template <class Body>
+  void run_tasks(int64_t tasks, const Body& body) {
+    if (team_)
+      team_->run(tasks, body);
+    else
+      for_tasks(tasks, threads_, body);
+  }
 
   template <class Finish>
   Terms pass(const Batch<T>& batch, T* gradient, Finish finish) {
@@ -242,8 +251,9 @@ class Step {
     T* codes = codes_.resize(count * stride_);
     T* output = output_.resize(count * p_.width);
     T* grad_codes = grad_codes_.resize(count * stride_);
-    const int64_t size = std::min(block_rows_, round_up((count + threads_ - 1) / threads_, kTileRows / 3));
-    for_tasks((count + size - 1) / size, threads_, [&](int64_t task) {
+    const int64_t share = (count + threads_ - 1) / threads_;
+    const int64_t size = std::min(block_rows_, round_up(share, kTileRows / 3));
+    run_tasks((count + size - 1) / size, [&](int64_t task) {
       Block block;
       place(batch, task * size, std::min(count, (task + 1) * size), codes + task * size * stride_,
             output + task * size * p_.width, grad_codes + task * size * stride_, block);
@@ -254,9 +264,9 @@ class Step {
     for (int64_t n = 0; n < count; ++n)
       code_rows[n] = batch.codes ? batch.codes + n * p_.rank : codes + n * stride_;
     const auto grad_code_rows = rows_of<T>(grad_codes, count, stride_);
-    const int64_t ranges = (p_.rank + kParameterRows - 1) / kParameterRows;
+    const int64_t ranges = std::max<int64_t>(1, p_.rank / kParameterRows);
     const int64_t tasks = (batch.codes ? 1 : 2) * ranges + 1;
-    for_tasks(tasks, threads_, [&](int64_t task) {
+    run_tasks(tasks, [&](int64_t task) {
       if (task == 0) {
         biases(batch, output_rows.data(), grad_code_rows.data(), count, true, gradient);
         if (!batch.codes) finish(layout_.encoder_bias(), p_.rank, gradient);
@@ -265,7 +275,7 @@ class Step {
       }
       const bool decoder = task <= ranges;
       const int64_t first = (task - 1) % ranges * kParameterRows;
-      const int64_t m = std::min(kParameterRows, p_.rank - first);
+      const int64_t m = (task - 1) % ranges == ranges - 1 ? p_.rank - first : kParameterRows;
       const int64_t at = (decoder ? layout_.basis() : layout_.encoder_weight()) + first * p_.width;
       std::vector<const T*> left = decoder ? code_rows : grad_code_rows;
       for (const T*& row : left) row += first;
@@ -286,7 +296,7 @@ class Step {
     const int64_t size = parameters + (gram ? (r + 1) * (r + 1) : 0);
     const int64_t padded = round_up(size, 16);
     T* sums = batch.gradient ? sums_.resize(chunks * padded) : nullptr;
-    for_tasks(chunks, threads_, [&](int64_t chunk) {
+    run_tasks(chunks, [&](int64_t chunk) {
       T* sum = sums + chunk * padded;
       if (sums) std::fill_n(sum, padded, T(0));
       const int64_t end = (chunk + 1) * count / chunks;
@@ -306,7 +316,7 @@ class Step {
       add(parameters, size);
       decode_gram(batch, sums + parameters);
     }
-    for_tasks((parameters + range - 1) / range, threads_, [&](int64_t task) {
+    run_tasks((parameters + range - 1) / range, [&](int64_t task) {
       const int64_t first = task * range, last = std::min(parameters, first + range);
       add(first, last);
       for (int64_t i = first; i < last; ++i)
@@ -322,7 +332,7 @@ class Step {
     const std::vector<T> zeros(width, T(0));
     rows.push_back(p_.offset ? p_.offset : zeros.data());
     from_gram_.resize((r + 1) * width);
-    for_tasks((r + 1 + kParameterRows - 1) / kParameterRows, threads_, [&](int64_t task) {
+    run_tasks((r + 1 + kParameterRows - 1) / kParameterRows, [&](int64_t task) {
       const int64_t first = task * kParameterRows, m = std::min(kParameterRows, r + 1 - first);
       const void* left[kParameterRows];
       T* out[kParameterRows];
@@ -511,6 +521,7 @@ class Step {
   const Parameters<T> p_;
   const Layout layout_;
   const LossOptions options_;
+  Team* const team_;
   int64_t block_rows_, stride_, threads_ = 1;
   double factor_ = 1, root_ = -1;  // of a row's weight; the batch's RMSE where the gradient needs it
   Operands<T> operands_;
@@ -593,7 +604,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> autoencoder_forward(
                                    optional_data<T>(offset)};
     const Layout layout{rank, width};
     std::vector<T> gradient(needs_grad ? layout.size() : 0);
-    Step<T> step(parameters, options);
+    Step<T> step(parameters, options, nullptr);
     const Terms sums = step.run(batch, gradient.data(), [](int64_t, int64_t, T*) {});
     T* out = static_cast<T*>(terms.mutable_data_ptr());
     const double empty_mean = count == 0 && reduction == kMean ? std::nan("") : 0;
@@ -647,7 +658,8 @@ Tensor autoencoder_train(const Tensor& rows, const Tensor& order, int64_t batch_
                               p + layout.basis(),
                               p + layout.offset()};
     const auto& training = training_kernels<T>();
-    Step<T> run(views, options);
+    Team team(useful_threads(std::min(batch_size, count) * rank * layout.width / kTeamShare));
+    Step<T> run(views, options, &team);
     std::vector<const T*> pointers;
     Buffer<T> gradient;
     gradient.resize(layout.size());
@@ -662,9 +674,10 @@ Tensor autoencoder_train(const Tensor& rows, const Tensor& order, int64_t batch_
       const double taken = static_cast<double>(step + s + 1);
       const double correction = 1 - std::pow(beta1, taken),
                    root_correction = std::sqrt(1 - std::pow(beta2, taken));
-      const AdamStep<T> adam{static_cast<T>(beta1), static_cast<T>(1 - beta1), static_cast<T>(beta2),
-                             static_cast<T>(1 - beta2), static_cast<T>(lr / correction),
-                             static_cast<T>(1 / root_correction), static_cast<T>(adam_eps)};
+      const AdamStep<T> adam{static_cast<T>(beta1),           static_cast<T>(1 - beta1),
+                             static_cast<T>(beta2),           static_cast<T>(1 - beta2),
+                             static_cast<T>(lr / correction), static_cast<T>(1 / root_correction),
+                             static_cast<T>(adam_eps)};
       const Terms terms = run.run(batch, gradient.get(), [&](int64_t at, int64_t size, const T* grad) {
         training.adam(adam, size, grad + at, p + at, m + at, v + at);
       });

@@ -335,6 +335,26 @@ void outer_update(const OuterUpdate<T>& x) {
   }
 }
 
+// 1 / (scale * sqrt(x) + eps): a square root and a division take 20 cycles of Zen 4 for 16 floats, two
+// estimates of 14 bits and a Newton step for each half of that. The result is within 3 ulp.
+template <class T>
+EMBKERN_INLINE Vector<T> inverse_of_root(Vector<T> x, T scale, T eps) {
+#if defined(EMBKERN_AVX512)
+  if constexpr (std::is_same_v<T, float>) {
+    using V = Vector<float>;
+    const V guess = (V)_mm512_rsqrt14_ps((__m512)x);
+    const V root = x * guess;
+    V exact = root + (0.5f * guess) * multiply_add(-1.0f * root, root, x);
+    // Where the estimate is infinite (0 and subnormals, which it takes for 0) so is the root of less use: 0.
+    exact = x < 1.17549435e-38f ? V{} : exact;
+    const V divisor = scale * exact + eps;
+    const V inverse = (V)_mm512_rcp14_ps((__m512)divisor);
+    return inverse + inverse * multiply_add(-1.0f * divisor, inverse, constant(1.0f));
+  }
+#endif
+  return constant(T(1)) / (scale * square_root(x) + eps);
+}
+
 template <class T>
 void adam(const AdamStep<T>& step, int64_t n, const T* grad, T* p, T* m, T* v) {
   for (int64_t i = 0; i < n; i += kLanes<T>) {
@@ -343,9 +363,10 @@ void adam(const AdamStep<T>& step, int64_t n, const T* grad, T* p, T* m, T* v) {
     Vector<T> first = load(m + i, left), second = load(v + i, left);
     first = first + step.rest1 * (g + T(-1) * first);
     second = step.beta2 * second + step.rest2 * (g * g);
-    const Vector<T> root = step.root_correction * square_root(second) + constant(step.eps);
     store(first, m + i, left);
     store(second, v + i, left);
-    store(load(p + i, left) + (-step.step_size) * first / root, p + i, left);
+    store(load(p + i, left) +
+              (-step.step_size) * first * inverse_of_root<T>(second, step.root_correction, step.eps),
+          p + i, left);
   }
 }
