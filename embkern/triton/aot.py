@@ -27,7 +27,8 @@ import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from ..ops.reference import accumulation_dtype
+from ..ops.reference import MEAN, NONE, accumulation_dtype
+from . import cosine_mse as cm
 from . import gather_project as gp
 from .launch import Launch
 from .tiles import REPRESENTATIVE, Device
@@ -66,6 +67,46 @@ SHAPES = (
 
 
 @dataclass(frozen=True)
+class LossShape:
+    """One problem of cosine_mse_loss: N rows of H columns, the weights of its terms and what is asked for.
+
+    With ``everything`` there are row weights, target norms, an incoming gradient and both gradients; else the
+    gradient of output alone, as in training.
+    """
+
+    N: int
+    H: int
+    dtype: torch.dtype = torch.float32
+    weights: tuple[float, float, float, float] = (1.0, 1.0, 0.0, 0.0)
+    alpha: float = 1.0
+    reduction: int = MEAN
+    everything: bool = False
+
+    def __str__(self) -> str:
+        """Return it in one line."""
+        terms = ",".join(f"{weight:g}" for weight in self.weights)
+        return f"N={self.N} H={self.H} {terms} {str(self.dtype).removeprefix('torch.')}"
+
+
+_TERMS = (0.5, 1.0, 0.25, 0.0025)
+# Widths that are not powers of two, rows in one warp to four, rows that are walked, short and odd rows, the
+# authors' batch of 32; every term, with the batch's root and with each row's own.
+LOSS_SHAPES = (
+    *(LossShape(30522, H) for H in (384, 768, 1152, 4096)),
+    *(LossShape(30522, H, torch.bfloat16) for H in (384, 768, 1152, 4096)),
+    LossShape(30522, 768, torch.float16),
+    LossShape(30522, 768, torch.float32, _TERMS, 0.5, everything=True),
+    LossShape(30522, 768, torch.bfloat16, _TERMS, 0.5, NONE, everything=True),
+    LossShape(30522, 768, torch.float64, _TERMS, 0.5, NONE, everything=True),
+    LossShape(32, 768, torch.float32, (0.1995, 0.0, 0.0, 0.0025), 0.5),
+    LossShape(4096, 12288, torch.bfloat16, _TERMS, 0.5, NONE, everything=True),
+    LossShape(4096, 12288, torch.float32, _TERMS, 0.5, NONE, everything=True),
+    LossShape(30522, 64, torch.float32, _TERMS, 0.5, NONE, everything=True),
+    LossShape(30522, 77, torch.float16, _TERMS, 0.5, NONE, everything=True),
+)
+
+
+@dataclass(frozen=True)
 class Report:
     """What one kernel costs on one architecture."""
 
@@ -83,8 +124,37 @@ class Report:
     async_copies: int
 
 
-def launches(shape: Shape, device: Device) -> Iterator[Launch]:
+def loss_launches(shape: LossShape, device: Device) -> Iterator[Launch]:
+    """Yield the launches of the loss and of its scaled gradient, on tensors of the meta device."""
+    N, H, accumulation = shape.N, shape.H, accumulation_dtype(shape.dtype)
+
+    def tensor(*size: int, dtype: torch.dtype = accumulation) -> Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    per_loss = (N,) if shape.reduction == NONE else ()
+    output, target, grad_output, grad_target = (tensor(N, H, dtype=shape.dtype) for _ in range(4))
+    yield from cm.forward_launches(
+        output,
+        target,
+        row_weight=tensor(N) if shape.everything else None,
+        target_norm=tensor(N) if shape.everything else None,
+        grad_loss=tensor(*per_loss) if shape.everything else None,
+        reduction=shape.reduction,
+        weights=shape.weights,
+        alpha=shape.alpha,
+        eps=1e-8,
+        loss=tensor(*per_loss),
+        grad_output=grad_output,
+        grad_target=grad_target if shape.everything else None,
+    )
+    yield cm.scale_launch(grad_output, tensor(*per_loss), device)
+
+
+def launches(shape: Shape | LossShape, device: Device) -> Iterator[Launch]:
     """Yield every launch of the forward and both backwards, on tensors of the meta device."""
+    if isinstance(shape, LossShape):
+        yield from loss_launches(shape, device)
+        return
 
     def tensor(*size: int, dtype: torch.dtype = shape.dtype) -> Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
@@ -130,15 +200,15 @@ def _disassemble(compiled: CompiledKernel) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _report_of(case: tuple[int, Shape, int]) -> Report:
+def _report_of(case: tuple[int, Shape | LossShape, int]) -> Report:
     capability, shape, index = case
     device = REPRESENTATIVE[capability]
     return report(list(launches(shape, device))[index], device, str(shape))
 
 
-def reports(cases: Iterable[tuple[int, Shape]]) -> list[Report]:
+def reports(cases: Iterable[tuple[int, Shape | LossShape]]) -> list[Report]:
     """Compile the kernels of (capability, shape) cases, each once, in a process per core."""
-    distinct: dict[str, tuple[int, Shape, int]] = {}
+    distinct: dict[str, tuple[int, Shape | LossShape, int]] = {}
     for capability, shape in cases:
         for index, launch in enumerate(launches(shape, REPRESENTATIVE[capability])):
             key = str((capability, launch.kernel.__name__, launch.specialization(), launch.options))
@@ -157,7 +227,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
-    rows = reports((capability, shape) for capability in options.capability for shape in SHAPES)
+    shapes: tuple[Shape | LossShape, ...] = (*SHAPES, *LOSS_SHAPES)
+    rows = reports((capability, shape) for capability in options.capability for shape in shapes)
     print(
         f"{'kernel':24}{'cc':>4}  {'shape':32}{'tile':52}{'regs':>5}{'spills':>7}{'shared':>8}  tensor core"
     )

@@ -60,7 +60,7 @@ class Launch:
                 if value.data_ptr() % 16 == 0:
                     attributes[(position,)] = [["tt.divisibility", 16]]
             elif isinstance(value, float):
-                signature[parameter.name] = "fp32"
+                signature[parameter.name] = parameter.annotation_type or "fp32"
             else:
                 signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
         return signature, constants, attributes

@@ -9,6 +9,7 @@ There is no `@triton.autotune`: it would time kernels inside the first call and 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -196,6 +197,52 @@ def shared_estimate(kernel: str, tile: Tile, r: int, itemsize: int) -> int:
     else:
         elements = tile.num_stages * (N * R + N * H) + R * H
     return elements * itemsize
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """Of a kernel that reduces over whole rows: BLOCK_N rows by PARTS times BLOCK_H columns in num_warps."""
+
+    BLOCK_N: int
+    BLOCK_H: int
+    PARTS: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class RowRule:
+    """Elements of one tensor that a thread holds, and the widest row that a program does; as in Tile."""
+
+    elements: int
+    widest: int
+    measured_on: str | None = None
+
+
+# Bytes per element -> {length: rule}, for every capability. In a batch a warp by itself holds a row of up to
+# 1024 columns: its sums need no barrier, and the registers of a multiprocessor hold 17 such rows, 100 KB of
+# fp32 or 50 KB of bf16 in flight. Fewer rows are spread over more warps, for latency.
+ROW_RULES: dict[int, dict[str, RowRule]] = {
+    2: {"decode": RowRule(8, 8192), "prompt": RowRule(8, 8192), "batch": RowRule(32, 8192)},
+    4: {"decode": RowRule(8, 8192), "prompt": RowRule(8, 8192), "batch": RowRule(32, 8192)},
+    8: {"decode": RowRule(4, 4096), "prompt": RowRule(4, 4096), "batch": RowRule(16, 4096)},
+}
+
+
+def row_tile_of(dtype: torch.dtype, N: int, H: int) -> RowTile:
+    """Return the tile of a kernel that reduces over the rows of (N, H)."""
+    return _row_tile_of(ROW_RULES[dtype.itemsize][_length(N)], dtype.itemsize, H)
+
+
+@functools.cache
+def _row_tile_of(rule: RowRule, itemsize: int, H: int) -> RowTile:
+    vector = math.gcd(16, H * itemsize) // itemsize  # elements that a thread can load at once
+    width = min(H, rule.widest)
+    warps = min(16, triton.next_power_of_2(triton.cdiv(width, 32 * rule.elements)))
+    columns = min(32 * warps * vector, triton.next_power_of_2(width))
+    if warps > 1 or columns == 32 * vector:
+        return RowTile(1, columns, triton.cdiv(width, columns), warps)
+    # Rows that leave threads of a warp idle share it; two such loads in flight, four warps to a program.
+    return RowTile(4 * 2 * (32 * vector // columns), columns, 1, 4)
 
 
 @functools.cache
