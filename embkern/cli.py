@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import BaseModel
@@ -17,6 +17,7 @@ from rich.table import Table
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .recipe import Recipe
     from .report import Comparison
 
 app = typer.Typer(
@@ -90,13 +91,7 @@ def compress(
         "center": center, "seed": seed,
     }  # fmt: skip
     fields = {"method": method, "ratio": ratio, "rank": rank, "lm_head": lm_head}
-    given = {name: value for name, value in fields.items() if value is not None}
-    options = {name: value for name, value in flags.items() if value is not None}
-    parsed = (
-        Recipe.parse(**given, options=options)
-        if recipe is None
-        else Recipe.from_yaml(recipe, **given, options=options)
-    )
+    parsed = _recipe(Recipe, recipe, fields, flags)
     report = api.compress(
         model, recipe=parsed, text=text, output=output, overwrite=overwrite, checkpoint=checkpoint, log=log
     )
@@ -106,6 +101,68 @@ def compress(
         _print_comparison(report, f"{model} -> {output}")
         for name, size in report.other_tables.items():
             typer.echo(f"left alone: {name}, {size:,} bytes, is another embedding table", err=True)
+
+
+def _recipe(kind: type[Recipe], file: Path | None, fields: dict[str, Any], flags: dict[str, Any]) -> Recipe:
+    """Build a recipe from a file and from what was given on the command line."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    options = {name: value for name, value in flags.items() if value is not None}
+    if file is None:
+        return kind.parse(**given, options=options)
+    return kind.from_yaml(file, **given, options=options)
+
+
+@app.command()
+def train(
+    table: Annotated[Path, typer.Argument(help="a safetensors file", metavar="TABLE")],
+    tensor: Annotated[str, typer.Option(help="name of the table (V, H) in it")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="safetensors file of the factors to write")],
+    ratio: Annotated[
+        float | None, typer.Option(help="bytes of the table over bytes of what replaces it")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="width of the codes, instead of a ratio")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML file; flags override it")] = None,
+    epochs: Annotated[int | None, typer.Option(help="passes over the table")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="rows per step; V or more: the whole table")] = None,
+    lr: Annotated[float | None, typer.Option(help="Adam's learning rate")] = None,
+    init: Annotated[str | None, typer.Option(help="random or svd")] = None,
+    activation: Annotated[str | None, typer.Option(help="elu")] = None,
+    seed: Annotated[int | None, typer.Option(help="of the weights and the order of rows")] = None,
+    engine: Annotated[str | None, typer.Option(help="what takes the steps: native or torch")] = None,
+    device: Annotated[str | None, typer.Option(help="such as cpu or cuda (default: cuda if there)")] = None,
+    shards: Annotated[
+        int | None, typer.Option(help="cut the table into as many; the result depends on it (torchrun: 8)")
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="torchrun: seconds until a silent process is lost")] = 60.0,
+    checkpoint: Annotated[Path | None, typer.Option(help="file to go on from after a kill")] = None,
+    checkpoint_seconds: Annotated[float, typer.Option(help="least time between two checkpoints")] = 5.0,
+    log: Annotated[Path | None, typer.Option(help="JSON lines, one per epoch")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a file that is there")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train the autoencoder on a table in a file, larger than memory or not, on one process or torchrun's."""
+    from .recipe import Recipe
+    from .train import train
+
+    flags = {
+        "epochs": epochs, "batch_size": batch_size, "lr": lr, "init": init, "activation": activation,
+        "seed": seed,
+    }  # fmt: skip
+    parsed = _recipe(Recipe, recipe, {"ratio": ratio, "rank": rank}, flags)
+    done = train(
+        table, tensor, parsed, output,
+        overwrite=overwrite, device=device, shards=shards, timeout=timeout, log=log,
+        checkpoint=checkpoint, checkpoint_seconds=checkpoint_seconds, engine=engine,
+    )  # fmt: skip
+    if done is None:  # the first process reports
+        return
+    if as_json:
+        _print_json(done)
+        return
+    facts = Table(title=escape(f"{table} -> {output}"), show_header=False)
+    for name, value in done.rows().items():
+        facts.add_row(name, value)
+    _console().print(facts)
 
 
 @app.command()
@@ -221,7 +278,8 @@ def main() -> None:
     except (ValueError, TypeError, LookupError, OSError, RuntimeError, ImportError) as error:
         if os.environ.get("EMBKERN_DEBUG"):
             raise
-        typer.echo(f"embkern: {error}", err=True)
+        if not getattr(error, "told_by_the_first", False):
+            typer.echo(f"embkern: {error}", err=True)
         sys.exit(1)
 
 

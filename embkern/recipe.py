@@ -8,12 +8,11 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from torch import Tensor
 
 from .factors import Factors
 from .layer import check_rank
 from .methods import METHODS, rank_for_ratio
-from .methods.base import parse_options
+from .methods.base import Rows, parse_options
 
 LMHead = Literal["factorized", "dense"]
 
@@ -97,7 +96,10 @@ class Recipe(BaseModel):
         offset = method.has_offset(method.options(**self.options))
         return rank_for_ratio(num_embeddings, embedding_dim, self.ratio, offset=offset)
 
-    def factorize(self, table: Tensor, **run: Any) -> Factors:
-        """Compress a table (V, H); ``run`` goes to the method (``progress``, ``checkpoint``, ...)."""
+    def factorize(self, table: Rows, **run: Any) -> Factors:
+        """Compress a table (V, H); ``run`` goes to the method (``progress``, ``checkpoint``, ...).
+
+        A ``TableFile`` is for the autoencoder alone.
+        """
         rank = self.rank_for(*table.shape)
         return METHODS[self.method].compress(table, rank, **self.options, **run)

@@ -10,11 +10,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 pytest.importorskip("transformers")
 
 import embkern
 from embkern import cli
+from embkern.factors import Factors
+from embkern.methods import autoencoder
+from embkern.methods.sharded import World
+from embkern.table_file import TableFile
 
 from .models import build, word_tokenizer
 
@@ -57,6 +63,122 @@ def test_compress_evaluate_inspect_export(dense, tmp_path):
     assert shown.stderr == "", "no progress bars and no warnings when piped"
     assert run("export", out, "--format", "dense", "-o", tmp_path / "back").returncode == 0
     assert (tmp_path / "back" / "model.safetensors").exists()
+
+
+@pytest.fixture
+def table(tmp_path) -> Path:
+    torch.manual_seed(0)
+    rows = torch.randn(90, 6) @ torch.randn(6, 10)
+    save_file({"rows": rows, "ids": torch.arange(9)}, tmp_path / "table.safetensors")
+    return tmp_path / "table.safetensors"
+
+
+def test_train_writes_the_factors_of_a_table_in_a_file(table, tmp_path):
+    out, log, recipe = tmp_path / "f.safetensors", tmp_path / "log", tmp_path / "r.yaml"
+    recipe.write_text("rank: 2\noptions: {epochs: 9, batch_size: 16, mse_weight: 0.1}\n")
+    arguments = ("train", table, "--tensor", "rows", "-o", out, "--recipe", recipe, "--rank", 4)
+    more = ("--epochs", 2, "--log", log, "--checkpoint", tmp_path / "c.pt", "--engine", "torch")
+    done = run(*arguments, *more, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads(done.stdout)
+    options = dict(epochs=2, batch_size=16, mse_weight=0.1, engine="torch", progress=False)
+    expected = autoencoder(TableFile(table, "rows"), 4, **options)
+    factors = Factors.load(out)
+    assert torch.equal(factors.codes, expected.codes)
+    assert (report["rank"], report["table_bytes"], report["factors_bytes"]) == (4, 3600, factors.nbytes)
+    last = json.loads(log.read_text().splitlines()[-1])
+    assert (report["epoch"], report["direction_error"]) == (last["epoch"], last["direction_error"])
+
+    done = run(*arguments, *more)
+    assert done.returncode == 1
+    assert "output: " in done.stderr
+    done = run(*arguments, *more, "--overwrite")  # from the checkpoint of the finished run
+    assert done.returncode == 0
+    assert "rank" in done.stdout
+    assert torch.equal(Factors.load(out).codes, expected.codes)
+
+
+def test_train_under_torchrun_has_the_bits_of_one_process(table, tmp_path):
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "embkern",
+        "train",
+    ]
+    command = [*launch, table, "--tensor", "rows", "--ratio", "2", "-o", tmp_path / "f", "--json"]
+    command += ["--epochs", "2", "--batch-size", "32"]
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["processes"] == 2
+    options = dict(epochs=2, batch_size=32, progress=False, world=World(8))
+    expected = autoencoder(TableFile(table, "rows"), report["rank"], **options)
+    assert torch.equal(Factors.load(tmp_path / "f").codes, expected.codes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{out}.none", "--tensor", "rows", "--rank", "2"], "path: expected a safetensors file, found none"),
+        (["{table}", "--tensor", "row", "--rank", "2"], "name: expected one of .*rows.* in .*, got 'row'"),
+        (["{table}", "--tensor", "ids", "--rank", "2"], "ids: expected a dtype of .*, got I64"),
+        (["{table}", "--tensor", "rows"], "expected exactly one of ratio and rank"),
+        (["{table}", "--tensor", "rows", "--rank", "11"], "rank: expected 1 <= rank <= H = 10, got 11"),
+        (["{table}", "--tensor", "rows", "--rank", "2", "--lr", "-1"], "autoencoder: lr: "),
+        (["{table}", "--tensor", "rows", "--rank", "2", "--recipe", "{svd}"], "method: expected autoencoder"),
+        (["{table}", "--tensor", "rows", "--rank", "2", "--device", "abacus"], "device: .* got 'abacus'"),
+        (["{table}", "--tensor", "rows", "--rank", "2", "--device", "cuda:99"], "device: .* got cuda:99"),
+        (
+            ["{table}", "--tensor", "rows", "--rank", "2", "--shards", "0"],
+            "shards: expected at least 1, got 0",
+        ),
+        (["{table}", "--tensor", "rows", "--rank", "2", "--timeout", "0"], "timeout: expected more than 0"),
+        (["{table}", "--tensor", "rows", "--rank", "2", "--engine", "steam"], "engine: .* got 'steam'"),
+        (
+            ["{table}", "--tensor", "rows", "--rank", "2", "--log", "{out}/no/log"],
+            "log: expected a file in a",
+        ),
+        (
+            ["{table}", "--tensor", "rows", "--rank", "2", "--checkpoint-seconds", "-1"],
+            "checkpoint_seconds: expected at least 0",
+        ),
+    ],
+)
+def test_train_names_what_is_wrong(table, tmp_path, monkeypatch, capsys, arguments, message):
+    (tmp_path / "svd.yaml").write_text("method: svd\n")
+    names = dict(table=table, out=tmp_path / "out", svd=tmp_path / "svd.yaml")
+    filled = [part.format(**names) for part in arguments]
+    monkeypatch.setattr(sys, "argv", ["embkern", "train", *filled, "-o", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert re.search(f"^embkern: .*{message}", lines[0]), lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("{table}", "output: .* is the table to read"),
+        ("{table}.none/f", "output: expected a file in a directory that exists"),
+        ("{folder}", "output: expected a file, got the directory"),
+    ],
+)
+def test_train_refuses_an_output_it_cannot_write(table, tmp_path, monkeypatch, capsys, output, message):
+    filled = output.format(table=table, folder=tmp_path)
+    monkeypatch.setattr(
+        sys, "argv", ["embkern", "train", str(table), "--tensor", "rows", "--rank", "2", "-o", filled]
+    )
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert re.search(message, capsys.readouterr().err)
+    assert TableFile(table, "rows").shape == (90, 10)
 
 
 def test_version():

@@ -160,9 +160,8 @@ def autoencoder(
     check_rank(rank, table.shape[1])
     if not checkpoint_seconds >= 0:
         raise ValueError(f"checkpoint_seconds: expected at least 0, got {checkpoint_seconds}")
-    for name, path in (("checkpoint", checkpoint), ("log", log)):
-        if path is not None and not Path(path).resolve().parent.is_dir():
-            raise FileNotFoundError(f"{name}: expected a file in a directory that exists, got {path}")
+    world = world or World()
+    world.on_first(lambda: _check_places(checkpoint=checkpoint, log=log))
     # Training must not depend on the modes of whoever calls: no_grad, inference, autocast, a default device.
     with (
         torch.inference_mode(False),
@@ -173,8 +172,14 @@ def autoencoder(
         if isinstance(table, Tensor):
             # Inference tensors cannot be saved for a backward; only those are worth a copy of the table.
             table = table.clone() if table.is_inference() else table.detach()
-        trainer = _Trainer(table, rank, chosen, engine, world or World(), progress)
+        trainer = _Trainer(table, rank, chosen, engine, world, progress)
         return trainer.train(validate, _Files(checkpoint, log, checkpoint_seconds))
+
+
+def _check_places(**files: str | os.PathLike | None) -> None:
+    for name, path in files.items():
+        if path is not None and not Path(path).resolve().parent.is_dir():
+            raise FileNotFoundError(f"{name}: expected a file in a directory that exists, got {path}")
 
 
 class _Files:
@@ -214,13 +219,13 @@ class _Files:
             with replacing(self.log) as temporary:
                 temporary.write_text("".join(json.dumps(line) + "\n" for line in run.history))
 
-    def told(self, epoch: int, epochs: int) -> str:
+    def told(self, epoch: int, epochs: int, *, first: bool) -> str:
         """What to tell of the checkpoint when a run is lost."""
         if self.checkpoint is None:
             return "no checkpoint was named, so nothing is kept"
-        if not epoch:
-            return f"{self.checkpoint} holds no epoch yet: run the same command again"
-        return f"{self.checkpoint} holds epoch {epoch} of {epochs}: run the same command again"
+        holds = f"epoch {epoch} of {epochs}" if epoch else "no epoch yet"
+        # The first process may have written once more, and been lost before it could say so.
+        return f"{self.checkpoint} holds {holds}{'' if first else ', or more'}: run the same command again"
 
 
 class _Trainer:
@@ -253,6 +258,8 @@ class _Trainer:
         self.batch_size = min(options.batch_size, len(table))
         self.most_steps = len(table)  # of a chunk
         self.positions = torch.arange(block_rows(table), device="cpu")  # of the rows of a streamed chunk
+        if engine is not None and world.shards > 1:
+            raise ValueError(f"engine: expected None for a sharded table, got {engine!r}")
         self.take_steps = self._steps(select_engine(engine, self.weights))
 
     def _steps(self, engine: str) -> Callable[[Tensor, float, float], Tensor]:
@@ -273,7 +280,7 @@ class _Trainer:
         options, run = self.options, _Run(self.weights)
         identity = self._identity() if files.checkpoint is not None else {}
         state = self.world.on_first(lambda: files.resume(identity, options.epochs))
-        self.world.kept = files.told(0 if state is None else state["epoch"], options.epochs)
+        self._tell(files, state["epoch"] if state else 0)
         if state is not None:
             run.load(state)
         elif options.init == "svd":
@@ -290,9 +297,7 @@ class _Trainer:
             with bar:
                 while run.epoch < options.epochs:
                     self._next_epoch(run, validate, bar)
-                    last = run.epoch == options.epochs
-                    kept = self.world.on_first(lambda: files.keep(run, last=last))  # noqa: B023
-                    self.world.kept = files.told(kept, options.epochs)
+                    self._keep(run, files)
         except BaseException:
             if self.world.rank == 0:
                 files.keep_log(run)
@@ -310,6 +315,20 @@ class _Trainer:
         if entry["score"] < run.best_score:
             run.best_score, run.best = entry["score"], self.weights.parameters.clone()
         run.epoch += 1
+
+    def _keep(self, run: _Run, files: _Files) -> None:
+        def keep() -> int:
+            epoch = files.keep(run, last=run.epoch == self.options.epochs)
+            self._tell(files, epoch)  # before the others hear of it: one of them may be gone
+            return epoch
+
+        epoch = self.world.on_first(keep)
+        if self.world.rank:
+            self._tell(files, epoch)
+
+    def _tell(self, files: _Files, epoch: int) -> None:
+        """Prepare what is to be said if another process is lost."""
+        self.world.kept = files.told(epoch, self.options.epochs, first=self.world.rank == 0)
 
     def _epoch(self, epoch: int, validate: Callable[[Factors], float] | None, bar: tqdm) -> dict[str, Any]:
         """Take the steps of an epoch; return its line of the log."""

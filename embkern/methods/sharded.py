@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import datetime
 import os
+import re
 import signal
 import threading
 import time
@@ -34,6 +35,9 @@ SHARDS = 8  # into which a table is cut unless asked otherwise
 TIMEOUT = 60.0  # seconds to wait for another process
 GRACE_SECONDS = 2.0  # for the first process to report before torchrun stops it
 
+# The old name is deprecated from torch 2.13 on, the new one not in 2.10.
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 Result = TypeVar("Result")
 
 
@@ -42,7 +46,9 @@ class RankLostError(RuntimeError):
 
 
 class EverywhereError(RuntimeError):
-    """An error that every process raises alike: the first one's to report."""
+    """An error of the first process, raised on the others: it is the first one's to report."""
+
+    told_by_the_first = True
 
 
 class Section(NamedTuple):
@@ -110,7 +116,7 @@ class DistributedWorld(World):
     def __init__(self, shards: int) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         super().__init__(shards)
-        self.lost = False  # whether this process has noticed that another is
+        self.lost = False  # whether this process is about to end and to say why
         self.writing = threading.Lock()  # held while the first process writes files
 
     def sum(self, leaves: Iterable[Tensor]) -> Tensor:
@@ -120,7 +126,7 @@ class DistributedWorld(World):
         mine[: len(owned)] = owned
         everyone = mine.new_empty(self.size, *mine.shape)
         with self._together():
-            dist.all_gather_into_tensor(everyone.view(-1), mine.view(-1))
+            _ALL_GATHER(everyone.view(-1), mine.view(-1))
         return super().sum(
             leaf for rank, part in enumerate(everyone) for leaf in part[: len(self.owned(rank))]
         )
@@ -179,12 +185,13 @@ class DistributedWorld(World):
             yield
         except RuntimeError as error:  # torch.distributed has no narrower kind in common
             self.lost = True
-            reason = str(error).strip().split("\n")[0]
-            raise RankLostError(self.message(reason)) from error
+            # Of "[file:line] what happened. What that may mean ...", what happened.
+            reason = re.sub(r"^\[[^]]*\] ", "", str(error).strip()).partition(". ")[0].partition("\n")[0]
+            raise RankLostError(self.message(f" ({reason})")) from error
 
     def message(self, reason: str) -> str:
         """What is to be said when the run ends early."""
-        return f"rank {self.rank}: another rank was lost ({reason}); {self.kept}"
+        return f"rank {self.rank}: another rank was lost{reason}; {self.kept}"
 
     def stop(self) -> None:
         """End the process at a SIGTERM, which torchrun sends when another process ended."""
@@ -192,8 +199,8 @@ class DistributedWorld(World):
             time.sleep(GRACE_SECONDS)  # it is about to say so itself
         else:
             self.writing.acquire(timeout=10)  # a file that is being written becomes whole
-            reason = "or the run was stopped: SIGTERM"
-            os.write(2, f"\nembkern: {self.message(reason)}\n".encode())
+            message = self.message(", or the run was stopped (SIGTERM)")
+            os.write(2, f"\nembkern: {message}\n".encode())
         os._exit(128 + signal.SIGTERM)
 
 
@@ -279,10 +286,14 @@ def joined(shards: int = SHARDS, timeout: float = TIMEOUT, device: str = "cpu") 
     try:
         world = DistributedWorld(shards)
         with _stopping(world):
-            yield world
-    except EverywhereError:
-        time.sleep(GRACE_SECONDS)  # torchrun stops the first process, which reports, as soon as this one ends
-        raise
+            try:
+                yield world
+            except EverywhereError:
+                world.lost = (
+                    True  # the first process reports; torchrun would stop it as soon as this one ends
+                )
+                time.sleep(GRACE_SECONDS)
+                raise
     finally:
         dist.destroy_process_group()
 

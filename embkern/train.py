@@ -1,0 +1,163 @@
+"""Train the autoencoder on a table in a safetensors file: one process, or as many as torchrun starts."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, Field
+
+from .methods.sharded import SHARDS, TIMEOUT, World, joined, launched
+from .recipe import Recipe
+from .table_file import TableFile
+
+
+class Trained(BaseModel):
+    """What ``train`` did: sizes, and the epoch that was kept."""
+
+    output: str = Field(description="the file of the factors")
+    num_embeddings: int
+    embedding_dim: int
+    rank: int
+    dtype: str
+    table_bytes: int = Field(description="bytes of the table")
+    factors_bytes: int = Field(description="bytes of everything that replaces it")
+    ratio: float = Field(description="table_bytes / factors_bytes")
+    epoch: int = Field(description="the best epoch, counted from 0")
+    loss: float = Field(description="its loss over the table, with alpha at alpha_end")
+    direction_error: float = Field(description="its mean over rows of 1 - cos(row, reconstruction)")
+    rmse: float = Field(description="its root of the mean squared error over all entries")
+    processes: int
+    seconds: float
+
+    def rows(self) -> dict[str, str]:
+        """Return what is printed, by name."""
+        return {
+            "rank": f"{self.rank} of {self.embedding_dim}",
+            "table, bytes": f"{self.table_bytes:,} -> {self.factors_bytes:,} ({self.ratio:.2f}x)",
+            "best epoch": str(self.epoch),
+            "direction error (1 - cos), mean": f"{self.direction_error:.4f}",
+            "RMSE": f"{self.rmse:.5f}",
+            "processes": str(self.processes),
+            "seconds": f"{self.seconds:.1f}",
+        }
+
+
+def train(
+    path: str | os.PathLike,
+    tensor: str,
+    recipe: Recipe,
+    output: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    device: str | None = None,
+    shards: int | None = None,
+    timeout: float = TIMEOUT,
+    log: str | os.PathLike | None = None,
+    **run: Any,
+) -> Trained | None:
+    """Train on the rows of one tensor of a safetensors file and write the factors to another.
+
+    The rows are streamed: the resident size does not grow with the table, but for its codes. Started by
+    torchrun, the processes share the table's shards; the result depends on ``shards`` alone, not on how many
+    they are, and one process with the same ``shards`` has it, too.
+
+    Args:
+        path: a safetensors file.
+        tensor: the name of the table (V, H) in it.
+        recipe: of the method ``autoencoder``.
+        output: file to write, with ``Factors.save``.
+        overwrite: replace a file that is there.
+        device: such as ``cpu`` or ``cuda``; None takes a CUDA device if there is one, under torchrun that
+            of ``LOCAL_RANK``.
+        shards: into which the table is cut; None means 8 under torchrun, and none in one process.
+        timeout: under torchrun, seconds after which a process that does not answer counts as lost.
+        log: file of JSON lines, one per epoch.
+        run: ``checkpoint``, ``checkpoint_seconds``, ``engine`` and ``progress`` of ``autoencoder``.
+
+    Returns:
+        What was done; None on all processes but the first.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong, or the table is not usable; it names what.
+        FileNotFoundError: the table, or the directory of ``output``, does not exist.
+        FileExistsError: ``output`` exists and may not be replaced.
+        RankLostError: another process ended; the message says what is kept.
+    """
+    started = time.perf_counter()
+    if recipe.method != "autoencoder":
+        raise ValueError(f"method: expected autoencoder, got {recipe.method!r}")
+    if not timeout > 0:
+        raise ValueError(f"timeout: expected more than 0 seconds, got {timeout}")
+    if shards is not None and shards < 1:
+        raise ValueError(f"shards: expected at least 1, got {shards}")
+    place = _device(device)
+    with contextlib.ExitStack() as stack:
+        world = World(shards or 1)
+        if launched():
+            world = stack.enter_context(joined(shards or SHARDS, timeout, place.type))
+        world.on_first(lambda: _check_output(output, overwrite, path))
+        table = TableFile(path, tensor, place)
+        if log is None:
+            log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "log"
+        factors = recipe.factorize(table, log=log, world=world, **run)
+        world.on_first(lambda: factors.save(output))
+        if world.rank:
+            return None
+        lines = [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines()]
+        best = min(lines, key=lambda line: line["score"])
+    return Trained(
+        output=os.fspath(output),
+        num_embeddings=factors.num_embeddings,
+        embedding_dim=factors.embedding_dim,
+        rank=factors.rank,
+        dtype=str(factors.dtype).removeprefix("torch."),
+        table_bytes=table.nbytes,
+        factors_bytes=factors.nbytes,
+        ratio=table.nbytes / factors.nbytes,
+        epoch=best["epoch"],
+        loss=best["loss"],
+        direction_error=best["direction_error"],
+        rmse=best["rmse"],
+        processes=world.size,
+        seconds=round(time.perf_counter() - started, 3),
+    )
+
+
+def _device(name: str | None) -> torch.device:
+    """The device to train on; under torchrun each process has its own."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected one such as cpu or cuda:0, got {name!r}") from error
+    if device.type != "cuda":
+        return device
+    index = device.index
+    if index is None:
+        index = int(os.environ.get("LOCAL_RANK", 0)) if launched() else 0
+    if index >= torch.cuda.device_count():
+        raise ValueError(
+            f"device: expected one of {torch.cuda.device_count()} CUDA devices, got cuda:{index}"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _check_output(output: str | os.PathLike, overwrite: bool, table: str | os.PathLike) -> None:
+    path = Path(output).resolve()
+    if path == Path(table).resolve():
+        raise ValueError(f"output: {output} is the table to read; choose another name")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"output: expected a file in a directory that exists, got {output}")
+    if path.is_dir():
+        raise IsADirectoryError(f"output: expected a file, got the directory {output}")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"output: {output} exists; choose another name, or pass --overwrite")
