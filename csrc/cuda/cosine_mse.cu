@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <vector>
+
 #include "checks.h"
 #include "cuda/cosine_mse.cuh"
 #include "cuda/ops.h"
@@ -104,20 +106,10 @@ std::tuple<Tensor, Tensor, Tensor> cosine_mse_forward(const Tensor& output, cons
     problem.count = count;
     problem.width = to_int("output", width);
     problem.reduction = static_cast<Reduction>(reduction);
-    problem.cosine_weight = static_cast<A>(cosine_weight);
-    problem.mse_weight = static_cast<A>(mse_weight);
-    problem.rmse_weight = static_cast<A>(rmse_weight);
-    problem.power_weight = static_cast<A>(power_weight);
-    problem.alpha = static_cast<A>(alpha);
-    problem.eps = static_cast<A>(eps);
+    problem.terms = make_terms<T>(cosine_weight, mse_weight, rmse_weight, power_weight, alpha, eps, width);
     problem.loss = static_cast<A*>(loss.mutable_data_ptr());
     problem.grad_output = data<T>(grad_output, needs_output);
     problem.grad_target = data<T>(grad_target, needs_target);
-    problem.aligned = true;
-    for (const void* each :
-         {static_cast<const void*>(problem.output), static_cast<const void*>(problem.target),
-          static_cast<const void*>(problem.grad_output), static_cast<const void*>(problem.grad_target)})
-      problem.aligned = problem.aligned && aligned(each, width * sizeof(T));
     cosine_mse(problem, static_cast<double*>(scratch.mutable_data_ptr()), device,
                current_stream(device_index, kOp));
   };

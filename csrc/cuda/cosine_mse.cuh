@@ -36,6 +36,13 @@ namespace embkern::cuda {
 
 enum Reduction : int64_t { kNone, kMean, kSum };  // as in embkern/ops/reference.py
 
+// What the loss is made of; a term of weight 0 is not computed.
+template <class A>
+struct LossTerms {
+  A cosine_weight, mse_weight, rmse_weight, power_weight, alpha, eps;
+  A mse_slope, rmse_slope, power_slope;  // 2 mse_weight / H, rmse_weight / H, power_weight alpha / H
+};
+
 // The arguments of one call.
 template <class T>
 struct LossProblem {
@@ -49,12 +56,10 @@ struct LossProblem {
   int64_t count;  // N
   int width;      // H
   Reduction reduction;
-  A cosine_weight, mse_weight, rmse_weight, power_weight, alpha, eps;
-  A mse_slope, rmse_slope, power_slope;  // 2 mse_weight / H, rmse_weight / H, power_weight alpha / H
+  LossTerms<A> terms;
   A* loss;
   T* grad_output;  // or null
   T* grad_target;  // or null
-  bool aligned;    // all four matrices can be moved in 16-byte vectors
 };
 
 // Sums over rows of the batch: in double, because the squares of an fp32 row may be as large as 1e40.
@@ -154,34 +159,34 @@ EMBKERN_DEVICE RowResult<S> row_result(const LossProblem<T>& problem, const S* s
   RowResult<S> row{};
   const S width = static_cast<S>(problem.width), slope = static_cast<S>(factors.slope);
   row.square = sums[kErrorSquare] / width;
-  if (problem.cosine_weight != 0) {
+  if (problem.terms.cosine_weight != 0) {
     const S output_norm = std::sqrt(sums[kOutputSquare]);
     const S target_norm =
         problem.target_norm ? static_cast<S>(factors.target_norm) : std::sqrt(sums[kTargetSquare]);
     const S product = output_norm * target_norm;
-    const bool clamped = product < problem.eps;  // false for NaN, which so reaches the loss
-    const S norms = clamped ? static_cast<S>(problem.eps) : product;
+    const bool clamped = product < problem.terms.eps;  // false for NaN, which so reaches the loss
+    const S norms = clamped ? static_cast<S>(problem.terms.eps) : product;
     const S cosine = sums[kDot] / norms;
-    row.loss = problem.cosine_weight * (1 - cosine);
-    const S cosine_slope = slope * problem.cosine_weight;
+    row.loss = problem.terms.cosine_weight * (1 - cosine);
+    const S cosine_slope = slope * problem.terms.cosine_weight;
     row.other = -cosine_slope / norms;
     if (!clamped) {
       row.own_output = cosine_slope * cosine / sums[kOutputSquare];
       if (problem.grad_target) row.own_target = cosine_slope * cosine / (target_norm * target_norm);
     }
   }
-  row.loss += problem.mse_weight * row.square;
-  if (problem.power_weight != 0) row.loss += problem.power_weight * (power_sum / width);
-  row.error = slope * problem.mse_slope;
-  if (problem.rmse_weight != 0) {
+  row.loss += problem.terms.mse_weight * row.square;
+  if (problem.terms.power_weight != 0) row.loss += problem.terms.power_weight * (power_sum / width);
+  row.error = slope * problem.terms.mse_slope;
+  if (problem.terms.rmse_weight != 0) {
     S rmse = static_cast<S>(root);
     if (problem.reduction != kMean) {
       rmse = std::sqrt(row.square);
-      row.loss += problem.rmse_weight * rmse;
+      row.loss += problem.terms.rmse_weight * rmse;
     }
-    if (rmse != 0) row.error += slope * problem.rmse_slope / rmse;
+    if (rmse != 0) row.error += slope * problem.terms.rmse_slope / rmse;
   }
-  row.power = slope * problem.power_slope;
+  row.power = slope * problem.terms.power_slope;
   return row;
 }
 
@@ -195,8 +200,8 @@ template <class T>
 EMBKERN_DEVICE bool left_range(const LossProblem<T>& problem, const float* sums, float target_norm) {
   constexpr float kLargest = 1e20f, kSmallest = 1e-20f;
   const auto left = [](float sum, float smallest) { return !(sum >= smallest && sum <= kLargest); };
-  bool result = left(sums[kErrorSquare], problem.rmse_weight != 0 ? kSmallest : 0);
-  if (problem.cosine_weight != 0)
+  bool result = left(sums[kErrorSquare], problem.terms.rmse_weight != 0 ? kSmallest : 0);
+  if (problem.terms.cosine_weight != 0)
     result |= left(sums[kOutputSquare], kSmallest) ||
               left(problem.target_norm ? target_norm * target_norm : sums[kTargetSquare], kSmallest);
   return result;
@@ -307,9 +312,13 @@ struct Share {
 };
 
 // Vectors of each tensor that a thread holds: as many as 128 registers allow. The power term keeps a slope per
-// element beside them, single elements an address.
+// element beside them, and single elements have an address each.
 template <class T, bool kWithPower, bool kAligned>
-constexpr int kHeldVectors = !kAligned ? 3 : !kWithPower ? 8 : sizeof(T) == 4 ? 6 : 4;
+constexpr int kHeldVectors = !kWithPower      ? 8
+                             : sizeof(T) == 4 ? 6
+                                              : 4;
+template <class T, bool kWithPower>
+constexpr int kHeldVectors<T, kWithPower, false> = kWithPower && sizeof(T) == 2 ? 1 : 3;
 
 template <class T, bool kWithPower, bool kAligned>
 constexpr int kHeldElements = kHeldVectors<T, kWithPower, kAligned> * kVector<T>;
@@ -422,7 +431,7 @@ EMBKERN_DEVICE RowResult<double> wide_row(const LossProblem<T>& problem, int64_t
     double error = row.error * (y - x);
     if constexpr (kWithPower) {
       float slope;
-      power_of_error<T>(static_cast<float>(y) - static_cast<float>(x), problem.alpha, slope);
+      power_of_error<T>(static_cast<float>(y) - static_cast<float>(x), problem.terms.alpha, slope);
       error += row.power * slope;
     }
     if (problem.grad_output)
@@ -483,7 +492,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int chunk = 0;;) {
       held.load(share, problem.output + offset, problem.target + offset, chunk);
       held.add_to(sums, share, chunk);
-      if constexpr (kWithPower) sums[kPower] += held.take_powers(share, chunk, problem.alpha);
+      if constexpr (kWithPower) sums[kPower] += held.take_powers(share, chunk, problem.terms.alpha);
       if (chunk == last_chunk) break;
       chunk += chunk_width;
     }
@@ -502,7 +511,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         if (chunk == 0) break;
         chunk -= chunk_width;
         held.load(share, problem.output + offset, problem.target + offset, chunk);
-        if constexpr (kWithPower) held.take_powers(share, chunk, problem.alpha);
+        if constexpr (kWithPower) held.take_powers(share, chunk, problem.terms.alpha);
       }
     double loss = row.loss, square = row.square;
     if constexpr (kMayLeaveRange<T>)
@@ -526,7 +535,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   sum_over(batch, plan.threads, turn);
   if (thread != 0) return;
   if (plan.blocks == 1 && problem.loss) {
-    *problem.loss = loss_of(batch, problem.reduction, problem.rmse_weight);
+    *problem.loss = loss_of(batch, problem.reduction, problem.terms.rmse_weight);
   } else {
 #pragma unroll
     for (int i = 0; i < kBatchSums; ++i)
@@ -563,6 +572,21 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // ---------------------------------------------------------------------------------------------- host
+
+template <class T>
+LossTerms<acc_t<T>> make_terms(double cosine_weight, double mse_weight, double rmse_weight, double power_weight,
+                               double alpha, double eps, int64_t width) {
+  using A = acc_t<T>;
+  return {static_cast<A>(cosine_weight),
+          static_cast<A>(mse_weight),
+          static_cast<A>(rmse_weight),
+          static_cast<A>(power_weight),
+          static_cast<A>(alpha),
+          static_cast<A>(eps),
+          static_cast<A>(2 * mse_weight / width),
+          static_cast<A>(rmse_weight / width),
+          static_cast<A>(power_weight * alpha / width)};
+}
 
 constexpr char kOp[] = "cosine_mse";
 constexpr int kResidentThreads = 2 * kThreads;  // per multiprocessor, by the launch bounds
@@ -611,16 +635,19 @@ void cosine_mse(const LossProblem<T>& problem, double* scratch, const Device& de
   using A = acc_t<T>;
   LossPlan plan{};
   if (problem.count > 0) {
-    const RowsKernel<T> without_power = rows_kernel<T, false>(problem.aligned);
+    const int64_t row_bytes = static_cast<int64_t>(problem.width) * sizeof(T);
+    const bool all_aligned = aligned(problem.output, row_bytes) && aligned(problem.target, row_bytes) &&
+                             aligned(problem.grad_output, row_bytes) && aligned(problem.grad_target, row_bytes);
+    const RowsKernel<T> without_power = rows_kernel<T, false>(all_aligned);
     const RowsKernel<T> rows =
-        problem.power_weight == 0 ? without_power : rows_kernel<T, true>(problem.aligned);
+        problem.terms.power_weight == 0 ? without_power : rows_kernel<T, true>(all_aligned);
     plan = plan_rows(problem.count, problem.width, rows.held, device);
     plan.before = {scratch, 0};
     plan.after = {scratch + kBatchSums * most_blocks(device), plan.blocks};
     const bool totals = problem.reduction == kMean && (problem.grad_output || problem.grad_target);
-    if (totals && problem.rmse_weight != 0) {
+    if (totals && problem.terms.rmse_weight != 0) {
       LossProblem<T> squares = problem;
-      squares.cosine_weight = squares.power_weight = 0;
+      squares.terms.cosine_weight = squares.terms.power_weight = 0;
       squares.grad_output = squares.grad_target = nullptr;
       squares.loss = nullptr;
       LossPlan pass = plan_rows(problem.count, problem.width, without_power.held, device);
@@ -637,7 +664,7 @@ void cosine_mse(const LossProblem<T>& problem, double* scratch, const Device& de
   }
   if (problem.reduction != kNone && plan.blocks != 1)
     launch(kOp, cosine_mse_loss_kernel<A>, 1, kThreads, kSumsBytes, stream, plan.after, problem.reduction,
-           problem.rmse_weight, problem.loss);
+           problem.terms.rmse_weight, problem.loss);
 }
 
 }  // namespace embkern::cuda

@@ -7,31 +7,18 @@ What only a GPU can show (nvcc's code, timing) they do not.
 
 from __future__ import annotations
 
-import os
-import shutil
 import struct
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.cpp_extension import include_paths
 
 from ..conftest import assert_no_worse_than
+from .emulated import DTYPES, MARKS, ORDERS, Outputs, build, build_sanitized, serialised, start
 
-ROOT = Path(__file__).parents[2]
-SOURCES = Path(__file__).parent / "emulator"
-COMPILER = shutil.which(os.environ.get("CXX", "g++"))
-pytestmark = [
-    pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler (g++, or CXX)"),
-    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the emulator uses ucontext"),
-]
-
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
+pytestmark = MARKS
 HOPPER_SHARED, SMALL_SHARED = 227 * 1024, 48 * 1024
 
 
@@ -66,50 +53,29 @@ class Call:
             *(DTYPES[self.dtype], self.ids_dtype == torch.int64, self.N, self.V, self.r, self.H, self.offset),
             *(self.misaligned, self.multiprocessors, self.shared, ORDERS[self.order]),
         )
-        tensors = [self.ids, self.codes, self.basis] + ([self.shift] if self.offset else [])
-        data = (t.contiguous().view(torch.uint8).numpy().tobytes() if t.numel() else b"" for t in tensors)
-        return struct.pack("<11qd", *map(int, header), self.scale) + b"".join(data)
+        tensors = serialised(self.ids, self.codes, self.basis, self.shift)
+        return struct.pack("<11qd", *map(int, header), self.scale) + tensors
 
     def plain(self, dtype: torch.dtype) -> torch.Tensor:
         rows = F.embedding(self.ids, self.codes.to(dtype)) @ self.basis.to(dtype)
         return self.scale * (rows if self.shift is None else rows + self.shift.to(dtype))
 
 
-def build(folder: Path, *flags: str) -> Path:
-    program = folder / "emulator"
-    includes = [SOURCES, ROOT / "csrc", *include_paths()]
-    command = [COMPILER, "-std=c++17", "-Wall", "-Wno-unknown-pragmas", "-fno-strict-aliasing", *flags]
-    command += [f"-I{each}" for each in includes]
-    subprocess.run([*command, str(SOURCES / "main.cpp"), "-o", str(program)], check=True)
-    return program
-
-
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("emulator"), "-O1")
+    return build("gather_project", tmp_path_factory.mktemp("emulator"))
 
 
 @pytest.fixture(scope="module")
 def sanitized_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sanitized")
-    try:
-        return build(folder, "-O1", "-fsanitize=address,alignment", "-fno-sanitize-recover=alignment")
-    except subprocess.CalledProcessError:
-        pytest.skip("the compiler has no address sanitizer")
+    return build_sanitized("gather_project", tmp_path_factory.mktemp("sanitized"))
 
 
 def run(program: Path, calls: list[Call], folder: Path) -> list[torch.Tensor]:
-    (folder / "in").write_bytes(b"".join(call.serialised() for call in calls))
-    done = subprocess.run([str(program), folder / "in", folder / "out"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    data, outputs = bytearray((folder / "out").read_bytes()), []
-    for call in calls:
-        count = call.N * call.H
-        size = count * call.dtype.itemsize
-        outputs.append(torch.frombuffer(data[:size], dtype=call.dtype, count=count).view(call.N, call.H))
-        data = data[size:]
-    assert not data
-    return outputs
+    outputs = Outputs(program, (call.serialised() for call in calls), folder)
+    tensors = [outputs.take(call.dtype, call.N, call.H) for call in calls]
+    assert not outputs.data
+    return tensors
 
 
 def check(program: Path, calls: list[Call], folder: Path) -> None:
@@ -200,7 +166,6 @@ def test_no_access_out_of_bounds(sanitized_program, tmp_path):
 @pytest.mark.parametrize("bad", [-1, 41, 2**40])
 @pytest.mark.parametrize("N", [3, 40])
 def test_an_id_out_of_range_ends_the_kernel(program, N, bad, tmp_path):
-    (tmp_path / "in").write_bytes(Call(torch.bfloat16, N, 16, 24, bad_id=bad).serialised())
-    done = subprocess.run([str(program), tmp_path / "in", tmp_path / "out"], capture_output=True, text=True)
+    done = start(program, [Call(torch.bfloat16, N, 16, 24, bad_id=bad).serialised()], tmp_path)
     assert done.returncode == 3
     assert "ids: expected 0 <= id < V" in done.stderr

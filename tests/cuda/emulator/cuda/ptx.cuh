@@ -33,6 +33,11 @@ void store_16(void* to, const Vector& vector, int line = __builtin_LINE()) {
   *static_cast<Vector*>(to) = vector;
 }
 
+template <class Vector>
+Vector forget(Vector vector) {
+  return vector;
+}
+
 // The bytes are taken now and arrive when their group is waited for: the latest moment the ISA allows. Until
 // then the target is NaN: the earliest moment at which its old content may be gone.
 inline void copy_async_16(void* shared, const void* global, bool valid, int line = __builtin_LINE()) {
@@ -161,6 +166,38 @@ A shuffle_xor(A value, int mask, int line = __builtin_LINE()) {
   Machine::instance().wait(State::kAtWarpInstruction, line, shuffle_lanes<A>, &arguments);
   return arguments.received;
 }
+
+inline void any_lane(void* const (&lanes)[emulator::kWarp]) {
+  bool any = false;
+  for (void* lane : lanes) any |= *static_cast<bool*>(lane);
+  for (void* lane : lanes) *static_cast<bool*>(lane) = any;
+}
+
+inline bool any(bool condition, int line = __builtin_LINE()) {
+  Machine::instance().wait(State::kAtWarpInstruction, line, any_lane, &condition);
+  return condition;
+}
+
+// The special function unit's worst: the exact value moved to the nearest multiple of twice the error bound.
+inline float approximated(double exact, double bound) {
+  return static_cast<float>(std::nearbyint(exact / (2 * bound)) * (2 * bound));
+}
+
+inline float relatively_approximated(double exact, double bound) {
+  if (exact == 0 || !std::isfinite(exact)) return static_cast<float>(exact);
+  const float value = approximated(exact, std::ldexp(bound, std::ilogb(exact)));
+  return std::fabs(value) < 0x1p-126f ? 0.f : value;
+}
+
+inline float log2_approximate(float value) {
+  const double exact = std::log2(static_cast<double>(value));
+  return value > 0.5f && value < 2 ? approximated(exact, 0x1p-22) : relatively_approximated(exact, 0x1p-22);
+}
+
+inline float exp2_approximate(float value) {
+  return relatively_approximated(std::exp2(double{value}), 0x1p-22);
+}
+inline float reciprocal_approximate(float value) { return relatively_approximated(1.0 / value, 0x1p-23); }
 
 inline void sync_block(int line = __builtin_LINE()) { Machine::instance().wait(State::kAtBlockBarrier, line); }
 inline void sync_warp(int line = __builtin_LINE()) {

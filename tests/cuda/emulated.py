@@ -1,0 +1,70 @@
+"""Builds and runs the programs of tests/cuda/emulator, one per op."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.cpp_extension import include_paths
+
+ROOT = Path(__file__).parents[2]
+SOURCES = Path(__file__).parent / "emulator"
+COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+MARKS = [
+    pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler (g++, or CXX)"),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the emulator uses ucontext"),
+]
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
+
+
+def build(op: str, folder: Path, *flags: str) -> Path:
+    """Compile the program of ``op``."""
+    program = folder / op
+    includes = [SOURCES, ROOT / "csrc", *include_paths()]
+    command = [COMPILER, "-std=c++17", "-Wall", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-O1", *flags]
+    command += [f"-I{each}" for each in includes]
+    subprocess.run([*command, str(SOURCES / f"{op}.cpp"), "-o", str(program)], check=True)
+    return program
+
+
+def build_sanitized(op: str, folder: Path) -> Path:
+    """Compile it with AddressSanitizer, which also checks alignment."""
+    try:
+        return build(op, folder, "-fsanitize=address,alignment", "-fno-sanitize-recover=alignment")
+    except subprocess.CalledProcessError:
+        pytest.skip("the compiler has no address sanitizer")
+
+
+def start(program: Path, calls: Iterable[bytes], folder: Path) -> subprocess.CompletedProcess:
+    """Run serialised calls; the outputs are in the file ``out``."""
+    (folder / "in").write_bytes(b"".join(calls))
+    return subprocess.run([str(program), folder / "in", folder / "out"], capture_output=True, text=True)
+
+
+def serialised(*tensors: torch.Tensor | None) -> bytes:
+    """Return the bytes of the tensors that there are."""
+    given = [each for each in tensors if each is not None and each.numel()]
+    return b"".join(each.reshape(-1).view(torch.uint8).numpy().tobytes() for each in given)
+
+
+class Outputs:
+    """What a run has written, read tensor by tensor."""
+
+    def __init__(self, program: Path, calls: Iterable[bytes], folder: Path) -> None:
+        done = start(program, calls, folder)
+        assert done.returncode == 0, done.stderr
+        self.data = bytearray((folder / "out").read_bytes())
+
+    def take(self, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        """Return the next tensor."""
+        size = torch.Size(shape).numel() * dtype.itemsize
+        taken, self.data = self.data[:size], self.data[size:]
+        return torch.frombuffer(taken, dtype=dtype).view(shape) if size else torch.empty(shape, dtype=dtype)
