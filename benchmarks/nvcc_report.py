@@ -28,8 +28,8 @@ from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-# Prefixes of SASS opcodes: tensor cores, ldmatrix, cp.async, 16-byte loads and stores, local memory.
-INSTRUCTIONS = ("HMMA", "LDSM", "LDGSTS", "LDG.E.128", "STG.E.128", "LDL", "STL")
+# Prefixes of SASS opcodes: tensor cores, ldmatrix, cp.async, 16-byte loads and stores, local memory, atomics.
+INSTRUCTIONS = ("HMMA", "LDSM", "LDGSTS", "LDG.E.128", "STG.E.128", "LDL", "STL", "ATOM", "RED.")
 
 
 @dataclass
@@ -69,16 +69,16 @@ def compile_source(source: Path, architecture: str) -> list[Kernel]:
     if nvcc is None:
         raise RuntimeError("nvcc not found: set CUDA_HOME or PATH")
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernels.cubin"
-        command = [nvcc, "-cubin", f"-arch={architecture}", "-std=c++17", "-O3", "-Xptxas", "-v"]
+        compiled = Path(folder) / "kernels.o"  # with the host's code, where nvcc may stumble too
+        command = [nvcc, "-c", f"-arch={architecture}", "-std=c++17", "-O3", "-Xptxas", "-v"]
         command += [*COMMON_NVCC_FLAGS, "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
         command += [f"-I{each}" for each in (ROOT / "csrc", *include_paths())]
-        done = subprocess.run([*command, str(source), "-o", str(cubin)], capture_output=True, text=True)
+        done = subprocess.run([*command, str(source), "-o", str(compiled)], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
         kernels = _resources(done.stdout + done.stderr, source.name, architecture)
         if cuobjdump := find_cuobjdump():
-            _count_instructions(kernels, cuobjdump, cubin)
+            _count_instructions(kernels, cuobjdump, compiled)
     names = _readable([kernel.name for kernel in kernels])
     for kernel, name in zip(kernels, names, strict=True):
         kernel.name = name
@@ -101,8 +101,8 @@ def _resources(ptxas: str, source: str, architecture: str) -> list[Kernel]:
     return kernels
 
 
-def _count_instructions(kernels: list[Kernel], cuobjdump: str, cubin: Path) -> None:
-    sass = subprocess.run([cuobjdump, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+def _count_instructions(kernels: list[Kernel], cuobjdump: str, compiled: Path) -> None:
+    sass = subprocess.run([cuobjdump, "-sass", compiled], capture_output=True, text=True, check=True).stdout
     functions = re.split(r"Function : (\S+)", sass)[1:]
     for name, body in zip(functions[::2], functions[1::2], strict=True):
         opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)", body, re.MULTILINE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from benchmarks.nvcc_report import ARCHITECTURES, Kernel, find_cuobjdump, find_nvcc, report
@@ -23,15 +25,18 @@ def test_every_kernel_compiles_without_spills(kernels):
 
 @pytest.mark.skipif(find_cuobjdump() is None, reason="needs cuobjdump (the toolkit's or triton's)")
 def test_the_instructions_that_are_meant(kernels):
-    """Tensor cores, ldmatrix, cp.async and 16-byte accesses: none of them lost to a generic path."""
+    """Tensor cores, ldmatrix, cp.async and 16-byte accesses, none lost to a generic path; no atomics."""
     for architecture in ARCHITECTURES:
         of_architecture = [kernel for kernel in kernels if kernel.architecture == architecture]
         for part, instructions, count in (
             ("TensorCoreProduct", ("HMMA", "LDSM", "LDGSTS", "STG.E.128"), 4),
             ("FmaProduct", ("LDGSTS", "STG.E.128"), 4),
             ("decode", ("LDG.E.128",), 12),
+            (r"cosine_mse_rows_kernel<\w+, \w+, true>", ("LDG.E.128", "STG.E.128"), 8),
+            (r"cosine_mse_rows_kernel<\w+, \w+, false>", (), 8),
+            ("cosine_mse_(loss|weights)_kernel", (), 4),
         ):
-            matching = [kernel for kernel in of_architecture if part in kernel.name]
+            matching = [kernel for kernel in of_architecture if re.search(part, kernel.name)]
             assert len(matching) == count, [kernel.name for kernel in of_architecture]
             for kernel in matching:
                 for instruction in instructions:
@@ -39,3 +44,4 @@ def test_the_instructions_that_are_meant(kernels):
                 assert kernel.instructions["LDL"] == kernel.instructions["STL"] == 0, (
                     f"local memory: {kernel}"
                 )
+                assert kernel.instructions["ATOM"] == kernel.instructions["RED."] == 0, f"atomics: {kernel}"
