@@ -251,7 +251,7 @@ class Step {
     T* codes = codes_.resize(count * stride_);
     T* output = output_.resize(count * p_.width);
     T* grad_codes = grad_codes_.resize(count * stride_);
-    const int64_t share = (count + threads_ - 1) / threads_;
+    const int64_t share = std::max<int64_t>(1, (count + threads_ - 1) / threads_);
     const int64_t size = std::min(block_rows_, round_up(share, kTileRows / 3));
     run_tasks((count + size - 1) / size, [&](int64_t task) {
       Block block;

@@ -7,16 +7,38 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from embkern.ops import cosine_mse_loss, reference
+from embkern.ops import cosine_mse_loss, library, reference
 
 from ..conftest import assert_no_worse_than, compile_counting
 
 OP = "cosine_mse"
 
 
-def plain(y, x, cosine_weight=1.0, mse_weight=1.0, row_weight=None):
-    rows = cosine_weight * (1 - F.cosine_similarity(x, y, dim=-1)) + mse_weight * (x - y).square().mean(-1)
-    return rows.mean() if row_weight is None else (row_weight * rows).sum() / row_weight.sum()
+TERMS = {
+    "cosine and mse": dict(),
+    "all": dict(cosine_weight=0.7, mse_weight=0.3, rmse_weight=0.2, power_weight=0.4, alpha=0.6),
+    "cosine": dict(cosine_weight=0.2, mse_weight=0.0),
+    "mse": dict(cosine_weight=0.0, mse_weight=3.0),
+    "rmse": dict(cosine_weight=0.0, mse_weight=0.0, rmse_weight=1.5),
+    "power": dict(cosine_weight=0.0, mse_weight=0.0, power_weight=1.0, alpha=0.1),
+}
+DEFAULTS = dict(cosine_weight=1.0, mse_weight=1.0, rmse_weight=0.0, power_weight=0.0, alpha=1.0)
+
+
+def plain(y, x, row_weight=None, reduction="mean", **terms):
+    """The formula of the docstring in the torch functions that a user would write it with."""
+    chosen = {**DEFAULTS, **terms}
+    w = torch.ones_like(y[..., 0]) if row_weight is None else row_weight
+    mse = (y - x).square().mean(-1)
+    rows = chosen["cosine_weight"] * (1 - F.cosine_similarity(x, y, dim=-1)) + chosen["mse_weight"] * mse
+    if chosen["power_weight"]:
+        rows = rows + chosen["power_weight"] * ((y - x).abs() + 1e-10).pow(chosen["alpha"]).mean(-1)
+    if reduction == "mean":
+        loss = (w * rows).sum() / w.sum()
+        weight = chosen["rmse_weight"]
+        return loss + weight * ((w * mse).sum() / w.sum()).sqrt() if weight else loss
+    rows = w * (rows + chosen["rmse_weight"] * mse.sqrt() if chosen["rmse_weight"] else rows)
+    return rows.sum() if reduction == "sum" else rows
 
 
 def rows(N, H, dtype=torch.float32, device="cpu"):
@@ -26,18 +48,26 @@ def rows(N, H, dtype=torch.float32, device="cpu"):
 
 @pytest.mark.parametrize("shape", [(32, 384), (7, 33), (1, 1), (129, 768)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("terms", ["cosine and mse", "rmse", "power"])
 @pytest.mark.usefixtures("poisoned")
-def test_loss_and_gradients_are_no_worse_than_plain_torch(backend, device, shape, dtype):
-    pair = rows(*shape, dtype, device)
+def test_loss_and_gradients_are_no_worse_than_plain_torch(backend, device, shape, dtype, terms):
+    output, target = rows(*shape, device=device)
+    if (
+        terms == "power"
+    ):  # its slope is infinite at 0: there the rounding of the inputs decides, not the kernel
+        error = output - target
+        output = target + torch.where(error < 0, error - 0.1, error + 0.1)
+    pair = (output.to(dtype), target.to(dtype))
     weight = torch.rand(shape[0], device=device) + 0.1
     results = []
     for function, cast in (
-        (lambda *a, row_weight: cosine_mse_loss(*a, row_weight=row_weight, backend=backend), dtype),
-        (lambda *a, row_weight: plain(*a, row_weight=row_weight), dtype),
-        (lambda *a, row_weight: plain(*a, row_weight=row_weight), torch.float64),
+        (lambda *a, **k: cosine_mse_loss(*a, **k, backend=backend), dtype),
+        (plain, dtype),
+        (plain, torch.float64),
     ):
         leaves = [each.to(cast, copy=True).requires_grad_() for each in pair]
-        loss = function(*leaves, row_weight=weight.to(cast) if cast == torch.float64 else weight)
+        w = weight.to(cast) if cast == torch.float64 else weight
+        loss = function(*leaves, row_weight=w, **TERMS[terms])
         loss.backward()
         results.append([loss.detach(), *(leaf.grad for leaf in leaves)])
     assert results[0][0].dtype == torch.float32
@@ -47,17 +77,80 @@ def test_loss_and_gradients_are_no_worse_than_plain_torch(backend, device, shape
             assert_no_worse_than(ours, native, exact, tiny)
 
 
-@pytest.mark.parametrize(("cosine_weight", "mse_weight"), [(1.0, 1.0), (0.2, 0.0), (0.0, 3.0)])
+@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("weighted", [True, False])
-def test_gradcheck(backend, device, cosine_weight, mse_weight, weighted):
+def test_gradcheck(backend, device, terms, reduction, weighted):
     pair = [each.requires_grad_() for each in rows(5, 4, torch.float64, device)]
     weight = torch.rand(5, dtype=torch.float64, device=device) if weighted else None
-    assert torch.autograd.gradcheck(
-        lambda y, x: cosine_mse_loss(
-            y, x, cosine_weight=cosine_weight, mse_weight=mse_weight, row_weight=weight, backend=backend
-        ),
-        pair,
-    )
+    options = dict(row_weight=weight, reduction=reduction, **TERMS[terms])
+    assert torch.autograd.gradcheck(lambda y, x: cosine_mse_loss(y, x, **options, backend=backend), pair)
+    detached = [each.detach() for each in pair]
+    assert_close(cosine_mse_loss(*detached, **options, backend=backend), plain(*detached, **options))
+
+
+def test_a_known_norm_of_the_target_changes_nothing(backend, device):
+    output, target = rows(6, 40, device=device)
+    output.requires_grad_()
+    results = []
+    for norm in (None, target.norm(dim=-1)):
+        loss = cosine_mse_loss(output, target, target_norm=norm, backend=backend)
+        results.append((loss, *torch.autograd.grad(loss, output)))
+    for known, computed in zip(*results, strict=True):
+        assert_close(known, computed)
+    with pytest.raises(ValueError, match="target_norm: expected None where target requires a gradient"):
+        cosine_mse_loss(output, target.requires_grad_(), target_norm=norm, backend=backend)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("norms", [(1e-20, 1e20), (1e20, 1e20), (1e20, 1e-20), (1e-18, 1e-18)], ids=str)
+def test_norms_near_the_ends_of_fp32(backend, device, norms, reduction):
+    output, target = rows(4, 64, device=device)
+    pair = [(norm / 8 * each).requires_grad_() for norm, each in zip(norms, (output, target), strict=True)]
+    wide = [each.detach().double().requires_grad_() for each in pair]
+    for terms in (dict(mse_weight=0.0), dict(cosine_weight=0.0, mse_weight=0.0, rmse_weight=1.0)):
+        options = dict(eps=1e-37, reduction=reduction, backend=backend, **terms)
+        loss = cosine_mse_loss(*pair, **options)
+        exact = cosine_mse_loss(*wide, **{**options, "backend": "torch"})
+        assert_close(loss.double(), exact, rtol=1e-5, atol=0)
+        grads = torch.autograd.grad(loss.sum(), pair)
+        for got, expected in zip(grads, torch.autograd.grad(exact.sum(), wide), strict=True):
+            assert_close(
+                got.double() / expected.abs().max(), expected / expected.abs().max(), rtol=0, atol=1e-5
+            )
+
+
+def test_the_gradient_of_the_mean_survives_fp16(backend, device):
+    output, target = rows(2048, 32, torch.float16, device)
+    output.requires_grad_()
+    loss = cosine_mse_loss(output, target, cosine_weight=0.0, mse_weight=1e-3, backend=backend)
+    (got,) = torch.autograd.grad(65536 * loss, output)  # as a loss scaler does; unscaled it would be 0
+    exact = 65536 * 1e-3 * 2 * (output.detach().double() - target.double()) / output.numel()
+    assert_close(got.double(), exact, rtol=2e-3, atol=1e-6)
+
+
+def test_a_kept_graph_gives_the_same_gradient_twice(backend, device):
+    output, target = rows(6, 8, device=device)
+    output.requires_grad_()
+    for scale in (1, 3):
+        loss = scale * cosine_mse_loss(output, target, backend=backend)
+        (first,) = torch.autograd.grad(loss, output, retain_graph=True)
+        kept = first.clone()
+        (second,) = torch.autograd.grad(loss, output, retain_graph=True)
+        second.mul_(0)  # a gradient is its caller's own
+        (third,) = torch.autograd.grad(loss, output)
+        assert torch.equal(first, kept)
+        assert torch.equal(third, kept)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_an_upstream_gradient_of_every_reduction(backend, device, reduction):
+    pair = [each.requires_grad_() for each in rows(6, 8, torch.float64, device)]
+    incoming = torch.rand(6 if reduction == "none" else (), dtype=torch.float64, device=device)
+    got = torch.autograd.grad(cosine_mse_loss(*pair, reduction=reduction, backend=backend), pair, incoming)
+    expected = torch.autograd.grad(plain(*pair, reduction=reduction), pair, incoming)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert_close(ours, theirs)
 
 
 def test_an_upstream_gradient_scales_the_gradient(backend, device):
@@ -81,6 +174,14 @@ def test_zero_rows_are_defined(backend, device):
     assert torch.isfinite(output.grad).all()
     assert torch.equal(output.grad[0], torch.zeros_like(output.grad[0]))
     assert_close(output.grad[1], (-1 / 1e-6 / 3 - 2 / 4 / 3) * target[1])
+
+
+@pytest.mark.parametrize("terms", TERMS)
+def test_identical_rows_have_no_gradient(backend, device, terms):
+    _, target = rows(3, 16, torch.float64, device)
+    output = target.clone().requires_grad_()
+    cosine_mse_loss(output, target, **TERMS[terms], backend=backend).backward()
+    assert_close(output.grad, torch.zeros_like(output), rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize(("factor", "distance"), [(1.0, 0.0), (3.0, 0.0), (-2.0, 2.0)])
@@ -139,6 +240,13 @@ def test_non_contiguous_arguments(backend, device):
         (dict(row_weight=torch.ones(3, requires_grad=True)), ValueError, "row_weight: .* without gradient"),
         (dict(output=torch.zeros(3, 0), target=torch.zeros(3, 0)), ValueError, "H >= 1"),
         (dict(eps=0.0), ValueError, "eps: expected at least 1.18e-38, got 0.0"),
+        (dict(alpha=0.0), ValueError, "alpha: expected a positive number, got 0.0"),
+        (
+            dict(reduction="batchmean"),
+            ValueError,
+            "reduction: expected one of none, mean, sum, got 'batchmean'",
+        ),
+        (dict(target_norm=torch.ones(4)), ValueError, r"target_norm: expected shape \(3,\), got \(4,\)"),
         (dict(eps=1e-46), ValueError, "eps: expected at least 1.18e-38, got 1e-46"),
         (dict(backend="eager"), ValueError, "backend: expected one of"),
     ],
@@ -157,14 +265,16 @@ def test_no_dtype_change_under_autocast(backend, device):
     assert_close(loss, cosine_mse_loss(output, target, backend=backend))
 
 
-def test_raw_ops_pass_opcheck(native):
+def test_raw_op_passes_opcheck(native):
     output, target = rows(5, 8)
-    ops, scalars = torch.ops.embkern, (1.0, 1.0, 1e-8)
-    for weight in (torch.rand(5), None):
-        torch.library.opcheck(ops.cosine_mse_forward.native, (output, target, weight, *scalars))
-        _, stats = ops.cosine_mse_forward.native(output, target, weight, *scalars)
-        arguments = (torch.tensor(1.0), output, target, weight, stats, *scalars)
-        torch.library.opcheck(ops.cosine_mse_backward.native, arguments)
+    op = torch.ops.embkern.cosine_mse_forward.native
+    for weight, norm, grad_loss, reduction in (
+        (torch.rand(5), None, torch.tensor(2.0), reference.MEAN),
+        (None, target.norm(dim=1), torch.rand(5), reference.NONE),
+    ):
+        for needs in ((True, True), (False, False)):
+            arguments = (output, target, weight, norm, grad_loss, reduction, 1.0, 1.0, 0.5, 0.5, 0.7, 1e-8)
+            torch.library.opcheck(op, (*arguments, *needs))
 
 
 def test_the_same_bits_for_any_number_of_threads(native):
@@ -214,12 +324,20 @@ def test_a_second_derivative_is_refused_not_dropped(backend, device):
         torch.func.grad(lambda y: inner(y).square().sum())(output.detach())
 
 
-def test_reference_backward_is_autograd_of_its_forward():
-    output, target = rows(6, 8, torch.float64)
-    leaf = output.clone().requires_grad_()
-    loss, stats = reference.cosine_mse_forward(leaf, target, None, 0.7, 0.3, 1e-8)
-    loss.backward()
-    got = reference.cosine_mse_backward(
-        torch.ones_like(loss), output, target, None, stats.detach(), 0.7, 0.3, 1e-8
-    )
-    assert_close(got, leaf.grad)
+@pytest.mark.parametrize(("alpha", "largest"), [(0.1, 30), (0.55, 30), (1.0, 30), (2.0, 18)])
+def test_every_instruction_set_computes_the_power_term(native, alpha, largest):
+    before = library.cpu_capability()
+    sign = torch.tensor([1.0, -1.0]).repeat(2050)[:4099]  # a tail of every vector length
+    output = (torch.logspace(-12, largest, 4099) * sign)[None]
+    output[0, 7] = 0
+    wide = output.double().requires_grad_()
+    (expected,) = torch.autograd.grad((wide.abs() + 1e-10).pow(alpha).mean(), wide)
+    try:
+        for level in library.CPU_CAPABILITIES[: library.CPU_CAPABILITIES.index(before) + 1]:
+            library.cpu_capability(level)
+            leaf = output.clone().requires_grad_()
+            terms = dict(cosine_weight=0.0, mse_weight=0.0, power_weight=1.0, alpha=alpha)
+            cosine_mse_loss(leaf, torch.zeros_like(leaf), **terms, backend=native).backward()
+            assert_close(leaf.grad.double(), expected, rtol=1e-6, atol=0)
+    finally:
+        library.cpu_capability(before)

@@ -1,0 +1,333 @@
+"""autoencoder_loss: numbers against float64, gradients, both forms, edge rows, bad input, determinism."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from embkern.ops import autoencoder_loss, cosine_mse_loss, library
+from embkern.ops.reference import MEAN
+
+from ..conftest import assert_no_worse_than, compile_counting, relative_error
+
+OP = "autoencoder"
+# One batch that is not cut, and one of several chunks of blocks; neither fits a tile.
+SHAPES = [(45, 33, 7), (1031, 80, 19)]
+NAMES = ("encoder_weight", "encoder_bias", "codes", "basis", "offset")
+
+
+def problem(N, H, r, dtype=torch.float32, device="cpu", fit=None):
+    """Rows and parameters whose loss and gradients are of order 1; ``fit``: |x - y| / |x| of every row."""
+    draw = lambda *shape: torch.randn(*shape, dtype=torch.float64)  # noqa: E731
+    basis, offset, codes = draw(r, H) / r**0.5, 0.1 * draw(H), draw(N, r)
+    target = draw(N, H)
+    if fit is not None:
+        target = codes @ basis + offset + fit * draw(N, H)
+    parameters = dict(
+        encoder_weight=draw(r, H) / H**0.5,
+        encoder_bias=0.1 * draw(r),
+        codes=codes,
+        basis=basis,
+        offset=offset,
+    )
+    return target.to(device, dtype), {k: v.to(device, dtype) for k, v in parameters.items()}
+
+
+def loss_and_gradients(loss_of, target, parameters, names, dtype):
+    leaves = {name: parameters[name].to(dtype).clone().requires_grad_() for name in names}
+    loss = loss_of(target.to(dtype), **leaves)
+    return [loss.detach(), *torch.autograd.grad(loss, list(leaves.values()))]
+
+
+def composed(target, basis, offset=None, codes=None, encoder_weight=None, encoder_bias=None, **options):
+    """The formula of the docstring."""
+    if codes is None:
+        codes = torch.nn.functional.linear(target, encoder_weight, encoder_bias)
+    output = codes @ basis if offset is None else codes @ basis + offset
+    return cosine_mse_loss(output, target, backend="torch", **options)
+
+
+FORMS = {
+    "encoder": ("encoder_weight", "encoder_bias", "basis", "offset"),
+    "encoder without biases": ("encoder_weight", "basis"),
+    "codes": ("codes", "basis", "offset"),
+    "codes without offset": ("codes", "basis"),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("options", ["", "weights", "known norms", "sum", "rmse", "power"])
+@pytest.mark.usefixtures("poisoned")
+def test_no_worse_than_plain_torch(backend, device, shape, form, options):
+    target, parameters = problem(*shape, device=device)
+    chosen = {
+        "": dict(),
+        "weights": dict(row_weight=torch.rand(shape[0], device=device)),
+        "known norms": dict(target_norm=target.norm(dim=1)),
+        "sum": dict(reduction="sum", rmse_weight=0.2),
+        "rmse": dict(rmse_weight=0.7, mse_weight=0.0),
+        "power": dict(power_weight=0.5, alpha=1.0),  # smaller ones amplify the rounding of y where y = x
+    }[options]
+
+    def cast(dtype):
+        return {k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in chosen.items()}
+
+    names = FORMS[form]
+    ours = loss_and_gradients(
+        lambda x, **p: autoencoder_loss(x, **p, **cast(torch.float32), backend=backend),
+        target, parameters, names, torch.float32,
+    )  # fmt: skip
+    plain, exact = (
+        loss_and_gradients(
+            lambda x, dtype=dtype, **p: composed(x, **p, **cast(dtype)), target, parameters, names, dtype
+        )
+        for dtype in (torch.float32, torch.float64)
+    )
+    for got, native, expected in zip(ours, plain, exact, strict=True):
+        assert_no_worse_than(got, native, expected, tiny=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("terms", ["all", "cosine and mse"])
+def test_gradcheck(backend, device, form, terms):
+    target, parameters = problem(6, 5, 3, torch.float64, device)
+    options = dict(rmse_weight=0.3, power_weight=0.4, alpha=0.7) if terms == "all" else {}
+    names = FORMS[form]
+    leaves = [parameters[name].requires_grad_() for name in names]
+    assert torch.autograd.gradcheck(
+        lambda *p: autoencoder_loss(target, **dict(zip(names, p, strict=True)), **options, backend=backend),
+        leaves,
+    )
+
+
+@pytest.mark.parametrize("form", ["encoder", "codes"])
+def test_the_gram_form_is_the_direct_form_in_float64(native, form):
+    # Large batches of cosine and squared error alone take the Gram form; an invisible power term forbids it.
+    target, parameters = problem(1031, 80, 19, torch.float64)
+    results = [
+        loss_and_gradients(
+            lambda x, power=power, **p: autoencoder_loss(x, **p, power_weight=power, backend=native),
+            target, parameters, FORMS[form], torch.float64,
+        )
+        for power in (0.0, 1e-30)
+    ]  # fmt: skip
+    for gram, direct in zip(*results, strict=True):
+        assert_close(gram, direct, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("fit", [1e-1, 1e-3, 1e-5])
+@pytest.mark.parametrize("N", [45, 1031])
+def test_a_good_fit_does_not_cancel(backend, device, fit, N):
+    target, parameters = problem(N, 80, 19, device=device, fit=fit)
+    names = FORMS["codes"]
+    got, exact = (
+        loss_and_gradients(
+            lambda x, **p: autoencoder_loss(x, **p, cosine_weight=0.0, backend=chosen),  # noqa: B023
+            target, parameters, names, dtype,
+        )
+        for dtype, chosen in ((torch.float32, backend), (torch.float64, "torch"))
+    )  # fmt: skip
+    # y itself is only exact to its own rounding, which is this much of the error that is left.
+    assert relative_error(got[0], exact[0]) <= 1e-5 + 1e-6 / fit
+
+
+def test_zero_and_extreme_rows_fall_back(backend, device):
+    target, parameters = problem(1031, 80, 19, device=device)
+    target[3] = 0
+    target[700] *= 1e18
+    target[701] *= 1e-18
+    names, options = FORMS["codes"], dict(mse_weight=0.0)
+    if backend == "triton":
+        pytest.skip("documented: the Gram form of the Triton backend is for norms whose squares fp32 holds")
+    ours = loss_and_gradients(
+        lambda x, **p: autoencoder_loss(x, **p, **options, backend=backend),
+        target, parameters, names, torch.float32,
+    )  # fmt: skip
+    plain, exact = (
+        loss_and_gradients(lambda x, **p: composed(x, **p, **options), target, parameters, names, dtype)
+        for dtype in (torch.float32, torch.float64)
+    )
+    for got, native, expected in zip(ours, plain, exact, strict=True):
+        assert_no_worse_than(got, native, expected, tiny=1e-6)
+
+
+@pytest.mark.parametrize("N", [45, 1031])
+def test_the_same_bits_for_any_number_of_threads(native, N):
+    target, parameters = problem(N, 80, 37)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(
+            loss_and_gradients(
+                lambda x, **p: autoencoder_loss(x, **p, backend=native),
+                target, parameters, FORMS["encoder"], torch.float32,
+            )
+        )  # fmt: skip
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_nan_row_reaches_the_loss(backend, device):
+    target, parameters = problem(45, 33, 7, device=device)
+    target[5, 5] = float("nan")
+    named = {name: parameters[name] for name in FORMS["codes"]}
+    codes = named["codes"].requires_grad_()
+    loss = autoencoder_loss(target, **named, backend=backend)
+    assert loss.isnan()
+    loss.backward()
+    finite = codes.grad.isfinite().all(1)
+    assert not finite[5]
+    assert finite[torch.arange(45, device=device) != 5].all()
+
+
+def test_no_rows(backend, device):
+    target, parameters = problem(0, 8, 3, device=device)
+    named = {name: parameters[name] for name in FORMS["codes"]}
+    assert autoencoder_loss(target, **named, backend=backend).isnan()
+    assert autoencoder_loss(target, **named, reduction="sum", backend=backend) == 0
+
+
+def test_no_reconstruction_is_kept(native):
+    target, parameters = problem(20000, 256, 8)
+    leaves = {name: parameters[name].requires_grad_() for name in FORMS["encoder"]}
+    with torch.profiler.profile(profile_memory=True) as profile:
+        autoencoder_loss(target, **leaves, backend=native).backward()
+    largest = max((event.self_cpu_memory_usage for event in profile.key_averages()), default=0)
+    assert largest < target.nbytes / 10, "torch's allocator saw something of the size of the table"
+
+
+def train(rows, order, batch_size, parameters, steps_before, rank, level=None, lr=1e-2):
+    moments = [torch.zeros_like(parameters) for _ in range(2)]
+    losses = torch.ops.embkern.autoencoder_train.native(
+        rows, order, batch_size, parameters, *moments, rank, steps_before, lr, 0.9, 0.999, 1e-8,
+        0.2, 0.1, 0.05, 0.01, 0.8, 1e-6,
+    )  # fmt: skip
+    return [losses, parameters, *moments]
+
+
+@pytest.mark.parametrize(("batch_size", "count"), [(32, 400), (1024, 1024), (600, 1000)])
+def test_training_steps_are_torch_adam_on_the_loss(native, batch_size, count):
+    H, r = 48, 13
+    rows = torch.randn(1024, H, dtype=torch.float64)
+    order = torch.randperm(len(rows))[:count]
+    start = 0.1 * torch.randn(2 * r * H + r + H, dtype=torch.float64)
+    got = train(rows, order, batch_size, start.clone(), 0, r)
+
+    flat = start.clone().requires_grad_()
+    optimizer, expected = torch.optim.Adam([flat], lr=1e-2), []
+    for ids in order.split(batch_size):
+        weight, bias, basis, offset = flat.split((r * H, r, r * H, H))
+        loss = composed(
+            rows[ids], basis.view(r, H), offset, encoder_weight=weight.view(r, H), encoder_bias=bias,
+            cosine_weight=0.2, mse_weight=0.1, rmse_weight=0.05, power_weight=0.01, alpha=0.8, eps=1e-6,
+        )  # fmt: skip
+        expected.append(loss.detach())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    state = optimizer.state[flat]
+    for ours, theirs in zip(
+        got, [torch.stack(expected), flat.detach(), state["exp_avg"], state["exp_avg_sq"]], strict=True
+    ):
+        assert_close(ours, theirs, rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch_size", [32, 700])
+def test_training_is_deterministic_for_any_number_of_threads(native, batch_size):
+    rows, start = torch.randn(1400, 96), 0.1 * torch.randn(2 * 40 * 96 + 40 + 96)
+    order = torch.randperm(1400)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        results.append(train(rows, order, batch_size, start.clone(), 0, 40))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_every_instruction_set_trains_alike(native):
+    before, results = library.cpu_capability(), []
+    rows, start = torch.randn(300, 50), 0.1 * torch.randn(2 * 9 * 50 + 9 + 50)
+    try:
+        for level in library.CPU_CAPABILITIES[: library.CPU_CAPABILITIES.index(before) + 1]:
+            library.cpu_capability(level)
+            results.append(train(rows, torch.arange(300), 32, start.clone(), 5, 9))
+    finally:
+        library.cpu_capability(before)
+    for other in results[1:]:
+        for ours, first in zip(other[:2], results[0][:2], strict=True):
+            assert_close(ours, first, rtol=1e-4, atol=1e-5)
+
+
+def test_training_refuses_an_id_out_of_range_untouched(native):
+    rows, start = torch.randn(10, 8), torch.randn(2 * 3 * 8 + 3 + 8)
+    parameters = start.clone()
+    with pytest.raises(IndexError, match="order: expected 0 <= id < 10, got 10 at position 1"):
+        train(rows, torch.tensor([0, 10]), 2, parameters, 0, 3)
+    assert torch.equal(parameters, start)
+
+
+def test_raw_op_passes_opcheck(native):
+    target, p = problem(6, 8, 3)
+    op = torch.ops.embkern.autoencoder_forward.native
+    options = (MEAN, 1.0, 1.0, 0.0, 0.5, 0.9, 1e-8)
+    encoder = (None, p["encoder_weight"], p["encoder_bias"], p["basis"], p["offset"])
+    for parameters in (encoder, (p["codes"], None, None, p["basis"], None)):
+        for needs_grad in (True, False):
+            torch.library.opcheck(op, (target, *parameters, None, None, *options, needs_grad))
+
+
+def test_compiles_to_one_graph_without_recompiling(backend, device):
+    compiled, graphs = compile_counting(lambda x, c, d: autoencoder_loss(x, d, codes=c, backend=backend))
+    for count in (5, 9, 33):
+        target, parameters = problem(count, 8, 3, device=device)
+        pair = [parameters[name].requires_grad_() for name in ("codes", "basis")]
+        got = torch.autograd.grad(compiled(target, *pair), pair)
+        expected = torch.autograd.grad(
+            autoencoder_loss(target, pair[1], codes=pair[0], backend=backend), pair
+        )
+        for ours, eager in zip(got, expected, strict=True):
+            assert_close(ours, eager)
+    assert len(graphs) == 2
+
+
+def test_a_second_derivative_is_refused_not_dropped(backend, device):
+    target, parameters = problem(5, 8, 3, device=device)
+    basis = parameters["basis"].requires_grad_()
+    loss = autoencoder_loss(target, basis, codes=parameters["codes"], backend=backend)
+    (grad,) = torch.autograd.grad(loss, basis, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        (loss + grad.square().sum()).backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(codes=torch.zeros(5, 2)), ValueError, "exactly one of them, got both"),
+        (dict(encoder_weight=None, encoder_bias=None), ValueError, "exactly one of them, got none"),
+        (dict(encoder_weight=None, codes=torch.zeros(5, 2)), ValueError, "encoder_bias: expected None"),
+        (dict(basis=torch.zeros(2, 5)), ValueError, r"basis: expected shape \(r, 4\) as wide as target"),
+        (dict(offset=torch.zeros(5)), ValueError, r"offset: expected shape \(4,\), got \(5,\)"),
+        (dict(encoder_bias=torch.zeros(3)), ValueError, r"encoder_bias: expected shape \(2,\)"),
+        (dict(basis=torch.zeros(2, 4).double()), TypeError, "basis: expected dtype torch.float32"),
+        (dict(target=torch.zeros(5, 4, requires_grad=True)), ValueError, "target: .* without gradient"),
+        (dict(target=torch.zeros(5, 4, 1)), ValueError, r"target: expected shape \(N, H\)"),
+        (dict(reduction="none"), ValueError, "reduction: expected mean or sum, got 'none'"),
+        (dict(row_weight=torch.ones(4)), ValueError, r"row_weight: expected shape \(5,\)"),
+        (dict(alpha=-1.0), ValueError, "alpha: expected a positive number"),
+        (dict(backend="eager"), ValueError, "backend: expected one of"),
+    ],
+)
+def test_bad_arguments_are_named(change, error, message):
+    arguments = dict(
+        target=torch.zeros(5, 4),
+        basis=torch.zeros(2, 4),
+        offset=torch.zeros(4),
+        encoder_weight=torch.zeros(2, 4),
+        encoder_bias=torch.zeros(2),
+    )
+    with pytest.raises(error, match=message):
+        autoencoder_loss(**arguments | change)
