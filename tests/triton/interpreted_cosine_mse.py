@@ -147,6 +147,17 @@ def test_rows_whose_squares_leave_fp32(monkeypatch, tile):
         assert_close(got.double(), true, rtol=2e-6, atol=1e-44)  # the least fp32
 
 
+def test_a_row_of_weight_zero_is_not_in_the_root_however_wrong():
+    output, target = pair(3, 40)
+    weight = torch.tensor([1.0, 0.0, 2.0])
+    output[1] = 1e25
+    loss = run(cm.cosine_mse_forward, output, target, MEAN, weights=(0.7, 0.0, 0.3, 0.2), row_weight=weight)[
+        0
+    ]
+    expected = exact(output, target, MEAN, weights=(0.7, 0.0, 0.3, 0.2), row_weight=weight)[0]
+    assert_close(loss.double(), expected, rtol=1e-6, atol=0.0)
+
+
 @pytest.mark.usefixtures("poisoned")
 def test_zero_and_equal_rows_are_defined():
     target = torch.ones(3, 4)

@@ -15,8 +15,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from embkern.ops.reference import MEAN, NONE
 from embkern.triton import aot
-from embkern.triton.aot import Shape, launches
+from embkern.triton.aot import LossShape, Shape, launches
 from embkern.triton.tiles import LENGTHS, REPRESENTATIVE, TILES, Device, shared_estimate, tile_of
 
 MULTIPLIES = ("_gather_project_kernel", "_project_grad_kernel", "_grad_basis_kernel")
@@ -31,20 +32,36 @@ CASES = [(80, ALIGNED), (80, FULL), (90, ALIGNED), (90, UNALIGNED), (100, ALIGNE
 # int32 ids and odd columns, fp64.
 CASES += [(90, Shape(4, 75, 768)), (90, Shape(16384, 640, 77, torch.float16, torch.int32))]
 CASES += [(90, Shape(16384, 75, 768, torch.float64))]
+TERMS = (0.5, 1.0, 0.25, 0.0025)
+# The loss of training, in the widths of small and base models and of a large one; then all that it can do:
+# the root of the batch, known norms and both gradients in fp32, a row's own root in fp64.
+LOSSES = [
+    (90, LossShape(30522, H, dtype)) for H in (384, 768, 4096) for dtype in (torch.float32, torch.bfloat16)
+]
+LOSSES += [
+    (capability, LossShape(30522, 768, dtype))
+    for capability in (80, 100)
+    for dtype in (torch.float32, torch.bfloat16)
+]
+EVERYTHING = LossShape(30522, 768, torch.float32, TERMS, 0.5, MEAN, everything=True)
+ROWS = LossShape(30522, 768, torch.float64, TERMS, 0.5, NONE, everything=True)
+LOSSES += [(capability, EVERYTHING) for capability in REPRESENTATIVE] + [(90, ROWS)]
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        return aot.reports(CASES)
+        return aot.reports([*CASES, *LOSSES])
 
 
 def test_every_kernel_is_compiled_for_every_architecture(rows):
     for capability in REPRESENTATIVE:
         names = {row.kernel for row in rows if row.capability == capability}
-        assert names == {launch.kernel.__name__ for launch in launches(ALIGNED, REPRESENTATIVE[90])}
-        assert len(names) == 6
+        for shape, count in ((ALIGNED, 6), (EVERYTHING, 4)):
+            expected = {launch.kernel.__name__ for launch in launches(shape, REPRESENTATIVE[90])}
+            assert len(expected) == count
+            assert names >= expected
 
 
 def test_no_kernel_spills_or_exceeds_shared_memory(rows):
@@ -75,7 +92,19 @@ def test_aligned_rows_are_gathered_16_bytes_at_a_time_and_the_operands_prefetche
             assert row.async_copies >= 16, row
 
 
-@pytest.mark.parametrize("shape", [ALIGNED, Shape(4, 75, 77, torch.float16, torch.int32)], ids=str)
+def test_the_rows_of_the_loss_are_loaded_16_bytes_at_a_time_into_registers(rows):
+    """Each element once: what a warp holds is 32 lanes of 16 bytes per load, of output and of target."""
+    for row in rows:
+        if row.kernel == "_cosine_mse_kernel" and " 1,1,0,0 " in row.shape:
+            H = int(row.shape.split("H=")[1].split()[0])
+            itemsize = 2 if row.shape.endswith("bfloat16") else 4
+            warps = int(row.tile.split("warps=")[1].split()[0])
+            assert row.wide_loads == 2 * -(-H * itemsize // (warps * 32 * 16)), row
+
+
+@pytest.mark.parametrize(
+    "shape", [ALIGNED, Shape(4, 75, 77, torch.float16, torch.int32), EVERYTHING, ROWS], ids=str
+)
 def test_a_launch_compiles_as_triton_itself_would(shape):
     """Types, constants and alignment are those that Triton's launcher finds in the same arguments."""
     backend = make_backend(GPUTarget("cuda", 90, 32))
@@ -133,5 +162,6 @@ def test_two_powers_of_two_hold_a_rank(r, blocks):
 
 
 def test_importing_the_launchers_needs_no_device():
-    code = "import torch, embkern.triton.gather_project; assert not torch.cuda.is_initialized()"
+    modules = "embkern.triton.gather_project, embkern.triton.cosine_mse"
+    code = f"import torch, {modules}; assert not torch.cuda.is_initialized()"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,6 +11,9 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from embkern.ops import reference
+from embkern.ops.reference import MEAN, NONE, SUM
+from embkern.triton import cosine_mse as cm
 from embkern.triton import gather_project as gp
 
 from ..conftest import assert_no_worse_than
@@ -96,6 +99,9 @@ def test_forward_and_backward_replay_in_a_cuda_graph(N, sparse):
 def test_an_id_out_of_range_is_a_device_assertion(call, bad):
     code = f"""
 import torch
+from embkern.ops import reference
+from embkern.ops.reference import MEAN, NONE, SUM
+from embkern.triton import cosine_mse as cm
 from embkern.triton import gather_project as gp
 ids = torch.tensor([0, {bad}, 3], device="cuda")
 codes, basis, grad = (torch.ones(size, device="cuda") for size in ((12, 4), (4, 6), (3, 6)))
@@ -105,3 +111,97 @@ torch.cuda.synchronize()
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode != 0
     assert "device-side assert" in ran.stderr
+
+
+# (N, H) of the loss: rows that share a program, odd ones, decoding's and a batch's, a row beyond a program.
+LOSS_SHAPES = [(149, 40), (7, 77), (32, 768), (30522, 384), (4099, 768), (3000, 4096), (50, 12288)]
+TERMS = (0.7, 0.9, 0.3, 0.2)
+
+
+def loss_problem(N, H, dtype, reduction=MEAN):
+    """Output, target, weights of rows, no known norm, an incoming gradient, and the options of the op."""
+    target = torch.randn(N, H, device="cuda")
+    output = target + 0.3 * torch.randn(N, H, device="cuda")
+    weight = torch.rand(N, device="cuda") + 0.1
+    grad_loss = torch.rand((N,) if reduction == NONE else (), device="cuda") + 0.5
+    return (
+        output.to(dtype),
+        target.to(dtype),
+        weight,
+        None,
+        grad_loss,
+        reduction,
+        *TERMS,
+        0.5,
+        1e-8,
+        True,
+        True,
+    )
+
+
+@pytest.mark.parametrize("shape", LOSS_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("reduction", [NONE, MEAN, SUM], ids=["none", "mean", "sum"])
+@pytest.mark.usefixtures("poisoned")
+def test_the_loss_and_its_gradients_are_no_worse_than_plain_torch(shape, dtype, reduction):
+    arguments = loss_problem(*shape, dtype, reduction)
+    wide = [each.double() if torch.is_tensor(each) else each for each in arguments]
+    results = (
+        cm.cosine_mse_forward(*arguments),
+        reference.cosine_mse_forward(*arguments),
+        reference.cosine_mse_forward(*wide),
+    )
+    for got, native, exact in zip(*results, strict=True):
+        assert got.dtype == native.dtype
+        assert_no_worse_than(got, native, exact, tiny=3e-7)
+
+
+@pytest.mark.parametrize("reduction", [NONE, MEAN, SUM], ids=["none", "mean", "sum"])
+def test_the_loss_has_the_same_bits_in_every_run(reduction):
+    arguments = loss_problem(5000, 768, torch.float32, reduction)
+    first = cm.cosine_mse_forward(*arguments)
+    for _ in range(10):
+        assert all(torch.equal(a, b) for a, b in zip(first, cm.cosine_mse_forward(*arguments), strict=True))
+
+
+@pytest.mark.parametrize("reduction", [NONE, MEAN], ids=["none", "mean"])
+def test_the_loss_and_its_scaled_gradient_replay_in_a_cuda_graph(reduction):
+    """Capture refuses whatever makes the host wait."""
+    arguments = loss_problem(2000, 768, torch.bfloat16, reduction)
+    factor = torch.ones_like(arguments[4])
+
+    def both():
+        results = cm.cosine_mse_forward(*arguments)
+        cm.scale_gradient_(results[1], factor)
+        return results
+
+    both()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both()
+    arguments[0].normal_()
+    factor.fill_(3.0)
+    graph.replay()
+    for got, expected in zip(captured, both(), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_a_factor_of_one_leaves_the_gradient_untouched():
+    """Arithmetic would change the payload of a NaN; the host, which could look, must not wait."""
+    pattern = torch.full((5000, 768), 0x7F812345, dtype=torch.int32, device="cuda")
+    grad = pattern.clone().view(torch.float32)
+    one, factor = torch.ones((), device="cuda"), torch.ones(5000, device="cuda")
+    factor[::3] = 2.0
+    cm.scale_gradient_(pattern.clone().view(torch.float32), one)  # compiles
+    cm.scale_gradient_(pattern.clone().view(torch.float32), factor)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        cm.scale_gradient_(grad, one)
+        whole = grad.clone()
+        cm.scale_gradient_(grad, factor)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(whole.view(torch.int32), pattern)
+    assert torch.equal((grad.view(torch.int32) == pattern).all(1), factor == 1)
+    assert torch.equal((grad.view(torch.int32) == pattern).any(1), factor == 1)
