@@ -49,8 +49,8 @@ def _forward_fake(
 
 define(
     "autoencoder_forward",
-    "(Tensor target, Tensor? codes, Tensor? encoder_weight, Tensor? encoder_bias, Tensor basis, Tensor? offset, "
-    "Tensor? row_weight, Tensor? target_norm, int reduction, float cosine_weight, float mse_weight, "
+    "(Tensor target, Tensor? codes, Tensor? encoder_weight, Tensor? encoder_bias, Tensor basis, "
+    "Tensor? offset, Tensor? row_weight, Tensor? target_norm, int reduction, float cosine_weight, float mse_weight, "
     "float rmse_weight, float power_weight, float alpha, float eps, bool needs_grad) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     backends=("native", "triton"),
@@ -62,14 +62,15 @@ def _train_fake(rows: Tensor, order: Tensor, batch_size: int, *_: object) -> Ten
     return rows.new_empty(-(-order.shape[0] // batch_size))
 
 
-# Steps of Adam over batches of `order` (ids of rows, the last batch may be smaller), in place; the losses before
-# each. The vectors hold encoder weight (r, H), encoder bias (r,), basis (r, H) and offset (H,); `step` steps were
-# taken before.
+# Steps of Adam over batches of `order` (ids of rows, the last batch may be smaller), in place; returns the
+# losses before each. The vectors hold encoder weight (r, H), encoder bias (r,), basis (r, H) and offset (H,);
+# `step` steps were taken before.
 define(
     "autoencoder_train",
     "(Tensor rows, Tensor order, int batch_size, Tensor(a!) parameters, Tensor(b!) first_moment, "
     "Tensor(c!) second_moment, int rank, int step, float lr, float beta1, float beta2, float adam_eps, "
-    "float cosine_weight, float mse_weight, float rmse_weight, float power_weight, float alpha, float eps) -> Tensor",
+    "float cosine_weight, float mse_weight, float rmse_weight, float power_weight, float alpha, float eps) "
+    "-> Tensor",
     backends=("native",),
     fake=_train_fake,
 )
@@ -144,9 +145,10 @@ def autoencoder_loss(
     ``cosine_mse_loss(codes @ basis + offset, target, ...)``, and with an encoder
     ``codes = F.linear(target, encoder_weight, encoder_bias)``.
 
-    With cosine and squared terms only, the sums over H are taken in r dimensions: with ``P = target @ basis.T``
-    and ``G = basis @ basis.T``, ``<x, y> = c.P``, ``|y|^2 = c G c``, and the gradient of a row is
-    ``s y + t x`` with two numbers per row. ``|x - y|^2 = |x|^2 - 2 c.P + c G c`` cancels where the fit is good.
+    With cosine and squared terms only, the sums over H are taken in r dimensions: with
+    ``P = target @ basis.T`` and ``G = basis @ basis.T``, ``<x, y> = c.P``, ``|y|^2 = c G c``, and the
+    gradient of a row is ``s y + t x`` with two numbers per row. ``|x - y|^2 = |x|^2 - 2 c.P + c G c`` cancels
+    where the fit is good.
     On CUDA a row whose error falls below a hundredth of what is subtracted is summed over H again, so the
     loss stays right at any fit; the gradients keep that form, and their relative error grows as the inverse
     of ``|x - y| / |x|``, faster than plain torch's (embkern/triton/autoencoder.py has figures). On CPU a
@@ -159,9 +161,15 @@ def autoencoder_loss(
         codes: (N, r), the latents. Either these or an encoder.
         encoder_weight: (r, H), of the encoder that makes the codes of ``target``.
         encoder_bias: (r,), with ``encoder_weight`` only.
-        cosine_weight, mse_weight, rmse_weight, power_weight, alpha, row_weight, target_norm, eps: as in
-            ``cosine_mse_loss``.
+        cosine_weight: as in ``cosine_mse_loss``, like all that follow.
+        mse_weight: of the squared error.
+        rmse_weight: of its root; with the mean its gradient costs a forward pass more.
+        power_weight: of the power term, which needs y: blocks of it are computed and dropped.
+        alpha: exponent of the power term.
+        row_weight: (N,).
+        target_norm: (N,), ``target.norm(dim=-1)``.
         reduction: ``mean`` or ``sum``.
+        eps: lower bound of the product of the two norms.
         backend: ``native``, ``triton`` or ``torch``; None takes the best for the device.
 
     Returns:

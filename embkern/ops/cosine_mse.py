@@ -1,7 +1,7 @@
 """cosine_mse_loss: the direction-aware reconstruction loss of the paper, in four terms.
 
-The gradient is computed with the loss, while a row is in registers or L1: output and target are read once, the
-gradient is written once, and a backward whose incoming gradient is 1 touches none of them again.
+The gradient is computed with the loss, while a row is in registers or L1: output and target are read once,
+the gradient is written once, and a backward whose incoming gradient is 1 touches none of them again.
 """
 
 from __future__ import annotations
@@ -47,21 +47,20 @@ def _forward_fake(
 
 define(
     "cosine_mse_forward",
-    "(Tensor output, Tensor target, Tensor? row_weight, Tensor? target_norm, Tensor? grad_loss, int reduction, "
-    "float cosine_weight, float mse_weight, float rmse_weight, float power_weight, float alpha, float eps, "
+    "(Tensor output, Tensor target, Tensor? row_weight, Tensor? target_norm, Tensor? grad_loss, "
+    "int reduction, float cosine_weight, float mse_weight, float rmse_weight, float power_weight, float alpha, float eps, "
     "bool needs_output, bool needs_target) -> (Tensor, Tensor, Tensor)",
     backends=("native", "triton"),
     fake=_forward_fake,
 )
+
 
 def _scale_fake(grad: Tensor, grad_loss: Tensor) -> None:
     return None
 
 
 # grad *= grad_loss, a scalar or one value per row, that reads no gradient where grad_loss is 1.
-define(
-    "scale_gradient_", "(Tensor(a!) grad, Tensor grad_loss) -> ()", backends=("triton",), fake=_scale_fake
-)
+define("scale_gradient_", "(Tensor(a!) grad, Tensor grad_loss) -> ()", backends=("triton",), fake=_scale_fake)
 
 _FORWARD: dict[str, Callable] = {
     "native": overload("cosine_mse_forward", "native"),
@@ -71,7 +70,7 @@ _FORWARD: dict[str, Callable] = {
 
 
 class CosineMSE(Function):
-    """Autograd of cosine_mse_loss: the forward returns the gradients beside the loss, the backward scales them.
+    """Autograd of cosine_mse_loss: the forward returns the gradients with the loss, the backward scales them.
 
     In fp16 a gradient of the mean would vanish before the loss scale that is to save it arrives: there the
     backward runs the kernel again, with the incoming gradient.

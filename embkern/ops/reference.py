@@ -164,7 +164,9 @@ def cosine_mse_forward(
         slope = (row * (power_weight * alpha / width)).unsqueeze(1) * magnitude.pow(alpha - 1)
         error = error + slope * e.sign()
 
-    def gradient(a: Tensor, a_norm: Tensor, a_scale: Tensor, b: Tensor, b_norm: Tensor, b_scale: Tensor) -> Tensor:
+    def gradient(
+        a: Tensor, a_norm: Tensor, a_scale: Tensor, b: Tensor, b_norm: Tensor, b_scale: Tensor
+    ) -> Tensor:
         slope = row * cosine_weight
         from_a = torch.where(clamped, 0.0, slope * cosine / (a_norm * a_norm * a_scale))
         from_b = -torch.where(clamped, slope / eps * b_scale, slope / (a_norm * b_norm * a_scale))

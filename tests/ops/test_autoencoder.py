@@ -289,8 +289,8 @@ def test_compiles_to_one_graph_without_recompiling(backend, device):
         expected = torch.autograd.grad(
             autoencoder_loss(target, pair[1], codes=pair[0], backend=backend), pair
         )
-        for ours, eager in zip(got, expected, strict=True):
-            assert_close(ours, eager)
+        for ours, theirs in zip(got, expected, strict=True):
+            assert_close(ours, theirs)
     assert len(graphs) == 2
 
 
