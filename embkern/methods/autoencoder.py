@@ -257,7 +257,6 @@ class _Trainer:
         self.weights = weights.to(table.device, training_dtype(table))
         self.batch_size = min(options.batch_size, len(table))
         self.most_steps = len(table)  # of a chunk
-        self.positions = torch.arange(block_rows(table), device="cpu")  # of the rows of a streamed chunk
         if engine is not None and world.shards > 1:
             raise ValueError(f"engine: expected None for a sharded table, got {engine!r}")
         self.take_steps = self._steps(select_engine(engine, self.weights))
@@ -273,7 +272,8 @@ class _Trainer:
         if isinstance(rows, Tensor):
             return lambda ids, alpha, lr: steps.run(rows, ids, size, alpha, lr)
         self.most_steps = max(1, block_rows(rows) // size)
-        return lambda ids, alpha, lr: steps.run(take(rows, ids), self.positions[: len(ids)], size, alpha, lr)
+        positions = torch.arange(self.most_steps * size, device="cpu")
+        return lambda ids, alpha, lr: steps.run(take(rows, ids), positions[: len(ids)], size, alpha, lr)
 
     def train(self, validate: Callable[[Factors], float] | None, files: _Files) -> Factors:
         """Run the epochs that are left and return the factors of the best."""
@@ -374,9 +374,10 @@ class _Trainer:
     def _measure(self) -> dict[str, Any]:
         """Loss with the final alpha, direction error and RMSE over the whole table."""
         sums = torch.zeros(len(self.sections), 3, dtype=torch.float64, device=self.rows.device)
-        for total, section in zip(sums, self.sections, strict=True):
-            for block in wide_blocks(section.rows):
-                total += self.objective.sums(self.weights, block, self.options.alpha_end)
+        with self.world.one_thread(self.objective.by_blas(self.weights)):
+            for total, section in zip(sums, self.sections, strict=True):
+                for block in wide_blocks(section.rows):
+                    total += self.objective.sums(self.weights, block, self.options.alpha_end)
         direction, squared, power = (self.world.sum(sums) / len(self.rows)).tolist()
         loss = self.objective.value(direction, squared, power)
         if not loss < float("inf"):
@@ -389,21 +390,23 @@ class _Trainer:
 
     def _factors(self) -> Factors:
         weights, dtype = self.weights, self.table.dtype
-        codes = []
-        for section in self.sections:
-            part = torch.empty(len(section.rows), weights.rank, dtype=dtype)
-            at = 0
-            for block in wide_blocks(section.rows):
-                part[at : at + len(block)] = weights.encode(block)
-                at += len(block)
-            codes.append(part)
+        codes = [torch.empty(len(section.rows), weights.rank, dtype=dtype) for section in self.sections]
+        with self.world.one_thread():
+            for part, section in zip(codes, self.sections, strict=True):
+                at = 0
+                for block in wide_blocks(section.rows):
+                    part[at : at + len(block)] = weights.encode(block)
+                    at += len(block)
         basis, offset = weights.basis.to(dtype, copy=True), weights.offset.to(dtype, copy=True)
         return Factors(self.world.collect(codes), basis, offset, weights.activation)
 
     def _start_at_svd(self) -> None:
         width = self.weights.width
-        total = self.world.sum(gram(section.rows).view(-1) for section in self.sections)
-        vectors = self.world.on_first(lambda: principal_vectors(total.view(width, width), self.weights.rank))
+        with self.world.one_thread():
+            total = self.world.sum(gram(section.rows).view(-1) for section in self.sections).view(
+                width, width
+            )
+            vectors = self.world.on_first(lambda: principal_vectors(total, self.weights.rank).cpu())
         self.weights.start_at(vectors.t())
 
     def _not_finite(self) -> list[int]:

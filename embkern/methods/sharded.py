@@ -3,9 +3,11 @@
 The table is cut into a fixed number of shards, whatever the number of processes; a process owns consecutive
 shards and reads only their rows. Per step every shard's gradient is summed over its rows of the batch, all
 these are gathered, added in the order of the shards, and every process takes the same step of Adam. The
-result depends on the number of shards, never on how many processes share them. A step costs shards x
-(parameters + 1) values of communication and of memory on every process: it is meant for large batches and
-steps on the whole table. Processes on other kinds of processors may round differently; ``agree`` notices.
+result depends on the number of shards, never on how many processes share them or on their threads. A step
+costs shards x (parameters + 1) values of communication and of memory on every process: it is meant for large
+batches and steps on the whole table. What plain torch computes (the ELU variant, the final codes, and all
+where the native extension is not built) runs on one thread per process. Processors of different kinds may
+round differently; ``agree`` notices.
 """
 
 from __future__ import annotations
@@ -109,6 +111,20 @@ class World:
     def agree(self, weights: Tensor) -> None:
         """Raise unless every process has the same weights."""
 
+    @contextlib.contextmanager
+    def one_thread(self, needed: bool = True) -> Iterator[None]:
+        """Give BLAS one CPU thread where the table is sharded: its sums depend on how many there are.
+
+        torchrun gives one process all cores and several one each, unless OMP_NUM_THREADS is set.
+        """
+        before = torch.get_num_threads()
+        if needed and self.shards > 1:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
 
 class DistributedWorld(World):
     """The processes of torch.distributed's default group: gloo for what is on the CPU, NCCL for the rest."""
@@ -174,10 +190,7 @@ class DistributedWorld(World):
         """Raise unless every process has the same weights."""
         sums = self.all(zlib.crc32(weights.cpu().numpy().tobytes()))
         if len(set(sums)) > 1:
-            raise EverywhereError(
-                "the processes no longer have the same weights: they round differently (other processors, "
-                "or another version of torch or embkern); run them on machines of one kind"
-            )
+            self.on_first(_disagree)
 
     @contextlib.contextmanager
     def _together(self) -> Iterator[None]:
@@ -204,6 +217,13 @@ class DistributedWorld(World):
         os._exit(128 + signal.SIGTERM)
 
 
+def _disagree() -> None:
+    raise RuntimeError(
+        "the processes no longer have the same weights: they round differently (other processors, or another "
+        "version of torch or embkern); run them on machines of one kind"
+    )
+
+
 class SummedSteps:
     """Steps of large batches and of sharded tables: a gradient is summed block by block, shard by shard.
 
@@ -217,13 +237,14 @@ class SummedSteps:
     def run(self, sections: list[Section], order: Tensor, batch_size: int, alpha: float, lr: float) -> Tensor:
         """Take the steps of ``order``, the same ids on all processes; see ``Steps``."""
         optimizer, losses = Adam(self.weights), []
-        for batch in order.split(batch_size):
-            ids = batch.sort().values  # a batch is a set; in order, its rows are read from front to back
-            objective, from_root = self._without_root(sections, ids, alpha)
-            leaves = (self._leaf(section, ids, objective, alpha) for section in sections)
-            total = self.world.sum(leaves).div_(len(ids))
-            optimizer.step([total[:-1]], lr)
-            losses.append(total[-1] + from_root)
+        with self.world.one_thread(self.objective.by_blas(self.weights)):
+            for batch in order.split(batch_size):
+                ids = batch.sort().values  # a batch is a set; in order, its rows are read from front to back
+                objective, from_root = self._without_root(sections, ids, alpha)
+                leaves = (self._leaf(section, ids, objective, alpha) for section in sections)
+                total = self.world.sum(leaves).div_(len(ids))
+                optimizer.step([total[:-1]], lr)
+                losses.append(total[-1] + from_root)
         return torch.stack(losses)
 
     def _leaf(self, section: Section, ids: Tensor, objective: Objective, alpha: float) -> Tensor:
@@ -289,10 +310,8 @@ def joined(shards: int = SHARDS, timeout: float = TIMEOUT, device: str = "cpu") 
             try:
                 yield world
             except EverywhereError:
-                world.lost = (
-                    True  # the first process reports; torchrun would stop it as soon as this one ends
-                )
-                time.sleep(GRACE_SECONDS)
+                world.lost = True
+                time.sleep(GRACE_SECONDS)  # the first process reports, before torchrun stops it
                 raise
     finally:
         dist.destroy_process_group()

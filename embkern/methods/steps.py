@@ -181,6 +181,13 @@ class Objective:
         ]
         return torch.stack(sums + [torch.zeros_like(sums[0])] * (3 - len(sums)))
 
+    def by_blas(self, weights: Weights) -> bool:
+        """Whether plain torch computes the gradients; no op of embkern depends on the number of threads."""
+        flat = weights.parameters
+        return (
+            weights.activation is not None or select("autoencoder", flat.device.type, flat.dtype) == "torch"
+        )
+
     @property
     def term_weights(self) -> tuple[float, float, float, float]:
         """The four weights, in the order of the raw ops."""

@@ -175,6 +175,23 @@ def test_a_lost_rank_ends_the_run_with_a_message_and_a_checkpoint(path, start, t
         autoencoder(table, 3, **run, checkpoint=checkpoint)  # other shards, other rounding
 
 
+def test_the_bits_of_a_sharded_run_do_not_depend_on_threads():
+    # Sizes at which MKL's sums differ between one thread and four.
+    table, before = torch.randn(2 * 3815, 384), torch.get_num_threads()
+    run = dict(batch_size=10**6, epochs=1, init="svd", progress=False, world=World(2))
+    factors = []
+    try:
+        for activation in (None, "elu"):
+            for threads in (1, 4):
+                torch.set_num_threads(threads)
+                factors.append(autoencoder(table, 75, **run, activation=activation))
+                assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert equal(factors[0], factors[1])
+    assert equal(factors[2], factors[3])
+
+
 def test_shards_are_whole_consecutive_and_shared_out():
     table = torch.arange(23.0).view(23, 1)
     sections = World(SHARDS).sections(table)
