@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 import triton
@@ -28,6 +29,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from ..ops.reference import MEAN, NONE, accumulation_dtype
+from . import autoencoder as ae
 from . import cosine_mse as cm
 from . import gather_project as gp
 from .launch import Launch
@@ -107,6 +109,35 @@ LOSS_SHAPES = (
 
 
 @dataclass(frozen=True)
+class AutoencoderShape:
+    """One problem of autoencoder_loss: N rows of H columns at rank r; bare: no offset, no row values."""
+
+    N: int
+    r: int
+    H: int
+    dtype: torch.dtype = torch.float32
+    bare: bool = False
+
+    def __str__(self) -> str:
+        """Return it in one line."""
+        return f"N={self.N} r={self.r} H={self.H} {str(self.dtype).removeprefix('torch.')}"
+
+
+# The paper's tables and batch, a large bf16 table, odd rows in every dtype; fp16 has no Gram form.
+AUTOENCODER_SHAPES = (
+    *(AutoencoderShape(30522, r, 768, bare=bare) for r in (75, 299) for bare in (False, True)),
+    AutoencoderShape(32, 75, 768),
+    AutoencoderShape(128256, 256, 2048, torch.bfloat16),
+    AutoencoderShape(30522, 75, 768, torch.float64),
+    *(
+        AutoencoderShape(30522, 63, 77, dtype)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    ),
+)
+AnyShape: TypeAlias = Shape | LossShape | AutoencoderShape
+
+
+@dataclass(frozen=True)
 class Report:
     """What one kernel costs on one architecture."""
 
@@ -150,10 +181,51 @@ def loss_launches(shape: LossShape, device: Device) -> Iterator[Launch]:
     yield cm.scale_launch(grad_output, tensor(*per_loss), device)
 
 
-def launches(shape: Shape | LossShape, device: Device) -> Iterator[Launch]:
+def autoencoder_launches(shape: AutoencoderShape) -> Iterator[Launch]:
+    """Yield the launches between the products of both forms, on tensors of the meta device."""
+    N, r, H, work = shape.N, shape.r, shape.H, accumulation_dtype(shape.dtype)
+
+    def tensor(*size: int, dtype: torch.dtype = work) -> Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    width = -(-(r + (not shape.bare)) // 8) * 8
+    target, left = tensor(N, H, dtype=shape.dtype), tensor(N, 2 * width, dtype=shape.dtype)
+    weight, norm = (None, None) if shape.bare else (tensor(N), tensor(N))
+    inner = work if shape.dtype.itemsize == 2 else torch.float64
+    both, gram_products = tensor(N, 2 * width), tensor(N, width, dtype=inner)
+    codes, products = both[:, :width], both[:, width:]
+    options = ae._Options(MEAN, 1.0, 1.0, 0.25, 0.0, 0.5, 1e-8)
+    by_gram, sums, slopes = ae.row_losses_launches(
+        target,
+        codes,
+        products,
+        gram_products,
+        tensor(width, width, dtype=inner),
+        tensor(width, H),
+        weight,
+        norm,
+        options,
+        True,
+    )
+    finish, _, totals = ae.finish_launch(sums, H, work, options)
+    yield finish
+    if shape.dtype != torch.float16:
+        yield from by_gram
+        assert slopes is not None
+        grads = left[:, :width], left[:, width:]
+        yield ae.row_gradients_launch(codes, products, gram_products, weight, slopes, totals, *grads)
+    power = options._replace(power_weight=0.0025)
+    for tile in (ae._FEW_ROWS_TILE, ae._ROWS_TILE):
+        yield ae.rows_launch(target, target, norm, weight, sums, power, tile)
+
+
+def launches(shape: AnyShape, device: Device) -> Iterator[Launch]:
     """Yield every launch of the forward and both backwards, on tensors of the meta device."""
     if isinstance(shape, LossShape):
         yield from loss_launches(shape, device)
+        return
+    if isinstance(shape, AutoencoderShape):
+        yield from autoencoder_launches(shape)
         return
 
     def tensor(*size: int, dtype: torch.dtype = shape.dtype) -> Tensor:
@@ -200,15 +272,15 @@ def _disassemble(compiled: CompiledKernel) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _report_of(case: tuple[int, Shape | LossShape, int]) -> Report:
+def _report_of(case: tuple[int, AnyShape, int]) -> Report:
     capability, shape, index = case
     device = REPRESENTATIVE[capability]
     return report(list(launches(shape, device))[index], device, str(shape))
 
 
-def reports(cases: Iterable[tuple[int, Shape | LossShape]]) -> list[Report]:
+def reports(cases: Iterable[tuple[int, AnyShape]]) -> list[Report]:
     """Compile the kernels of (capability, shape) cases, each once, in a process per core."""
-    distinct: dict[str, tuple[int, Shape | LossShape, int]] = {}
+    distinct: dict[str, tuple[int, AnyShape, int]] = {}
     for capability, shape in cases:
         for index, launch in enumerate(launches(shape, REPRESENTATIVE[capability])):
             key = str((capability, launch.kernel.__name__, launch.specialization(), launch.options))
@@ -227,7 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
-    shapes: tuple[Shape | LossShape, ...] = (*SHAPES, *LOSS_SHAPES)
+    shapes: tuple[AnyShape, ...] = (*SHAPES, *LOSS_SHAPES, *AUTOENCODER_SHAPES)
     rows = reports((capability, shape) for capability in options.capability for shape in shapes)
     print(
         f"{'kernel':24}{'cc':>4}  {'shape':32}{'tile':52}{'regs':>5}{'spills':>7}{'shared':>8}  tensor core"
