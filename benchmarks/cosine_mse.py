@@ -96,15 +96,21 @@ class Batch:
 Loss = Callable[[Batch], Tensor]
 
 
-def plain(output: Tensor, target: Tensor, terms: Terms) -> Tensor:
-    """The formula as one writes it."""
+def plain(output: Tensor, target: Tensor, terms: Terms, alpha: float | Tensor | None = None) -> Tensor:
+    """The formula as one writes it; ``alpha`` in place of that in ``terms``."""
     loss = terms.cosine_weight * (1 - F.cosine_similarity(output, target, dim=-1, eps=terms.eps)).mean()
     if terms.mse_weight:
         loss = loss + terms.mse_weight * F.mse_loss(output, target)
-    return loss + _power(output - target, terms) if terms.power_weight else loss
+    return loss + _power(output - target, terms, alpha) if terms.power_weight else loss
 
 
-def three_dot(output: Tensor, target: Tensor, squared_norm: Tensor | None, terms: Terms) -> Tensor:
+def three_dot(
+    output: Tensor,
+    target: Tensor,
+    squared_norm: Tensor | None,
+    terms: Terms,
+    alpha: float | Tensor | None = None,
+) -> Tensor:
     """Three sums of products per row, in fp32; the squared error follows from them.
 
     Compiled, the form of plain torch that was fastest: ``(y - x)`` squared instead takes about 1.2 times as
@@ -117,11 +123,12 @@ def three_dot(output: Tensor, target: Tensor, squared_norm: Tensor | None, terms
     rows = terms.cosine_weight * (1 - cosine)
     if terms.mse_weight:
         rows = rows + (terms.mse_weight / y.shape[1]) * (of_y - 2 * dot + of_x)
-    return rows.mean() + _power(y - x, terms) if terms.power_weight else rows.mean()
+    return rows.mean() + _power(y - x, terms, alpha) if terms.power_weight else rows.mean()
 
 
-def _power(difference: Tensor, terms: Terms) -> Tensor:
-    return terms.power_weight * (difference.abs() + 1e-10).pow(terms.alpha).mean()
+def _power(difference: Tensor, terms: Terms, alpha: float | Tensor | None) -> Tensor:
+    exponent = terms.alpha if alpha is None else alpha
+    return terms.power_weight * (difference.abs() + 1e-10).pow(exponent).mean()
 
 
 @functools.cache
