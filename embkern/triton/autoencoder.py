@@ -13,25 +13,32 @@ and the gradient of its loss with respect to y is ``s y + t x``, two numbers per
     grad of encoder   (grad of codes)^T target
 
 Two products over the table in all, ``target @ [encoder_weight; D]^T`` and ``[grad_codes, t c]^T @ target``,
-and O(N r) memory: five arrays (N, r), three of codes alone. Neither y nor its gradient exists.
+and O(N r) memory: eight times (N, r) fp32, six of codes alone; five and three for bf16. Neither y nor its
+gradient exists.
 
 **Cancellation.** A row's |x - y|^2 has a relative error of about 2^-24 * m / |x - y|^2, where the size of
 what is subtracted is ``m = |x|^2 + sum_j c_j^2 G_jj``. Where |x - y|^2 falls below m / 100, or |y|^2 below a
 hundredth of the squares that it is made of, the sums of that row are taken again over H from y itself, block
-by block on chip; a block without such a row skips it. So the loss of a row is within 1e-5 of its value at any
-fit, and the mean within 1e-6. The gradients keep the form ``s y + t x``, with s and t from those sums. Like
-plain torch's, their error grows as the inverse of the fit: with ``f = |x - y| / |x|`` and orthogonal rows of
-the basis it is about 8e-7 / f where plain torch makes 2e-7 / f, and ten times plain torch's where the basis
-is ill-conditioned (30 and more). MEASUREMENT
+by block on chip; a block without such a row skips it. So the squared error of a row is within 1e-5 of its
+value at any fit, and the mean within 1e-6.
+
+The gradients keep the form ``s y + t x``, with s and t from those sums. For fp32 what lives in r dimensions
+alone (G, Q and ``c^T diag(s) c``) is fp64, so that an ill-conditioned basis costs nothing; the rounding of P
+and of ``(t c)^T target`` remains. Their error grows, like plain torch's, as the inverse of the fit
+``f = |x - y| / |x|``. Near the optimum, where the gradients of the rows cancel as well, it was 4e-7 / f to
+5e-7 / f for codes and basis and 1e-6 / f for the offset, where plain torch makes 2e-7 / f and 3e-7 / f for a
+basis of condition 1, as much as ours for one of 30, and 1e-5 / f for one of 1000 (2048 x 768, rank 75, fp32
+products on CPU, f from 0.7 to 0.01). At 256 x 96 and rank 12 it was eight times plain torch's at most.
 
 **By rows.** y is written, 32 MiB of it at a time, where it is needed (the power term), where it is cheaper
 (few rows, or a rank near H) or safer (fp16: t would leave its range). Its gradient then comes from
 cosine_mse_forward.
 
 Products of fp32 are never cut to TF32, whatever torch.backends.cuda.matmul says; 16-bit ones accumulate in
-fp32. What lives in r dimensions is fp32 (fp64 for fp64) for a bf16 table too; rounded to bf16 are only the
-left side of the second product and the results. Sums of a row and of the rows run in fp64, so that norms of
-1e-20 and 1e20 are served. No atomics, no host synchronisation.
+fp32. What lives in r dimensions is fp32 for a bf16 table; rounded to bf16 are only the left side of the
+second product and the results. Sums of a row and of the rows run in fp64: the loss is right for norms of
+1e-20 to 1e20, the gradients in the Gram form up to 1e15 (beyond, t leaves fp32's normal numbers and that of
+the offset loses digits). No atomics, no host synchronisation.
 """
 # mypy: disable-error-code="no-untyped-def"
 # (Triton reads the annotations of a jit kernel: only constants and fp64 scalars have one.)
@@ -70,8 +77,9 @@ _ALIGNMENT = 8
 # Bytes of y that exist at a time where it is needed.
 _Y_BYTES = 32 << 20
 # By arithmetic, not measured: below so many rows the launches cost more than the products. Beyond a rank of
-# H / 2.5 the products in r dimensions cost as much as the one they save; for bf16 those are fp32 products
-# beside tensor-core ones, which shifts it to H / 6.
+# H / 2.5 the products in r dimensions cost as much as the one they save (their fp64 is as fast as fp32 on
+# A100 and H100, half on B200, a 64th on consumer devices); for bf16 those are fp32 products beside
+# tensor-core ones, which shifts it to H / 6.
 _GRAM_ROWS = 2048
 _GRAM_RANKS = {torch.bfloat16: 6.0, torch.float32: 2.5, torch.float64: 2.5}
 
@@ -493,8 +501,11 @@ def _gram_form(
             both += constant
         decoder, codes, products = weight[width:], both[:, :width], both[:, width:]
     decoder = decoder.to(work)
-    gram = decoder @ decoder.t()
-    gram_products = codes @ gram
+    # What cancels against the products over the table adds no error of its own; 16-bit tables have more.
+    inner = work if dtype.itemsize == 2 else torch.float64
+    inner_codes, inner_decoder = codes.to(inner), decoder.to(inner)
+    gram = inner_decoder @ inner_decoder.t()
+    gram_products = inner_codes @ gram
 
     launches, sums, slopes = row_losses_launches(
         target, codes, products, gram_products, gram, decoder, row_weight, target_norm, options, needs_grad
@@ -520,8 +531,8 @@ def _gram_form(
             left[:, -width:],
         ).run()
         from_target = _product(left.t(), target)
-        weighted_gram = gram_products.t() @ codes
-        grad_decoder = torch.addmm(from_target[-width:], weighted_gram, decoder)
+        weighted_gram = gram_products.t() @ inner_codes
+        grad_decoder = torch.addmm(from_target[-width:].to(inner), weighted_gram, inner_decoder)
         if encoded:
             grads[1] = _own_rows(from_target, 0, r, dtype)
             if encoder_bias is not None:
@@ -684,9 +695,11 @@ def row_losses_launches(
 
 def _row_losses_tile(dtype: torch.dtype, H: int) -> tuple[dict[str, int], int]:
     """Return blocks and warps. Registers decide: rows off the 16 bytes are loaded element by element."""
-    if dtype == torch.float32 and H % _ALIGNMENT == 0:
-        return dict(BLOCK_N=32, BLOCK_H=64, BLOCK_R=16), 8
-    return dict(BLOCK_N=16, BLOCK_H=32, BLOCK_R=16), 4
+    if dtype == torch.float64:
+        return dict(BLOCK_N=16, BLOCK_H=16, BLOCK_R=16), 4
+    if H % _ALIGNMENT:
+        return dict(BLOCK_N=16, BLOCK_H=32, BLOCK_R=16), 4
+    return dict(BLOCK_N=32, BLOCK_H=64, BLOCK_R=16), 8
 
 
 def row_gradients_launch(
