@@ -1,7 +1,8 @@
 // Runs CUDA kernels on a CPU: one fiber per CUDA thread, one block at a time, in one OS thread.
 //
 // A fiber runs until it meets a barrier or an instruction of the whole warp, so a run is deterministic for a
-// given order of the fibers. Orders differ between schedules: a kernel that lacks a barrier gives other bits
+// given order of the fibers. A warp runs ahead of the others as far as barriers let it (in the shuffled order,
+// for a random while). Orders differ between schedules: a kernel that lacks a barrier gives other bits
 // under another order. What else the emulator checks, each time by ending the process with a message:
 //   - every thread of a block (warp) reaches the same barrier (warp instruction), from the same line
 //   - 16-byte accesses and rows of ldmatrix are aligned, and asynchronous copies end in shared memory
@@ -143,9 +144,7 @@ class Machine {
   }
 
   void run_block() {
-    const int threads = static_cast<int>(fibers_.size());
-    std::vector<int> sequence(threads);
-    for (int i = 0; i < threads; ++i) sequence[i] = order == Order::kDescending ? threads - 1 - i : i;
+    std::vector<int> warps = sequence(static_cast<int>(fibers_.size()) / kWarp), lanes = sequence(kWarp);
     for (Fiber& fiber : fibers_) {
       fiber.state = State::kReady;
       fiber.copies.assign(1, {});
@@ -156,16 +155,38 @@ class Machine {
       makecontext(&fiber.context, entry, 0);
     }
     for (;;) {
-      if (order == Order::kShuffled)
-        for (int i = threads - 1; i > 0; --i) std::swap(sequence[i], sequence[random() % (i + 1)]);
       bool progress = false;
-      for (const int thread : sequence)
-        if (fibers_[thread].state == State::kReady) resume(thread), progress = true;
-      for (int warp = 0; warp < threads / kWarp; ++warp) progress |= finish_warp_instruction(warp);
+      shuffle(warps);
+      for (const int warp : warps)
+        while (advance(warp, lanes)) {
+          progress = true;
+          if (order == Order::kShuffled && random() % 4 == 0) break;
+        }
       progress |= release_block_barrier();
       if (all_done()) return;
       if (!progress) fail("some threads of the block or warp never reach the barrier that the others wait at");
     }
+  }
+
+  std::vector<int> sequence(int count) const {
+    std::vector<int> result(count);
+    for (int i = 0; i < count; ++i) result[i] = order == Order::kDescending ? count - 1 - i : i;
+    return result;
+  }
+
+  void shuffle(std::vector<int>& order_of) {
+    if (order != Order::kShuffled) return;
+    for (int i = static_cast<int>(order_of.size()) - 1; i > 0; --i)
+      std::swap(order_of[i], order_of[random() % (i + 1)]);
+  }
+
+  // Runs the threads of a warp to where each of them waits next; false if they all wait for other warps.
+  bool advance(int warp, std::vector<int>& lanes) {
+    bool progress = false;
+    shuffle(lanes);
+    for (const int lane : lanes)
+      if (fibers_[warp * kWarp + lane].state == State::kReady) resume(warp * kWarp + lane), progress = true;
+    return finish_warp_instruction(warp) || progress;
   }
 
   bool all_done() const {
