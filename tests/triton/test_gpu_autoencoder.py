@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 COSINE_AND_SQUARES, EVERY_TERM = (1.0, 1.0, 0.0, 0.0), (0.2, 0.5, 0.3, 0.4)
 # (N, r, H): the paper's table and batch; odd rows in several programs; a rank near H, which goes by rows.
 SHAPES = [(30522, 75, 768), (32, 75, 768), (2049, 13, 77), (4099, 400, 768)]
-# What the Gram form's gradients may err, in plain torch's errors: see the text of embkern/triton/autoencoder.py.
+# What the Gram form's gradients may err, in plain torch's errors: see the text of the module.
 GRADIENTS = 10
 
 
@@ -102,6 +102,7 @@ def test_replays_in_a_cuda_graph(N, weights):
     with torch.cuda.graph(graph):
         captured = ae.autoencoder_forward(*arguments, *options(weights))
     arguments[0].copy_(torch.randn_like(arguments[0]))
+    arguments[-1].copy_(arguments[0].norm(dim=1))
     graph.replay()
     exact = reference.autoencoder_forward(*double(arguments), *options(weights))
     for got, true in zip(captured, exact, strict=True):
