@@ -39,8 +39,9 @@ from torch import Tensor, nn
 
 from embkern.methods.autoencoder import AutoencoderOptions, _Trainer, autoencoder
 from embkern.methods.base import parse_options
+from embkern.methods.engines import ENGINES
 from embkern.methods.sharded import World
-from embkern.methods.steps import ENGINES, Objective, Weights
+from embkern.methods.steps import Objective, Weights
 from embkern.ops.autoencoder import autoencoder_loss
 
 from . import common

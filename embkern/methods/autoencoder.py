@@ -33,8 +33,9 @@ from .base import (
     training_dtype,
     wide_blocks,
 )
+from .engines import ENGINES, select_engine
 from .sharded import SummedSteps, World
-from .steps import ENGINES, Objective, Weights, select_engine
+from .steps import Objective, Weights
 from .svd import gram, principal_vectors
 
 FORMAT = "embkern.autoencoder/2"  # of checkpoints

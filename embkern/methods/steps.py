@@ -1,7 +1,7 @@
 """The autoencoder's weights as one flat tensor, its objective, and the engines that take training steps.
 
-An engine is bound to weights and an objective; ``run`` takes all steps of an order of rows. ``ENGINES`` lists
-those for rows in one tensor, best first: a new one (a captured CUDA graph) adds its class and its line there.
+An engine is bound to weights and an objective; ``run`` takes all steps of an order of rows. engines.py lists
+them.
 """
 
 from __future__ import annotations
@@ -121,6 +121,11 @@ class Adam:
 
     def step(self, gradients: list[Tensor], lr: float) -> None:
         """Take a step with the flat gradient, or with the gradients of the four parts."""
+        self.update(gradients, lr)
+        self.weights.step += 1
+
+    def update(self, gradients: list[Tensor], lr: float | Tensor) -> None:
+        """Do what a step does to tensors; the weights' own count of steps stays."""
         whole = len(gradients) == 1
         parameters, first, second = self.flat if whole else self.parts
         adam(
@@ -128,7 +133,6 @@ class Adam:
             fused=True, amsgrad=False, maximize=False, weight_decay=0.0,
             lr=lr, beta1=BETA1, beta2=BETA2, eps=ADAM_EPS,
         )  # fmt: skip
-        self.weights.step += 1
 
 
 @dataclass(frozen=True)
@@ -308,29 +312,6 @@ class NativeSteps:
         )
         weights.step += len(losses)
         return losses
-
-
-# The engines by name, best first. A CUDA-graph engine belongs before "torch".
-ENGINES: dict[str, type[NativeSteps] | type[TorchSteps]] = {"native": NativeSteps, "torch": TorchSteps}
-
-
-def select_engine(engine: str | None, weights: Weights) -> str:
-    """Return the engine asked for, or the first that can serve; ``EMBKERN_BACKEND`` counts.
-
-    Raises:
-        ValueError: there is no such engine.
-        RuntimeError: the engine asked for cannot serve, and why.
-    """
-    if engine is not None and engine not in ENGINES:
-        raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
-    backend = select("autoencoder", weights.parameters.device.type, weights.parameters.dtype)
-    for name, kind in ENGINES.items():
-        reason = kind.unavailable(weights)
-        if engine == name and reason:
-            raise RuntimeError(f"engine: {name!r} cannot serve this run: {reason}")
-        if engine == name or (engine is None and not reason and (name != "native" or backend == "native")):
-            return name
-    raise AssertionError("the torch engine serves every run")
 
 
 @contextlib.contextmanager

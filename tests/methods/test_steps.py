@@ -10,8 +10,9 @@ from torch.testing import assert_close
 
 from embkern.methods.autoencoder import AutoencoderOptions, autoencoder
 from embkern.methods.base import BLOCK_ROWS
+from embkern.methods.engines import ENGINES, select_engine
 from embkern.methods.sharded import SummedSteps, World
-from embkern.methods.steps import ENGINES, Objective, TorchSteps, Weights, select_engine
+from embkern.methods.steps import Objective, TorchSteps, Weights
 from embkern.ops.reference import MEAN, SUM
 
 AUTHORS = Objective(0.9975 / 5, 0.0, 0.0, 0.0025, 1e-6)
@@ -186,8 +187,8 @@ def test_large_batches_are_steps_on_as_many_rows(batch_size):
 
 
 def test_an_engine_that_cannot_serve_says_why():
-    with pytest.raises(ValueError, match="engine: expected one of native, torch, got 'graph'"):
-        select_engine("graph", weights_of(3, 5))
+    with pytest.raises(ValueError, match="engine: expected one of native, graph, torch, got 'eager'"):
+        select_engine("eager", weights_of(3, 5))
     with pytest.raises(RuntimeError, match="engine: 'native' cannot serve this run: .* no activation"):
         select_engine("native", weights_of(3, 5, "elu"))
     assert select_engine(None, weights_of(3, 5, "elu")) == "torch"

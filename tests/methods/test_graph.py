@@ -1,0 +1,68 @@
+"""GraphSteps: the numbers of TorchSteps, whatever is captured; on CPU with a capture that runs again instead."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from embkern.methods.engines import select_engine
+from embkern.methods.graph import GRAPH_STEPS, GraphSteps
+from embkern.methods.steps import Objective, TorchSteps, Weights
+
+OBJECTIVE = Objective(0.2, 0.1, 0.05, 0.01, 1e-6)
+
+
+def start(device):
+    torch.manual_seed(1)
+    weights = Weights.random(5, 24).to(torch.device(device), torch.float32)
+    rows = torch.randn(700, 24, generator=torch.Generator().manual_seed(2)).to(device)
+    return weights, rows
+
+
+def runs():
+    """Orders that fill no graph, one and a half, two; a second alpha and learning rate; a short last batch."""
+    generator = torch.Generator().manual_seed(3)
+    for count, alpha, lr in (
+        (50, 1.0, 1e-2),
+        (8 * 48, 1.0, 1e-2),
+        (8 * 64, 0.7, 5e-3),
+        (8 * 40 + 3, 0.7, 1e-3),
+    ):
+        yield torch.randint(700, (count,), generator=generator), alpha, lr
+
+
+def compare(device, **options):
+    weights, rows = start(device)
+    expected_weights, _ = start(device)
+    engine, expected = GraphSteps(weights, OBJECTIVE, **options), TorchSteps(expected_weights, OBJECTIVE)
+    for order, alpha, lr in runs():
+        got = engine.run(rows, order, 8, alpha, lr)
+        assert_close(got, expected.run(rows, order, 8, alpha, lr), rtol=1e-5, atol=1e-6)
+        assert weights.step == expected_weights.step
+        assert_close(weights.parameters, expected_weights.parameters, rtol=1e-4, atol=1e-5)
+
+
+def test_the_steps_around_a_capture_are_those_of_torch():
+    captures = []
+
+    def rerun(function):
+        function()  # the warm-up, whose effect must not stay
+        captures.append(function)
+        return function
+
+    compare("cpu", capture=rerun)
+    assert len(captures) == 2, "one capture per alpha"
+    assert GRAPH_STEPS == 32, "the orders above fill one and a half and two graphs"
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_takes_the_steps_of_torch():
+    compare("cuda")
+
+
+def test_only_cuda_has_graphs():
+    weights, _ = start("cpu")
+    assert select_engine(None, weights) != "graph"
+    with pytest.raises(RuntimeError, match="engine: 'graph' cannot serve this run: a CUDA graph needs CUDA"):
+        select_engine("graph", weights)
