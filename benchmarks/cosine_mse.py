@@ -404,7 +404,7 @@ class Check:
     def _results(self, loss: Loss, batch: Batch, scale: float) -> list[Tensor]:
         value = loss(batch)
         if self.mode == FORWARD:
-            return [value]
+            return [value.detach()]
         return [value.detach(), *torch.autograd.grad(value, batch.output, torch.full_like(value, scale))]
 
 

@@ -1,8 +1,9 @@
 """Everything that only a CUDA machine can show, in one command and one results file.
 
-Stages: what is missing, the extension built in place, the tests marked ``gpu``, the lookup benchmark, the
-tuner of the Triton tiles. Each is a process of its own with a time limit; one that fails does not stop the
-next, and the exit code says whether all passed. It needs no network. Without a CUDA device it is 2.
+Stages: what is missing, the extension built in place, the tests marked ``gpu``, the benchmarks of the lookup,
+the loss and the training steps, the tuner of the Triton tiles. Each is a process of its own with a time
+limit; one that fails does not stop the next, and the exit code says whether all passed. It needs no network.
+Without a CUDA device it is 2.
 """
 
 from __future__ import annotations
@@ -98,12 +99,18 @@ def plan() -> list[tuple[str, list[str], float]]:
     """Name, command and the share of the time left (at its start) of every stage after the first."""
     python = sys.executable
     tests = "-m gpu -v --tb=short --durations=5 -p no:cacheprovider --continue-on-collection-errors"
-    bench = [python, "-u", "-m", "benchmarks", "gather_project", "--device", "cuda", "--quick"]
+
+    def benchmark(name: str) -> list[str]:
+        # It ends by itself before its time is over (LIMIT is set when it starts).
+        options = ["--device", "cuda", "--quick", "--limit-seconds", "LIMIT"]
+        return [python, "-u", "-m", "benchmarks", name, *options]
+
     return [
         ("build", [python, "setup.py", "build_ext", "--inplace"], 0.5),
         ("tests", [python, "-m", "pytest", *tests.split()], 0.5),
-        # The benchmark ends by itself before its time is over (LIMIT is set when it starts).
-        ("benchmark", [*bench, "--limit-seconds", "LIMIT"], 0.7),
+        ("lookup", benchmark("gather_project"), 0.4),
+        ("loss", benchmark("cosine_mse"), 0.4),
+        ("training", benchmark("train"), 0.7),
         ("tuner", [python, "-u", "-m", "benchmarks", "tune_gather_project"], 0.9),
     ]
 

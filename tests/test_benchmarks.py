@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -10,8 +11,8 @@ import time
 import pytest
 import torch
 
-from benchmarks import common, gather_project, gpu_check, plots
-from benchmarks.peers import FORWARD, PROVIDERS, Lookup, Problem, Provider
+from benchmarks import common, cosine_mse, gather_project, gpu_check, plots, train
+from benchmarks.peers import BOTH, FORWARD, PROVIDERS, Lookup, Problem, Provider
 from benchmarks.shapes import MAX_TEXT_REPEATS, MODELS, UnavailableError, id_sets
 
 TINY = MODELS["tiny"]
@@ -306,10 +307,12 @@ def test_a_failed_stage_does_not_stop_the_next(tmp_path, monkeypatch, capsys):
 def test_the_stages_run_what_exists():
     for name, command, share in gpu_check.plan():
         assert 0 < share < 1
-        if name == "benchmark":
-            given = command[command.index("gather_project") + 1 :]
-            options = gather_project._parse(["9" if part == "LIMIT" else part for part in given])
+        if name in ("lookup", "loss", "training"):
+            module = {"lookup": gather_project, "loss": cosine_mse, "training": train}[name]
+            given = command[command.index(module.__name__.rpartition(".")[2]) + 1 :]
+            options = module._parse(["9" if part == "LIMIT" else part for part in given])
             assert (options.device, options.limit_seconds) == ("cuda", 9)
+            assert module.plan(options)
         elif name == "build":
             assert (gpu_check.ROOT / command[1]).is_file()
         elif name == "tuner":
@@ -326,3 +329,180 @@ def test_counts_of_the_tests_are_read_from_the_last_line():
     tail = "tests/a.py::b PASSED\n=== 1 failed, 20 passed, 3 skipped, 900 deselected in 12.34s ===\n"
     counts = gpu_check._test_counts([gpu_check.Stage("tests", [], gpu_check.FAILED, tail=tail)])
     assert counts == {"failed": 1, "passed": 20, "skipped": 3, "deselected": 900}
+
+
+def test_every_loss_is_right_in_every_dtype():
+    for dtype, (terms_name, terms) in itertools.product(
+        (torch.float32, torch.bfloat16), cosine_mse.TERMS.items()
+    ):
+        batch = cosine_mse.Batch.random(33, 96, dtype, "cpu")
+        check = cosine_mse.Check(batch, BOTH, terms)
+        for name, provider in cosine_mse.PROVIDERS.items():
+            if name in cosine_mse.COMPILED or provider.reason("cpu", dtype):
+                continue
+            error = check(provider.build(terms), provider.rival)
+            assert error < 0.02, (name, dtype, terms_name)
+
+
+@pytest.mark.parametrize("terms", cosine_mse.TERMS)
+def test_the_loss_check_refuses_what_is_wrong(terms):
+    right = cosine_mse.PROVIDERS["three-dot"].build(cosine_mse.TERMS[terms])
+    for mode in cosine_mse.MODES:
+        batch = cosine_mse.Batch.random(33, 96, torch.float32, "cpu")
+        check = cosine_mse.Check(batch, mode, cosine_mse.TERMS[terms])
+        check(right)
+        with pytest.raises(AssertionError, match="relative error"):
+            check(lambda batch: right(batch) * 1.0001)
+    with pytest.raises(AssertionError, match="relative error"):  # the right value and half of its gradient
+        check(lambda batch: (right(batch) + right(batch).detach()) / 2)
+
+
+def test_the_loss_in_fp16_has_a_gradient():
+    batch = cosine_mse.Batch.random(4096, 384, torch.float16, "cpu")
+    loss = cosine_mse.PROVIDERS["three-dot"].build(cosine_mse.TERMS["cosine+mse"])
+    (grad,) = cosine_mse.mode_call(BOTH, loss, batch)()
+    assert (grad == 0).float().mean() < 0.01, "without the loss scale half of it vanishes"
+
+
+def test_a_run_of_the_loss_writes_every_field(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cosine_mse, "copy_bandwidth", lambda device: 10.0)
+    selection = "--device cpu --shapes 33x96 4096x96 --dtypes fp32 --terms cosine+mse --no-compile"
+    cosine_mse.main([*selection.split(), "--cell-seconds", "0", "--results", str(tmp_path)])
+    contents = json.loads((tmp_path / "cosine_mse_cpu.json").read_text())
+    assert contents["command"].startswith("python -m benchmarks cosine_mse --device cpu")
+    assert contents["copy_gbps"] == 10
+    assert contents["failures"] == []
+    assert "liger" in contents["unavailable"]
+    rows = contents["rows"]
+    assert {(row["N"], row["mode"]) for row in rows} == {(n, m) for n in (33, 4096) for m in cosine_mse.MODES}
+    for row in rows:
+        passes = {FORWARD: 2, BOTH: 3}[row["mode"]]
+        assert row["gbps"] == pytest.approx(passes * row["N"] * 96 * 4 / row["p50"] / 1e3, rel=1e-2, abs=2e-3)
+        assert row["share"] == pytest.approx(row["gbps"] / 10, rel=1e-2, abs=2e-3)
+        assert 0 < row["p20"] <= row["p50"] <= row["p80"]
+        assert row["rounds"] == 5
+        assert row["times_as_fast_as"].keys() == {"eager", "three-dot"}
+    measured = {row["provider"]: row for row in rows if (row["N"], row["mode"]) == (4096, BOTH)}
+    assert measured["embkern"]["baseline"] == "three-dot"
+    assert measured["embkern"]["speedup"] == measured["embkern"]["times_as_fast_as"]["three-dot"]
+    assert measured["embkern-norm"]["baseline"] is None, "its baseline is compiled"
+    if measured["eager"]["peak_bytes"] is not None:
+        assert measured["eager"]["peak_over_gradient"] > 1
+    assert "embkern against the faster three-dot form" in capsys.readouterr().out
+
+
+TINY_TABLE = train.TABLES["tiny"]
+
+
+@pytest.fixture(scope="module")
+def tiny_rows():
+    rows, reason = train.table_rows("tiny", "cpu")
+    assert reason is None
+    return rows
+
+
+@pytest.mark.parametrize("batch_size", [32, TINY_TABLE.V])
+@pytest.mark.parametrize("terms", cosine_mse.TERMS)
+def test_every_loop_is_right(tiny_rows, terms, batch_size):
+    check = train.Check(tiny_rows, TINY_TABLE, cosine_mse.TERMS[terms], batch_size)
+    for provider in train.PROVIDERS.values():
+        if provider.compiled or provider.reason("cpu"):
+            continue
+        check(provider.build(tiny_rows, TINY_TABLE, cosine_mse.TERMS[terms], batch_size))
+
+
+def test_the_loop_check_refuses_what_is_wrong(tiny_rows):
+    terms = cosine_mse.TERMS["cosine+power"]
+    check = train.Check(tiny_rows, TINY_TABLE, terms, 32)
+
+    def loop():
+        return train.PlainLoop(tiny_rows, TINY_TABLE, terms, 32)
+
+    class Wrong:
+        def __init__(self, right, change):
+            self.right, self.change, self.weights = right, change, right.weights
+
+        def run(self, order, alpha, lr):
+            return self.right.run(*self.change(order, alpha, lr))
+
+    check(Wrong(loop(), lambda *given: given))
+    for wrong in (
+        lambda order, alpha, lr: (order, alpha, 1.01 * lr),
+        lambda order, alpha, lr: (order, alpha + 0.01, lr),
+        lambda order, alpha, lr: (order.roll(1), alpha, lr),
+    ):
+        with pytest.raises(AssertionError, match="relative error"):
+            check(Wrong(loop(), wrong))
+    frozen = loop()
+    for group in frozen.optimizer.param_groups:  # the last weights are not trained
+        group["params"] = group["params"][:-1]
+    with pytest.raises(AssertionError, match="relative error"):
+        check(frozen)
+
+
+def test_ids_of_steps_are_whole_batches_without_repeats_in_a_pass():
+    ids = train.ids_of_steps(100, 32, 7, seed=0)
+    assert len(ids) == 7 * 32
+    assert all(len(part.unique()) == 96 for part in ids.split(96)[:2])
+    assert train.ids_of_steps(5, 5, 2, seed=0).tolist() == [*range(5), *range(5)]
+
+
+def test_a_run_of_the_training_writes_every_field(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "gemm_peak", lambda dtype, device: 100.0)
+    monkeypatch.setattr(train, "SLICE_SECONDS", 0.005)
+    selection = "--device cpu --tables tiny --batches 32 full --terms cosine+power --threads 1"
+    providers = "--providers plain embkern --cell-seconds 0 --full --epochs 1 --results"
+    train.main([*selection.split(), *providers.split(), str(tmp_path)])
+    contents = json.loads((tmp_path / "train_cpu.json").read_text())
+    assert contents["failures"] == []
+    assert contents["gemm_gflops"] == {"1": 100.0}
+    V, H, r = TINY_TABLE.V, TINY_TABLE.H, TINY_TABLE.r
+    steps = [row for row in contents["rows"] if row["op"] == "train"]
+    assert {(row["batch"], row["provider"]) for row in steps} == {
+        (batch, name) for batch in (32, V) for name in ("plain", "embkern")
+    }
+    for row in steps:
+        batch = row["batch"]
+        assert row["steps_per_second"] == pytest.approx(1e6 / row["p50"], rel=1e-2)
+        assert row["rows_per_second"] == pytest.approx(1e6 * batch / row["p50"], rel=1e-2)
+        floor = 5 * 2 * batch * H * r / 100e3  # us at 100 GFLOP/s
+        assert row["share"] == pytest.approx(floor / row["p50"], rel=1e-2, abs=1e-4)
+        assert row["baseline"] == "plain@1"
+        assert row["slice_steps"] >= 1
+        assert batch == V or row["peak_bytes"] is None
+    peaks = {row["provider"]: row["peak_bytes"] for row in steps if row["batch"] == V}
+    if peaks["plain"] is not None:
+        assert peaks["plain"] > 2 * V * H * 4, "the reconstruction and its gradient at least"
+    whole = {row["provider"]: row for row in contents["rows"] if row["op"] == "train_whole"}
+    assert whole["plain"]["steps"] == whole["embkern"]["steps"] == -(-V // 32)
+    errors = [whole[name]["direction_error"] for name in ("plain", "embkern")]
+    assert errors[0] == pytest.approx(errors[1], rel=0.02), "other orders of rows, the same quality"
+    printed = capsys.readouterr().out
+    assert "the whole recipe" in printed
+    assert "the fastest plain loop" in printed
+
+
+def test_a_loop_that_fails_fails_the_run_but_not_the_others(tmp_path, monkeypatch):
+    class Broken(train.PlainLoop):
+        def run(self, order, alpha, lr):
+            return super().run(order, alpha, lr) * 2
+
+    monkeypatch.setitem(train.PROVIDERS, "embkern-loss", train.Provider(Broken))
+    monkeypatch.setattr(train, "gemm_peak", lambda dtype, device: 100.0)
+    monkeypatch.setattr(train, "SLICE_SECONDS", 0.005)
+    selection = "--device cpu --tables tiny --batches 8 --terms cosine+mse --threads 1 --cell-seconds 0"
+    with pytest.raises(SystemExit, match="1"):
+        train.main([*selection.split(), "--providers", "plain", "embkern-loss", "--results", str(tmp_path)])
+    contents = json.loads((tmp_path / "train_cpu.json").read_text())
+    assert [row["provider"] for row in contents["rows"]] == ["plain"]
+    assert "losses: relative error" in contents["failures"][0]["error"]
+
+
+def test_every_default_plan_of_loss_and_training_is_made_of_what_exists():
+    for device, quick in itertools.product(("cpu", "cuda"), ([], ["--quick"])):
+        cells = cosine_mse.plan(cosine_mse._parse(["--device", device, *quick]))
+        assert (4096, 768, BOTH) in {(cell.N, cell.H, cell.mode) for cell in cells}
+        assert all(cell.dtype in common.DTYPES and cell.terms in cosine_mse.TERMS for cell in cells)
+        cells = train.plan(train._parse(["--device", device, *quick]))
+        assert {32, None} <= {cell.batch for cell in cells}
+        assert all(cell.table in train.TABLES and cell.terms in cosine_mse.TERMS for cell in cells)
