@@ -18,8 +18,8 @@ Replay = Callable[[], None]
 def capture(function: Callable[[], None]) -> Replay:
     """Capture what ``function`` launches on the current CUDA device; the returned call launches it again.
 
-    The function runs once before, on a side stream: kernels compile and libraries allocate at their first use,
-    which a capture must not see.
+    The function runs once before, on a side stream: kernels compile and libraries allocate at their first
+    use, which a capture must not see.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

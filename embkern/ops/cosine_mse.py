@@ -48,8 +48,8 @@ def _forward_fake(
 define(
     "cosine_mse_forward",
     "(Tensor output, Tensor target, Tensor? row_weight, Tensor? target_norm, Tensor? grad_loss, "
-    "int reduction, float cosine_weight, float mse_weight, float rmse_weight, float power_weight, float alpha, float eps, "
-    "bool needs_output, bool needs_target) -> (Tensor, Tensor, Tensor)",
+    "int reduction, float cosine_weight, float mse_weight, float rmse_weight, float power_weight, "
+    "float alpha, float eps, bool needs_output, bool needs_target) -> (Tensor, Tensor, Tensor)",
     backends=("native", "triton"),
     fake=_forward_fake,
 )

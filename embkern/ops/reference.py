@@ -149,7 +149,7 @@ def cosine_mse_forward(
         rows = rows + rmse_weight * rmse
     rows = weight * rows
     loss = rows if reduction == NONE else rows.sum()
-    if row_weight is None and count == 0 and reduction == MEAN:
+    if count == 0 and reduction == MEAN:
         loss = loss / 0
     if rmse_weight and reduction == MEAN:
         loss = loss + rmse_weight * rmse

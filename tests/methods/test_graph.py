@@ -1,4 +1,4 @@
-"""GraphSteps: the numbers of TorchSteps, whatever is captured; on CPU with a capture that runs again instead."""
+"""GraphSteps: the numbers of TorchSteps; on CPU with a capture that runs the steps again instead."""
 
 from __future__ import annotations
 

@@ -217,7 +217,9 @@ def test_leading_shapes_and_mixed_dtypes(backend, device):
 
 def test_no_rows_give_nan_like_mse_loss(backend, device):
     empty = torch.zeros(0, 4, device=device)
-    assert cosine_mse_loss(empty, empty, backend=backend).isnan()
+    for weight in (None, empty[:, 0]):
+        assert cosine_mse_loss(empty, empty, row_weight=weight, backend=backend).isnan()
+        assert cosine_mse_loss(empty, empty, row_weight=weight, reduction="sum", backend=backend) == 0
     assert F.mse_loss(empty, empty).isnan()
 
 
