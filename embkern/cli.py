@@ -128,7 +128,7 @@ def train(
     init: Annotated[str | None, typer.Option(help="random or svd")] = None,
     activation: Annotated[str | None, typer.Option(help="elu")] = None,
     seed: Annotated[int | None, typer.Option(help="of the weights and the order of rows")] = None,
-    engine: Annotated[str | None, typer.Option(help="what takes the steps: native or torch")] = None,
+    engine: Annotated[str | None, typer.Option(help="what takes the steps: native, graph or torch")] = None,
     device: Annotated[str | None, typer.Option(help="such as cpu or cuda (default: cuda if there)")] = None,
     shards: Annotated[
         int | None, typer.Option(help="cut the table into as many; the result depends on it (torchrun: 8)")

@@ -159,7 +159,7 @@ def resident(name):
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))
 
-options = dict(batch_size=4096, epochs=1, progress=False)
+options = dict(batch_size=512, epochs=1, progress=False)
 autoencoder(torch.randn(9000, 512), 4, **options)  # libraries and their buffers
 with open("/proc/self/clear_refs", "w") as peak:
     peak.write("5")  # the high-water mark starts anew

@@ -34,6 +34,7 @@ from .base import (
     wide_blocks,
 )
 from .engines import ENGINES, select_engine
+from .graph import GRAPH_STEPS
 from .sharded import SummedSteps, World
 from .steps import Objective, Weights
 from .svd import gram, principal_vectors
@@ -140,8 +141,8 @@ def autoencoder(
         log: file of JSON lines, one per epoch: epoch, loss, direction_error, rmse, alpha, lr, score, seconds.
             It is written as often as the checkpoint.
         progress: show a bar on stderr; None shows it on a terminal.
-        engine: what takes the steps: ``native`` (C++ on the CPU, linear only) or ``torch``; None takes the
-            first that can serve. Engines differ in rounding.
+        engine: what takes the steps: ``native`` (C++ on the CPU, linear only), ``graph`` (a CUDA graph) or
+            ``torch``; None takes the first that can serve. Engines differ in rounding.
         world: the processes and shards of a run on several, see ``embkern.methods.sharded``.
         options: the fields of ``AutoencoderOptions``.
 
@@ -257,7 +258,7 @@ class _Trainer:
             weights = Weights.random(rank, table.shape[1], options.activation)
         self.weights = weights.to(table.device, training_dtype(table))
         self.batch_size = min(options.batch_size, len(table))
-        self.most_steps = len(table)  # of a chunk
+        self.chunk_steps, self.most_steps = 1, len(table)  # taken at a time, and at most
         if engine is not None and world.shards > 1:
             raise ValueError(f"engine: expected None for a sharded table, got {engine!r}")
         self.take_steps = self._steps(select_engine(engine, self.weights))
@@ -273,8 +274,14 @@ class _Trainer:
         if isinstance(rows, Tensor):
             return lambda ids, alpha, lr: steps.run(rows, ids, size, alpha, lr)
         self.most_steps = max(1, block_rows(rows) // size)
-        positions = torch.arange(self.most_steps * size, device="cpu")
-        return lambda ids, alpha, lr: steps.run(take(rows, ids), positions[: len(ids)], size, alpha, lr)
+        buffer = torch.empty(self.most_steps * size, rows.shape[1], dtype=training_dtype(rows))
+        positions = torch.arange(len(buffer), device="cpu")
+
+        def streamed(ids: Tensor, alpha: float, lr: float) -> Tensor:
+            buffer[: len(ids)] = take(rows, ids)  # in one place: a captured graph knows its address
+            return steps.run(buffer, positions[: len(ids)], size, alpha, lr)
+
+        return streamed
 
     def train(self, validate: Callable[[Factors], float] | None, files: _Files) -> Factors:
         """Run the epochs that are left and return the factors of the best."""
@@ -335,16 +342,17 @@ class _Trainer:
         """Take the steps of an epoch; return its line of the log."""
         options, started = self.options, time.perf_counter()
         alpha, lr = options.alpha(epoch), options.learning_rate(epoch)
-        order, at, count = self._order(epoch), 0, 1
+        order, at = self._order(epoch), 0
         while at < len(order):
-            began = time.perf_counter()
+            began, count = time.perf_counter(), self.chunk_steps
             ids = order[at : at + count * self.batch_size]
             losses = self.take_steps(ids, alpha, lr)
             bar.update(len(losses))
             float(losses[-1])  # a device has caught up, too
             at += len(ids)
-            pace = count * CHUNK_SECONDS / (time.perf_counter() - began)
+            pace = len(losses) * CHUNK_SECONDS / (time.perf_counter() - began)
             count = max(1, min(2 * count, int(pace), self.most_steps))
+            self.chunk_steps = count - count % GRAPH_STEPS if count > GRAPH_STEPS else count
         entry = self._measure()
         score = entry["loss"]
         if validate is not None:

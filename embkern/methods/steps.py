@@ -25,6 +25,7 @@ from ..ops.library import NAMESPACE, overload
 from ..ops.reference import MEAN, SUM
 
 BETA1, BETA2, ADAM_EPS = 0.9, 0.999, 1e-8  # Adam's, torch's defaults
+PART_ROWS = 1024  # of a block whose sums plain torch takes, with a dozen temporaries of the rows' size
 
 
 class Weights:
@@ -149,6 +150,8 @@ class Objective:
         self, weights: Weights, rows: Tensor, alpha: float, reduction: int = MEAN, backend: str | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """Loss of a block of rows, and its gradients of the weights' four parts."""
+        if reduction == SUM and len(rows) > PART_ROWS and self.by_blas(weights):
+            return self._gradients_in_parts(weights, rows, alpha)
         backend = backend or select("autoencoder", rows.device.type, rows.dtype)
         if weights.activation is None and backend != "torch":
             terms, _, *gradients = autoencoder_forward(
@@ -166,11 +169,26 @@ class Objective:
             loss = self._of(output, rows, alpha, "mean" if reduction == MEAN else "sum")
         return loss.detach(), list(torch.autograd.grad(loss, parts))
 
+    def _gradients_in_parts(
+        self, weights: Weights, rows: Tensor, alpha: float
+    ) -> tuple[Tensor, list[Tensor]]:
+        first, *others = rows.split(PART_ROWS)
+        loss, gradients = self.gradients(weights, first, alpha, SUM)
+        for part in others:
+            more, each = self.gradients(weights, part, alpha, SUM)
+            loss = loss + more
+            for gradient, addition in zip(gradients, each, strict=True):
+                gradient += addition
+        return loss, gradients
+
     def sums(self, weights: Weights, rows: Tensor, alpha: float) -> Tensor:
         """Sums over a block of rows of cosine distance, squared error (mean over H) and power term: (3,).
 
         The power term is 0 where its weight is.
         """
+        if len(rows) > PART_ROWS and self.by_blas(weights):
+            parts = rows.split(PART_ROWS)
+            return torch.stack([self.sums(weights, part, alpha) for part in parts]).sum(0)
         if weights.activation is None:
             backend = select("autoencoder", rows.device.type, rows.dtype)
             options = (SUM, 0.0, 0.0, 0.0, self.power_weight, alpha, self.eps)
