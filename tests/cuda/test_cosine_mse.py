@@ -102,6 +102,18 @@ def test_runs_on_the_current_stream(terms):
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("terms", TERMS, ids=("two", "all"))
+def test_runs_on_the_device_of_its_tensors(terms):
+    arguments = problem((522, 768))
+    expected = loss_and_gradients(*arguments, **terms)
+    got = loss_and_gradients(*(each.to("cuda:1") for each in arguments), **terms)
+    assert torch.cuda.current_device() == 0
+    for ours, there in zip(expected, got, strict=True):
+        assert there.device.index == 1
+        torch.testing.assert_close(there.cpu(), ours.cpu())
+
+
 @pytest.mark.parametrize("terms", TERMS, ids=("two", "all"))
 def test_the_host_never_waits(terms):
     arguments = problem((4099, 768))
