@@ -43,6 +43,10 @@ KERNELS: dict[tuple[str, str], frozenset[str]] = {
 # Those of them that have no backward of their own.
 FORWARD_ONLY: frozenset[tuple[str, str, str]] = frozenset({("native", "cuda", "gather_project")})
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Where a kernel does not take all of them.
+KERNEL_DTYPES: dict[tuple[str, str, str], tuple[torch.dtype, ...]] = {
+    ("native", "cpu", "autoencoder"): (torch.float32, torch.float64),
+}
 
 
 def unavailable(backend: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:
@@ -53,6 +57,8 @@ def unavailable(backend: str, op: str, device_type: str, dtype: torch.dtype) -> 
         return _triton_unavailable(device_type, dtype)
     if op not in KERNELS.get((backend, device_type), ()):
         return f"there is no {backend} kernel of {op} for {device_type} tensors"
+    if dtype not in KERNEL_DTYPES.get((backend, device_type, op), DTYPES):
+        return f"the {backend} kernel of {op} does not take {dtype}"
     return load_native() or _native_cuda_unavailable(op, device_type)
 
 

@@ -183,6 +183,17 @@ def test_a_nan_row_reaches_the_loss(backend, device):
     assert finite[torch.arange(45, device=device) != 5].all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrow_dtypes_have_a_backend(dtype):
+    target, parameters = problem(45, 33, 7, dtype)
+    names = FORMS["codes"]
+    loss, *grads = loss_and_gradients(autoencoder_loss, target, parameters, names, dtype)
+    assert loss.dtype == torch.float32
+    assert all(grad.dtype == dtype and grad.isfinite().all() for grad in grads)
+    with pytest.raises(RuntimeError, match="the native kernel of autoencoder does not take|not built"):
+        autoencoder_loss(target, **{name: parameters[name] for name in names}, backend="native")
+
+
 def test_no_rows(backend, device):
     target, parameters = problem(0, 8, 3, device=device)
     named = {name: parameters[name] for name in FORMS["codes"]}
