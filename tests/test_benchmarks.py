@@ -428,7 +428,7 @@ def test_the_loop_check_refuses_what_is_wrong(tiny_rows):
     check(Wrong(loop(), lambda *given: given))
     for wrong in (
         lambda order, alpha, lr: (order, alpha, 1.02 * lr),
-        lambda order, alpha, lr: (order, alpha + 0.01, lr),
+        lambda order, alpha, lr: (order, alpha + 0.1, lr),
         lambda order, alpha, lr: (order.roll(1), alpha, lr),
     ):
         with pytest.raises(AssertionError, match="relative error"):
