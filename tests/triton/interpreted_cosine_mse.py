@@ -106,6 +106,33 @@ def test_row_weights_and_an_incoming_gradient_in_every_kind_of_tile(monkeypatch,
     check(*pair(5, 77), reduction, grad_loss=grad_loss, row_weight=torch.tensor([0.5, 0.0, 2.0, 1.0, 3.0]))
 
 
+@pytest.mark.usefixtures("poisoned")
+def test_sums_of_many_programs_are_added_in_steps(monkeypatch):
+    """Three partial sums of the weights; six and twelve steps for those of 45 programs, with a rest."""
+    for name, value in (("_WEIGHT_SUMS", 4), ("_WEIGHT_BLOCK", 8), ("_PARTIAL_BLOCK", 8), ("_ROOT_BLOCK", 4)):
+        monkeypatch.setattr(cm, name, value)
+    monkeypatch.setattr(cm, "row_tile_of", lambda dtype, N, H: RowTile(1, 8, 1, 1))
+    check(*pair(45, 6), MEAN, row_weight=torch.rand(45))
+
+
+# The authors' alpha at the start, halfway and at the end of its fall; beyond 1.
+@pytest.mark.parametrize("alpha", [0.999, 0.55, 0.1, 2.7])
+def test_the_power_of_small_and_of_great_errors(alpha):
+    """A logarithm in one fp32 number, or the hardware's, would be off by ten times as much."""
+    sizes = torch.logspace(-10, 8, 4096)
+    output = sizes * torch.where(torch.arange(4096) % 2 == 0, 1.0, -1.0)
+    weights = (0.0, 0.0, 0.0, 4096.0 / alpha)
+    options = dict(weights=weights, alpha=alpha, needs=(True, False))
+    rows = output[None], torch.zeros(1, 4096)
+    ours, plain = (
+        run(function, *rows, SUM, **options)[1].double()
+        for function in (cm.cosine_mse_forward, reference.cosine_mse_forward)
+    )
+    power = (rows[0].double().abs() + 1e-10) ** (alpha - 1) * rows[0].sign()
+    errors = [float(((grad - power) / power).abs().max()) for grad in (ours, plain)]
+    assert errors[0] <= 2 * errors[1], errors
+
+
 @pytest.mark.parametrize("term", range(4))
 @pytest.mark.usefixtures("poisoned")
 def test_each_term_by_itself_with_known_norms(term):

@@ -99,9 +99,6 @@ def test_forward_and_backward_replay_in_a_cuda_graph(N, sparse):
 def test_an_id_out_of_range_is_a_device_assertion(call, bad):
     code = f"""
 import torch
-from embkern.ops import reference
-from embkern.ops.reference import MEAN, NONE, SUM
-from embkern.triton import cosine_mse as cm
 from embkern.triton import gather_project as gp
 ids = torch.tensor([0, {bad}, 3], device="cuda")
 codes, basis, grad = (torch.ones(size, device="cuda") for size in ((12, 4), (4, 6), (3, 6)))
@@ -205,3 +202,18 @@ def test_a_factor_of_one_leaves_the_gradient_untouched():
     assert torch.equal(whole.view(torch.int32), pattern)
     assert torch.equal((grad.view(torch.int32) == pattern).all(1), factor == 1)
     assert torch.equal((grad.view(torch.int32) == pattern).any(1), factor == 1)
+
+
+def test_a_loss_of_more_than_two_to_the_31st_elements():
+    """Offsets are 64-bit: the last rows get the loss and the gradient that they get by themselves."""
+    N, H = 2**21 + 5, 1024
+    output = torch.empty(N, H, device="cuda", dtype=torch.bfloat16).normal_()
+    target = torch.ones_like(output)
+    options = (None, None, None, NONE, *TERMS, 0.5, 1e-8, True, False)
+    loss, grad, _ = cm.cosine_mse_forward(output, target, *options)
+    tail = cm.cosine_mse_forward(output[-2000:].clone(), target[-2000:].clone(), *options)
+    assert torch.equal(loss[-2000:], tail[0])
+    assert torch.equal(grad[-2000:], tail[1])
+    twice = grad[-2000:] * 2
+    cm.scale_gradient_(grad, torch.full((), 2.0, device="cuda"))
+    assert torch.equal(grad[-2000:], twice)
