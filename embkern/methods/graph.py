@@ -35,7 +35,7 @@ def capture(function: Callable[[], None]) -> Replay:
 class GraphSteps:
     """The steps of ``TorchSteps``, GRAPH_STEPS at a time from a CUDA graph; without activation.
 
-    The learning rate, the ids and the count of steps are tensors that the graph reads. The rest is part of it:
+    The learning rate, the ids and the count of steps are tensors that the graph reads. The rest is in it:
     another alpha (the authors' recipe has 21), batch size, table or weights capture anew. Steps that do not
     fill a graph run without one.
     """

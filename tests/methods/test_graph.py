@@ -21,7 +21,7 @@ def start(device):
 
 
 def runs():
-    """Orders that fill no graph, one and a half, two; a second alpha and learning rate; a short last batch."""
+    """Orders of no whole graph, one and a half, two; another alpha and learning rate; a short last batch."""
     generator = torch.Generator().manual_seed(3)
     for count, alpha, lr in (
         (50, 1.0, 1e-2),

@@ -59,7 +59,8 @@ def test_the_environment_variable_is_obeyed_and_named_in_errors(monkeypatch):
 
 
 def test_every_refusal_has_a_reason(monkeypatch):
-    assert "no triton kernel" in unavailable("triton", "cosine_mse", "cuda", torch.float32)
+    assert "no native kernel" in unavailable("native", "autoencoder", "cuda", torch.float32)
+    assert "does not take torch.bfloat16" in unavailable("native", "autoencoder", "cpu", torch.bfloat16)
     assert "no native kernel" in unavailable("native", "gather_project", "meta", torch.float32)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert "interpreter" in unavailable("triton", "gather_project", "cpu", torch.float32)
