@@ -11,7 +11,7 @@ BENCHMARKS = {
     "train": "the autoencoder's steps beside plain loops: time, share of the GEMM floor, peak memory",
     "methods": "SVD, PCA and the paper's autoencoder on a real table: quality and seconds",
     "import_time": "what `import embkern` costs beyond torch",
-    "plots": "pictures of the figures of gather_project",
+    "plots": "pictures of the figures of gather_project and train",
     "gpu_check": "on a CUDA machine: build, GPU tests, GPU benchmarks, tuner, in one results file",
     "nvcc_report": "registers, spills and shared memory of the CUDA kernels, by nvcc and without a GPU",
     "tune_gather_project": "on a CUDA machine: the tile sizes of the Triton kernels",

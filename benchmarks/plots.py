@@ -1,4 +1,4 @@
-"""Pictures of a results file of `python -m benchmarks gather_project`: latency by N, and speed-ups.
+"""Pictures of results: the latency and the speed-ups of gather_project, the rows per second of train.
 
 Needs matplotlib. Every picture is written beside the results file it shows.
 """
@@ -30,21 +30,36 @@ STYLES: dict[str, tuple[str, str, str]] = {
     "embkern-sparse": ("#009E73", "--", "D"),
 }
 
+# The loops of `train`, engines by name left out.
+TRAINING = {
+    "plain": "#0072B2",
+    "plain-compiled": "#56B4E9",
+    "three-dot-compiled": "#CC79A7",
+    "embkern-loss": "#E69F00",
+    "embkern": "#D55E00",
+}
+
 
 def main(arguments: list[str]) -> None:
     """Draw what the results files have, or those in benchmarks/results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks plots", description=__doc__)
-    parser.add_argument("files", nargs="*", type=Path, help="JSON files; default: gather_project_*.json")
+    parser.add_argument(
+        "files", nargs="*", type=Path, help="JSON files; default: gather_project_* and train_*"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="where to look for them")
     parser.add_argument("--model", help="for the latencies; default: the first in the file")
     parser.add_argument("--rank", type=int, help="for the latencies; default: the middle one of the model")
     parser.add_argument("--ids", help="default: the first kind in the file")
     options = parser.parse_args(arguments)
-    files = options.files or sorted(options.results.glob("gather_project_*.json"))
+    found = (options.results.glob(f"{name}_*.json") for name in ("gather_project", "train"))
+    files = options.files or [path for paths in found for path in sorted(paths)]
     if not files:
-        parser.error(f"no gather_project_*.json in {options.results}: run the benchmark first")
+        parser.error(f"no gather_project_* or train_*.json in {options.results}: run the benchmark first")
     for path in files:
         results = json.loads(path.read_text())
+        if path.stem.startswith("train_"):
+            print("->", training(results["rows"], results, path.with_suffix(".png")))
+            continue
         rows = [row for row in results["rows"] if row["mode"] == "forward"]
         if not rows:
             print(f"{path.name}: no forward rows, nothing to draw")
@@ -133,6 +148,40 @@ def speedup(rows: list[dict[str, Any]], results: dict[str, Any], path: Path) -> 
     figure.suptitle(
         f"embkern against the faster of two-step eager and compiled{ids}\n{_machine(results)}", fontsize=10
     )
+    return _save(figure, path)
+
+
+def training(rows: list[dict[str, Any]], results: dict[str, Any], path: Path) -> Path:
+    """Draw rows per second, a bar per loop on its better number of threads, grouped by batch."""
+    plt = _pyplot()
+    best: dict[tuple, dict[str, Any]] = {}
+    for row in sorted((row for row in rows if row["op"] == "train"), key=lambda row: -row["p50"]):
+        best[row["table"], row["terms"], row["batch"], row["provider"]] = row
+    panels = list(dict.fromkeys((row["table"], row["terms"]) for row in rows if row["op"] == "train"))
+    figure, axes = plt.subplots(len(panels), 1, figsize=(7.2, 2.4 * len(panels)), squeeze=False)
+    names = [name for name in TRAINING if any(key[3] == name for key in best)]
+    width = 0.8 / max(1, len(names))
+    for axis, (table, terms) in zip(axes[:, 0], panels, strict=True):
+        batches = sorted({key[2] for key in best if key[:2] == (table, terms)})
+        for k, name in enumerate(names):
+            bars = [(i, best.get((table, terms, batch, name))) for i, batch in enumerate(batches)]
+            axis.bar(
+                [i - 0.4 + width * (k + 0.5) for i, row in bars if row],
+                [row["rows_per_second"] for _, row in bars if row],
+                width,
+                color=TRAINING[name],
+                label=name,
+            )
+        axis.set(
+            yscale="log", ylabel="rows per second", title=f"{table}, {terms}", xticks=range(len(batches))
+        )
+        axis.set_xticklabels([f"batch {batch}" for batch in batches])
+        axis.grid(True, axis="y", alpha=0.3)
+    handles: dict[str, Any] = {}
+    for axis in axes[:, 0]:
+        handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle(f"Training steps, median\n{_machine(results)}", fontsize=10)
     return _save(figure, path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import subprocess
@@ -477,6 +478,9 @@ def test_a_run_of_the_training_writes_every_field(tmp_path, monkeypatch, capsys)
     assert whole["plain"]["steps"] == whole["embkern"]["steps"] == -(-V // 32)
     errors = [whole[name]["direction_error"] for name in ("plain", "embkern")]
     assert errors[0] == pytest.approx(errors[1], rel=0.02), "other orders of rows, the same quality"
+    if importlib.util.find_spec("matplotlib"):
+        plots.main(["--results", str(tmp_path)])
+        assert (tmp_path / "train_cpu.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "the whole recipe" in printed
     assert "the fastest plain loop" in printed
