@@ -16,8 +16,8 @@
 //           is good: a block with a row below kSafeError of |x|^2 + |y|^2, or with norms near the ends of fp32,
 //           is computed in the direct form.
 //
-// Large batches are cut into chunks by N alone. Each sums its gradients by itself, and the sums are added in
-// order: the bits do not depend on the number of threads. Memory: chunks x parameters.
+// Large batches are cut into chunks by the shapes alone. Each sums its gradients by itself, and the sums are
+// added in order: the bits do not depend on the number of threads. Memory: chunks x parameters.
 #include <cmath>
 #include <memory>
 #include <new>
@@ -32,7 +32,9 @@ namespace {
 
 constexpr int64_t kSmallBatch = 256;        // rows that are not cut into chunks
 constexpr int64_t kChunkRows = 512;         // at least, in a larger batch
-constexpr int64_t kMaxChunks = 32;          // at most: each holds a copy of the parameters' size
+constexpr int64_t kMaxChunks = 32;          // at most, halved while their sums, a copy of the parameters each,
+constexpr int64_t kMinChunks = 8;           // take more than kSumBytes; never below this,
+constexpr int64_t kSumBytes = 20 << 20;     // so that eight threads have work
 constexpr int64_t kTileRows = 12;           // of the widest tile: blocks and ranges are multiples
 constexpr int64_t kMostBlockRows = 120;     // outer_update reads and writes its sums once per 128 terms
 constexpr int64_t kBlockBytes = 384 << 10;  // of a block's rows of y
@@ -290,11 +292,13 @@ class Step {
   template <class Finish>
   void chunked(const Batch<T>& batch, T* gradient, Finish finish) {
     const int64_t count = batch.count, parameters = layout_.size(), r = p_.rank;
-    const int64_t chunks = std::clamp<int64_t>(count / kChunkRows, 2, kMaxChunks);
     const bool gram = batch.gradient && options_.power == 0 && options_.rmse == 0;
     if (gram) operands_.pack_gram(table_, training_, p_);
     const int64_t size = parameters + (gram ? (r + 1) * (r + 1) : 0);
     const int64_t padded = round_up(size, 16);
+    int64_t most = kMaxChunks;
+    while (most > kMinChunks && most * padded * static_cast<int64_t>(sizeof(T)) > kSumBytes) most /= 2;
+    const int64_t chunks = std::clamp<int64_t>(count / kChunkRows, 2, most);
     T* sums = batch.gradient ? sums_.resize(chunks * padded) : nullptr;
     run_tasks(chunks, [&](int64_t chunk) {
       T* sum = sums + chunk * padded;
