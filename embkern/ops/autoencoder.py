@@ -16,7 +16,7 @@ from torch.autograd import Function
 from . import reference
 from .backends import Backend, select
 from .cosine_mse import check_loss_options, check_row_values
-from .library import define, needs_autograd, overload, scaled_gradient, second_derivative_refused
+from .library import apply, define, needs_autograd, overload, scaled_gradient, second_derivative_refused
 
 
 def _forward_fake(
@@ -196,7 +196,7 @@ def autoencoder_loss(
     ]
     contiguous = [None if each is None else each.contiguous() for each in parameters]
     if needs_autograd(*parameters):
-        return AutoencoderLoss.apply(*contiguous, target.contiguous(), *row_values, options, chosen)[0][0]
+        return apply(AutoencoderLoss, *contiguous, target.contiguous(), *row_values, options, chosen)[0][0]
     return _FORWARD[chosen](target.contiguous(), *contiguous, *row_values, *options, False)[0][0]
 
 

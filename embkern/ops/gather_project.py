@@ -11,7 +11,7 @@ from torch.autograd import Function
 
 from . import reference
 from .backends import Backend, select, select_backward
-from .library import define, differentiable_once, needs_autograd, overload
+from .library import apply, define, differentiable_once, needs_autograd, overload
 
 _NO_PADDING = -1
 # Ids up to this many count as decoding: launches and the basis decide there, not the tensor cores.
@@ -204,7 +204,7 @@ def gather_project(
             if sparse and torch.compiler.is_compiling():
                 raise ValueError("sparse: expected False under torch.compile, which has no sparse gradients")
             padding = _NO_PADDING if padding_idx is None else padding_idx % codes.shape[0]
-            return GatherProject.apply(ids, codes, basis, offset, scale, padding, sparse, chosen)
+            return apply(GatherProject, ids, codes, basis, offset, scale, padding, sparse, chosen)
         if out is None:
             return _FORWARD[chosen](ids, codes, basis, offset, scale)
         _OUT[chosen](ids, codes, basis, offset, scale, out)

@@ -62,6 +62,25 @@ def needs_autograd(*tensors: torch.Tensor | None) -> bool:
     return forward_ad._current_level >= 0
 
 
+# What Function.apply does with its arguments unless functorch is at work.
+try:
+    from torch._functorch.utils import unwrap_dead_wrappers as _unwrap_dead_wrappers
+
+    _functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+except (ImportError, AttributeError):  # private names of torch
+    _functorch_active = lambda: True  # noqa: E731
+
+
+def apply(function: type[Function], *args: Any) -> Any:
+    """Return ``function.apply(*args)``, every argument of its forward being given.
+
+    ``Function.apply`` first binds them to the forward's signature, which takes longer than a small kernel.
+    """
+    if torch.compiler.is_compiling() or _functorch_active():
+        return function.apply(*args)
+    return super(Function, function).apply(*_unwrap_dead_wrappers(args))  # type: ignore[misc]
+
+
 def second_derivative_refused() -> RuntimeError:
     """Return the error of a gradient that is to be differentiated."""
     return RuntimeError(
@@ -94,7 +113,7 @@ def differentiable_once(grad: torch.Tensor, *sources: torch.Tensor | None) -> to
     """Return a computed gradient that refuses to be differentiated with respect to ``sources``."""
     if not torch.is_grad_enabled():
         return grad
-    return _OnceDifferentiable.apply(grad, *(each for each in sources if each is not None))
+    return apply(_OnceDifferentiable, grad, *(each for each in sources if each is not None))
 
 
 # Whether the graph that is now differentiated will be needed again (retain_graph, create_graph).
@@ -114,7 +133,8 @@ def scaled_gradient(grad: torch.Tensor, grad_loss: torch.Tensor) -> torch.Tensor
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or _keeps_graph():
         return (grad * factor).to(grad.dtype)
     if grad.is_cpu:
-        return grad if bool((grad_loss == 1).all()) else grad.mul_(factor)
+        ones = grad_loss.item() == 1 if grad_loss.dim() == 0 else bool((grad_loss == 1).all())
+        return grad if ones else grad.mul_(factor)
     if grad.is_cuda and importlib.util.find_spec("triton") is not None:
         overload("scale_gradient_", "triton")(grad, grad_loss.contiguous())
         return grad
