@@ -1,25 +1,31 @@
-"""Methods: a table (V, H) and a rank in, Factors out. One file each; ``METHODS`` lists them by name."""
+"""Methods: a table (V, H) and a size in, what replaces it out. One file each; ``METHODS`` lists them."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from ..factors import Factors
 from .autoencoder import AutoencoderOptions, autoencoder
 from .base import Options, rank_for_ratio
 from .svd import SVDOptions, svd
 
 
 class Method(NamedTuple):
-    """A method as the recipe and the command line see it."""
+    """A method as the recipe and the command line see it.
 
-    compress: Callable[..., Factors]
+    ``compress(table, rank, **options)``, or ``compress(table, ratio=ratio, **options)`` where the size is a
+    ratio of bytes. A weighted one takes ``counts`` too: how often each token is read, (V,) float64.
+    """
+
+    compress: Callable[..., Any]
     options: type[Options]
-    has_offset: Callable[[Options], bool]  # known before compressing: the rank for a ratio depends on it
+    has_offset: Callable[[Any], bool] = lambda options: False  # the rank for a ratio depends on it
+    sized_by: Literal["rank", "ratio"] = "rank"
+    weighted: bool = False
+    installable: bool = True  # False: a neighbour to compare with, no model can hold its result
 
 
 METHODS: dict[str, Method] = {
     "autoencoder": Method(autoencoder, AutoencoderOptions, lambda options: True),
-    "svd": Method(svd, SVDOptions, lambda options: getattr(options, "center", False)),
+    "svd": Method(svd, SVDOptions, lambda options: options.center),
 }
 
 __all__ = ["METHODS", "Method", "autoencoder", "rank_for_ratio", "svd"]
