@@ -72,6 +72,16 @@ struct AdamStep {
   T step_size, root_correction, eps;
 };
 
+// A record of a packed table: groups of 32 values, bit i of a group's word p is bit p of the code of value i.
+template <class T>
+struct PackedRow {
+  const int32_t* words;
+  const uint8_t* bits;  // of each group; words follow each other
+  int64_t groups, width;
+  const float* levels;  // 16 for codes of 1 bit, then for 2, 3 and 4; wider codes are uniform
+  acc_t<T> factor;
+};
+
 template <class T>
 struct Kernels {
   using A = acc_t<T>;
@@ -89,6 +99,10 @@ struct Kernels {
   double (*row_power)(const T* output, const T* target, int64_t width, double alpha, A* slope);
   void (*row_gradient)(const T* output, const T* target, int64_t width, const RowGradient<A>& coefficients,
                        T* grad);  // may be `output`
+  // to[j] = factor * value[j] + scale * offset[j] for j < width; values beyond the groups are 0.
+  void (*decode_row)(const PackedRow<T>&, const T* offset, A scale, T* to);
+  // to[j] = factor * value[j], for project_sums: of the sums' type.
+  void (*decode_coefficients)(const PackedRow<T>&, void* to);
 };
 
 // The kernels of training, for float and double.

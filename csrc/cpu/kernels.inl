@@ -552,6 +552,7 @@ void total_rows(const T* const* rows, int64_t count, int64_t first, int64_t last
   sum_rows_to(rows, count, first, last, out);
 }
 
+#include "cpu/decoding.inl"
 #include "cpu/training.inl"
 
 }  // namespace
@@ -560,9 +561,17 @@ template <class T>
 const Kernels<T>& kernels() {
   using S = typename Product<T>::S;
   using M = typename Product<T>::Arithmetic;
-  static constexpr Kernels<T> table = {std::is_same_v<S, T>, project<T, T, M>, project<T, S, M>,
-                                       outer_sum<T, S, M>,   sum_rows<T, S>,   total_rows<T>,
-                                       row_sums<T>,          row_power<T>,     row_gradient<T>};
+  static constexpr Kernels<T> table = {std::is_same_v<S, T>,
+                                       project<T, T, M>,
+                                       project<T, S, M>,
+                                       outer_sum<T, S, M>,
+                                       sum_rows<T, S>,
+                                       total_rows<T>,
+                                       row_sums<T>,
+                                       row_power<T>,
+                                       row_gradient<T>,
+                                       decode_row<T>,
+                                       decode_coefficients<T, S>};
   return table;
 }
 

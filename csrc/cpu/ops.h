@@ -42,6 +42,11 @@ Tensor autoencoder_train(const Tensor& rows, const Tensor& order, int64_t batch_
                          double beta1, double beta2, double adam_eps, double cosine_weight, double mse_weight,
                          double rmse_weight, double power_weight, double alpha, double eps);
 
+Tensor gather_decode_forward(const Tensor& ids, const Tensor& records, const Tensor& directory,
+                             const Tensor& tiers, const Tensor& levels, const Tensor& scales,
+                             const std::optional<Tensor>& basis, const std::optional<Tensor>& offset,
+                             int64_t embedding_dim, double scale);
+
 // Fills fresh tensors and scratch with NaN from now on, or no more; for tests.
 void set_poison_memory(bool on);
 

@@ -36,7 +36,7 @@ REGIMES: dict[tuple[str, str, str], tuple[str, ...]] = {
 
 # The ops each kernel backend implements, per device type. A new kernel adds its line here.
 KERNELS: dict[tuple[str, str], frozenset[str]] = {
-    ("native", "cpu"): frozenset({"gather_project", "cosine_mse", "autoencoder"}),
+    ("native", "cpu"): frozenset({"gather_project", "gather_decode", "cosine_mse", "autoencoder"}),
     ("native", "cuda"): frozenset({"gather_project", "cosine_mse"}),
     ("triton", "cuda"): frozenset({"gather_project", "cosine_mse", "autoencoder"}),
 }

@@ -244,3 +244,118 @@ def autoencoder_forward(
         if offset is not None:
             grads[4] = grad.sum(0)
     return (torch.stack(terms), *grads)  # type: ignore[return-value]
+
+
+# ---- gather_decode: rows of a packed table ------------------------------------------------------------------
+
+GROUP = 32  # values that share the words of a record: bit i of a group's word p is bit p of its value i
+LEVEL_STEP = 2.0**-12  # of the levels, which are whole numbers: no model's dtype rounds them
+LEVEL_BITS = 4  # codes this wide at most have levels of their own, wider ones are uniform
+
+
+def packed_values(
+    ids: Tensor, records: Tensor, directory: Tensor, tiers: Tensor, levels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Whether the rows of ids (N,) are coefficients of the basis (N,), and their values (N, 32 G) in fp32.
+
+    The tensors are those of ``embkern.PackedTable``. A value of ``b`` bits is ``levels[kind, b - 1, code]``
+    steps, or ``code - (2**b - 1) / 2`` beyond four bits; 0 where the tier has no such group.
+    """
+    block, lane = ids // GROUP, ids % GROUP
+    shifts = torch.arange(0, 32, 4, device=ids.device, dtype=torch.int32)
+    tier_of = ((directory[block, 1:].unsqueeze(2) >> shifts) & 15).flatten(1).long()  # of a block's 32 rows
+    bits = tiers[:, 1:].long()
+    sizes = F.pad(bits.sum(1), (0, 16 - len(tiers)))
+    lanes = torch.arange(GROUP, device=ids.device)
+    before = torch.where(lanes < lane.unsqueeze(1), sizes[tier_of], 0).sum(1)
+    tier = tier_of.gather(1, lane.unsqueeze(1)).squeeze(1)
+    transform, bits = tiers[tier, 0].bool(), bits[tier]
+    group = (directory[block, 0].long() + before).unsqueeze(1) + bits.cumsum(1) - bits
+
+    code = torch.zeros(*bits.shape, GROUP, dtype=torch.int64, device=ids.device)
+    for plane in range(8):
+        present = plane < bits
+        word = records[torch.where(present, group + plane, 0)]
+        bit = (word.unsqueeze(2) >> lanes.to(torch.int32)) & 1
+        code += torch.where(present.unsqueeze(2), bit.long() << plane, 0)
+    width = bits.unsqueeze(2)
+    level = (transform.long()[:, None, None] * LEVEL_BITS + (width - 1).clamp(0, LEVEL_BITS - 1)) * 16
+    chosen = levels.flatten()[level + code.clamp(max=15)].float() * LEVEL_STEP
+    uniform = code.float() - ((1 << width).float() - 1) / 2
+    values = torch.where(width > LEVEL_BITS, uniform, torch.where(width > 0, chosen, 0.0))
+    return transform, values.flatten(1)
+
+
+def _unscaled_rows(
+    transform: Tensor, values: Tensor, basis: Tensor | None, embedding_dim: int, dtype: torch.dtype
+) -> Tensor:
+    """Rows (N, H) before their scale and the offset."""
+    direct = F.pad(values, (0, max(0, embedding_dim - values.shape[1])))[:, :embedding_dim].to(dtype)
+    if basis is None:
+        return direct
+    return torch.where(transform.unsqueeze(1), _coefficients(values, basis) @ basis.to(dtype), direct)
+
+
+def _coefficients(values: Tensor, basis: Tensor) -> Tensor:
+    size = basis.shape[0]
+    return F.pad(values, (0, max(0, size - values.shape[1])))[:, :size].to(accumulation_dtype(basis.dtype))
+
+
+@_autocast_off
+def gather_decode_forward(
+    ids: Tensor,
+    records: Tensor,
+    directory: Tensor,
+    tiers: Tensor,
+    levels: Tensor,
+    scales: Tensor,
+    basis: Tensor | None,
+    offset: Tensor | None,
+    embedding_dim: int,
+    scale: float,
+) -> Tensor:
+    """``scale * (scales[ids] * rows + offset)``: rows of a packed table, ids (*); (*, H)."""
+    flat, dtype = ids.reshape(-1).long(), accumulation_dtype(scales.dtype)
+    factor = scales.index_select(0, flat).to(dtype)  # raises where an id is out of range
+    transform, values = packed_values(flat, records, directory, tiers, levels)
+    rows = _unscaled_rows(transform, values, basis, embedding_dim, dtype) * factor.unsqueeze(1)
+    if offset is not None:
+        rows = rows + offset.to(dtype)
+    return (rows * scale).to(scales.dtype).view(*ids.shape, embedding_dim)
+
+
+@_autocast_off
+def gather_decode_backward(
+    grad: Tensor,
+    ids: Tensor,
+    records: Tensor,
+    directory: Tensor,
+    tiers: Tensor,
+    levels: Tensor,
+    scales: Tensor,
+    basis: Tensor | None,
+    scale: float,
+    padding_idx: int,
+    needs_scales: bool,
+    needs_basis: bool,
+    needs_offset: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of scales, basis and offset for grad (N, H); an unneeded one is an empty tensor."""
+    flat, dtype = ids.reshape(-1).long(), accumulation_dtype(scales.dtype)
+    grad = grad.to(dtype) * scale
+    if padding_idx >= 0:
+        grad = grad.masked_fill((flat == padding_idx).unsqueeze(1), 0)
+    grad_scales = grad_basis = grad_offset = scales.new_empty(0)
+    if needs_scales or needs_basis:
+        transform, values = packed_values(flat, records, directory, tiers, levels)
+    if needs_scales:
+        rows = _unscaled_rows(transform, values, basis, grad.shape[1], dtype)
+        per_row = (rows * grad).sum(1)
+        grad_scales = torch.zeros_like(scales, dtype=dtype).index_add(0, flat, per_row).to(scales.dtype)
+    if needs_basis:
+        assert basis is not None
+        factor = torch.where(transform, scales[flat].to(dtype), 0.0)
+        grad_basis = ((_coefficients(values, basis) * factor.unsqueeze(1)).t() @ grad).to(basis.dtype)
+    if needs_offset:
+        grad_offset = grad.sum(0).to(scales.dtype)
+    return grad_scales, grad_basis, grad_offset

@@ -1,0 +1,246 @@
+// gather_decode: out[n] = scale * (scales[id] * row + offset), where row is the values of a record, or values
+// @ basis
+//
+//   ids (*) int32|int64, records (W,) int32, directory (ceil(V / 32), 5) int32, tiers (T, 1 + G) uint8, levels
+//   (2, 4, 16) int16, scales (V,), basis (K, H) or none, offset (H,) or none -> out (*, H) of scales' dtype.
+//   embkern/packed.py describes the format.
+//
+// Each distinct id is decoded once and copied to its other places. Rows of values need no product: H b / 8
+// bytes read, H written. Rows of coefficients are sorted by tier, so that those of one length share a product
+// with the basis, in the tiles of gather_project. Bits depend neither on the other ids nor on the threads.
+#include <array>
+#include <cstring>
+#include <vector>
+
+#include "cpu/distinct.h"
+#include "cpu/kernels.h"
+#include "cpu/ops.h"
+#include "cpu/parallel.h"
+
+namespace embkern {
+namespace {
+
+constexpr int64_t kGroup = 32, kMaxTiers = 16, kLevelBits = 4;
+constexpr int64_t kDirectRows = 16;  // rows of values that a thread takes at a time
+constexpr int64_t kProductRows = 48;
+
+struct PackedTable {
+  const int32_t *records, *directory;
+  const uint8_t* tiers;
+  int64_t count, vocabulary, groups, words;  // of tiers, rows, groups of a tier, the records
+  int64_t basis_rows, width;
+  std::array<int64_t, kMaxTiers> size{}, used{};  // words and groups of a tier's record
+  std::array<float, 2 * kLevelBits * 16> levels;
+
+  const uint8_t* bits(int64_t tier) const { return tiers + tier * (1 + groups) + 1; }
+  bool transform(int64_t tier) const { return tiers[tier * (1 + groups)] != 0; }
+
+  // The tier of a row, and where its record begins.
+  int64_t locate(int64_t id, const int32_t** record) const {
+    const int32_t* entry = directory + id / kGroup * 5;
+    int64_t start = entry[0];
+    const int64_t lane = id % kGroup;
+    for (int64_t i = 0; i < lane; ++i)
+      start += size[static_cast<uint32_t>(entry[1 + i / 8]) >> 4 * (i % 8) & 15];
+    const int64_t tier = static_cast<uint32_t>(entry[1 + lane / 8]) >> 4 * (lane % 8) & 15;
+    check(tier < count && start >= 0 && start + size[tier] <= words,
+          "directory: expected records within their ", words, " words and tiers below ", count, ", got tier ",
+          tier, " at ", start, " for id ", id);
+    *record = records + start;
+    return tier;
+  }
+};
+
+PackedTable checked_table(const Tensor& records, const Tensor& directory, const Tensor& tiers,
+                          const Tensor& levels, const Tensor& scales, const std::optional<Tensor>& basis,
+                          const std::optional<Tensor>& offset, int64_t width) {
+  const ScalarType type = scales.scalar_type();
+  check_tensor("records", records, 1, ScalarType::Int);
+  check_tensor("directory", directory, 2, ScalarType::Int);
+  check_tensor("tiers", tiers, 2, ScalarType::Byte);
+  check_tensor("levels", levels, 3, ScalarType::Short);
+  check_tensor("scales", scales, 1, type);
+  check_size("directory", directory, 0, (scales.size(0) + kGroup - 1) / kGroup);
+  check_size("directory", directory, 1, 5);
+  check(levels.numel() == 2 * kLevelBits * 16, "levels: expected shape (2, 4, 16)");
+  check(tiers.size(0) >= 1 && tiers.size(0) <= kMaxTiers && tiers.size(1) >= 2,
+        "tiers: expected shape (T, 1 + G) with T up to 16 and G >= 1");
+  check(width > 0, "embedding_dim: expected at least 1, got ", width);
+  PackedTable table;
+  table.records = static_cast<const int32_t*>(records.const_data_ptr());
+  table.directory = static_cast<const int32_t*>(directory.const_data_ptr());
+  table.tiers = static_cast<const uint8_t*>(tiers.const_data_ptr());
+  table.count = tiers.size(0), table.vocabulary = scales.size(0), table.groups = tiers.size(1) - 1;
+  table.words = records.numel(), table.width = width, table.basis_rows = 0;
+  if (basis) {
+    check_tensor("basis", *basis, 2, type);
+    check_size("basis", *basis, 1, width);
+    table.basis_rows = basis->size(0);
+  }
+  if (offset) {
+    check_tensor("offset", *offset, 1, type);
+    check_size("offset", *offset, 0, width);
+  }
+  for (int64_t tier = 0; tier < table.count; ++tier) {
+    const int64_t most = table.transform(tier) ? table.basis_rows : width + kGroup - 1;
+    for (int64_t group = 0; group < table.groups; ++group) {
+      const int64_t bits = table.bits(tier)[group];
+      check(bits <= 8 && (bits == 0 || (group + 1) * kGroup <= most / kGroup * kGroup),
+            "tiers: expected up to 8 bits in a group of the row, got ", bits, " in group ", group, " of tier ",
+            tier);
+      table.size[tier] += bits;
+      if (bits) table.used[tier] = group + 1;
+    }
+  }
+  const int16_t* steps = static_cast<const int16_t*>(levels.const_data_ptr());
+  for (size_t i = 0; i < table.levels.size(); ++i) table.levels[i] = static_cast<float>(steps[i]) / 4096;
+  return table;
+}
+
+template <class T>
+struct Decode {
+  using A = acc_t<T>;
+  const Kernels<T>& kernel;  // taken once: another thread may set another level meanwhile
+  const PackedTable& table;
+  const T *scales, *offset;
+  const std::vector<const T*>& terms;  // rows of the basis
+  A scale;
+  T* out;
+
+  struct Row {
+    const int32_t* record;
+    int64_t tier, id, position;
+  };
+
+  Row find(int64_t id, int64_t position) const {
+    Row row;
+    row.tier = table.locate(id, &row.record);
+    row.id = id, row.position = position;
+#if defined(__GNUC__)
+    __builtin_prefetch(row.record);
+    __builtin_prefetch(row.record + 16);
+    __builtin_prefetch(scales + id);
+#endif
+    return row;
+  }
+
+  PackedRow<T> packed(const Row& row, int64_t width, A factor) const {
+    const float* levels = table.levels.data() + (table.transform(row.tier) ? kLevelBits * 16 : 0);
+    return {row.record,
+            table.bits(row.tier),
+            table.used[row.tier],
+            width,
+            levels,
+            static_cast<A>(scales[row.id]) * factor};
+  }
+
+  void direct(const Row& row) const {
+    kernel.decode_row(packed(row, table.width, scale), offset, scale, out + row.position * table.width);
+  }
+
+  // Rows of one tier of coefficients, at most kProductRows.
+  void product(const Row* rows, int64_t m) const {
+    thread_local std::vector<double> scratch;  // aligned for every type
+    const int64_t k = table.used[rows[0].tier] * kGroup;
+    const int64_t bytes = k * static_cast<int64_t>(kernel.sums_in_element_type ? sizeof(T) : sizeof(A));
+    scratch.resize(std::max<size_t>(scratch.size(), (m * bytes + 7) / 8));
+    const void* left[kProductRows];
+    T* to[kProductRows];
+    for (int64_t i = 0; i < m; ++i) {
+      char* values = reinterpret_cast<char*>(scratch.data()) + i * bytes;
+      kernel.decode_coefficients(packed(rows[i], k, 1), values);
+      left[i] = values;
+      to[i] = out + rows[i].position * table.width;
+    }
+    kernel.project_sums({m, k, 0, table.width, 0, left, terms.data(), offset, scale, to});
+  }
+
+  template <class Copy>
+  void decode(const Row* rows, int64_t m, Copy copy) const {
+    if (table.transform(rows[0].tier))
+      product(rows, m);
+    else
+      for (int64_t i = 0; i < m; ++i) direct(rows[i]);
+    for (int64_t i = 0; i < m; ++i) copy(rows[i].position);
+  }
+
+  void operator()(const Distinct& distinct) const {
+    const int64_t count = distinct.count(), width = table.width;
+    // By tier, and within one in order of first occurrence.
+    std::array<int64_t, kMaxTiers + 1> begin{};
+    std::vector<Row> found(count), rows(count);
+    for (int64_t u = 0; u < count; ++u) {
+      found[u] = find(distinct.id(u), distinct.first(u));
+      ++begin[found[u].tier + 1];
+    }
+    int64_t work = 0;
+    for (int64_t tier = 0; tier < table.count; ++tier) {
+      work += begin[tier + 1] * width * (2 + (table.transform(tier) ? table.used[tier] * kGroup / 2 : 0));
+      begin[tier + 1] += begin[tier];
+    }
+    std::array<int64_t, kMaxTiers + 1> next = begin;
+    for (const Row& row : found) rows[next[row.tier]++] = row;
+
+    struct Task {
+      int64_t first, last;
+    };
+    std::vector<Task> tasks;
+    for (int64_t tier = 0; tier < table.count; ++tier) {
+      const int64_t most = table.transform(tier) ? kProductRows : kDirectRows;
+      for (int64_t first = begin[tier]; first < begin[tier + 1]; first += most)
+        tasks.push_back({first, std::min(begin[tier + 1], first + most)});
+    }
+    for_tasks(tasks.size(), useful_threads(work), [&](int64_t task) {
+      const auto [first, last] = tasks[task];
+      decode(rows.data() + first, last - first, [&](int64_t position) {
+        const T* row = out + position * width;
+        for (int64_t n = distinct.next(position); n >= 0; n = distinct.next(n))
+          std::memcpy(out + n * width, row, width * sizeof(T));
+      });
+    });
+  }
+};
+
+}  // namespace
+
+Tensor gather_decode_forward(const Tensor& ids, const Tensor& records, const Tensor& directory,
+                             const Tensor& tiers, const Tensor& levels, const Tensor& scales,
+                             const std::optional<Tensor>& basis, const std::optional<Tensor>& offset,
+                             int64_t embedding_dim, double scale) {
+  check(ids.is_cpu() && ids.is_contiguous(), "ids: expected a contiguous CPU tensor");
+  const PackedTable table =
+      checked_table(records, directory, tiers, levels, scales, basis, offset, embedding_dim);
+  std::vector<int64_t> sizes;
+  for (int64_t dim = 0; dim < ids.dim(); ++dim) sizes.push_back(ids.size(dim));
+  sizes.push_back(embedding_dim);
+  Tensor out = empty_in_huge_pages(sizes, scales.scalar_type(), scales.element_size());
+  if (ids.numel() == 0) return out;
+  dispatch_floating(scales.scalar_type(), "scales", [&](auto element) {
+    using T = decltype(element);
+    const auto data = [](const std::optional<Tensor>& tensor) {
+      return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+    };
+    const T* rows = data(basis);
+    std::vector<const T*> terms(table.basis_rows);
+    for (size_t p = 0; p < terms.size(); ++p) terms[p] = rows + p * embedding_dim;
+    const Decode<T> run{kernels<T>(),
+                        table,
+                        static_cast<const T*>(scales.const_data_ptr()),
+                        data(offset),
+                        terms,
+                        static_cast<acc_t<T>>(scale),
+                        static_cast<T*>(out.mutable_data_ptr())};
+    dispatch_index(ids.scalar_type(), "ids", [&](auto index) {
+      const auto* all = static_cast<const decltype(index)*>(ids.const_data_ptr());
+      if (ids.numel() == 1) {
+        const auto row = run.find(checked(all, 0, table.vocabulary), 0);
+        run.decode(&row, 1, [](int64_t) {});
+      } else {
+        run(Distinct(all, ids.numel(), table.vocabulary, -1));
+      }
+    });
+  });
+  return out;
+}
+
+}  // namespace embkern

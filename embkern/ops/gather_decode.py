@@ -1,0 +1,220 @@
+"""gather_decode: rows of a packed table, ``scale * (scales[ids] * row(records[ids]) + offset)``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import reference
+from .backends import Backend, select
+from .library import apply, define, differentiable_once, needs_autograd, overload
+
+_NO_PADDING = -1
+
+
+def _forward_fake(
+    ids: Tensor,
+    records: Tensor,
+    directory: Tensor,
+    tiers: Tensor,
+    levels: Tensor,
+    scales: Tensor,
+    basis: Tensor | None,
+    offset: Tensor | None,
+    embedding_dim: int,
+    scale: float,
+) -> Tensor:
+    return scales.new_empty(*ids.shape, embedding_dim)
+
+
+define(
+    "gather_decode_forward",
+    "(Tensor ids, Tensor records, Tensor directory, Tensor tiers, Tensor levels, Tensor scales, "
+    "Tensor? basis, Tensor? offset, int embedding_dim, float scale) -> Tensor",
+    backends=("native", "triton"),
+    fake=_forward_fake,
+)
+
+_FORWARD: dict[str, Callable] = {
+    "native": overload("gather_decode_forward", "native"),
+    "triton": overload("gather_decode_forward", "triton"),
+    "torch": reference.gather_decode_forward,
+}
+
+
+class GatherDecode(Function):
+    """Autograd of gather_decode: the codes are frozen, the backward is products of plain torch."""
+
+    @staticmethod
+    def forward(
+        ids: Tensor,
+        records: Tensor,
+        directory: Tensor,
+        tiers: Tensor,
+        levels: Tensor,
+        scales: Tensor,
+        basis: Tensor | None,
+        offset: Tensor | None,
+        embedding_dim: int,
+        scale: float,
+        padding_idx: int,
+        backend: str,
+    ) -> Tensor:
+        """Run the backend's forward."""
+        codes = (records, directory, tiers, levels)
+        return _FORWARD[backend](ids, *codes, scales, basis, offset, embedding_dim, scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        """Keep what the backward reads."""
+        *tensors, _offset, _, ctx.scale, ctx.padding_idx, _ = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        """Return the gradients of scales, basis and offset that are asked for."""
+        ids, *tensors = ctx.saved_tensors
+        needs = ctx.needs_input_grad[5:8]
+        flat = grad.reshape(ids.numel(), grad.shape[-1])
+        with torch.no_grad():
+            grads = reference.gather_decode_backward(flat, ids, *tensors, ctx.scale, ctx.padding_idx, *needs)
+        wanted = [
+            differentiable_once(each, grad, *tensors[4:]) if needed else None
+            for each, needed in zip(grads, needs, strict=True)
+        ]
+        return None, None, None, None, None, *wanted, None, None, None, None
+
+
+def gather_decode(
+    ids: Tensor,
+    records: Tensor,
+    directory: Tensor,
+    tiers: Tensor,
+    levels: Tensor,
+    scales: Tensor,
+    basis: Tensor | None = None,
+    offset: Tensor | None = None,
+    *,
+    embedding_dim: int,
+    scale: float = 1.0,
+    padding_idx: int | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Rows of a table whose rows are packed at different rates (``embkern.PackedTable`` has the format).
+
+    ``scale * (scales[ids] * rows + offset)`` where a row is the values of its codes, or ``values @ basis``
+    if its tier holds coefficients of the basis.
+
+    Sums run in fp32 (float64 for float64) and are rounded once; the result has the dtype of ``scales``.
+    Gradients flow to scales, basis and offset, once (no double backward); the codes are frozen.
+
+    Args:
+        ids: indices into the vocabulary, any shape (``*``), int32 or int64.
+        records: (W,) int32, the bit planes of all rows, one row after the other.
+        directory: (ceil(V / 32), 5) int32: where the records of 32 rows begin, and the tier of each row,
+            four bits a row.
+        tiers: (T, 1 + G) uint8, T up to 16: whether a tier's values are coefficients of the basis, then the
+            bits, 0 to 8, of each group of 32 values.
+        levels: (2, 4, 16) int16, in steps of 2^-12: the values of codes of 1 to 4 bits, of rows and of
+            coefficients. Wider codes are uniform, ``code - (2**bits - 1) / 2``.
+        scales: (V,), factor on each row.
+        basis: (K, H), K a multiple of 32; None if no tier needs it.
+        offset: (H,), added to every row, or None.
+        embedding_dim: H.
+        scale: factor on the result, applied before the rounding.
+        padding_idx: positions with this id contribute no gradient.
+        backend: ``native``, ``triton`` or ``torch``; None takes the best for the device.
+
+    Returns:
+        (``*``, H), in the dtype of scales.
+
+    Raises:
+        IndexError: an id is negative or not below V (on CPU; on CUDA a device-side assertion).
+        TypeError: a dtype is not the one above, or the floating-point dtypes differ.
+        ValueError: shapes or devices do not fit, or ``backend`` is unknown.
+        RuntimeError: the backend asked for cannot serve this call.
+
+    Source: rate allocation is reverse water-filling (Cover and Thomas, Elements of Information Theory,
+    section 10.3) with rows in the place of components.
+    """
+    device_type = "cpu" if scales.is_cpu else scales.device.type
+    chosen = select("gather_decode", device_type, scales.dtype, backend)
+    arguments = (ids, records, directory, tiers, levels, scales, basis, offset)
+    _check(*arguments, embedding_dim)
+    if padding_idx is not None and not -len(scales) <= padding_idx < len(scales):
+        raise ValueError(f"padding_idx: expected an id below {len(scales)}, got {padding_idx}")
+    contiguous = [None if each is None else each.contiguous() for each in arguments]
+    if needs_autograd(scales, basis, offset):
+        padding = _NO_PADDING if padding_idx is None else padding_idx % len(scales)
+        return apply(GatherDecode, *contiguous, embedding_dim, scale, padding, chosen)
+    return _FORWARD[chosen](*contiguous, embedding_dim, scale)
+
+
+_INTEGERS = {"records": torch.int32, "directory": torch.int32, "tiers": torch.uint8, "levels": torch.int16}
+
+
+def _check(
+    ids: Tensor,
+    records: Tensor,
+    directory: Tensor,
+    tiers: Tensor,
+    levels: Tensor,
+    scales: Tensor,
+    basis: Tensor | None,
+    offset: Tensor | None,
+    embedding_dim: int,
+) -> None:
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"ids: expected dtype torch.int32 or torch.int64, got {ids.dtype}")
+    check_packed(records, directory, tiers, levels, scales, basis, offset, embedding_dim)
+    if ids.device != scales.device:
+        raise ValueError(f"ids: expected device {scales.device} as in scales, got {ids.device}")
+
+
+def check_packed(
+    records: Tensor,
+    directory: Tensor,
+    tiers: Tensor,
+    levels: Tensor,
+    scales: Tensor,
+    basis: Tensor | None,
+    offset: Tensor | None,
+    embedding_dim: int,
+) -> None:
+    """Raise unless the tensors of a packed table have shapes, dtypes and devices that fit each other."""
+    named = dict(records=records, directory=directory, tiers=tiers, levels=levels, scales=scales)
+    rows, groups = len(scales) if scales.dim() else 0, tiers.shape[1] - 1 if tiers.dim() == 2 else 0
+    expected = {
+        "directory": (-(-rows // reference.GROUP), 5),
+        "levels": (2, reference.LEVEL_BITS, 16),
+        "scales": (rows,),
+    }
+    for name, tensor in named.items():
+        if name in expected and tuple(tensor.shape) != expected[name]:
+            raise ValueError(f"{name}: expected shape {expected[name]}, got {tuple(tensor.shape)}")
+        if name in _INTEGERS and tensor.dtype != _INTEGERS[name]:
+            raise TypeError(f"{name}: expected dtype {_INTEGERS[name]}, got {tensor.dtype}")
+    if records.dim() != 1 or records.shape[0] == 0:
+        raise ValueError(f"records: expected shape (W,) with W >= 1, got {tuple(records.shape)}")
+    if tiers.dim() != 2 or not 1 <= tiers.shape[0] <= 16 or groups < 1:
+        raise ValueError(
+            f"tiers: expected shape (T, 1 + G) with T up to 16 and G >= 1, got {tuple(tiers.shape)}"
+        )
+    if basis is not None and (basis.dim() != 2 or basis.shape[1] != embedding_dim or basis.shape[0] % 32):
+        raise ValueError(
+            f"basis: expected shape (K, {embedding_dim}) with K a multiple of 32, got {tuple(basis.shape)}"
+        )
+    if offset is not None and tuple(offset.shape) != (embedding_dim,):
+        raise ValueError(f"offset: expected shape ({embedding_dim},), got {tuple(offset.shape)}")
+    for name, optional in dict(basis=basis, offset=offset).items():
+        if optional is not None and optional.dtype != scales.dtype:
+            raise TypeError(f"{name}: expected dtype {scales.dtype} as in scales, got {optional.dtype}")
+        if optional is not None:
+            named[name] = optional
+    for name, tensor in named.items():
+        if tensor.device != scales.device:
+            raise ValueError(f"{name}: expected device {scales.device} as in scales, got {tensor.device}")

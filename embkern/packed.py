@@ -1,0 +1,281 @@
+"""PackedTable: a table whose rows are quantised at different rates, in memory and in a file."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .factors import checksum, verify_checksums
+from .files import replacing
+from .ops.gather_decode import check_packed, gather_decode
+from .ops.reference import GROUP, LEVEL_BITS, LEVEL_STEP
+
+FORMAT = "embkern.packed/1"
+TENSORS = ("records", "directory", "tiers", "levels", "scales", "basis", "offset")
+OPTIONAL = ("basis", "offset")
+MAX_TIERS, MAX_BITS = 16, 8
+_DECODED_ROWS = 8192  # at a time, by to_dense
+
+
+class Tier(NamedTuple):
+    """How a row is represented: its own values, or coefficients of the basis, ``bits[g]`` per value of group g."""
+
+    transform: bool
+    bits: tuple[int, ...]
+
+    @property
+    def words(self) -> int:
+        """Words of 32 bits that a record takes."""
+        return sum(self.bits)
+
+    def __str__(self) -> str:
+        """Return a short name: ``4 bits``, ``basis 3-2-1-1``."""
+        if not self.transform and len(set(self.bits)) == 1:
+            return f"{self.bits[0]} bits"
+        return ("basis " if self.transform else "") + "-".join(map(str, self.bits))
+
+
+@dataclass(frozen=True, eq=False)
+class PackedTable:
+    """A (V, H) table whose rows are quantised, each at the rate of its tier.
+
+    ``row[i] = scales[i] * v + offset`` where v is the row of values that record i decodes to, or
+    ``values @ basis`` if the tier holds coefficients.
+
+    Rows lie one after the other in the order of their ids, so that no map from ids to places is stored: 4
+    bits a row name its tier, the tier says how long the record is, and every 32 rows have a word that says
+    where they begin. A record is bit planes of groups of 32 values: bit i of a group's word p is bit p of the
+    code of value i.
+
+    Attributes:
+        records, directory, tiers, levels: the codes and what they mean, as ``embkern.ops.gather_decode``
+            takes them; whole numbers, which no cast of a model touches.
+        scales: (V,).
+        basis: (K, H) or None.
+        offset: (H,) or None.
+        embedding_dim: H.
+        facts: what the method says of the result (JSON values); not saved.
+
+    Raises:
+        ValueError: shapes do not fit each other, or the records do not fill what the directory describes.
+        TypeError: a dtype is wrong.
+    """
+
+    records: Tensor
+    directory: Tensor
+    tiers: Tensor
+    levels: Tensor
+    scales: Tensor
+    basis: Tensor | None = None
+    offset: Tensor | None = None
+    embedding_dim: int = 0
+    facts: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        check_packed(*(getattr(self, name) for name in TENSORS), self.embedding_dim)
+        if not self.scales.is_floating_point():
+            raise TypeError(f"scales: expected a floating-point dtype, got {self.scales.dtype}")
+        if not self.scales.is_meta:
+            self._check_ranges()
+
+    def _check_ranges(self) -> None:
+        bits = self.tiers[:, 1:]
+        if int(bits.max()) > MAX_BITS or int(self.tiers[:, 0].max()) > 1:
+            raise ValueError(f"tiers: expected 0 or 1, then 0 to {MAX_BITS} bits, got {self.tiers.tolist()}")
+        size = self.basis.shape[0] if self.basis is not None else 0
+        groups = -(-self.embedding_dim // GROUP)
+        for tier in self.described_tiers():
+            most = size // GROUP if tier.transform else groups
+            if any(tier.bits[most:]):
+                raise ValueError(f"tiers: expected at most {most} groups, got {tier}")
+        tier_of = self.tier_of_rows()
+        if int(tier_of.max()) >= len(self.tiers):
+            raise ValueError(f"directory: expected tiers below {len(self.tiers)}, got {int(tier_of.max())}")
+        words = bits.long().sum(1)[tier_of]
+        starts = words.cumsum(0) - words
+        if not torch.equal(self.directory[:, 0].long(), starts[::GROUP]):
+            raise ValueError("directory: the places of the records do not follow from the rows' tiers")
+        if int(words.sum()) > len(self.records):
+            raise ValueError(f"records: expected {int(words.sum())} words, got {len(self.records)}")
+
+    @property
+    def num_embeddings(self) -> int:
+        """V, the rows of the table."""
+        return self.scales.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of scales, basis and offset, and of the decoded rows."""
+        return self.scales.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together, as stored (a file adds a header of some hundred bytes)."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that exist, by name."""
+        named = {name: getattr(self, name) for name in TENSORS}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def described_tiers(self) -> list[Tier]:
+        """Return the tiers as Python values."""
+        return [
+            Tier(bool(transform), tuple(bits[: max((i + 1 for i, b in enumerate(bits) if b), default=0)]))
+            for transform, *bits in self.tiers.tolist()
+        ]
+
+    def tier_of_rows(self) -> Tensor:
+        """Return the tier (V,) of every row."""
+        shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=self.directory.device)
+        return ((self.directory[:, 1:, None] >> shifts) & 15).flatten()[: self.num_embeddings].long()
+
+    def decode(self, ids: Tensor) -> Tensor:
+        """Return the rows of ``ids`` (any shape): (``*``, H)."""
+        tensors = (getattr(self, name) for name in TENSORS)
+        return gather_decode(ids, *tensors, embedding_dim=self.embedding_dim)
+
+    def to_dense(self) -> Tensor:
+        """Return the whole reconstructed table, (V, H)."""
+        ids = torch.arange(self.num_embeddings, device=self.scales.device)
+        return torch.cat([self.decode(some) for some in ids.split(_DECODED_ROWS)])
+
+    def to(self, *args: Any, **kwargs: Any) -> PackedTable:
+        """Return the table moved, and its floating-point tensors cast, as ``Tensor.to`` does."""
+        moved = {name: tensor.to(*args, **kwargs) for name, tensor in self.tensors().items()}
+        for name in TENSORS[:4]:  # codes keep their dtype
+            moved[name] = getattr(self, name).to(moved[name].device)
+        return PackedTable(**moved, embedding_dim=self.embedding_dim, facts=self.facts)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the table to one safetensors file; a file already there is replaced whole or not at all."""
+        metadata = {
+            "format": FORMAT,
+            "embedding_dim": str(self.embedding_dim),
+            "checksums": json.dumps({name: checksum(tensor) for name, tensor in self.tensors().items()}),
+        }
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> PackedTable:
+        """Read what ``save`` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is truncated, edited, or not a file of a packed table.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"path: expected a file of a packed table, found none at {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a readable safetensors file ({error})") from error
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path}: expected format {FORMAT!r}, got {metadata.get('format')!r}")
+        try:
+            checksums = json.loads(metadata["checksums"])
+            embedding_dim = int(metadata["embedding_dim"])
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path}: its metadata is damaged ({error!r})") from error
+        required = set(TENSORS) - set(OPTIONAL)
+        if (
+            not isinstance(checksums, dict)
+            or set(tensors) != set(checksums)
+            or not required <= set(tensors) <= set(TENSORS)
+        ):
+            raise ValueError(f"{path}: expected {', '.join(TENSORS)}, got {sorted(tensors)}")
+        verify_checksums(tensors, checksums, str(path))
+        try:
+            return cls(**tensors, embedding_dim=embedding_dim)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def packed_bytes(rows: Tensor, tiers: list[Tier], floats: int, basis_rows: int, embedding_dim: int) -> int:
+    """Bytes of a table with ``rows[t]`` rows in tier t, whose floating-point values take ``floats`` bytes each."""
+    total = int(rows.sum())
+    words = sum(int(count) * tier.words for count, tier in zip(rows.tolist(), tiers, strict=True))
+    groups = max((len(tier.bits) for tier in tiers), default=1)
+    fixed = len(tiers) * (1 + groups) + 2 * LEVEL_BITS * 16 * 2
+    return 4 * words + 20 * -(-total // GROUP) + fixed + floats * (total + basis_rows * embedding_dim)
+
+
+def pack(
+    tier_of: Tensor,
+    codes: dict[int, Tensor],
+    tiers: list[Tier],
+    levels: Tensor,
+    scales: Tensor,
+    basis: Tensor | None,
+    offset: Tensor | None,
+    embedding_dim: int,
+) -> PackedTable:
+    """Lay codes out as records.
+
+    Args:
+        tier_of: (V,) int64, the tier of every row.
+        codes: per tier with rows, the codes (rows, 32 groups) uint8 of its rows in the order of their ids.
+        tiers: up to 16.
+        levels: (2, 4, 16) of the format, int16.
+        scales, basis, offset: of one floating-point dtype.
+        embedding_dim: H.
+    """
+    words = torch.tensor([tier.words for tier in tiers])[tier_of]
+    starts = words.cumsum(0) - words
+    records = torch.zeros(max(1, int(words.sum())), dtype=torch.int32)
+    for index, tier in enumerate(tiers):
+        rows = torch.nonzero(tier_of == index).flatten()
+        if len(rows) and tier.words:
+            planes = _planes(codes[index], tier)
+            records[(starts[rows].unsqueeze(1) + torch.arange(tier.words)).flatten()] = planes.flatten()
+    blocks = -(-len(tier_of) // GROUP)
+    padded = torch.zeros(blocks * GROUP, dtype=torch.int64)
+    padded[: len(tier_of)] = tier_of
+    nibbles = (padded.view(blocks, 4, 8) << torch.arange(0, 32, 4)).sum(2)
+    directory = torch.cat([starts[::GROUP].unsqueeze(1), nibbles], 1)
+    groups = max(len(tier.bits) for tier in tiers)
+    described = [[int(t.transform), *t.bits, *[0] * (groups - len(t.bits))] for t in tiers]
+    return PackedTable(
+        records,
+        _wrapped(directory),
+        torch.tensor(described, dtype=torch.uint8),
+        levels,
+        scales,
+        basis,
+        offset,
+        embedding_dim,
+    )
+
+
+def _planes(codes: Tensor, tier: Tier) -> Tensor:
+    """Words (rows, W) of codes (rows, 32 groups)."""
+    weights = torch.ones(GROUP, dtype=torch.int64) << torch.arange(GROUP)
+    columns = []
+    for group, bits in enumerate(tier.bits):
+        values = codes[:, group * GROUP : (group + 1) * GROUP].long()
+        columns += [((values >> plane & 1) * weights).sum(1) for plane in range(bits)]
+    return _wrapped(torch.stack(columns, 1))
+
+
+def _wrapped(words: Tensor) -> Tensor:
+    """Whole numbers below 2^32 as int32 of the same bits."""
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def level_values(levels: Tensor, transform: bool, bits: int) -> Tensor:
+    """Values (2**bits,) of the codes of so many bits, ascending, in fp32."""
+    if bits > LEVEL_BITS:
+        return torch.arange(2**bits, dtype=torch.float32) - (2**bits - 1) / 2
+    return levels[int(transform), bits - 1, : 2**bits].float() * LEVEL_STEP
