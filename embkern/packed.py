@@ -26,7 +26,7 @@ _DECODED_ROWS = 8192  # at a time, by to_dense
 
 
 class Tier(NamedTuple):
-    """How a row is represented: its own values, or coefficients of the basis, ``bits[g]`` per value of group g."""
+    """``bits[g]`` per value of group g, of the row itself or of its coefficients in the basis."""
 
     transform: bool
     bits: tuple[int, ...]
@@ -80,7 +80,8 @@ class PackedTable:
     facts: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        check_packed(*(getattr(self, name) for name in TENSORS), self.embedding_dim)
+        *codes, basis, offset = (getattr(self, name) for name in TENSORS)
+        check_packed(*codes, basis, offset, embedding_dim=self.embedding_dim)
         if not self.scales.is_floating_point():
             raise TypeError(f"scales: expected a floating-point dtype, got {self.scales.dtype}")
         if not self.scales.is_meta:
@@ -204,7 +205,7 @@ class PackedTable:
 
 
 def packed_bytes(rows: Tensor, tiers: list[Tier], floats: int, basis_rows: int, embedding_dim: int) -> int:
-    """Bytes of a table with ``rows[t]`` rows in tier t, whose floating-point values take ``floats`` bytes each."""
+    """Bytes of a table with ``rows[t]`` rows in tier t and floating-point values of ``floats`` bytes."""
     total = int(rows.sum())
     words = sum(int(count) * tier.words for count, tier in zip(rows.tolist(), tiers, strict=True))
     groups = max((len(tier.bits) for tier in tiers), default=1)
@@ -229,7 +230,9 @@ def pack(
         codes: per tier with rows, the codes (rows, 32 groups) uint8 of its rows in the order of their ids.
         tiers: up to 16.
         levels: (2, 4, 16) of the format, int16.
-        scales, basis, offset: of one floating-point dtype.
+        scales: (V,), in one floating-point dtype with
+        basis: (K, H) or None, and
+        offset: (H,) or None.
         embedding_dim: H.
     """
     words = torch.tensor([tier.words for tier in tiers])[tier_of]

@@ -246,7 +246,7 @@ def autoencoder_forward(
     return (torch.stack(terms), *grads)  # type: ignore[return-value]
 
 
-# ---- gather_decode: rows of a packed table ------------------------------------------------------------------
+# ---- gather_decode: rows of a packed table -----------------------------------------------------------
 
 GROUP = 32  # values that share the words of a record: bit i of a group's word p is bit p of its value i
 LEVEL_STEP = 2.0**-12  # of the levels, which are whole numbers: no model's dtype rounds them
