@@ -80,8 +80,16 @@ class PackedTable:
     facts: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        *codes, basis, offset = (getattr(self, name) for name in TENSORS)
-        check_packed(*codes, basis, offset, embedding_dim=self.embedding_dim)
+        check_packed(
+            self.records,
+            self.directory,
+            self.tiers,
+            self.levels,
+            self.scales,
+            self.basis,
+            self.offset,
+            self.embedding_dim,
+        )
         if not self.scales.is_floating_point():
             raise TypeError(f"scales: expected a floating-point dtype, got {self.scales.dtype}")
         if not self.scales.is_meta:
