@@ -166,6 +166,35 @@ def train(
 
 
 @app.command()
+def count(
+    model: Annotated[
+        str, typer.Argument(help="a directory with a tokenizer, or a name on the hub", metavar="MODEL")
+    ],
+    text: Annotated[
+        list[str],
+        typer.Option(
+            "--text", help="a file, a directory, or name:config:split:column of a data set; repeatable"
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="safetensors file of the counts to write")],
+    errors: Annotated[str, typer.Option(help="bytes that are not UTF-8 text: strict or replace")] = "strict",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a file that is there")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Count how often a model's tokenizer reads each token of some text."""
+    from .frequencies import count_files
+
+    summary = count_files(model, text, output, errors=errors, overwrite=overwrite)
+    if as_json:
+        _print_json(summary)
+        return
+    facts = Table(title=escape(f"{', '.join(text)} -> {output}"), show_header=False)
+    for name, value in summary.rows().items():
+        facts.add_row(name, escape(value))
+    _console().print(facts)
+
+
+@app.command()
 def inspect(model: Model, as_json: AsJson = False) -> None:
     """Show a model's embedding table: size, ties, scale, and what each rank would save."""
     from . import inspection
