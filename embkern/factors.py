@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ class Factors:
         offset: (H,) or None.
         activation: None, or ``"elu"`` for the non-linear autoencoder of arXiv 2106.08181. A table with an
             activation cannot serve a tied head, which needs ``h @ basis.T @ codes.T``.
+        facts: what the method has to say of the result, such as its objective; values of JSON, kept by
+            ``to`` and not saved.
 
     Raises:
         ValueError: shapes do not fit each other, or the activation is unknown.
@@ -43,6 +45,7 @@ class Factors:
     basis: Tensor
     offset: Tensor | None = None
     activation: str | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.codes.dim() != 2 or self.basis.dim() != 2 or self.codes.shape[1] != self.basis.shape[0]:
@@ -104,7 +107,7 @@ class Factors:
     def to(self, *args: Any, **kwargs: Any) -> Factors:
         """Return the factors with every tensor moved or cast as ``Tensor.to`` does."""
         moved = {name: tensor.to(*args, **kwargs) for name, tensor in self.tensors().items()}
-        return Factors(**moved, activation=self.activation)
+        return Factors(**moved, activation=self.activation, facts=self.facts)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the factors to one safetensors file; a file already there is replaced whole or not at all."""

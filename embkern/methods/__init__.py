@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 from .autoencoder import AutoencoderOptions, autoencoder
 from .base import Options, rank_for_ratio
+from .direction import DirectionOptions, direction, repair_norms
 from .svd import SVDOptions, svd
 
 
@@ -25,7 +26,8 @@ class Method(NamedTuple):
 
 METHODS: dict[str, Method] = {
     "autoencoder": Method(autoencoder, AutoencoderOptions, lambda options: True),
+    "direction": Method(direction, DirectionOptions, lambda options: options.center, weighted=True),
     "svd": Method(svd, SVDOptions, lambda options: options.center),
 }
 
-__all__ = ["METHODS", "Method", "autoencoder", "rank_for_ratio", "svd"]
+__all__ = ["METHODS", "Method", "autoencoder", "direction", "rank_for_ratio", "repair_norms", "svd"]
