@@ -97,6 +97,13 @@ def test_special_tokens_count_once_per_text_and_nothing_is_truncated():
     assert counts == {"[CLS]": 1, "[SEP]": 1, "the": 2, "cat": 2, "##s": 2, "sit": 1, ",": 1, "!": 1}
 
 
+@pytest.mark.parametrize("progress", [None, False, True])
+def test_a_bar_is_shown_on_a_terminal_or_when_asked(capsys, progress):
+    count_tokens(LINES, wordpiece(), progress=progress)
+    printed, shown = capsys.readouterr()
+    assert (printed, "count tokens" in shown) == ("", bool(progress))
+
+
 def test_another_language_and_unknown_characters():
     tokenizer = wordpiece()
     assert of(count_tokens(["кошка 猫"], tokenizer), tokenizer) == {"[UNK]": 2, "[CLS]": 1, "[SEP]": 1}
