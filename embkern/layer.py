@@ -1,38 +1,103 @@
-"""FactorizedEmbedding and FactorizedHead: factors in the places of nn.Embedding and a tied nn.Linear."""
+"""Modules in the places of nn.Embedding and a tied nn.Linear: over factors, or over a packed table.
+
+Both kinds of table go through ``CompressedEmbedding`` and ``CompressedHead``; what differs between them, the
+names of the tensors and how rows are looked up in them, is in ``_OverFactors`` and ``_OverPacked``.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn.functional import linear
 
+from . import factors, packed
 from .factors import ACTIVATIONS, Factors, activate
 from .ops import gather_project
 from .ops.backends import DTYPES, Backend
+from .ops.gather_decode import gather_decode
+from .ops.library import apply, differentiable_once, needs_autograd
+from .ops.reference import gather_decode_backward
+from .packed import PackedTable
+
+Table = Factors | PackedTable
+
+_HEAD_ROWS = 2048  # decoded at a time by PackedHead: 3 MB at H = 384
 
 
-class _FactorizedTable(nn.Module):
-    """What both modules hold: the parameters codes, basis and offset, and the table they stand for."""
+class _Compressed(nn.Module):
+    """What embeddings and heads hold of a table: floating-point tensors as parameters, codes as buffers."""
 
-    codes: nn.Parameter
-    basis: nn.Parameter
-    offset: nn.Parameter | None
-    activation: str | None = None
+    kind: ClassVar[str]
+    tensor_names: ClassVar[tuple[str, ...]]
+    code_dtypes: ClassVar[dict[str, torch.dtype]] = {}
+    keeps_stored_dtype: ClassVar[bool] = False  # when saved in a wider model
     backend: Backend | None = None
 
-    def _register(self, factors: Factors) -> None:
-        # Never "bias" or "decoder": transformers pads the one to V and renames the other.
-        self.codes = nn.Parameter(factors.codes)
-        self.basis = nn.Parameter(factors.basis)
-        offset = None if factors.offset is None else nn.Parameter(factors.offset)
-        self.register_parameter("offset", offset)
+    @staticmethod
+    def settings(table: Any) -> dict[str, Any]:
+        """Return what a table is made of besides its tensors, as JSON values."""
+        raise NotImplementedError
 
     @property
-    def factors(self) -> Factors:
-        """The table's factors, sharing memory with the parameters."""
-        offset = None if self.offset is None else self.offset.detach()
-        return Factors(self.codes.detach(), self.basis.detach(), offset, self.activation)
+    def shape(self) -> tuple[int, int]:
+        """(V, H) of the table."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the parameters and of the decoded rows."""
+        raise NotImplementedError
+
+    @property
+    def table(self) -> Any:
+        """The table, sharing memory with the module; ValueError if its tensors do not fit each other."""
+        raise NotImplementedError
+
+    def _rows(self, ids: Tensor, scale: float = 1.0, padding_idx: int | None = None) -> Tensor:
+        raise NotImplementedError
+
+    def _register(self, table: Table) -> None:
+        # Never "bias" or "decoder": transformers pads the one to V and renames the other.
+        tensors = table.tensors()
+        for name in self.tensor_names:
+            tensor = tensors.get(name)
+            if tensor is None or tensor.is_floating_point():
+                self.register_parameter(name, None if tensor is None else nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor)
+
+    def share(self, other: _Compressed) -> None:
+        """Hold the tensors of another module from now on."""
+        for name in self.tensor_names:
+            if name not in other._buffers:
+                self.register_parameter(name, getattr(other, name))
+        self.share_codes(other)
+
+    def share_codes(self, other: _Compressed) -> None:
+        """Hold the codes of another module from now on."""
+        for name in other._buffers:
+            self.register_buffer(name, getattr(other, name))
+
+    def drop_codes(self) -> None:
+        """Have no codes until ``share_codes``, so that no checkpoint is asked for them."""
+        for name in self._buffers:
+            setattr(self, name, None)
+
+    def replace(self, table: Table) -> None:
+        """Hold the tensors of a table from now on; a parameter that is there already stays."""
+        for name, new in table.tensors().items():
+            old = getattr(self, name)
+            if new.shape != old.shape or new.data_ptr() != old.data_ptr():
+                parameter = isinstance(old, nn.Parameter)
+                setattr(self, name, nn.Parameter(new, old.requires_grad) if parameter else new)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that are there, by name, sharing memory with the module."""
+        held = {name: getattr(self, name) for name in self.tensor_names}
+        return {name: tensor.detach() for name, tensor in held.items() if tensor is not None}
 
     @property
     def weight(self) -> Tensor:
@@ -41,33 +106,188 @@ class _FactorizedTable(nn.Module):
         It is not a parameter: writing into it (``emb.weight.data[i] = x``) changes nothing. On the meta
         device it is an empty meta tensor.
         """
-        if any(parameter.is_meta for parameter in self.parameters()):  # some arrive before others
-            weight = self.codes.new_empty(self.codes.shape[0], self.basis.shape[1])
+        tensors = self.tensors()  # while a model is loaded, some arrive before others
+        if any(tensor.is_meta for tensor in tensors.values()) or None in self._buffers.values():
+            weight = torch.empty(self.shape, dtype=self.dtype, device="meta")
             weight._is_hf_initialized = True  # type: ignore[attr-defined]
             return weight
-        ids = torch.arange(self.codes.shape[0], device=self.codes.device)
-        rows = gather_project(ids, self.codes, self.basis, self.offset, backend=self.backend)
-        return activate(rows, self.activation)
+        return self._rows(torch.arange(self.shape[0], device=next(iter(tensors.values())).device))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
             raise AttributeError(
-                f"{type(self).__name__}.weight is decoded from codes, basis and offset and cannot be set; "
-                "compress a dense table with embkern.compress, or assign the factors"
+                f"{type(self).__name__}.weight is decoded from {_listed(self.tensor_names)} "
+                "and cannot be set; compress a dense table with embkern.compress, or assign those tensors"
             )
         super().__setattr__(name, value)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         if prefix + "weight" in state_dict:
             args[-1].append(
-                f"{prefix}weight is a dense table, {type(self).__name__} holds codes, basis and offset: "
+                f"{prefix}weight is a dense table, {type(self).__name__} holds {_listed(self.tensor_names)}: "
                 "load it into the dense model and compress that"
             )
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        """Move as ``nn.Module`` does, buffers in place like parameters: who shares them still does."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is None or new is None or new is old:
+                continue
+            if torch._has_compatible_shallow_copy_type(old, new):
+                old.data = new
+                self._buffers[name] = old
+        return self
 
-class FactorizedEmbedding(_FactorizedTable):
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:-1]) + f" and {names[-1]}"
+
+
+class CompressedEmbedding(_Compressed):
+    """What the drop-ins for ``nn.Embedding`` share: sizes, ``padding_idx`` and the constant factor."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None,
+        scale: float,
+        backend: Backend | None,
+    ) -> None:
+        super().__init__()
+        if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
+            raise ValueError(f"padding_idx: expected an id below {num_embeddings}, got {padding_idx}")
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
+        self.scale = scale
+        self.backend = backend
+
+    @classmethod
+    def from_table(cls, table: Any, **kwargs: Any) -> CompressedEmbedding:
+        """Return a layer over a table of this kind, sharing its memory."""
+        raise NotImplementedError
+
+    def head(self, bias: nn.Parameter | None = None) -> CompressedHead:
+        """Return the tied output head over the same table."""
+        raise NotImplementedError
+
+    @property
+    def scale(self) -> float:
+        """Constant factor on the output."""
+        return self._scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        self._scale = float(value)
+        # Models keep their scale in the weights' dtype.
+        self._rounded_scale = {
+            dtype: torch.tensor(self._scale, dtype=dtype, device="cpu").item() for dtype in DTYPES
+        }
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the rows of ``ids`` (any shape, int32 or int64): (``*``, H)."""
+        # The ops refuse other dtypes.
+        return self._rows(ids, self._rounded_scale.get(self.dtype, self._scale), self.padding_idx)
+
+    def extra_repr(self) -> str:
+        """Return what ``print`` shows of the layer."""
+        parts = [f"{self.num_embeddings}, {self.embedding_dim}", *self._described()]
+        if self.padding_idx is not None:
+            parts.append(f"padding_idx={self.padding_idx}")
+        if self.scale != 1.0:
+            parts.append(f"scale={self.scale:g}")
+        return ", ".join(parts)
+
+    def _described(self) -> list[str]:
+        raise NotImplementedError
+
+
+class CompressedHead(_Compressed):
+    """What tied output heads share: the embedding's tensors, and the dense head's bias."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, embedding: CompressedEmbedding, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
+        self.backend = embedding.backend
+        self.share(embedding)
+        self.register_parameter("bias", bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return logits (``*``, V) for hidden states (``*``, H)."""
+        logits = self._logits(hidden)
+        return logits if self.bias is None else logits + self.bias.to(logits.dtype)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """Return what ``print`` shows of the head."""
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, bias={self.bias is not None}"
+
+
+# ---- over factors ----------------------------------------------------------------------------------------
+
+
+class _OverFactors(_Compressed):
+    """Parameters codes, basis and perhaps offset."""
+
+    kind = "factors"
+    tensor_names = factors.TENSORS
+    codes: nn.Parameter
+    basis: nn.Parameter
+    offset: nn.Parameter | None
+    activation: str | None = None
+    sparse = False
+
+    @staticmethod
+    def settings(table: Factors) -> dict[str, Any]:
+        """Return what factors are made of besides their tensors."""
+        return {"activation": table.activation}
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(V, H) of the table."""
+        return self.codes.shape[0], self.basis.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the parameters and of the decoded rows."""
+        return self.codes.dtype
+
+    @property
+    def table(self) -> Factors:
+        """The table's factors, sharing memory with the parameters."""
+        tensors: dict[str, Any] = self.tensors()
+        return Factors(**tensors, activation=self.activation)
+
+    @property
+    def factors(self) -> Factors:
+        """The same as ``table``."""
+        return self.table
+
+    def _rows(self, ids: Tensor, scale: float = 1.0, padding_idx: int | None = None) -> Tensor:
+        rows = gather_project(
+            ids,
+            self.codes,
+            self.basis,
+            self.offset,
+            scale=1.0 if self.activation else scale,
+            padding_idx=padding_idx,
+            sparse=self.sparse,
+            backend=self.backend,
+        )
+        return activate(rows, self.activation) * scale if self.activation else rows
+
+
+class FactorizedEmbedding(_OverFactors, CompressedEmbedding):
     """Drop-in for ``nn.Embedding`` whose table is ``codes @ basis + offset``.
 
     ``forward(ids) = activation(F.embedding(ids, codes) @ basis + offset) * scale``
@@ -106,21 +326,16 @@ class FactorizedEmbedding(_FactorizedTable):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         for name, value in (("num_embeddings", num_embeddings), ("embedding_dim", embedding_dim)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         check_rank(rank, embedding_dim)
-        if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
-            raise ValueError(f"padding_idx: expected an id below {num_embeddings}, got {padding_idx}")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
-        self.num_embeddings, self.embedding_dim, self.rank = num_embeddings, embedding_dim, rank
-        self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
+        super().__init__(num_embeddings, embedding_dim, padding_idx, scale, backend)
+        self.rank = rank
         self.activation = activation
-        self.scale = scale
         self.sparse = sparse
-        self.backend = backend
         kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         self._register(
             Factors(
@@ -131,19 +346,6 @@ class FactorizedEmbedding(_FactorizedTable):
             )
         )
         self.reset_parameters()
-
-    @property
-    def scale(self) -> float:
-        """Constant factor on the output."""
-        return self._scale
-
-    @scale.setter
-    def scale(self, value: float) -> None:
-        self._scale = float(value)
-        # Models keep their scale in the weights' dtype.
-        self._rounded_scale = {
-            dtype: torch.tensor(self._scale, dtype=dtype, device="cpu").item() for dtype in DTYPES
-        }
 
     def reset_parameters(self) -> None:
         """Draw codes ~ N(0, 1) and basis ~ N(0, 1/r); the offset is zero."""
@@ -179,38 +381,27 @@ class FactorizedEmbedding(_FactorizedTable):
         layer._register(factors)
         return layer
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Return the rows of ``ids`` (any shape, int32 or int64): (``*``, H)."""
-        scale = self._rounded_scale.get(self.codes.dtype, self._scale)  # the op refuses other dtypes
-        rows = gather_project(
-            ids,
-            self.codes,
-            self.basis,
-            self.offset,
-            scale=1.0 if self.activation else scale,
-            padding_idx=self.padding_idx,
-            sparse=self.sparse,
-            backend=self.backend,
-        )
-        return activate(rows, self.activation) * scale if self.activation else rows
+    @classmethod
+    def from_table(cls, table: Factors, **kwargs: Any) -> FactorizedEmbedding:
+        """Return a layer over factors, sharing their memory: ``from_factors``."""
+        return cls.from_factors(table, **kwargs)
 
-    def extra_repr(self) -> str:
-        """Return what ``print`` shows of the layer."""
-        parts = [f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}"]
-        if self.padding_idx is not None:
-            parts.append(f"padding_idx={self.padding_idx}")
+    def head(self, bias: nn.Parameter | None = None) -> FactorizedHead:
+        """Return the tied output head over the same factors."""
+        return FactorizedHead(self, bias)
+
+    def _described(self) -> list[str]:
+        parts = [f"rank={self.rank}"]
         if self.offset is not None:
             parts.append("offset=True")
         if self.activation is not None:
             parts.append(f"activation={self.activation!r}")
-        if self.scale != 1.0:
-            parts.append(f"scale={self.scale:g}")
         if self.sparse:
             parts.append("sparse=True")
-        return ", ".join(parts)
+        return parts
 
 
-class FactorizedHead(_FactorizedTable):
+class FactorizedHead(_OverFactors, CompressedHead):
     """The tied output head over the same factors: never through a dense (V, H) table.
 
     ``forward(h) = F.linear(h, codes @ basis + offset, bias)`` computed as
@@ -225,33 +416,232 @@ class FactorizedHead(_FactorizedTable):
         ValueError: the table has an activation, so that the product does not factorise.
     """
 
-    bias: nn.Parameter | None
-
     def __init__(self, embedding: FactorizedEmbedding, bias: nn.Parameter | None = None) -> None:
-        super().__init__()
+        super().__init__(embedding, bias)
         if embedding.activation is not None:
             raise ValueError(
                 f"activation: a tied head cannot be computed through {embedding.activation!r}; "
                 "keep the dense head (lm_head='dense') or use the linear autoencoder"
             )
-        self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
-        self.codes, self.basis = embedding.codes, embedding.basis
-        self.register_parameter("offset", embedding.offset)
-        self.register_parameter("bias", bias)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return logits (``*``, V) for hidden states (``*``, H)."""
-        logits = nn.functional.linear(nn.functional.linear(hidden, self.basis), self.codes)
-        if self.offset is not None:
-            logits = logits + nn.functional.linear(hidden, self.offset.unsqueeze(0))
-        return logits if self.bias is None else logits + self.bias.to(logits.dtype)
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = linear(linear(hidden, self.basis), self.codes)
+        return logits if self.offset is None else logits + linear(hidden, self.offset.unsqueeze(0))
 
-    def extra_repr(self) -> str:
-        """Return what ``print`` shows of the head."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"rank={self.basis.shape[0]}, bias={self.bias is not None}"
+
+# ---- over a packed table ---------------------------------------------------------------------------------
+
+
+class _OverPacked(_Compressed):
+    """Parameters scales and perhaps basis and offset; buffers records, directory, tiers and levels.
+
+    The buffers are whole numbers: no cast of a model touches them.
+    """
+
+    kind = "packed"
+    tensor_names = packed.TENSORS
+    code_dtypes: ClassVar[dict[str, torch.dtype]] = {
+        "records": torch.int32,
+        "directory": torch.int32,
+        "tiers": torch.uint8,
+        "levels": torch.int16,
+    }
+    keeps_stored_dtype = True
+    records: Tensor
+    directory: Tensor
+    tiers: Tensor
+    levels: Tensor
+    scales: nn.Parameter
+    basis: nn.Parameter | None
+    offset: nn.Parameter | None
+    _width: int
+
+    @staticmethod
+    def settings(table: PackedTable) -> dict[str, Any]:
+        """Return what a packed table is made of besides its tensors."""
+        return {"embedding_dim": table.embedding_dim}
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(V, H) of the table."""
+        return self.scales.shape[0], self._width
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the parameters and of the decoded rows."""
+        return self.scales.dtype
+
+    @property
+    def table(self) -> PackedTable:
+        """The packed table, sharing memory with the module; ValueError if its tensors are damaged."""
+        tensors: dict[str, Any] = self.tensors()
+        return PackedTable(**tensors, embedding_dim=self._width)
+
+    def _in_order(self) -> tuple[Any, ...]:
+        codes = (self.records, self.directory, self.tiers, self.levels)
+        return *codes, self.scales, self.basis, self.offset
+
+    def _rows(self, ids: Tensor, scale: float = 1.0, padding_idx: int | None = None) -> Tensor:
+        return gather_decode(
+            ids,
+            *self._in_order(),
+            embedding_dim=self._width,
+            scale=scale,
+            padding_idx=padding_idx,
+            backend=self.backend,
         )
+
+
+class PackedEmbedding(_OverPacked, CompressedEmbedding):
+    """Drop-in for ``nn.Embedding`` over a ``PackedTable``.
+
+    ``forward(ids) = gather_decode(ids, records, ..., scales, basis, offset) * scale``
+
+    Scales, basis and offset train; the codes are frozen.
+
+    Args:
+        table: whose memory the layer shares.
+        padding_idx: positions with this id contribute no gradient. Its row is decoded like every other.
+        scale: constant factor on the output, rounded to its dtype. ``weight`` is the unscaled table.
+        backend: passed to ``gather_decode``; None takes the best for the device.
+
+    Raises:
+        ValueError: ``padding_idx`` is out of range.
+    """
+
+    def __init__(
+        self,
+        table: PackedTable,
+        *,
+        padding_idx: int | None = None,
+        scale: float = 1.0,
+        backend: Backend | None = None,
+    ) -> None:
+        super().__init__(table.num_embeddings, table.embedding_dim, padding_idx, scale, backend)
+        self._width = table.embedding_dim
+        self._register(table)
+
+    @classmethod
+    def from_table(cls, table: PackedTable, **kwargs: Any) -> PackedEmbedding:
+        """Return a layer over a packed table, sharing its memory."""
+        return cls(table, **kwargs)
+
+    def head(self, bias: nn.Parameter | None = None) -> PackedHead:
+        """Return the tied output head over the same packed table."""
+        return PackedHead(self, bias)
+
+    def _described(self) -> list[str]:
+        return [f"tiers={len(self.tiers)}"]
+
+
+class PackedHead(_OverPacked, CompressedHead):
+    """The tied output head over the same packed table, decoded some thousand rows at a time.
+
+    ``forward(h) = F.linear(h, weight, bias)`` where ``weight`` is the decoded table, of which forward and
+    backward never hold more than a piece.
+
+    Args:
+        embedding: the embedding whose tensors the head shares. Its ``scale`` is not applied, as tied heads
+            use the unscaled table.
+        bias: the dense head's bias (V,), if it has one.
+    """
+
+    def __init__(self, embedding: PackedEmbedding, bias: nn.Parameter | None = None) -> None:
+        super().__init__(embedding, bias)
+        self._width = embedding.embedding_dim
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(hidden.device.type):  # as linear would
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        flat = hidden.reshape(-1, self._width)
+        floats = (self.scales, self.basis, self.offset)
+        codes = (self.records, self.directory, self.tiers, self.levels)
+        if needs_autograd(flat, *floats):
+            logits = apply(_PackedLogits, flat, *floats, *codes, self.backend)
+        else:
+            logits = _packed_logits(flat, *floats, *codes, self.backend)
+        return logits.view(*hidden.shape[:-1], self.out_features)
+
+
+def _packed_logits(
+    hidden: Tensor,
+    scales: Tensor,
+    basis: Tensor | None,
+    offset: Tensor | None,
+    records: Tensor,
+    directory: Tensor,
+    tiers: Tensor,
+    levels: Tensor,
+    backend: Backend | None,
+) -> Tensor:
+    """Logits (N, V) of hidden states (N, H)."""
+    tensors = (records, directory, tiers, levels, scales, basis, offset)
+    logits = hidden.new_empty(len(hidden), len(scales))
+    ids = torch.arange(len(scales), device=scales.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for some, columns in zip(ids.split(_HEAD_ROWS), logits.split(_HEAD_ROWS, 1), strict=True):
+            rows = _decode(some, tensors, hidden.shape[1], backend)
+            torch.mm(hidden, rows.to(hidden.dtype).t(), out=columns)
+    return logits
+
+
+def _decode(ids: Tensor, tensors: tuple[Any, ...], embedding_dim: int, backend: Backend | None) -> Tensor:
+    return gather_decode(ids, *tensors, embedding_dim=embedding_dim, backend=backend)
+
+
+class _PackedLogits(Function):
+    """Autograd of _packed_logits: the backward decodes every piece of the table again."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        return _packed_logits(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        *tensors, ctx.backend = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        hidden, scales, basis, offset, *codes = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:4]
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        sums: list[Any] = [
+            torch.zeros_like(each, dtype=wide) if needed else None
+            for each, needed in zip((hidden, scales, basis, offset), needs, strict=True)
+        ]
+        ids = torch.arange(len(scales), device=scales.device)
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            for some, columns in zip(ids.split(_HEAD_ROWS), grad.split(_HEAD_ROWS, 1), strict=True):
+                parts: list[Any] = [None] * 4
+                if needs[0]:
+                    rows = _decode(some, (*codes, scales, basis, offset), hidden.shape[1], ctx.backend)
+                    parts[0] = columns @ rows.to(grad.dtype)
+                if any(needs[1:]):
+                    upstream = columns.t() @ hidden
+                    parts[1:] = gather_decode_backward(
+                        upstream, some, *codes, scales, basis, 1.0, -1, *needs[1:]
+                    )
+                for total, part in zip(sums, parts, strict=True):
+                    if total is not None:
+                        total += part
+        found = [
+            None if total is None else differentiable_once(total.to(each.dtype), grad, hidden, scales, basis)
+            for total, each in zip(sums, (hidden, scales, basis, offset), strict=True)
+        ]
+        return *found, None, None, None, None, None
+
+
+KINDS: dict[str, tuple[type[Table], type[CompressedEmbedding]]] = {
+    "factors": (Factors, FactorizedEmbedding),
+    "packed": (PackedTable, PackedEmbedding),
+}
+
+
+def embedding_over(table: Table, **kwargs: Any) -> CompressedEmbedding:
+    """Return the embedding over a table of either kind; ``kwargs`` go to its ``from_table``."""
+    layer = next(layer for kind, layer in KINDS.values() if isinstance(table, kind))
+    return layer.from_table(table, **kwargs)
 
 
 def check_rank(rank: int, embedding_dim: int) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .layer import FactorizedEmbedding
+from .layer import CompressedEmbedding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,7 +56,7 @@ def find_table(model: PreTrainedModel) -> ModelTable:
     """
     _check_model(model)
     module = input_embeddings(model)
-    if isinstance(module, FactorizedEmbedding):
+    if isinstance(module, CompressedEmbedding):
         raise UnsupportedModelError(
             "the model's embedding is compressed already; decode it first: model.dequantize(), embkern export"
         )

@@ -8,29 +8,30 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from torch import Tensor
 
-from .factors import Factors
 from .layer import check_rank
 from .methods import METHODS, rank_for_ratio
 from .methods.base import Rows, parse_options
 
 LMHead = Literal["factorized", "dense"]
+DEFAULT_METHOD = "autoencoder"
 
 
 class Recipe(BaseModel):
     """What to do to a table: the method, its options, and how small the result must be.
 
-    Give exactly one of ``ratio`` and ``rank``.
+    Give exactly one of ``ratio`` and ``rank``; a method that is sized by bytes takes a ratio.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: str = Field("autoencoder", description=f"one of {', '.join(METHODS)}")
+    method: str = Field(DEFAULT_METHOD, description=f"one of {', '.join(METHODS)}")
     ratio: float | None = Field(None, description="bytes of the table over bytes of what replaces it")
     rank: int | None = Field(None, strict=True, description="r, the width of the codes")
     lm_head: LMHead = Field(
         "factorized",
-        description="a tied head: factorized shares the factors, dense keeps the original table",
+        description="a tied head: factorized shares the compressed table, dense keeps the original one",
     )
     options: dict[str, Any] = Field(default_factory=dict, description="options of the method")
 
@@ -45,6 +46,10 @@ class Recipe(BaseModel):
     def _consistent(self) -> Recipe:
         if (self.ratio is None) == (self.rank is None):
             raise ValueError("expected exactly one of ratio and rank")
+        if self.rank is not None and METHODS[self.method].sized_by == "ratio":
+            raise ValueError(
+                f"rank: expected a ratio with method {self.method!r}, which has no rank, got {self.rank}"
+            )
         if self.ratio is not None and not self.ratio >= 1:
             raise ValueError(f"ratio: expected at least 1 (bytes before over bytes after), got {self.ratio}")
         if self.rank is not None and self.rank < 1:
@@ -87,19 +92,31 @@ class Recipe(BaseModel):
         return cls.parse(**{**fields, **overrides})
 
     def rank_for(self, num_embeddings: int, embedding_dim: int) -> int:
-        """Return the rank this recipe gives a (V, H) table; ValueError if it has none."""
+        """Return the rank this recipe gives a (V, H) table; ValueError if it has none, or one beyond H."""
         if self.rank is not None:
             check_rank(self.rank, embedding_dim)
             return self.rank
         assert self.ratio is not None
         method = METHODS[self.method]
+        if method.sized_by == "ratio":
+            raise ValueError(f"rank: method {self.method!r} is sized by bytes, its tables have no rank")
         offset = method.has_offset(method.options(**self.options))
         return rank_for_ratio(num_embeddings, embedding_dim, self.ratio, offset=offset)
 
-    def factorize(self, table: Rows, **run: Any) -> Factors:
-        """Compress a table (V, H); ``run`` goes to the method (``progress``, ``checkpoint``, ...).
+    def factorize(self, table: Rows, counts: Tensor | None = None, **run: Any) -> Any:
+        """Compress a table (V, H).
 
-        A ``TableFile`` is for the autoencoder alone.
+        Args:
+            table: a ``TableFile`` is for the methods that read one, such as the autoencoder.
+            counts: how often each token is read, (V,) float64; methods that are not weighted ignore it.
+            run: goes to the method (``progress``, ``checkpoint``, ...).
+
+        Returns:
+            Factors or a PackedTable; what a method makes that is there for comparison.
         """
-        rank = self.rank_for(*table.shape)
-        return METHODS[self.method].compress(table, rank, **self.options, **run)
+        method = METHODS[self.method]
+        if method.weighted:
+            run["counts"] = counts
+        if method.sized_by == "ratio":
+            return method.compress(table, ratio=self.ratio, **self.options, **run)
+        return method.compress(table, self.rank_for(*table.shape), **self.options, **run)

@@ -1,4 +1,4 @@
-"""The transformers integration: swap a factorised table into a model, save it, load it like any other.
+"""The transformers integration: swap a compressed table into a model, save it, load it like any other.
 
 ``EmbkernConfig`` and ``EmbkernQuantizer`` are registered with transformers when embkern is imported (or
 when transformers is, if that comes later). Then::
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,10 +23,13 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .factors import TENSORS, Factors, checksum, verify_checksums
-from .layer import FactorizedEmbedding, FactorizedHead
+from .factors import checksum, verify_checksums
+from .frequencies import vocabulary_prior
+from .layer import KINDS, CompressedEmbedding, CompressedHead, Table, embedding_over
+from .methods import METHODS
 from .model_table import ModelTable, UnsupportedModelError, find_table, input_embeddings
-from .recipe import LMHead, Recipe
+from .recipe import DEFAULT_METHOD, LMHead, Recipe
+from .resizing import resized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,17 +39,49 @@ FORMAT_VERSION = 1
 
 @dataclass
 class TableState:
-    """What a saved model's config says of its factors: enough to build the modules before weights come."""
+    """What a saved model's config says of its table: enough to build the modules before weights come.
 
-    num_embeddings: int
-    embedding_dim: int
-    rank: int
-    offset: bool
-    activation: str | None
+    Attributes:
+        kind: ``factors`` or ``packed``.
+        shapes: of the table's tensors.
+        settings: what the table is made of besides its tensors.
+        scales: constant factor of each embedding module's output.
+        head: ``factorized`` (over the same table), ``dense``, or None.
+        dtype: of the stored floating-point tensors.
+        checksums: of the stored tensors.
+    """
+
+    kind: str
+    shapes: dict[str, list[int]]
+    settings: dict[str, Any]
     scales: dict[str, float]
     head: str | None
     dtype: str
     checksums: dict[str, str] = field(default_factory=dict)
+
+    def describe(self, table: Table) -> None:
+        """Describe a table as it is stored."""
+        self.shapes = {name: list(tensor.shape) for name, tensor in table.tensors().items()}
+        self.dtype = _dtype_name(table.dtype)
+        self.checksums = {name: checksum(tensor) for name, tensor in table.tensors().items()}
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """``dtype`` as torch has it."""
+        return getattr(torch, self.dtype)
+
+    def skeleton(self, dtype: torch.dtype) -> Table:
+        """Return the table without its data, on the meta device."""
+        table, layer = KINDS[self.kind]
+        tensors: dict[str, Any] = {
+            name: torch.empty(shape, dtype=layer.code_dtypes.get(name, dtype), device="meta")
+            for name, shape in self.shapes.items()
+        }
+        return table(**tensors, **self.settings)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class EmbkernConfig(QuantizationConfigMixin):
@@ -62,7 +97,7 @@ class EmbkernConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        method: str = "autoencoder",
+        method: str = DEFAULT_METHOD,
         ratio: float | None = None,
         rank: int | None = None,
         lm_head: LMHead = "factorized",
@@ -94,18 +129,13 @@ class EmbkernConfig(QuantizationConfigMixin):
             "quant_method": self.quant_method,
             "format_version": self.format_version,
             **self.recipe.model_dump(),
-            "table": None if self.table is None else dict(vars(self.table)),
+            "table": None if self.table is None else asdict(self.table),
         }
 
 
 def _parse_state(table: dict[str, Any]) -> TableState:
     try:
-        state = TableState(**table)
-        for name in ("num_embeddings", "embedding_dim", "rank"):
-            if type(getattr(state, name)) is not int or getattr(state, name) < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {getattr(state, name)!r}")
-        if state.rank > state.embedding_dim:
-            raise ValueError(f"rank: expected at most {state.embedding_dim}, got {state.rank}")
+        state = TableState(**(_of_first_models(**table) if "rank" in table else table))
         if state.head not in (None, "factorized", "dense"):
             raise ValueError(f"head: expected factorized, dense or null, got {state.head!r}")
         dtype = getattr(torch, str(state.dtype), None)
@@ -113,18 +143,42 @@ def _parse_state(table: dict[str, Any]) -> TableState:
             raise ValueError(f"dtype: expected a floating-point torch dtype, got {state.dtype!r}")
         if not all(type(scale) in (int, float) and math.isfinite(scale) for scale in state.scales.values()):
             raise ValueError(f"scales: expected finite numbers, got {state.scales!r}")
-        if not set(state.checksums) <= set(TENSORS) or not all(map(str, state.checksums.values())):
-            raise ValueError(f"checksums: expected them of {', '.join(TENSORS)}, got {state.checksums!r}")
+        if state.kind not in KINDS:
+            raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {state.kind!r}")
+        for name, shape in state.shapes.items():
+            if not all(type(size) is int and size > 0 for size in shape):
+                raise ValueError(f"shapes: expected positive integers, got {shape} of {name}")
+        if not set(state.checksums) <= set(state.shapes) or not all(map(str, state.checksums.values())):
+            raise ValueError(
+                f"checksums: expected them of {', '.join(state.shapes)}, got {state.checksums!r}"
+            )
+        state.skeleton(dtype)
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"quantization_config.table is damaged: {error}") from error
     return state
 
 
+def _of_first_models(
+    num_embeddings: int, embedding_dim: int, rank: int, offset: bool, activation: str | None, **common: Any
+) -> dict[str, Any]:
+    """Return the fields of TableState for a config from before there were kinds of tables."""
+    shapes = {"codes": [num_embeddings, rank], "basis": [rank, embedding_dim]}
+    if offset:
+        shapes["offset"] = [embedding_dim]
+    return {"kind": "factors", "shapes": shapes, "settings": {"activation": activation}, **common}
+
+
 def check_installable(table: ModelTable, recipe: Recipe) -> None:
-    """Raise UnsupportedModelError if the recipe's factors could not serve the model's head.
+    """Raise UnsupportedModelError if the recipe's result could not serve the model.
 
     Called before a method runs, which may take minutes.
     """
+    if not METHODS[recipe.method].installable:
+        known = ", ".join(name for name, method in METHODS.items() if method.installable)
+        raise UnsupportedModelError(
+            f"method: {recipe.method!r} makes tables to compare with, which no model can hold; "
+            f"expected one of {known}"
+        )
     activation = recipe.options.get("activation")
     if activation is not None and table.tied and recipe.lm_head == "factorized":
         raise UnsupportedModelError(
@@ -133,8 +187,11 @@ def check_installable(table: ModelTable, recipe: Recipe) -> None:
         )
 
 
-def install(model: PreTrainedModel, table: ModelTable, factors: Factors, recipe: Recipe) -> None:
-    """Replace a live model's table by factors, in place, and make the model save and load with them.
+def install(model: PreTrainedModel, table: ModelTable, compressed: Table, recipe: Recipe) -> None:
+    """Replace a live model's table by a compressed one, in place, and make the model save and load with it.
+
+    Floating-point tensors take the dtype of the model; what is saved of a packed table keeps the dtype it has
+    here.
 
     Raises:
         UnsupportedModelError: a tied head is asked to decode through an activation. The model is unchanged.
@@ -143,20 +200,14 @@ def install(model: PreTrainedModel, table: ModelTable, factors: Factors, recipe:
     head = recipe.lm_head if table.tied else None if table.output_head is None else "dense"
     _own_config(model)
     config = EmbkernConfig(**recipe.model_dump())
-    config.table = TableState(
-        num_embeddings=factors.num_embeddings,
-        embedding_dim=factors.embedding_dim,
-        rank=factors.rank,
-        offset=factors.offset is not None,
-        activation=factors.activation,
-        scales={_canonical(model, name): scale for name, scale in table.scales.items()},
-        head=head,
-        dtype=str(factors.dtype).removeprefix("torch."),
-        checksums={name: checksum(tensor) for name, tensor in factors.tensors().items()},
-    )
+    kind, layer = next((kind, each[1]) for kind, each in KINDS.items() if isinstance(compressed, each[0]))
+    scales = {_canonical(model, name): scale for name, scale in table.scales.items()}
+    config.table = TableState(kind, {}, layer.settings(compressed), scales, head, "")
+    config.table.describe(compressed)
     quantizer = getattr(model, "hf_quantizer", None) or EmbkernQuantizer(config, pre_quantized=False)
     quantizer.quantization_config = config
-    quantizer.original = _swap(model, table, factors.to(table.weight.device), head == "factorized")
+    live = compressed.to(device=table.weight.device, dtype=table.weight.dtype)
+    quantizer.original = _swap(model, table, live, head == "factorized")
     _adopt(model, quantizer)
 
 
@@ -172,20 +223,20 @@ def _own_config(model: PreTrainedModel) -> None:
 
 def _adopt(model: PreTrainedModel, quantizer: EmbkernQuantizer) -> None:
     """Make the model, and nested ones that may be saved alone, save through the quantizer."""
-    for module in _models_with_factors(model):
+    for module in _compressed_models(model):
         module.hf_quantizer = quantizer
         module.quantization_method = quantizer.quantization_config.quant_method
         module.config.quantization_config = quantizer.quantization_config
-        # transformers refuses .half(), .float() and Trainer while this is set; factors train like any.
+        # transformers refuses .half(), .float() and Trainer while this is set; parameters train like any.
         module.is_quantized = False
 
 
-def _models_with_factors(model: PreTrainedModel) -> list[Any]:
+def _compressed_models(model: PreTrainedModel) -> list[Any]:
     return [
         module
         for module in model.modules()
         if hasattr(module, "all_tied_weights_keys")
-        and any(isinstance(each, FactorizedEmbedding) for each in module.modules())
+        and any(isinstance(each, CompressedEmbedding) for each in module.modules())
     ]
 
 
@@ -215,27 +266,24 @@ def _take_place(new: nn.Module, old: nn.Module) -> nn.Module:
     return new.train(old.training)
 
 
-def _swap(model: PreTrainedModel, table: ModelTable, factors: Factors, factorize_heads: bool) -> _Original:
-    heads = table.heads if factorize_heads else []
+def _swap(model: PreTrainedModel, table: ModelTable, compressed: Table, compress_heads: bool) -> _Original:
+    heads = table.heads if compress_heads else []
     modules: dict[str, Any] = {name: model.get_submodule(name) for name in [*table.embeddings, *heads]}
     original = _Original(modules, {}, table)
-    swapped: dict[int, FactorizedEmbedding] = {}
+    swapped: dict[int, CompressedEmbedding] = {}
     for name in table.embeddings:
         dense = modules[name]
         layer = swapped.get(id(dense))
         if layer is None:
-            layer = FactorizedEmbedding.from_factors(
-                factors, padding_idx=dense.padding_idx, scale=table.scales[name]
-            )
-            _share(layer, next(iter(swapped.values()), layer))
+            layer = embedding_over(compressed, padding_idx=dense.padding_idx, scale=table.scales[name])
+            layer.share(next(iter(swapped.values()), layer))
             swapped[id(dense)] = layer
         model.set_submodule(name, _take_place(layer, dense))
     root = swapped[id(modules[table.root])]
     for parameter in root.parameters():
         parameter.requires_grad_(table.weight.requires_grad)
     for name in heads:
-        head = FactorizedHead(root, modules[name].bias)
-        model.set_submodule(name, _take_place(head, modules[name]))
+        model.set_submodule(name, _take_place(root.head(modules[name].bias), modules[name]))
     followers = [name for name in [*table.embeddings, *heads] if name != table.root]
     original.ties = _retie(model, table, followers)
     for dense in modules.values():  # the dense table is freed unless a dense head still holds it
@@ -244,18 +292,19 @@ def _swap(model: PreTrainedModel, table: ModelTable, factors: Factors, factorize
     return original
 
 
-def _share(layer: FactorizedEmbedding, root: FactorizedEmbedding) -> None:
-    layer.codes, layer.basis = root.codes, root.basis
-    layer.register_parameter("offset", root.offset)
-
-
 def _retie(
     model: PreTrainedModel, table: ModelTable, followers: list[str]
 ) -> dict[str, tuple[dict | None, dict | None]]:
-    """Point the tie maps at the factors; returns what they were, per nested model."""
+    """Point the tie maps at the table's tensors; returns what they were, per nested model."""
     stale = {f"{name}.weight" for name in [*table.embeddings, *table.heads]}
-    tensors = [name for name, _ in model.get_submodule(table.root).named_parameters()]
-    new = {f"{name}.{tensor}": f"{table.root}.{tensor}" for name in followers for tensor in tensors}
+    root = model.get_submodule(table.root)
+    tensors = [*root._parameters, *root._buffers]
+    new = {
+        f"{name}.{tensor}": f"{table.root}.{tensor}"
+        for name in followers
+        for tensor in tensors
+        if getattr(root, tensor) is not None
+    }
     before: dict[str, tuple[dict | None, dict | None]] = {}
     for prefix, module in model.named_modules():
         if not hasattr(module, "all_tied_weights_keys"):
@@ -272,7 +321,12 @@ def _retie(
             for target, source in new.items()
             if target.startswith(inside) and source.startswith(inside)
         }
-        module._tied_weights_keys = module.all_tied_weights_keys = {**kept, **own}
+        module._tied_weights_keys = {**kept, **own}
+        # transformers ties by this map while it loads, and looks for parameters alone.
+        codes = {target for target, source in own.items() if source.rpartition(".")[2] in root._buffers}
+        module.all_tied_weights_keys = {
+            target: source for target, source in module._tied_weights_keys.items() if target not in codes
+        }
     return before
 
 
@@ -282,7 +336,7 @@ def _canonical(model: PreTrainedModel, name: str) -> str:
 
 
 class EmbkernQuantizer(HfQuantizer):
-    """Builds factorised modules for a saved model, or compresses a dense one after its weights are loaded."""
+    """Builds the modules of a saved model, or compresses a dense one after its weights are loaded."""
 
     requires_calibration = False
     original: _Original | None = None
@@ -299,15 +353,18 @@ class EmbkernQuantizer(HfQuantizer):
         if state.head == "factorized" and getattr(model.config, "tie_word_embeddings", None) is False:
             _restore_tie(model)
         table = find_table(model)
-        if tuple(table.weight.shape) != (state.num_embeddings, state.embedding_dim):
+        skeleton = state.skeleton(table.weight.dtype)
+        dense_shape = [skeleton.num_embeddings, skeleton.embedding_dim]
+        if list(table.weight.shape) != dense_shape:
             raise ValueError(
-                f"quantization_config.table: describes {state.num_embeddings} x {state.embedding_dim}, "
+                f"quantization_config.table: describes {' x '.join(map(str, dense_shape))}, "
                 f"the model's config says {' x '.join(map(str, table.weight.shape))}"
             )
-        if state.activation is not None and state.head != "dense" and table.tied:
+        activation = state.settings.get("activation")
+        if activation is not None and state.head != "dense" and table.tied:
             raise ValueError(
                 f"{type(model).__name__} has a tied head, which cannot decode through the saved table's "
-                f"activation {state.activation!r}; load the backbone, or export the model to dense"
+                f"activation {activation!r}; load the backbone, or export the model to dense"
             )
         if checkpoint_files:
             shapes = _check_files(checkpoint_files, table.root, state)
@@ -317,23 +374,25 @@ class EmbkernQuantizer(HfQuantizer):
                 name for name in table.embeddings if not _holds(keys, f"{_canonical(model, name)}.weight")
             ]
             # By its shape: architectures rename a head's weight on the way to the file.
-            dense_shape = [state.num_embeddings, state.embedding_dim]
             if state.head == "dense" and table.tied and dense_shape not in shapes.values():
                 raise ValueError(
                     f"the checkpoint does not hold {table.output_head}.weight, a dense head by its config"
                 )
             self.checkpoint_keys = keys
-        factors = _empty_factors(state, table.weight.dtype)
         table.scales = {name: _scale_of(state, _canonical(model, name)) for name in table.embeddings}
-        self.original = _swap(model, table, factors, factorize_heads=state.head != "dense")
+        self.original = _swap(model, table, skeleton, compress_heads=state.head != "dense")
+        for follower in _over_the_table(model):
+            if follower is not _compressed(model):
+                follower.drop_codes()
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         config = self.quantization_config
         if self.pre_quantized:
-            factors = _factorized(model).factors
-            if not factors.codes.is_meta and str(factors.dtype).removeprefix("torch.") == config.table.dtype:
-                verify_checksums(factors.tensors(), config.table.checksums, "the saved embedding")
+            root = _compressed(model)
+            for follower in _over_the_table(model):
+                follower.share_codes(root)
+            _verify(root, config.table)
             if self.checkpoint_keys is not None:
                 _zero_missing_biases(model, self.checkpoint_keys)
                 self.checkpoint_keys = None
@@ -341,37 +400,47 @@ class EmbkernQuantizer(HfQuantizer):
         else:
             table = find_table(model)
             check_installable(table, config.recipe)
-            install(model, table, config.recipe.factorize(table.weight.detach()), config.recipe)
+            weight = table.weight.detach()
+            counts = vocabulary_prior(None, len(weight))  # no tokenizer is at hand
+            install(model, table, config.recipe.factorize(weight, counts), config.recipe)
         return model
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict]:
-        """Bring the saved description up to date: the factors may have been trained since.
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict]:
+        """Bring the saved description up to date, as the table may have been trained since, and cast it.
 
         transformers saves the live weights after this, whatever ``state_dict`` its caller passed.
         """
-        root, state = _factorized(model), self.quantization_config.table
-        state.dtype = str(root.codes.dtype).removeprefix("torch.")
-        tensors = {name: tensor.detach() for name, tensor in root.named_parameters()}
-        # Offloaded or sharded parameters are not whole here; without a checksum nothing is verified on load.
-        whole = root.codes.shape == (root.num_embeddings, root.rank) and all(
-            type(tensor) is Tensor and not tensor.is_meta for tensor in tensors.values()
-        )
-        state.checksums = {name: checksum(tensor) for name, tensor in tensors.items()} if whole else {}
+        root, state = _compressed(model), self.quantization_config.table
         _keep_tie(model, state)
-        return None, {}
+        # Offloaded or sharded parameters are not whole here; without a checksum nothing is verified on load.
+        if not _is_whole(root, state):
+            state.checksums = {}
+            return None, {}
+        stored = stored_table(model)
+        state.describe(stored)
+        if stored.dtype == root.dtype:
+            return None, {}
+        state_dict = model.state_dict()
+        for name, module in model.named_modules(remove_duplicate=False):
+            if isinstance(module, (CompressedEmbedding, CompressedHead)):
+                for tensor, value in stored.tensors().items():
+                    if getattr(module, tensor) is getattr(
+                        root, tensor
+                    ):  # one tensor, as transformers ties it
+                        state_dict[f"{name}.{tensor}"] = value
+        return state_dict, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """Decode the table, in the factors' dtype: transformers passes the config's, which may be stale."""
+        """Decode the table, in its own dtype: transformers passes the config's, which may be stale."""
         assert self.original is not None, "a model with this quantizer was swapped by it"
         original, table, state = self.original, self.original.table, self.quantization_config.table
-        root = _factorized(model)
-        if root.codes.is_meta:
-            raise ValueError(
-                "model: its factors are offloaded; load it without a device_map to dequantize it"
-            )
-        weight = nn.Parameter(root.weight.detach(), requires_grad=root.codes.requires_grad)
+        root = _compressed(model)
+        if any(tensor.is_meta for tensor in root.tensors().values()):
+            raise ValueError("model: its table is offloaded; load it without a device_map to dequantize it")
+        trained = any(parameter.requires_grad for parameter in root.parameters())
+        weight = nn.Parameter(root.weight.detach(), requires_grad=trained)
         weight._is_hf_initialized = True  # type: ignore[attr-defined]
-        for nested in _models_with_factors(model):
+        for nested in _compressed_models(model):
             if nested is not model:  # transformers takes them from the model itself
                 for owner, attribute in (
                     (nested, "hf_quantizer"),
@@ -382,7 +451,7 @@ class EmbkernQuantizer(HfQuantizer):
         for name, dense in original.modules.items():
             current = model.get_submodule(name)
             dense.weight = weight
-            if isinstance(current, FactorizedHead) and current.bias is not None:
+            if isinstance(current, CompressedHead) and current.bias is not None:
                 dense.bias = current.bias
             _materialize_buffers(model, name, dense, weight)
             model.set_submodule(name, _take_place(dense, current))
@@ -399,12 +468,12 @@ class EmbkernQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
-        """Factors are ordinary parameters."""
+        """The table's tensors are ordinary parameters and buffers."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Codes, basis and offset train like any parameter."""
+        """Factors train like any parameter, and of a packed table what is not codes."""
         return True
 
     @property
@@ -427,7 +496,7 @@ def _restore_tie(model: PreTrainedModel) -> None:
 
 
 def _keep_tie(model: PreTrainedModel, state: TableState) -> None:
-    """Set the flag that says the head is tied where it still shares the factors, and something cleared it."""
+    """Set the flag that says the head is tied where it still shares the table, and something cleared it."""
     if state.head == "factorized" and getattr(model.config, "tie_word_embeddings", None) is False:
         model.config.tie_word_embeddings = True
 
@@ -440,28 +509,65 @@ def _holds(keys: set[str], name: str) -> bool:
 def _zero_missing_biases(model: PreTrainedModel, keys: set[str]) -> None:
     """Initialise the bias of a head that the checkpoint, saved from a backbone, does not have."""
     for head in model.modules():
-        if not isinstance(head, FactorizedHead) or head.bias is None:
+        if not isinstance(head, CompressedHead) or head.bias is None:
             continue
         names = [name for name, each in model.named_parameters(remove_duplicate=False) if each is head.bias]
         if not any(_holds(keys, _canonical(model, name)) for name in names):
             nn.init.zeros_(head.bias)
 
 
-def _factorized(model: PreTrainedModel) -> FactorizedEmbedding:
+def _compressed(model: PreTrainedModel) -> CompressedEmbedding:
     module = input_embeddings(model)
-    if not isinstance(module, FactorizedEmbedding):
+    if not isinstance(module, CompressedEmbedding):
         raise ValueError("model: expected one compressed by embkern, got a dense one")
     return module
 
 
-def _empty_factors(state: TableState, dtype: torch.dtype) -> Factors:
-    empty: dict[str, Any] = {"device": "meta", "dtype": dtype}
-    return Factors(
-        torch.empty(state.num_embeddings, state.rank, **empty),
-        torch.empty(state.rank, state.embedding_dim, **empty),
-        torch.empty(state.embedding_dim, **empty) if state.offset else None,
-        state.activation,
+def _over_the_table(model: PreTrainedModel) -> list[Any]:
+    return [each for each in model.modules() if isinstance(each, (CompressedEmbedding, CompressedHead))]
+
+
+def _is_whole(root: CompressedEmbedding, state: TableState) -> bool:
+    tensors = root.tensors()
+    return all(type(tensor) is Tensor and not tensor.is_meta for tensor in tensors.values()) and all(
+        list(tensor.shape) == state.shapes[name] for name, tensor in tensors.items()
     )
+
+
+def stored_table(model: PreTrainedModel) -> Table:
+    """Return a compressed model's table as it is stored: floating-point tensors in the dtype on disk.
+
+    Raises:
+        ValueError: the model is not compressed by embkern, or was trained to values beyond that dtype.
+    """
+    root = _compressed(model)
+    dtype = root.dtype
+    kept = model.hf_quantizer.quantization_config.table.stored_dtype
+    if root.keeps_stored_dtype and torch.promote_types(dtype, kept) == dtype:
+        dtype = kept
+    table = root.table.to(dtype=dtype)
+    for name, live in root.tensors().items():
+        stored = table.tensors()[name]
+        if dtype != root.dtype and not torch.equal(stored.isfinite(), live.isfinite()):
+            raise ValueError(f"{name}: expected values within {dtype}, in which they are stored, got beyond")
+    return table
+
+
+def _verify(root: CompressedEmbedding, state: TableState) -> None:
+    """Raise ValueError if a loaded table is not the one that was saved, or cannot be decoded."""
+    if not _is_whole(root, state):
+        return
+    tensors = root.tensors()
+    if torch.promote_types(root.dtype, state.stored_dtype) == root.dtype:  # else the cast lost digits
+        tensors = {n: t.to(state.stored_dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+    else:
+        tensors = {name: tensor for name, tensor in tensors.items() if not tensor.is_floating_point()}
+    known = {name: value for name, value in state.checksums.items() if name in tensors}
+    verify_checksums(tensors, known, "the saved embedding")
+    try:
+        _ = root.table
+    except ValueError as error:
+        raise ValueError(f"the saved embedding is damaged: {error}") from error
 
 
 def _scale_of(state: TableState, name: str) -> float:
@@ -473,27 +579,21 @@ def _scale_of(state: TableState, name: str) -> float:
 
 
 def _check_files(files: list[str], root: str, state: TableState) -> dict[str, list[int]]:
-    """Return the names and shapes in a checkpoint; raise if it lacks the factors.
+    """Return the names and shapes in a checkpoint; raise if it lacks the table's tensors.
 
     transformers would only log that they are missing and go on with random ones.
     """
-    expected: dict[str, list[int]] = {
-        "codes": [state.num_embeddings, state.rank],
-        "basis": [state.rank, state.embedding_dim],
-    }
-    if state.offset:
-        expected["offset"] = [state.embedding_dim]
     leaf = root.rpartition(".")[2]
     found: dict[str, list[int]] = {}
     shapes = {key: shape for path in files for key, shape in _shapes(path).items()}
     for key, shape in shapes.items():
-        for name in TENSORS:
+        for name in KINDS[state.kind][1].tensor_names:
             if f".{key}".endswith(f".{leaf}.{name}"):
                 found[name] = shape
-    if found != expected:
+    if found != state.shapes:
         raise ValueError(
             f"the checkpoint does not hold the compressed table its config describes: expected {leaf} with "
-            f"shapes {expected}, found {found or 'none'}"
+            f"shapes {state.shapes}, found {found or 'none'}"
         )
     return shapes
 
@@ -542,28 +642,29 @@ def _untie_heads(model: PreTrainedModel, table: ModelTable) -> None:
         model.config.tie_word_embeddings = False
 
 
-def resize_token_embeddings(model: PreTrainedModel, num_embeddings: int) -> FactorizedEmbedding:
+def resize_token_embeddings(model: PreTrainedModel, num_embeddings: int) -> CompressedEmbedding:
     """Grow or shrink a compressed model's vocabulary, like ``model.resize_token_embeddings`` of a dense one.
 
-    New tokens get the mean code, so that they decode to the mean row; new entries of a head's bias are zero.
+    New tokens decode to the mean row: of factors exactly, and their codes train. Of a packed table they get
+    the record that comes nearest to it; codes are frozen, so that training moves such a row along its
+    direction and, through basis and offset, with all others. New entries of a head's bias are zero.
 
     Raises:
         ValueError: ``num_embeddings`` is below 1, or the model is not compressed by embkern.
     """
-    root = _factorized(model)
+    root = _compressed(model)
     if type(num_embeddings) is not int or num_embeddings < 1:
         raise ValueError(f"num_embeddings: expected a positive integer, got {num_embeddings!r}")
-    old = root.codes
+    added = max(0, num_embeddings - root.num_embeddings)
+    before = {name: getattr(root, name) for name in root.tensors()}
     with torch.no_grad():
-        added = max(0, num_embeddings - len(old))
-        mean = old.double().mean(0, keepdim=True).to(old.dtype)
-        resized = torch.cat([old[:num_embeddings], mean.expand(added, -1)])
-    codes = nn.Parameter(resized, requires_grad=old.requires_grad)
-    for module in model.modules():
-        if not isinstance(module, (FactorizedEmbedding, FactorizedHead)) or module.codes is not old:
-            continue
-        module.codes = codes
-        if isinstance(module, FactorizedEmbedding):
+        table = resized(root.table, num_embeddings)
+        root.replace(table)
+    for module in _over_the_table(model):
+        for name, old in before.items():
+            if getattr(module, name) is old:
+                setattr(module, name, getattr(root, name))
+        if isinstance(module, CompressedEmbedding):
             module.num_embeddings = num_embeddings
             if module.padding_idx is not None and module.padding_idx >= num_embeddings:
                 module.padding_idx = None
@@ -582,7 +683,8 @@ def resize_token_embeddings(model: PreTrainedModel, num_embeddings: int) -> Fact
     model.config.get_text_config().vocab_size = num_embeddings
     if hasattr(model, "vocab_size"):
         model.vocab_size = num_embeddings
-    model.hf_quantizer.quantization_config.table.num_embeddings = num_embeddings
+    shapes = {name: list(tensor.shape) for name, tensor in table.tensors().items()}
+    model.hf_quantizer.quantization_config.table.shapes = shapes
     for dense in model.hf_quantizer.original.modules.values():  # what dequantize will bring back
         setattr(
             dense, "num_embeddings" if isinstance(dense, nn.Embedding) else "out_features", num_embeddings

@@ -6,11 +6,17 @@ import pytest
 import torch
 
 from embkern import Recipe
+from embkern.methods import METHODS
+from embkern.packed import PackedTable
+from embkern.recipe import DEFAULT_METHOD
+
+from .tables import quantizing  # noqa: F401 (a fixture)
 
 
-def test_defaults_are_the_papers_method():
+def test_defaults():
     recipe = Recipe.parse(ratio=5)
-    assert (recipe.method, recipe.lm_head, recipe.options) == ("autoencoder", "factorized", {})
+    assert (recipe.method, recipe.lm_head, recipe.options) == (DEFAULT_METHOD, "factorized", {})
+    assert METHODS[DEFAULT_METHOD].installable
 
 
 @pytest.mark.parametrize(
@@ -25,12 +31,15 @@ def test_defaults_are_the_papers_method():
         (dict(rank=-3), "rank: expected at least 1, got -3"),
         (dict(rank=2.5), "rank: .*integer"),
         (dict(rank=True), "rank: .*integer"),
-        (dict(ratio=5, method="pq"), "method: .*expected one of autoencoder, svd, got 'pq'"),
+        (dict(ratio=5, method="pq"), "method: .*expected one of autoencoder, .*svd.*, got 'pq'"),
         (dict(ratio=5, lm_head="tied"), "lm_head: .*got 'tied'"),
         (dict(ratio=5, epochs=3), "epochs: Extra inputs"),
-        (dict(ratio=5, options=dict(epoch=3)), "autoencoder: epoch: Extra inputs .*known: activation"),
+        (
+            dict(ratio=5, method="autoencoder", options=dict(epoch=3)),
+            "autoencoder: epoch: Extra inputs .*known: activation",
+        ),
         (dict(ratio=5, method="svd", options=dict(epochs=3)), "svd: epochs: Extra inputs"),
-        (dict(ratio=5, options=dict(epochs=-1)), "autoencoder: epochs: .* got -1"),
+        (dict(ratio=5, method="autoencoder", options=dict(epochs=-1)), "autoencoder: epochs: .* got -1"),
     ],
 )
 def test_bad_fields_are_named(fields, message):
@@ -74,4 +83,28 @@ def test_the_ratio_counts_every_byte():
 
 def test_a_rank_above_the_width_is_refused():
     with pytest.raises(ValueError, match="rank: expected 1 <= rank <= H = 24, got 25"):
-        Recipe.parse(rank=25).factorize(torch.randn(400, 24))
+        Recipe.parse(method="svd", rank=25).factorize(torch.randn(400, 24))
+
+
+@pytest.mark.usefixtures("quantizing")
+def test_a_method_sized_by_bytes_has_no_rank():
+    table = torch.randn(90, 24)
+    with pytest.raises(ValueError, match="rank: expected a ratio with method 'quantize', .* got 3"):
+        Recipe.parse(method="quantize", rank=3)
+    recipe = Recipe.parse(method="quantize", ratio=2)
+    with pytest.raises(ValueError, match="rank: method 'quantize' is sized by bytes"):
+        recipe.rank_for(90, 24)
+    assert isinstance(recipe.factorize(table), PackedTable)
+
+
+def test_counts_reach_methods_that_weigh_rows_and_no_other(monkeypatch):
+    given = {}
+    for name in ("quantize", "light"):
+        method = METHODS["svd"]._replace(
+            compress=lambda table, rank, **kwargs: given.update({rank: kwargs}), weighted=name == "quantize"
+        )
+        monkeypatch.setitem(METHODS, name, method)
+    counts = torch.ones(90).double()
+    Recipe.parse(method="quantize", rank=1).factorize(torch.randn(90, 24), counts)
+    Recipe.parse(method="light", rank=2).factorize(torch.randn(90, 24), counts)
+    assert given == {1: {"counts": counts}, 2: {}}

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from ..factors import Factors
+from ..layer import Table
 from ..methods.base import BLOCK_ROWS
 
 
@@ -26,6 +26,9 @@ class TableComparison(BaseModel):
 
     direction_error: float = Field(description="mean over rows of 1 - cos(row, reconstruction)")
     direction_error_p99: float = Field(description="its 99th percentile")
+    weighted_direction_error: float | None = Field(
+        None, description="the mean where a row weighs as often as its token is read; null without counts"
+    )
     rmse: float = Field(description="root of the mean squared error over all entries")
     neighbor_overlap: float = Field(
         description="share of a row's nearest neighbours (cosine) that stay, mean over sampled rows"
@@ -36,8 +39,9 @@ class TableComparison(BaseModel):
 @torch.no_grad()
 def compare_tables(
     table: Tensor,
-    reconstruction: Factors | Tensor,
+    reconstruction: Table | Tensor,
     *,
+    counts: Tensor | None = None,
     tokens: Callable[[list[int]], Sequence[str]] | None = None,
     worst: int = 10,
     neighbors: int = 10,
@@ -52,7 +56,8 @@ def compare_tables(
 
     Args:
         table: (V, H).
-        reconstruction: factors or a dense (V, H) tensor.
+        reconstruction: a compressed table, or a dense (V, H) tensor.
+        counts: how often each token is read, (V,), for ``weighted_direction_error``.
         tokens: ids to token strings, for the worst rows.
         worst: how many worst rows to list.
         neighbors: how many nearest neighbours of a row to compare.
@@ -60,11 +65,16 @@ def compare_tables(
         seed: of that draw.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: the shapes differ, or the counts are not (V,) with a positive sum.
     """
-    rebuilt = reconstruction.to_dense() if isinstance(reconstruction, Factors) else reconstruction
+    rebuilt = reconstruction if isinstance(reconstruction, Tensor) else reconstruction.to_dense()
     if rebuilt.shape != table.shape:
         raise ValueError(f"reconstruction: expected shape {tuple(table.shape)}, got {tuple(rebuilt.shape)}")
+    if counts is not None and (counts.shape != table.shape[:1] or not float(counts.sum()) > 0):
+        raise ValueError(
+            f"counts: expected shape ({len(table)},) and a positive sum, "
+            f"got {tuple(counts.shape)} and {float(counts.sum()):g}"
+        )
     rebuilt = rebuilt.to(table.device)
     errors, squared = [], 0.0
     for rows, copies in zip(table.split(BLOCK_ROWS), rebuilt.split(BLOCK_ROWS), strict=True):
@@ -73,11 +83,13 @@ def compare_tables(
         errors.append(torch.where(both_zero, 0.0, 1 - F.cosine_similarity(x, y, eps=1e-30)))
         squared += float((x - y).square().sum())
     error = torch.cat(errors)
+    weights = None if counts is None else counts.to(error) / counts.sum().to(error)
     ids = error.argsort(descending=True)[:worst].tolist()
     names: Sequence[str | None] = tokens(ids) if tokens else [None] * len(ids)
     return TableComparison(
         direction_error=float(error.mean()),
         direction_error_p99=float(error.kthvalue(max(1, round(0.99 * len(error)))).values),
+        weighted_direction_error=None if weights is None else float(weights @ error),
         rmse=(squared / table.numel()) ** 0.5,
         neighbor_overlap=_neighbor_overlap(table, rebuilt, neighbors, sampled_rows, seed),
         worst_rows=[

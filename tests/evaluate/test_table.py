@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from embkern import Factors
 from embkern.evaluate import compare_tables
 
+from ..tables import packed_of
+
 
 def test_figures_follow_their_formulas():
     table = torch.randn(300, 8)
@@ -45,6 +47,25 @@ def test_neighbours_are_counted():
     got = compare_tables(table, moved, neighbors=1, sampled_rows=5)
     before, after = [1, 0, 1, 4, 3], [2, 4, 0, 4, 3]
     assert got.neighbor_overlap == pytest.approx(sum(a == b for a, b in zip(before, after, strict=True)) / 5)
+
+
+def test_rows_weigh_as_often_as_their_tokens_are_read():
+    table, rebuilt = torch.eye(4)[:3], torch.eye(4)[:3].clone()
+    rebuilt[1] = torch.tensor([1.0, 0, 0, 0])
+    assert compare_tables(table, rebuilt).weighted_direction_error is None
+    for counts, expected in (([6, 3, 1], 0.3), ([0, 1, 0], 1.0), ([1, 1, 1], 1 / 3)):
+        got = compare_tables(table, rebuilt, counts=torch.tensor(counts).double())
+        assert got.weighted_direction_error == pytest.approx(expected)
+        assert got.direction_error == pytest.approx(1 / 3)
+    for counts in ([1, 1], [0, 0, 0]):
+        with pytest.raises(ValueError, match=r"counts: expected shape \(3,\) and a positive sum"):
+            compare_tables(table, rebuilt, counts=torch.tensor(counts).double())
+
+
+def test_packed_tables():
+    table = torch.randn(60, 40)
+    packed = packed_of(table)
+    assert compare_tables(table, packed) == compare_tables(table, packed.to_dense())
 
 
 def test_zero_rows():

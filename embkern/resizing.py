@@ -1,0 +1,106 @@
+"""Tables with more rows or fewer: old rows keep their bits, new ones decode to the mean row."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import singledispatch
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .factors import Factors
+from .ops.reference import GROUP
+from .packed import PackedTable, Tier, _planes, _wrapped, level_values
+
+_SCALES = 64  # tried for a new row
+_ROWS = 8192  # decoded at a time
+
+
+@singledispatch
+def resized(table: Any, num_embeddings: int) -> Any:
+    """Return a table of ``num_embeddings`` rows; tensors that need no change are those of ``table``.
+
+    New rows decode to the mean of all rows: of factors exactly, of a packed table as nearly as one of its
+    tiers can. The codes of a packed table are frozen: training changes how long a new row is, and where it
+    points only through ``basis`` and ``offset``.
+    """
+    raise TypeError(f"table: expected Factors or a PackedTable, got {type(table).__name__}")
+
+
+@resized.register
+def _(table: Factors, num_embeddings: int) -> Factors:
+    codes = table.codes
+    mean = codes.double().mean(0, keepdim=True).to(codes.dtype)
+    added = max(0, num_embeddings - len(codes))
+    return dataclasses.replace(table, codes=torch.cat([codes[:num_embeddings], mean.expand(added, -1)]))
+
+
+@resized.register
+def _(table: PackedTable, num_embeddings: int) -> PackedTable:
+    tiers, scales = table.described_tiers(), table.scales[:num_embeddings]
+    tier_of = table.tier_of_rows()[:num_embeddings].cpu()
+    words = int(torch.tensor([tier.words for tier in tiers])[tier_of].sum())
+    records = table.records[: max(1, words)]
+    if added := num_embeddings - len(scales):
+        best, record, scale = _nearest_record(table, tiers, _mean_row(table))
+        tier_of = torch.cat([tier_of, torch.full((added,), best)])
+        records = torch.cat([table.records[:words], record.to(records.device).repeat(added)])
+        scales = torch.cat([scales, scales.new_full((added,), scale)])
+    directory = _directory(tier_of, tiers).to(scales.device)
+    return dataclasses.replace(table, records=records, directory=directory, scales=scales)
+
+
+def _mean_row(table: PackedTable) -> Tensor:
+    ids = torch.arange(table.num_embeddings, device=table.scales.device)
+    total = torch.stack([table.decode(some).double().sum(0) for some in ids.split(_ROWS)]).sum(0)
+    return (total / len(ids)).cpu()
+
+
+def _nearest_record(table: PackedTable, tiers: list[Tier], row: Tensor) -> tuple[int, Tensor, float]:
+    """Tier, record (W,) and scale that come nearest to a row (H,)."""
+    if table.offset is not None:
+        row = row - table.offset.cpu()
+    best: tuple[int, Tensor, float] | None = None
+    least = float("inf")
+    for index, tier in enumerate(tiers):
+        basis = None
+        size = GROUP * len(tier.bits)
+        values = F.pad(row, (0, max(0, size - len(row))))[:size]
+        if tier.transform:
+            assert table.basis is not None
+            basis = table.basis[:size].cpu().double()
+            values = torch.linalg.lstsq(basis.t(), row).solution
+        codes, found = _quantized(table.levels.cpu(), tier, values)
+        rows = F.pad(found, (0, max(0, len(row) - size)))[:, : len(row)] if basis is None else found @ basis
+        along, square = rows @ row, rows.square().sum(1).clamp_min(1e-300)
+        error, place = (row.square().sum() - along.square() / square).min(0)
+        if best is None or float(error) < least:
+            least, scale = float(error), float(along[place] / square[place])
+            best = index, _planes(codes[place : place + 1], tier).flatten(), scale
+    assert best is not None
+    return best
+
+
+def _quantized(levels: Tensor, tier: Tier, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and what they stand for, (S, 32 groups) at S scales, nearest to values (32 groups,)."""
+    known = [
+        level_values(levels, tier.transform, bits).double() if bits else torch.zeros(1).double()
+        for bits in tier.bits
+    ]
+    top = max([float(each.abs().max()) for each in known], default=0.0) or 1.0
+    scales = values.abs().max().clamp_min(1e-30) / top * torch.logspace(-1, 0.2, _SCALES).double()
+    codes, found = [torch.zeros(_SCALES, 0).long()], [torch.zeros(_SCALES, 0).double()]
+    for part, of_bits in zip(values.split(GROUP), known, strict=False):
+        nearest = (part / scales[:, None])[:, :, None].sub(of_bits).abs().argmin(2)
+        codes.append(nearest)
+        found.append(of_bits[nearest])
+    return torch.cat(codes, 1), torch.cat(found, 1)
+
+
+def _directory(tier_of: Tensor, tiers: list[Tier]) -> Tensor:
+    words = torch.tensor([tier.words for tier in tiers])[tier_of]
+    padded = F.pad(tier_of, (0, -len(tier_of) % GROUP)).view(-1, 4, 8)
+    nibbles = (padded << torch.arange(0, 32, 4)).sum(2)
+    return _wrapped(torch.cat([(words.cumsum(0) - words)[::GROUP].unsqueeze(1), nibbles], 1))
