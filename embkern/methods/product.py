@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
+import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,7 +17,7 @@ from torch import Tensor
 from .base import Options, parse_options
 from .reconstruction import Reconstruction, byte_budget, half, packed_bytes, refuse_ratio, row_weights
 
-TRIAL_ITERATIONS = 4  # of k-means, that bits and scales are chosen by
+TRIAL_ITERATIONS = 4  # of k-means, that rotation, scales and bits are chosen by
 LEAST_WIDTH = 8  # that sub-vectors are padded to: below 5, faiss takes 8 times as long
 OPQ_ROUNDS, OPQ_ITERATIONS = 6, 4  # of rotating the rows towards their copies, and of k-means in each
 
@@ -26,8 +29,10 @@ class ProductQuantizationOptions(Options):
     scales: bool | None = Field(
         None, description="quantise directions and keep a scale of every row; None: if that is better"
     )
-    rotation: Literal["pca", "opq"] | None = Field(
-        None, description="rotate first: pca balances the variances of the subspaces, opq goes on from there"
+    rotation: Literal["none", "pca", "opq"] | None = Field(
+        None,
+        description="rotate first: pca balances the variances of the subspaces, opq goes on from there; "
+        "None: pca, if that is better",
     )
     iterations: int = Field(25, ge=1, description="of k-means")
     weight_power: float = Field(0.5, ge=0, description="of the counts, as weights of the rows")
@@ -37,9 +42,20 @@ class ProductQuantizationOptions(Options):
 class _Design(NamedTuple):
     """What decides on the bytes."""
 
-    bits: int
+    rotation: str
     scales: bool
-    subspaces: int
+    bits: int
+    subspaces: int = 0
+
+    def parts(self, V: int, H: int) -> dict[str, int]:
+        """Bytes by name."""
+        parts = {
+            "codes": packed_bytes(V * self.subspaces, self.bits),
+            "books": 2 * min(2**self.bits, V) * H,
+            "scales": 2 * V * self.scales,
+            "rotation": 2 * H * H * (self.rotation != "none"),
+        }
+        return {name: size for name, size in parts.items() if size}
 
 
 @torch.no_grad()
@@ -51,8 +67,8 @@ def product_quantization(
     The columns are split into as many subspaces as the ratio allows, of widths that differ by at most one,
     and k-means finds the words of each, on rows that weigh ``counts ** weight_power / (x @ x)``, so that
     it minimises the error of directions. Words, scales and the rotation are fp16, and all are counted. A
-    scale per row is ``(x @ y) / (y @ y)``. Bits and scales are chosen by the direction error of short
-    runs, each of a sixth of the time.
+    scale per row is ``(x @ y) / (y @ y)``. Rotation, scales and bits are chosen, one after another, by the
+    direction error of short runs.
 
     Args:
         table: (V, H).
@@ -72,52 +88,51 @@ def product_quantization(
     budget = byte_budget(table, ratio)
     V, H = table.shape
     weights = row_weights(counts, V, chosen.weight_power)
-
-    def parts(design: _Design) -> dict[str, int]:
-        parts = {
-            "codes": packed_bytes(V * design.subspaces, design.bits),
-            "books": 2 * min(2**design.bits, V) * H,
-        }
-        if design.scales:
-            parts["scales"] = 2 * V
-        if chosen.rotation is not None:
-            parts["rotation"] = 2 * H * H
-        return parts
-
     designs, least = [], []
-    for bits in [chosen.bits] if chosen.bits else [8, 7, 6, 5, 4]:
-        for scales in [True, False] if chosen.scales is None else [chosen.scales]:
-            fixed, smallest = (sum(parts(_Design(bits, scales, count)).values()) for count in (0, 1))
-            least.append(smallest)
-            if smallest <= budget:
-                designs.append(_Design(bits, scales, min(H, (budget - fixed) * 8 // (V * bits))))
+    for rotation, scales, bits in itertools.product(
+        [chosen.rotation] if chosen.rotation else ["none", "pca"],
+        [True, False] if chosen.scales is None else [chosen.scales],
+        [chosen.bits] if chosen.bits else [6, 7, 8, 5, 4],
+    ):
+        design = _Design(rotation, scales, bits)
+        fixed, smallest = (sum(design._replace(subspaces=n).parts(V, H).values()) for n in (0, 1))
+        least.append(smallest)
+        if smallest <= budget:
+            designs.append(design._replace(subspaces=min(H, (budget - fixed) * 8 // (V * bits))))
     if not designs:
         raise refuse_ratio(table, ratio, min(least))
-    books = _Books(table.detach().cpu().float(), weights, chosen)
-    best = min(designs, key=books.trial) if len(designs) > 1 else designs[0]
+    books = _Books(table.detach().cpu().float(), weights, chosen.seed)
+    best = _best(designs, books.trial)
     rows = books.reconstruct(best, chosen.iterations).to(table.device)
-    return Reconstruction(rows, parts(best), {**best._asdict(), "rotation": chosen.rotation})
+    return Reconstruction(rows, best.parts(V, H), best._asdict())
+
+
+def _best(designs: list[_Design], error: Callable[[_Design], float]) -> _Design:
+    """Choose the rotation, then scales, then bits, each with the others as they are."""
+    best = designs[0]
+    error = functools.cache(error)
+    for place in range(3):
+        like = [each for each in designs if all(each[i] == best[i] for i in range(3) if i != place)]
+        best = min(like, key=error) if len(like) > 1 else best
+    return best
 
 
 class _Books:
     """Rows (V, H) and what k-means finds in their columns."""
 
-    def __init__(self, rows: Tensor, weights: Tensor, options: ProductQuantizationOptions) -> None:
-        self.rows, self.options, self.faiss = rows, options, _faiss()
+    def __init__(self, rows: Tensor, weights: Tensor, seed: int) -> None:
+        self.rows, self.seed, self.faiss = rows, seed, _faiss()
         norms = rows.double().norm(dim=1, keepdim=True)
         norms[norms == 0] = 1  # the direction of a row of zeros is itself
         self.directions = (rows / norms).float()
         # Squared errors relative to their rows: those of directions are that as they are.
         relative = weights / norms.squeeze(1).square()
         self.weights = {True: weights.float(), False: (relative / relative.mean()).float()}
-        if options.rotation is not None:
-            wide = self.directions.double()
-            scatter = wide.t() @ (weights.unsqueeze(1) * wide)
-            values, self.vectors = torch.linalg.eigh(scatter)
-            self.variances = values.clamp_min(1e-12 * float(values[-1])).tolist()
 
     def trial(self, design: _Design) -> float:
-        """Weighted direction error after a few iterations."""
+        """Weighted direction error after a few iterations, of opq with the rotation that it starts from."""
+        if design.rotation == "opq":
+            design = design._replace(rotation="pca")
         cosine = F.cosine_similarity(self.rows, self.reconstruct(design, TRIAL_ITERATIONS), eps=1e-30)
         return float(self.weights[True].double() @ (1 - cosine).double())
 
@@ -126,11 +141,11 @@ class _Books:
         target = self.directions if design.scales else self.rows
         weights = self.weights[design.scales]
         spans = _spans(target.shape[1], design.subspaces)
-        if self.options.rotation is None:
+        if design.rotation == "none":
             copies, _ = self._encode(target, weights, spans, design.bits, iterations)
         else:
             rotation = self._rotation(spans)
-            if self.options.rotation == "opq":
+            if design.rotation == "opq":
                 rotation = self._turned(rotation, target, weights, spans, design.bits)
             rotation = half(rotation)
             copies, _ = self._encode(target @ rotation, weights, spans, design.bits, iterations)
@@ -140,17 +155,24 @@ class _Books:
         scale = (self.rows * copies).sum(1) / copies.square().sum(1).clamp_min(1e-30)
         return half(scale).unsqueeze(1) * copies
 
+    @functools.cached_property
+    def _axes(self) -> tuple[list[float], Tensor]:
+        """Variances and principal axes (H, H) of the directions, the smallest first."""
+        wide = self.directions.double()
+        values, vectors = torch.linalg.eigh(wide.t() @ (self.weights[True].double().unsqueeze(1) * wide))
+        return values.clamp_min(1e-12 * float(values[-1]) or 1.0).tolist(), vectors
+
     def _rotation(self, spans: list[tuple[int, int]]) -> Tensor:
         """Principal axes (H, H), dealt to the subspaces so that the products of their variances balance."""
-        least = self.variances[0]
+        variances, vectors = self._axes
         dealt: list[list[int]] = [[] for _ in spans]
         load = [0.0] * len(spans)
-        for axis in reversed(range(len(self.variances))):  # the largest first
+        for axis in reversed(range(len(variances))):  # the largest first
             room = [i for i, (first, last) in enumerate(spans) if len(dealt[i]) < last - first]
             place = min(room, key=load.__getitem__)
             dealt[place].append(axis)
-            load[place] += float(torch.tensor(self.variances[axis] / least).log())
-        return self.vectors[:, [axis for axes in dealt for axis in axes]].float()
+            load[place] += math.log(variances[axis] / variances[0])
+        return vectors[:, [axis for axes in dealt for axis in axes]].float()
 
     def _turned(
         self, rotation: Tensor, target: Tensor, weights: Tensor, spans: list[tuple[int, int]], bits: int
@@ -189,7 +211,7 @@ class _Books:
             points.shape[1],
             min(2**bits, len(points)),
             niter=iterations,
-            seed=self.options.seed,
+            seed=self.seed,
             min_points_per_centroid=1,  # says nothing of small tables
         )
         kmeans.train(points, weights=weights.numpy(), init_centroids=start)

@@ -263,7 +263,7 @@ def test_a_table_beyond_fp16_is_refused():
 def test_a_table_of_few_words_is_exact():
     words = torch.randn(4, 16, 8).half().float()  # of four subspaces, 16 each
     table = torch.cat([book[torch.randint(16, (900,))] for book in words], dim=1)
-    got = product_quantization(table, ratio=8, bits=4, scales=False, iterations=50)
+    got = product_quantization(table, ratio=8, bits=4, scales=False, rotation="none", iterations=50)
     assert got.facts["subspaces"] >= 4
     assert direction_error(table, got.to_dense()) < 0.02  # k-means finds most of them
     assert got.parts == {
@@ -297,7 +297,7 @@ def test_a_rotation_pays_where_columns_are_correlated():
     table = torch.randn(4000, 16) * torch.logspace(0, -1.5, 16) @ torch.linalg.qr(torch.randn(16, 16))[0]
     plain, pca, opq = (
         product_quantization(table, ratio=8, bits=6, scales=False, rotation=rotation)
-        for rotation in (None, "pca", "opq")
+        for rotation in ("none", "pca", "opq")
     )
     assert pca.parts["rotation"] == opq.parts["rotation"] == 16 * 16 * 2
     errors = [direction_error(table, each.to_dense()) for each in (plain, pca, opq)]
