@@ -60,7 +60,7 @@ def wordpiece(words=WORDS, alphabet=ALPHABET, **options):
     raw.enable_truncation(4)  # as many a tokenizer.json has it: counting reads on
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=raw, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]",
-        mask_token="[MASK]", **options,
+        mask_token="[MASK]", model_max_length=4, **options,
     )  # fmt: skip
 
 
@@ -461,6 +461,15 @@ def test_the_prior_of_sentencepiece_knows_byte_and_reserved_tokens():
     p = {token: float(prior[id]) for token, id in tokenizer.get_vocab().items()}
     assert p["▁the"] > p["s"] > p["▁"] > p["▁of"] > p["日"] > p["<0xE2>"] > p["<extra_id_0>"]
     assert p["<0x0A>"] > p["<0xE2>"], "a new line is no rare byte"
+
+
+def test_characters_in_order_of_frequency_keep_it():
+    characters = "的一是不了人我在有他这中大来上国个到说们"
+    for some, ordered in ((characters, True), (sorted(characters), False)):
+        raw = Tokenizer(models.WordLevel({token: id for id, token in enumerate(some)}, unk_token="的"))
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw)
+        falls = vocabulary_prior(tokenizer, len(some)).diff() < 0
+        assert bool(falls.all()) == bool(falls.any()) == ordered
 
 
 @pytest.mark.parametrize("V", [1, 7])
