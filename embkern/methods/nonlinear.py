@@ -31,7 +31,7 @@ class NonlinearAutoencoderOptions(Options):
     lr_gamma: float = Field(0.8, gt=0, le=1, description="factor of each step")
     batch_size: int = Field(16, ge=1, description="rows per step")
     epochs: int = Field(30, ge=1, description="passes over the table")
-    weight_power: float = Field(0.5, ge=0, description="of the counts, as weights of the rows")
+    exponent: float = Field(0.75, ge=0, description="rows weigh as their counts to this power")
     storage: Storage = Field("table", description="dtype of everything kept: the table's, or float16")
     seed: int = Field(1, ge=0, lt=2**32, description="of the initial weights and the order of rows")
 
@@ -54,7 +54,7 @@ def nonlinear_autoencoder(
         table: (V, H). Training runs in fp32 on its device.
         ratio: bytes of the table as stored over bytes of codes, norms and decoder.
         counts: (V,), how often each token is read, or the Fisher information of each row, as the authors
-            have it (with ``weight_power=1``): both means become weighted ones. None: all alike.
+            have it (with ``exponent=1``): both means become weighted ones. None: all alike.
         options: the fields of ``NonlinearAutoencoderOptions``.
 
     Raises:
@@ -68,7 +68,7 @@ def nonlinear_autoencoder(
     budget = byte_budget(table, ratio)
     dtype = storage_dtype(table, chosen.storage)
     width = _largest_width(table, ratio, budget // dtype.itemsize, dtype.itemsize)
-    weights = row_weights(counts, len(table), chosen.weight_power).to(table.device, torch.float32)
+    weights = row_weights(counts, len(table), chosen.exponent).to(table.device, torch.float32)
     with seeded(chosen.seed, table.device):
         trained = _Autoencoder(table.shape[1], width).to(table.device)
         losses = _train(trained, table.detach(), weights, chosen)

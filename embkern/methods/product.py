@@ -35,7 +35,7 @@ class ProductQuantizationOptions(Options):
         "None: pca, if that is better",
     )
     iterations: int = Field(25, ge=1, description="of k-means")
-    weight_power: float = Field(0.5, ge=0, description="of the counts, as weights of the rows")
+    exponent: float = Field(0.75, ge=0, description="rows weigh as their counts to this power")
     seed: int = Field(0, ge=0, lt=2**31, description="of k-means")
 
 
@@ -65,7 +65,7 @@ def product_quantization(
     """Sub-vectors of every row replaced by the nearest of 16 to 256 words, a book of them per subspace.
 
     The columns are split into as many subspaces as the ratio allows, of widths that differ by at most one,
-    and k-means finds the words of each, on rows that weigh ``counts ** weight_power / (x @ x)``, so that
+    and k-means finds the words of each, on rows that weigh ``counts ** exponent / (x @ x)``, so that
     it minimises the error of directions. Words, scales and the rotation are fp16, and all are counted. A
     scale per row is ``(x @ y) / (y @ y)``. Rotation, scales and bits are chosen, one after another, by the
     direction error of short runs.
@@ -87,7 +87,7 @@ def product_quantization(
     chosen = parse_options(ProductQuantizationOptions, options, "product_quantization")
     budget = byte_budget(table, ratio)
     V, H = table.shape
-    weights = row_weights(counts, V, chosen.weight_power)
+    weights = row_weights(counts, V, chosen.exponent)
     designs, least = [], []
     for rotation, scales, bits in itertools.product(
         [chosen.rotation] if chosen.rotation else ["none", "pca"],

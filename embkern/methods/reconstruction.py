@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import check_table
+from .direction import checked_weights
 
 Storage = Literal["table", "float16"]
 
@@ -101,20 +102,18 @@ def storage_dtype(table: Tensor, storage: Storage) -> torch.dtype:
     return torch.float16 if storage == "float16" else table.dtype
 
 
-def row_weights(counts: Tensor | None, num_embeddings: int, power: float) -> Tensor:
-    """Return ``counts ** power`` with a mean of 1, (V,) float64; all 1 without counts.
+def row_weights(counts: Tensor | None, num_embeddings: int, exponent: float) -> Tensor:
+    """Return ``counts ** exponent`` with a mean of 1, (V,) float64 on the CPU; all 1 without counts.
 
     Raises:
         ValueError: counts are not (V,), negative, not finite, or all zero.
     """
     if counts is None:
         return torch.ones(num_embeddings, dtype=torch.float64)
-    if counts.shape != (num_embeddings,):
-        raise ValueError(f"counts: expected shape ({num_embeddings},), got {tuple(counts.shape)}")
-    counts = counts.detach().to("cpu", torch.float64)
-    if not (torch.isfinite(counts).all() and (counts >= 0).all() and counts.any()):
-        raise ValueError("counts: expected finite counts of at least 0, not all of them 0")
-    weights = (counts / counts.max()) ** power
+    weights = checked_weights("counts", counts, num_embeddings).cpu()
+    if not weights.any():
+        raise ValueError("counts: expected one above 0, got none")
+    weights = (weights / weights.max()) ** exponent
     return weights / weights.mean()
 
 

@@ -151,9 +151,9 @@ def test_counts_shift_the_error_to_rows_that_are_not_read(method):
     plain, weighted = (run(method, table, 8, counts=each).to_dense() for each in (None, counts))
     assert direction_error(table[200:], weighted[200:]) < direction_error(table[200:], plain[200:])
     for bad, message in (
-        (counts[1:], r"counts: expected shape \(400,\), got \(399,\)"),
-        (-counts, "counts: expected finite counts of at least 0"),
-        (0 * counts, "not all of them 0"),
+        (counts[1:], r"counts: expected shape \(400,\), .*got \(399,\)"),
+        (-counts, "counts: expected finite values of at least 0, got -1"),
+        (0 * counts, "counts: expected one above 0, got none"),
     ):
         with pytest.raises(ValueError, match=message):
             run(method, table, 8, counts=bad)
@@ -320,7 +320,7 @@ def test_it_learns_a_surface_that_no_plane_holds():
     table = torch.cat(
         [(angle * frequencies).cos(), (angle * frequencies).sin()], 1
     )  # a curve in 8 dimensions
-    got = nonlinear_autoencoder(table, ratio=2, epochs=20, batch_size=32)
+    got = nonlinear_autoencoder(table, ratio=2, epochs=20, batch_size=64, lr=2e-3)
     r = got.facts["r"]
     left, values, right = torch.linalg.svd(table, full_matrices=False)
     linear = (left[:, :r] * values[:r]) @ right[:r]
