@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -50,11 +51,12 @@ from .sharded import Section, World
 
 GRAM_ROWS = 2048  # rows of a product that is summed in the rows' own dtype
 GRAM_TILES = 4  # column tiles of a Gram matrix, of which only the upper triangle is computed
+PADDING = 8  # columns of a projection come in multiples of it: 75 take longer than 80
 LEAST_COSINE = 1e-3  # below it a row pulls no harder: w_i stays finite where a projection vanishes
 ROUNDING = 5e-8  # of the sum of all weights: a gap as small is none
 NEGLIGIBLE = 0.05  # of the gap: another step like one that gained less would not close it
 LESS_CAUTION, MORE_CAUTION = 0.5, 4.0  # factors of the stiffness after a step that gained, or did not
-MOST_CAUTION = 1e6
+MOST_CAUTION = 1e3  # where F has not grown, it is at its end up to rounding
 
 
 class DirectionOptions(Options):
@@ -135,9 +137,6 @@ def direction(
     check_rank(rank, table.shape[1])
     world = world or World()
     sections = world.sections(table)
-    bad = world.all([row for section in sections for row in not_finite(section.rows, section.start)])
-    if any(bad):
-        world.on_first(lambda: refuse_rows([row for rows in bad for row in rows]))
     with torch.no_grad(), torch.autocast(table.device.type, enabled=False):
         weight = _relative(counts, row_weight, chosen.exponent, len(table)).to(table.device)
         offset = _mean(sections, weight, world) if chosen.center else None
@@ -202,7 +201,17 @@ def _mean(sections: list[Section], weight: Tensor, world: World) -> Tensor:
         return total
 
     with world.one_thread():
-        return world.sum(leaf(section) for section in sections)
+        mean = world.sum(leaf(section) for section in sections)
+    if not bool(torch.isfinite(mean).all()):
+        _refuse_not_finite(sections, world)
+    return mean
+
+
+def _refuse_not_finite(sections: list[Section], world: World) -> None:
+    """Raise, on all processes, and name the rows that are not finite; they were noticed in a sum."""
+    bad = world.all([row for section in sections for row in not_finite(section.rows, section.start)])
+    world.on_first(lambda: refuse_rows([row for rows in bad for row in rows]))
+    raise ValueError("table: expected rows whose squared lengths are below 1e308, got a longer one")
 
 
 def _project(section: Section, basis: Tensor, offset: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -246,12 +255,12 @@ def solve_direction(
         world: the processes and shards of a run on several.
 
     Raises:
-        ValueError: the rank or a weight is out of range.
+        ValueError: the rank or a weight is out of range, or a row is not finite.
     """
     check_rank(rank, table.shape[1])
     world = world or World()
     problem = _Problem(table, cosine_weight, mse_weight, offset, world)
-    basis = _leading(problem.gradient(None), rank, world)
+    basis = _leading(problem.start(), rank, world)
     squares = problem.squared_cosines(basis)
     value, upper, steps, caution = problem.value(squares), math.inf, 0, 1.0
     while True:
@@ -272,7 +281,7 @@ def solve_direction(
         if not gain:
             break
         basis, squares, value = other, reached, value + gain
-        if gain < min(allowed / 2, NEGLIGIBLE * (upper - value)):
+        if upper - value <= allowed or gain < min(allowed / 2, NEGLIGIBLE * (upper - value)):
             break
     order = _leading(basis.t() @ gradient @ basis, rank, world)
     gap, objective = max(upper - value, 0.0), 1 - value
@@ -316,6 +325,8 @@ class _Problem:
             self.norms.append(norm.masked_fill(zero, 1))
         cosine = self._sum(lambda number: self.cosine[number].sum())
         self.total = cosine + self._sum(lambda number: self.squared[number].sum())
+        if not math.isfinite(self.total):
+            _refuse_not_finite(self.sections, world)
         unit = self.total or 1.0  # of a table of zeros nothing can be lost
         self.cosine_share = cosine / unit
         for each in (*self.cosine, *self.squared):
@@ -324,11 +335,11 @@ class _Problem:
     def squared_cosines(self, basis: Tensor) -> list[Tensor]:
         """Square of the cosine between each row and its projection onto a basis (H, r)."""
         squares = [torch.empty_like(norm) for norm in self.norms]
+        padded = F.pad(basis, (0, -basis.shape[1] % PADDING)).to(training_dtype(self.sections[0].rows))
         with self.world.one_thread():
             for section, norm, out in zip(self.sections, self.norms, squares, strict=True):
                 for at, rows in self._parts(section):
-                    projected = rows @ basis.to(rows.dtype)
-                    out[at] = torch.linalg.vector_norm(projected, dim=1, dtype=torch.float64) / norm[at]
+                    out[at] = torch.linalg.vector_norm(rows @ padded, dim=1, dtype=torch.float64) / norm[at]
         return [square.square_().clamp_(max=1) for square in squares]
 
     def value(self, squares: list[Tensor]) -> float:
@@ -357,24 +368,27 @@ class _Problem:
         share = self.cosine_share
         return 4 * share * least**2 / (value * (share + 2 * (1 - share) * value) ** 2) if value else 0.0
 
-    def gradient(self, squares: list[Tensor] | None) -> Tensor:
-        """M (H, H), given the squared cosines; None stands for 1/4: a Gram matrix of the unit rows."""
+    def start(self) -> Tensor:
+        """M (H, H) where every cosine is 1/2: a weighted Gram matrix of the unit rows."""
+        return self.gradient([torch.full_like(norm, 0.25) for norm in self.norms])
+
+    def gradient(self, squares: list[Tensor]) -> Tensor:
+        """M (H, H), given the squared cosines."""
         with self.world.one_thread():
-            leaves = (
-                self._gram(number, None if squares is None else squares[number])
-                for number in range(len(self.sections))
-            )
+            leaves = (self._leaf(number, square) for number, square in enumerate(squares))
             upper = self.world.sum(leaves).view(self.width, self.width).triu()
         return upper + upper.triu(1).t()
 
-    def _gram(self, number: int, square: Tensor | None) -> Tensor:
+    def _leaf(self, number: int, square: Tensor) -> Tensor:
         """The upper triangle of M, summed over a section, and some of the lower: (H * H,)."""
-        pull = self.cosine[number] / (1.0 if square is None else 2 * _bounded(square))
-        scale = (pull + self.squared[number]).sqrt() / self.norms[number]
+        weight = self.cosine[number] / (2 * _bounded(square)) + self.squared[number]
+        scale = weight.sqrt() / self.norms[number]
         total = scale.new_zeros(self.width, self.width)
-        tile = -(-self.width // GRAM_TILES)
+        tile, buffer = -(-self.width // GRAM_TILES), None
         for at, rows in self._parts(self.sections[number]):
-            scaled = rows * scale[at].to(rows.dtype).unsqueeze(1)
+            # In one place: the pages of a new tensor per part cost as much as half of the products.
+            buffer = torch.empty_like(rows) if buffer is None else buffer
+            scaled = torch.mul(rows, scale[at].to(rows.dtype).unsqueeze(1), out=buffer[: len(rows)])
             for first in range(0, self.width, tile):
                 total[first : first + tile, first:] += scaled[:, first : first + tile].t() @ scaled[:, first:]
         return total.view(-1)
