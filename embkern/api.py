@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from ._version import __version__
 from .evaluate import compare_tables, embed_sentences, read_sentences, sentence_fidelity
 from .evaluate.sentences import pooling_of
 from .files import replacing_directory
+from .frequencies import TokenCounts, count_tokens, expected_frequencies, vocabulary_prior
+from .layer import CompressedEmbedding
 from .methods.base import check_table
 from .recipe import LMHead, Recipe
-from .report import REPORT_NAME, Report, model_card, public_name
+from .report import REPORT_NAME, Report, model_card, public_name, tier_uses
+from .text import read_texts
 
 try:
     import transformers
@@ -31,10 +37,12 @@ except ImportError as error:
     ) from error
 
 from .model_table import find_table, input_embeddings, other_tables
-from .transformers import check_installable, install
+from .transformers import check_installable, install, stored_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Source = str | os.PathLike  # of text
 
 MANIFEST_NAME = "embkern_files.json"  # what --overwrite may replace
 _TOKENIZER_FILES = ("tokenizer*.json", "vocab.*", "*.model", "spiece*", "merges.txt")
@@ -55,6 +63,8 @@ def compress(
     method: str | None = None,
     lm_head: LMHead | None = None,
     recipe: Recipe | None = None,
+    counts: TokenCounts | Tensor | str | os.PathLike | None = None,
+    count_text: Source | Sequence[Source] | None = None,
     text: str | os.PathLike | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     output: str | os.PathLike | None = None,
@@ -69,11 +79,17 @@ def compress(
     Args:
         model: a transformers model, a directory, or a name on the hub.
         ratio: bytes of the table as stored over bytes of everything that replaces it, at least 1.
-        rank: r instead of a ratio, 1 to H.
-        method: ``autoencoder`` (arXiv 2106.08181), the default, or ``svd``.
-        lm_head: of a tied head: ``factorized``, the default, decodes through the same factors; ``dense``
-            keeps the original table for it, and the model gets larger. Untied heads stay as they are.
+        rank: r instead of a ratio, 1 to H, of methods that make factors.
+        method: a name in ``embkern.methods.METHODS``.
+        lm_head: of a tied head: ``factorized``, the default, decodes through the same table; ``dense`` keeps
+            the original one for it, and the model gets larger. Untied heads stay as they are.
         recipe: all of the above and the options in one object, instead of them.
+        counts: how often each token is read, for methods that weigh rows by it, and for the report's weighted
+            error: a file of ``embkern count``, a ``TokenCounts``, or frequencies (V,) that are taken as they
+            are. Counts of text are mixed with what the order of the vocabulary tells of rare tokens; without
+            any, that is all there is.
+        count_text: text to count as well: a file, directory or data set as ``embkern.text.read_texts`` takes
+            it, or several.
         text: a text file, one sentence a line; the report then tells how the embeddings of its first 1000
             sentences changed.
         tokenizer: of a live model, for ``text`` and to name the worst rows; of a path it is loaded.
@@ -89,7 +105,7 @@ def compress(
 
     Raises:
         ValueError: an argument is wrong, or the model's embedding cannot be replaced; it names what.
-        FileNotFoundError: the model or the text does not exist.
+        FileNotFoundError: the model, the text or the counts do not exist.
         FileExistsError: ``output`` exists and may not be replaced.
     """
     recipe = _recipe(recipe, method, ratio, rank, lm_head, options)
@@ -114,6 +130,7 @@ def compress(
     check_table(weight)
     check_installable(table, recipe)
     table_bytes, bytes_before, others = weight.nbytes, model_bytes(model), other_tables(model)
+    frequencies, counted = token_frequencies(len(weight), counts, count_text, tokenizer, progress=progress)
     embed = before = None
     if sentences is not None:
         pooling = pooling_of(source)
@@ -121,24 +138,32 @@ def compress(
         before = embed()
 
     started = time.perf_counter()
-    factors = recipe.factorize(weight, **run)
+    compressed = recipe.factorize(weight, frequencies, **run)
     seconds = time.perf_counter() - started
-    comparison = compare_tables(weight, factors, tokens=tokenizer and tokenizer.convert_ids_to_tokens)
+    comparison = compare_tables(
+        weight,
+        compressed.to(weight.dtype),
+        counts=frequencies,
+        tokens=tokenizer and tokenizer.convert_ids_to_tokens,
+    )
     del weight  # the dense table is freed in the swap
-    install(model, table, factors, recipe)
+    install(model, table, compressed, recipe)
 
     report = Report(
         source=public_name(source or str(getattr(model.config, "_name_or_path", ""))) or type(model).__name__,
         architecture=type(model).__name__,
         recipe=recipe,
-        num_embeddings=factors.num_embeddings,
-        embedding_dim=factors.embedding_dim,
-        rank=factors.rank,
-        dtype=str(factors.dtype).removeprefix("torch."),
+        num_embeddings=compressed.num_embeddings,
+        embedding_dim=compressed.embedding_dim,
+        rank=getattr(compressed, "rank", None),
+        tiers=tier_uses(compressed),
+        dtype=str(compressed.dtype).removeprefix("torch."),
+        counts=counted,
+        facts=compressed.facts,
         head=model.config.quantization_config.table.head,
         table_bytes=table_bytes,
-        factors_bytes=factors.nbytes,
-        ratio=table_bytes / factors.nbytes,
+        factors_bytes=compressed.nbytes,
+        ratio=table_bytes / compressed.nbytes,
         model_bytes_before=bytes_before,
         model_bytes_after=model_bytes(model),
         table=comparison,
@@ -172,6 +197,50 @@ def _recipe(
     if given:
         raise ValueError(f"recipe: expected either a recipe or {', '.join(given)}, got both")
     return recipe
+
+
+def token_frequencies(
+    num_embeddings: int,
+    counts: TokenCounts | Tensor | str | os.PathLike | None,
+    count_text: Source | Sequence[Source] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    progress: bool | None = None,
+) -> tuple[Tensor, str]:
+    """Return how often each token is expected to be read, (V,) float64, and in words where that comes from.
+
+    Raises:
+        ValueError: the counts, the text or the tokenizer are of another model, or not usable.
+        FileNotFoundError: a file does not exist.
+    """
+    if isinstance(counts, Tensor):
+        if count_text is not None:
+            raise ValueError("counts, count_text: expected frequencies or text to count, got both")
+        wide = counts.detach().to("cpu", torch.float64)
+        if counts.shape != (num_embeddings,) or not (
+            torch.isfinite(wide).all() and wide.min() >= 0 < wide.sum()
+        ):
+            raise ValueError(
+                f"counts: expected {num_embeddings} finite numbers, none negative and not all 0, "
+                f"got shape {tuple(counts.shape)} with values from {wide.min()} to {wide.max()}"
+            )
+        return wide / wide.sum(), "as given"
+    if isinstance(counts, (str, os.PathLike)):
+        counts = TokenCounts.load(counts)
+    if counts is not None and tokenizer is not None:
+        counts.check_tokenizer(tokenizer)
+    if count_text is not None:
+        if tokenizer is None:
+            raise ValueError("count_text: expected a tokenizer with it (the model has none)")
+        sources = [count_text] if isinstance(count_text, (str, os.PathLike)) else count_text
+        texts = itertools.chain.from_iterable(map(read_texts, sources))
+        counted = count_tokens(texts, tokenizer, num_embeddings=num_embeddings, progress=progress)
+        counts = counted if counts is None else counts + counted
+    prior = vocabulary_prior(tokenizer, num_embeddings)
+    order = "the order of the vocabulary" if tokenizer is not None else "the order of the ids (no tokenizer)"
+    if counts is not None:
+        order = f"{counts.tokens:,} tokens of {counts.texts:,} texts, and {order}"
+    return expected_frequencies(counts, prior), order
 
 
 def export_dense(directory: str | os.PathLike, output: str | os.PathLike, *, overwrite: bool = False) -> None:
@@ -240,8 +309,13 @@ def load_tokenizer(name: str | os.PathLike) -> PreTrainedTokenizerBase | None:
 
 
 def model_bytes(model: PreTrainedModel) -> int:
-    """Bytes of all parameters, a shared one counted once, as a saved file holds them."""
-    return sum(parameter.nbytes for parameter in model.parameters())
+    """Bytes of all parameters, a shared one counted once, and of a compressed table, as a file holds them."""
+    embedding = input_embeddings(model)
+    if not isinstance(embedding, CompressedEmbedding):
+        return sum(parameter.nbytes for parameter in model.parameters())
+    own = {id(parameter) for parameter in embedding.parameters()}
+    others = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in own)
+    return others + stored_table(model).nbytes
 
 
 def check_output(output: str | os.PathLike, overwrite: bool, source: Any = None) -> None:

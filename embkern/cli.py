@@ -61,19 +61,34 @@ def compress(
         float | None, typer.Option(help="bytes of the table over bytes of what replaces it")
     ] = None,
     rank: Annotated[int | None, typer.Option(help="width of the codes, instead of a ratio")] = None,
-    method: Annotated[str | None, typer.Option(help="autoencoder (default) or svd")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="autoencoder (default), svd, direction or allocate")
+    ] = None,
     lm_head: Annotated[
         str | None,
-        typer.Option(help="a tied head: factorized (default) shares the factors, dense keeps the table"),
+        typer.Option(help="a tied head: factorized (default) shares the small table, dense keeps its own"),
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file; flags override it")] = None,
     text: Text = None,
+    counts: Annotated[
+        Path | None, typer.Option(help="token frequencies: a file that `embkern count` wrote")
+    ] = None,
+    count_text: Annotated[
+        list[str] | None,
+        typer.Option(help="text to count token frequencies in: file, directory or data set; repeatable"),
+    ] = None,
+    floor: Annotated[float | None, typer.Option(help="allocate: least cosine of any row")] = None,
+    exponent: Annotated[
+        float | None, typer.Option(help="allocate, direction: rows weigh their frequency to this power")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="autoencoder: passes over the table")] = None,
     batch_size: Annotated[int | None, typer.Option(help="autoencoder: rows per step")] = None,
     lr: Annotated[float | None, typer.Option(help="autoencoder: Adam's learning rate")] = None,
     init: Annotated[str | None, typer.Option(help="autoencoder: random or svd")] = None,
     activation: Annotated[str | None, typer.Option(help="autoencoder: elu")] = None,
-    center: Annotated[bool | None, typer.Option("--center", help="svd: PCA with a mean")] = None,
+    center: Annotated[
+        bool | None, typer.Option("--center", help="svd: PCA with a mean; direction: with an offset")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="of the method")] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="autoencoder: file to go on from after a kill")
@@ -88,13 +103,14 @@ def compress(
 
     flags = {
         "epochs": epochs, "batch_size": batch_size, "lr": lr, "init": init, "activation": activation,
-        "center": center, "seed": seed,
+        "center": center, "seed": seed, "floor": floor, "exponent": exponent,
     }  # fmt: skip
     fields = {"method": method, "ratio": ratio, "rank": rank, "lm_head": lm_head}
     parsed = _recipe(Recipe, recipe, fields, flags)
     report = api.compress(
-        model, recipe=parsed, text=text, output=output, overwrite=overwrite, checkpoint=checkpoint, log=log
-    )
+        model, recipe=parsed, counts=counts, count_text=count_text, text=text,
+        output=output, overwrite=overwrite, checkpoint=checkpoint, log=log,
+    )  # fmt: skip
     if as_json:
         _print_json(report)
     else:

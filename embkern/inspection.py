@@ -14,11 +14,12 @@ from ._version import __version__
 from .api import load_model, load_tokenizer, model_bytes
 from .evaluate import compare_tables, embed_sentences, read_sentences, sentence_fidelity
 from .evaluate.sentences import pooling_of
-from .layer import FactorizedEmbedding, FactorizedHead
+from .layer import CompressedEmbedding, CompressedHead
 from .model_table import find_table, input_embeddings, other_tables
 from .ops.backends import BACKENDS, KERNELS, select, unavailable
 from .ops.library import cpu_capability, load_native
-from .report import Comparison
+from .report import Comparison, TierUse, tier_uses
+from .transformers import stored_table
 
 
 class RankSaving(BaseModel):
@@ -38,7 +39,8 @@ class Summary(BaseModel):
     embedding_dim: int
     dtype: str
     compressed: bool
-    rank: int | None = None
+    rank: int | None = Field(None, description="of factors")
+    tiers: list[TierUse] = Field(default_factory=list, description="of a packed table")
     table_bytes: int
     model_bytes: int
     modules: list[str] = Field(description="embedding modules that share the table")
@@ -49,13 +51,14 @@ class Summary(BaseModel):
 
     def facts(self) -> dict[str, str]:
         """Return the rows of the printed table."""
-        stored = f"rank {self.rank}" if self.compressed else "dense"
+        stored = f"rank {self.rank}" if self.rank else f"{len(self.tiers)} tiers" if self.tiers else "dense"
         scaled = {name: scale for name, scale in self.scales.items() if scale != 1.0}
         facts = {
             "architecture": self.architecture,
             "table": f"{self.num_embeddings} x {self.embedding_dim}, {self.dtype}, {stored}",
             "bytes": f"{self.table_bytes:,} of the model's {self.model_bytes:,} "
             f"({self.table_bytes / self.model_bytes:.1%})",
+            **{f"rows at {tier.name}": f"{tier.rows:,} ({tier.bytes:,} bytes)" for tier in self.tiers},
             "modules": ", ".join(self.modules),
             "tied heads": ", ".join(self.heads) or "none",
             "scale": ", ".join(f"{name}: {scale:g}" for name, scale in scaled.items()) or "1",
@@ -76,7 +79,8 @@ def inspect(name: str | os.PathLike) -> Summary:
         "model_bytes": model_bytes(model),
         "other_tables": other_tables(model),
     }
-    if isinstance(embedding, FactorizedEmbedding):
+    if isinstance(embedding, CompressedEmbedding):
+        stored = stored_table(model)
         state = model.config.quantization_config.table
         return Summary(
             **common,
@@ -84,10 +88,11 @@ def inspect(name: str | os.PathLike) -> Summary:
             embedding_dim=embedding.embedding_dim,
             dtype=state.dtype,
             compressed=True,
-            rank=embedding.rank,
-            table_bytes=embedding.factors.nbytes,
-            modules=[n for n, m in model.named_modules() if isinstance(m, FactorizedEmbedding)],
-            heads=[n for n, m in model.named_modules() if isinstance(m, FactorizedHead)],
+            rank=getattr(stored, "rank", None),
+            tiers=tier_uses(stored),
+            table_bytes=stored.nbytes,
+            modules=[n for n, m in model.named_modules() if isinstance(m, CompressedEmbedding)],
+            heads=[n for n, m in model.named_modules() if isinstance(m, CompressedHead)],
             scales=dict(state.scales),
         )
     table = find_table(model)
@@ -130,7 +135,7 @@ def evaluate(
     sentences = None if text is None else read_sentences(text)
     compressed, dense = load_model(directory), load_model(against)
     embedding, table = input_embeddings(compressed), find_table(dense).weight.detach()
-    if not isinstance(embedding, FactorizedEmbedding):
+    if not isinstance(embedding, CompressedEmbedding):
         raise ValueError(f"model: expected one compressed by embkern, got a dense one: {directory}")
     if tuple(table.shape) != (embedding.num_embeddings, embedding.embedding_dim):
         raise ValueError(
@@ -138,14 +143,14 @@ def evaluate(
             f"as in {directory}, got {' x '.join(map(str, table.shape))} in {against}"
         )
     tokenizer = load_tokenizer(against) or load_tokenizer(directory)
-    factors = embedding.factors
+    nbytes = stored_table(compressed).nbytes
     result = Comparison(
         table_bytes=table.nbytes,
-        factors_bytes=factors.nbytes,
-        ratio=table.nbytes / factors.nbytes,
+        factors_bytes=nbytes,
+        ratio=table.nbytes / nbytes,
         model_bytes_before=model_bytes(dense),
         model_bytes_after=model_bytes(compressed),
-        table=compare_tables(table, factors, tokens=tokenizer and tokenizer.convert_ids_to_tokens),
+        table=compare_tables(table, embedding.table, tokens=tokenizer and tokenizer.convert_ids_to_tokens),
     )
     if sentences is not None:
         if tokenizer is None:

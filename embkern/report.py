@@ -9,12 +9,34 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from .evaluate import SentenceFidelity, TableComparison
+from .layer import Table
+from .packed import PackedTable
 from .recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 REPORT_NAME = "embkern_report.json"
+
+
+class TierUse(BaseModel):
+    """How many rows of a packed table have a rate, and what their records take."""
+
+    name: str = Field(description="bits of a value, or bits of each group of coefficients of the basis")
+    rows: int
+    bytes: int = Field(description="of the rows' records, without scales and directory")
+
+
+def tier_uses(table: Table) -> list[TierUse]:
+    """Describe the tiers of a packed table; factors have none."""
+    if not isinstance(table, PackedTable):
+        return []
+    tiers = table.described_tiers()
+    rows = table.tier_of_rows().bincount(minlength=len(tiers)).tolist()
+    return [
+        TierUse(name=str(tier), rows=count, bytes=4 * tier.words * count)
+        for tier, count in zip(tiers, rows, strict=True)
+    ]
 
 
 class Comparison(BaseModel):
@@ -32,10 +54,12 @@ class Comparison(BaseModel):
 
     def rows(self) -> dict[str, str]:
         """Return what is printed, and written into a model card, by name."""
+        weighted = self.table.weighted_direction_error
         rows = {
             "table, bytes": f"{self.table_bytes:,} -> {self.factors_bytes:,} ({self.ratio:.2f}x)",
             "model, bytes": f"{self.model_bytes_before:,} -> {self.model_bytes_after:,}",
             "direction error (1 - cos), mean": f"{self.table.direction_error:.4f}",
+            **({} if weighted is None else {"direction error, by frequency": f"{weighted:.5f}"}),
             "direction error, 99th percentile": f"{self.table.direction_error_p99:.4f}",
             "RMSE": f"{self.table.rmse:.5f}",
             "nearest neighbours kept": f"{self.table.neighbor_overlap:.1%}",
@@ -58,8 +82,11 @@ class Report(Comparison):
     recipe: Recipe
     num_embeddings: int
     embedding_dim: int
-    rank: int
-    dtype: str
+    rank: int | None = Field(None, description="of factors")
+    tiers: list[TierUse] = Field(default_factory=list, description="of a packed table")
+    dtype: str = Field(description="of the floating-point tensors, as stored")
+    counts: str | None = Field(None, description="where the token frequencies come from")
+    facts: dict[str, Any] = Field(default_factory=dict, description="what the method says of its result")
     head: str | None = Field(description="output head: factorized (tied), dense, or null for none")
     other_tables: dict[str, int] = Field(
         default_factory=dict, description="large embedding tables left alone, with their bytes"
@@ -74,8 +101,11 @@ class Report(Comparison):
 
     def rows(self) -> dict[str, str]:
         """Return what was done, then what is compared."""
+        made = f"rank {self.rank} of {self.embedding_dim}" if self.rank else f"{len(self.tiers)} tiers"
         return {
-            "method": f"{self.recipe.method}, rank {self.rank} of {self.embedding_dim}",
+            "method": f"{self.recipe.method}, {made}",
+            **{f"rows at {tier.name}": f"{tier.rows:,} ({tier.bytes:,} bytes)" for tier in self.tiers},
+            "token frequencies": self.counts or "not used",
             "output head": self.head or "none",
             **super().rows(),
             "seconds": f"{self.seconds:.1f}",

@@ -12,12 +12,20 @@ from torch.testing import assert_close
 T = pytest.importorskip("transformers")
 
 import embkern
-from embkern import FactorizedEmbedding, Report, api, inspection
-from embkern.api import read_report
+from embkern import Report, api, cli, inspection
+from embkern.api import read_report, token_frequencies
+from embkern.frequencies import count_tokens, expected_frequencies, vocabulary_prior
+from embkern.layer import CompressedEmbedding
+from embkern.transformers import stored_table
 
 from .models import H, V, build, outputs, tiny_bert, word_tokenizer
+from .tables import quantizing  # noqa: F401 (a fixture)
 
 SVD = dict(method="svd", rank=5)
+PACKED = dict(method="quantize", ratio=2)
+
+pytestmark = pytest.mark.usefixtures("quantizing")
+both_kinds = pytest.mark.parametrize("recipe", [SVD, PACKED], ids=["factors", "packed"])
 
 
 @pytest.fixture
@@ -33,29 +41,38 @@ def text(tmp_path):
     return tmp_path / "text.txt"
 
 
-def test_a_live_model_is_changed_in_place():
+def test_the_rank_follows_from_the_ratio():
+    report = embkern.compress(build("gpt2"), ratio=3, method="svd")
+    assert report.factors_bytes == (V + H) * report.rank * 4
+    assert report.ratio >= 3
+
+
+@both_kinds
+def test_a_live_model_is_changed_in_place(recipe):
     model = build("gpt2")
-    report = embkern.compress(model, ratio=3, method="svd")
+    report = embkern.compress(model, **recipe)
     assert report.model is model
-    assert isinstance(model.get_input_embeddings(), FactorizedEmbedding)
+    assert isinstance(model.get_input_embeddings(), CompressedEmbedding)
     assert (report.num_embeddings, report.embedding_dim) == (V, H)
     assert report.table_bytes == V * H * 4
-    assert report.factors_bytes == (V + H) * report.rank * 4
-    assert report.ratio == report.table_bytes / report.factors_bytes >= 3
+    assert report.factors_bytes == stored_table(model).nbytes
+    assert report.ratio == report.table_bytes / report.factors_bytes
     assert report.model_bytes_before - report.model_bytes_after == report.table_bytes - report.factors_bytes
     assert report.head == "factorized"
     assert report.source == "GPT2LMHeadModel"
 
 
-def test_a_dense_head_costs_what_it_costs():
-    report = embkern.compress(build("gpt2"), **SVD, lm_head="dense")
+@both_kinds
+def test_a_dense_head_costs_what_it_costs(recipe):
+    report = embkern.compress(build("gpt2"), **recipe, lm_head="dense")
     assert report.model_bytes_after == report.model_bytes_before + report.factors_bytes
     assert report.head == "dense"
 
 
-def test_a_directory_is_loaded_compressed_and_saved(source, text, tmp_path):
+@both_kinds
+def test_a_directory_is_loaded_compressed_and_saved(recipe, source, text, tmp_path):
     out = tmp_path / "out"
-    report = embkern.compress(source, **SVD, output=out, text=text)
+    report = embkern.compress(source, **recipe, output=out, text=text)
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "embkern_report.json"} <= set(
         os.listdir(out)
     )
@@ -69,6 +86,20 @@ def test_a_directory_is_loaded_compressed_and_saved(source, text, tmp_path):
     assert str(tmp_path) not in card, "a card is published: no path of this machine"
     reloaded = T.BertForMaskedLM.from_pretrained(out)
     assert_close(outputs(reloaded), outputs(report.model), atol=1e-6, rtol=1e-5)
+
+
+def test_the_tiers_of_a_packed_table_are_reported():
+    report = embkern.compress(build("gpt2"), **PACKED)
+    assert report.rank is None
+    assert [(tier.name, tier.rows) for tier in report.tiers] == [
+        ("8 bits", 26), ("4 bits", 25), ("2 bits", 25), ("basis 4", 25),
+    ]  # fmt: skip
+    assert report.tiers[0].bytes == 26 * H
+    rest = 2 * (V + 32 * H + H)  # scales, basis, offset in fp16
+    assert sum(tier.bytes for tier in report.tiers) + rest < report.factors_bytes < 2 * rest
+    assert report.dtype == "float16"
+    shown = report.rows()
+    assert (shown["method"], shown["rows at 2 bits"]) == ("quantize, 4 tiers", "25 (200 bytes)")
 
 
 def test_sentence_transformer_files_come_along(source, tmp_path):
@@ -97,8 +128,9 @@ def test_the_autoencoder_goes_through_the_same_call(source, tmp_path):
     assert (tmp_path / "c.pt").exists()
 
 
-def test_export_gives_an_ordinary_model(source, tmp_path):
-    report = embkern.compress(source, **SVD, output=tmp_path / "small")
+@both_kinds
+def test_export_gives_an_ordinary_model(recipe, source, tmp_path):
+    report = embkern.compress(source, **recipe, output=tmp_path / "small")
     embkern.export_dense(tmp_path / "small", tmp_path / "dense2")
     config = json.loads((tmp_path / "dense2" / "config.json").read_text())
     assert "quantization_config" not in config
@@ -120,10 +152,16 @@ def test_inspect_dense_and_compressed(source, tmp_path):
     small = inspection.inspect(tmp_path / "small")
     assert (small.compressed, small.rank, small.table_bytes) == (True, 5, report.factors_bytes)
     assert small.heads == ["cls.predictions.decoder"]
+    report = embkern.compress(source, **PACKED, output=tmp_path / "packed")
+    packed = inspection.inspect(tmp_path / "packed")
+    assert (packed.rank, packed.tiers, packed.table_bytes) == (None, report.tiers, report.factors_bytes)
+    assert packed.model_bytes == report.model_bytes_after
+    assert packed.facts()["rows at 2 bits"] == "25 (200 bytes)"
 
 
-def test_evaluate_agrees_with_the_report(source, text, tmp_path):
-    report = embkern.compress(source, **SVD, output=tmp_path / "small", text=text)
+@both_kinds
+def test_evaluate_agrees_with_the_report(recipe, source, text, tmp_path):
+    report = embkern.compress(source, **recipe, output=tmp_path / "small", text=text)
     result = inspection.evaluate(tmp_path / "small", source, text=text)
     assert result.table.direction_error == pytest.approx(report.table.direction_error)
     assert result.table.neighbor_overlap == report.table.neighbor_overlap
@@ -139,6 +177,99 @@ def test_evaluate_agrees_with_the_report(source, text, tmp_path):
     tiny_bert(vocab_size=50).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="against: expected a table of 101 x 32 .* got 50 x 32"):
         inspection.evaluate(tmp_path / "small", tmp_path / "other")
+
+
+# ---- how often tokens are read ---------------------------------------------------------------------------
+
+
+def test_frequencies_come_from_counts_text_vocabulary_or_ids(text, tmp_path):
+    tokenizer = word_tokenizer()
+    prior = vocabulary_prior(tokenizer, V)
+    read = count_tokens(text.read_text().splitlines(), tokenizer)
+    read.save(tmp_path / "counts")
+    for counts, count_text, expected, source in (
+        (None, None, prior, "the order of the vocabulary"),
+        (tmp_path / "counts", None, expected_frequencies(read, prior), "7 tokens of 4 texts, and the order"),
+        (read, None, expected_frequencies(read, prior), "7 tokens of 4 texts"),
+        (None, text, expected_frequencies(read, prior), "7 tokens of 4 texts"),
+        (read, [text, text], expected_frequencies(read + read + read, prior), "21 tokens of 12 texts"),
+        (torch.arange(V), None, torch.arange(V).double() / sum(range(V)), "as given"),
+    ):
+        got, said = token_frequencies(V, counts, count_text, tokenizer, progress=False)
+        assert torch.equal(got, expected), said
+        assert said.startswith(source)
+    got, said = token_frequencies(V, None, None, None)
+    assert torch.equal(got, vocabulary_prior(None, V))
+    assert "no tokenizer" in said
+
+
+def test_counts_reach_the_method_and_the_report(source, text, monkeypatch):
+    given = []
+    method = embkern.methods.METHODS["svd"]
+    weighted = method._replace(
+        compress=lambda *a, counts: given.append(counts) or method.compress(*a), weighted=True
+    )
+    monkeypatch.setitem(embkern.methods.METHODS, "svd", weighted)
+    counts = torch.zeros(V)
+    counts[3] = 9
+    report = embkern.compress(source, **SVD, counts=counts)
+    assert given[0].tolist() == (counts / 9).tolist()
+    assert report.counts == report.rows()["token frequencies"] == "as given"
+    rows = [
+        api.load_model(source).get_input_embeddings().weight[3],
+        report.model.get_input_embeddings().weight[3],
+    ]
+    error = 1 - torch.cosine_similarity(*rows, dim=0).item()
+    assert report.table.weighted_direction_error == pytest.approx(error, abs=1e-6)
+    assert embkern.compress(source, **SVD, count_text=text).counts.startswith("7 tokens of 4 texts")
+
+
+def test_the_command_line_counts(source, text, tmp_path, monkeypatch, capsys):
+    count_tokens(["red"], word_tokenizer()).save(tmp_path / "counts")
+    flags = ["--counts", tmp_path / "counts", "--count-text", text, "--count-text", text]
+    size = ["--method", "svd", "--rank", 4]
+    command = ["embkern", "compress", source, "-o", tmp_path / "out", *size, *flags]
+    monkeypatch.setattr("sys.argv", [*map(str, command), "--json"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["counts"].startswith("15 tokens of 9 texts")
+    assert report["table"]["weighted_direction_error"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(counts=torch.ones(V - 1)), r"counts: expected 101 finite numbers, .* got shape \(100,\)"),
+        (dict(counts=torch.zeros(V)), "counts: expected 101 finite numbers, none negative and not all 0"),
+        (dict(counts=-torch.ones(V)), "values from -1.0 to -1.0"),
+        (dict(counts=torch.full((V,), float("nan"))), "values from nan to nan"),
+        (dict(counts=torch.ones(V), count_text="x"), "counts, count_text: expected frequencies or text"),
+        (dict(count_text="./none.txt"), "expected a file, a directory or a data set, found none"),
+        (dict(counts="./none"), "expected a file of token counts, found none"),
+    ],
+)
+def test_bad_counts_are_named(source, arguments, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        embkern.compress(source, **SVD, **arguments)
+
+
+def test_counts_and_tokenizers_of_other_models_are_refused(source, text):
+    other = T.PreTrainedTokenizerFast(
+        tokenizer_object=word_tokenizer().backend_tokenizer,
+        pad_token="[PAD]",
+        additional_special_tokens=["<x>"],
+    )
+    read = count_tokens(["red"], other)
+    with pytest.raises(ValueError, match="counts: expected those of the model's tokenizer"):
+        embkern.compress(source, **SVD, counts=read)
+    with pytest.raises(ValueError, match="it belongs to another model"):
+        embkern.compress(tiny_bert(vocab_size=5), **SVD, tokenizer=word_tokenizer())
+    with pytest.raises(ValueError, match="count_text: expected a tokenizer with it"):
+        embkern.compress(build("gpt2"), **SVD, count_text=text)
+    with pytest.raises(ValueError, match="rank: expected a ratio with method 'quantize', .* got 3"):
+        embkern.compress(source, method="quantize", rank=3)
 
 
 # ---- what must not happen --------------------------------------------------------------------------------
@@ -229,7 +360,7 @@ def test_nan_and_infinity_in_the_table(bad):
         ValueError, match=r"table: expected finite values, got NaN or infinity in 2 row\(s\): 5, 9"
     ):
         embkern.compress(model, **SVD)
-    assert not isinstance(model.get_input_embeddings(), FactorizedEmbedding)
+    assert not isinstance(model.get_input_embeddings(), CompressedEmbedding)
 
 
 def test_zero_rows_and_a_vocabulary_of_one():
