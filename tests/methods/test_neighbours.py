@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from embkern import Recipe
+from embkern.evaluate import compare_tables
+from embkern.methods import METHODS
 from embkern.methods.base import table_checksum
 from embkern.methods.nonlinear import nonlinear_autoencoder
 from embkern.methods.product import product_quantization
@@ -157,6 +160,19 @@ def test_counts_shift_the_error_to_rows_that_are_not_read(method):
     ):
         with pytest.raises(ValueError, match=message):
             run(method, table, 8, counts=bad)
+
+
+@pytest.mark.parametrize("method", NEIGHBOURS)
+def test_a_recipe_runs_it_and_a_comparison_takes_its_result(method):
+    table, counts = embeddings(300), torch.arange(1, 301).double()
+    listed = METHODS[method.__name__]
+    assert (listed.compress, listed.sized_by, listed.installable) == (method, "ratio", False)
+    recipe = Recipe.parse(method=method.__name__, ratio=3, options=FAST.get(method, {}))
+    got = recipe.factorize(table, counts)
+    expected = run(method, table, 3, counts=counts)  # those that are not weighted ignore them
+    assert torch.equal(got.to_dense(), expected.to_dense())
+    error = direction_error(table, got.to_dense())
+    assert compare_tables(table, got).direction_error == pytest.approx(error)
 
 
 # Scalar quantisers
