@@ -93,6 +93,12 @@ const TrainingKernels<T>& training_kernels() {
   EMBKERN_DISPATCH(training_kernels)
 }
 
+template <class T>
+const PackingKernels& packing_kernels() {
+  EMBKERN_DISPATCH(packing_kernels)
+}
+
+template const PackingKernels& packing_kernels<float>();
 template const Kernels<float>& kernels<float>();
 template const Kernels<double>& kernels<double>();
 template const Kernels<BFloat16>& kernels<BFloat16>();

@@ -105,6 +105,29 @@ struct Kernels {
   void (*decode_coefficients)(const PackedRow<T>&, void* to);
 };
 
+// A row to be packed, values in units of `spread` (ones if null): codes of the nearest levels of value / (root
+// * factor), root being the row's root mean square. `squares` are those of the spread.
+struct RowToPack {
+  const float *values, *squares;
+  const uint8_t* bits;  // of each group
+  int64_t groups;
+  const float *levels, *edges;  // 16 per number of bits 1 to 4; edges lie between neighbours
+  const float* steps;           // of uniform codes, per number of bits
+  const float* factors;         // to try
+  int64_t tries;
+};
+
+// The best of the factors: the scale of the decoded row that is nearest to it, and the length of its
+// projection.
+struct PackedFit {
+  float scale, projection;
+};
+
+struct PackingKernels {
+  // codes (32 groups) are written unless null.
+  PackedFit (*quantize_row)(const RowToPack&, uint8_t* codes);
+};
+
 // The kernels of training, for float and double.
 template <class T>
 struct TrainingKernels {
@@ -124,6 +147,8 @@ template <class T>
 const Kernels<T>& kernels();
 template <class T>
 const TrainingKernels<T>& training_kernels();
+template <class T = float>
+const PackingKernels& packing_kernels();
 
 #define EMBKERN_LEVEL(name)                     \
   namespace name {                              \
@@ -131,6 +156,8 @@ const TrainingKernels<T>& training_kernels();
   const Kernels<T>& kernels();                  \
   template <class T>                            \
   const TrainingKernels<T>& training_kernels(); \
+  template <class T>                            \
+  const PackingKernels& packing_kernels();      \
   }
 EMBKERN_LEVEL(portable)
 #if defined(EMBKERN_X86_LEVELS)

@@ -553,6 +553,7 @@ void total_rows(const T* const* rows, int64_t count, int64_t first, int64_t last
 }
 
 #include "cpu/decoding.inl"
+#include "cpu/encoding.inl"
 #include "cpu/training.inl"
 
 }  // namespace
@@ -582,6 +583,13 @@ const TrainingKernels<T>& training_kernels() {
   return table;
 }
 
+template <class T>
+const PackingKernels& packing_kernels() {
+  static constexpr PackingKernels table = {quantize_row};
+  return table;
+}
+
+template const PackingKernels& packing_kernels<float>();
 template const Kernels<float>& kernels<float>();
 template const Kernels<double>& kernels<double>();
 template const Kernels<BFloat16>& kernels<BFloat16>();

@@ -47,6 +47,10 @@ Tensor gather_decode_forward(const Tensor& ids, const Tensor& records, const Ten
                              const std::optional<Tensor>& basis, const std::optional<Tensor>& offset,
                              int64_t embedding_dim, double scale);
 
+std::tuple<Tensor, Tensor, Tensor> quantize_rows(const Tensor& values, const std::optional<Tensor>& spread,
+                                                 const Tensor& bits, const Tensor& levels, const Tensor& steps,
+                                                 const Tensor& factors, bool needs_codes);
+
 // Fills fresh tensors and scratch with NaN from now on, or no more; for tests.
 void set_poison_memory(bool on);
 

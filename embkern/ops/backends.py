@@ -36,9 +36,11 @@ REGIMES: dict[tuple[str, str, str], tuple[str, ...]] = {
 
 # The ops each kernel backend implements, per device type. A new kernel adds its line here.
 KERNELS: dict[tuple[str, str], frozenset[str]] = {
-    ("native", "cpu"): frozenset({"gather_project", "gather_decode", "cosine_mse", "autoencoder"}),
+    ("native", "cpu"): frozenset(
+        {"gather_project", "gather_decode", "quantize_rows", "cosine_mse", "autoencoder"}
+    ),
     ("native", "cuda"): frozenset({"gather_project", "cosine_mse"}),
-    ("triton", "cuda"): frozenset({"gather_project", "cosine_mse", "autoencoder"}),
+    ("triton", "cuda"): frozenset({"gather_project", "gather_decode", "cosine_mse", "autoencoder"}),
 }
 # Those of them that have no backward of their own.
 FORWARD_ONLY: frozenset[tuple[str, str, str]] = frozenset({("native", "cuda", "gather_project")})
@@ -46,6 +48,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Where a kernel does not take all of them.
 KERNEL_DTYPES: dict[tuple[str, str, str], tuple[torch.dtype, ...]] = {
     ("native", "cpu", "autoencoder"): (torch.float32, torch.float64),
+    ("native", "cpu", "quantize_rows"): (torch.float32,),
 }
 
 
