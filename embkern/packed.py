@@ -216,7 +216,7 @@ def packed_bytes(rows: Tensor, tiers: list[Tier], floats: int, basis_rows: int, 
     """Bytes of a table with ``rows[t]`` rows in tier t and floating-point values of ``floats`` bytes."""
     total = int(rows.sum())
     words = sum(int(count) * tier.words for count, tier in zip(rows.tolist(), tiers, strict=True))
-    groups = max((len(tier.bits) for tier in tiers), default=1)
+    groups = max(1, *(len(tier.bits) for tier in tiers))
     fixed = len(tiers) * (1 + groups) + 2 * LEVEL_BITS * 16 * 2
     return 4 * words + 20 * -(-total // GROUP) + fixed + floats * (total + basis_rows * embedding_dim)
 
@@ -256,7 +256,7 @@ def pack(
     padded[: len(tier_of)] = tier_of
     nibbles = (padded.view(blocks, 4, 8) << torch.arange(0, 32, 4)).sum(2)
     directory = torch.cat([starts[::GROUP].unsqueeze(1), nibbles], 1)
-    groups = max(len(tier.bits) for tier in tiers)
+    groups = max(1, *(len(tier.bits) for tier in tiers))
     described = [[int(t.transform), *t.bits, *[0] * (groups - len(t.bits))] for t in tiers]
     return PackedTable(
         records,

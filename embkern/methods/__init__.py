@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+from .allocate import AllocateOptions, allocate
 from .autoencoder import AutoencoderOptions, autoencoder
 from .base import Options, rank_for_ratio
 from .direction import DirectionOptions, direction, repair_norms
@@ -33,6 +34,7 @@ class Method(NamedTuple):
 _neighbour = functools.partial(Method, sized_by="ratio", installable=False)
 
 METHODS: dict[str, Method] = {
+    "allocate": Method(allocate, AllocateOptions, sized_by="ratio", weighted=True),
     "autoencoder": Method(autoencoder, AutoencoderOptions, lambda options: True),
     "direction": Method(direction, DirectionOptions, lambda options: options.center, weighted=True),
     "svd": Method(svd, SVDOptions, lambda options: options.center),
@@ -44,4 +46,4 @@ METHODS: dict[str, Method] = {
     "vocabulary_pruning": _neighbour(vocabulary_pruning, VocabularyPruningOptions, weighted=True),
 }
 
-__all__ = ["METHODS", "Method", "autoencoder", "direction", "rank_for_ratio", "repair_norms", "svd"]
+__all__ = ["METHODS", "Method", "allocate", "autoencoder", "direction", "rank_for_ratio", "repair_norms", "svd"]
