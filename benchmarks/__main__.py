@@ -9,6 +9,7 @@ BENCHMARKS = {
     "gather_project": "the lookup beside dense, quantised and two-step peers: time, bound, peak memory",
     "cosine_mse": "the loss beside plain and compiled torch: time, share of the copy bandwidth, peak memory",
     "train": "the autoencoder's steps beside plain loops: time, share of the GEMM floor, peak memory",
+    "direction": "the direction solver beside a Gram matrix, SVD and the paper's recipe: time, quality, gap",
     "methods": "SVD, PCA and the paper's autoencoder on a real table: quality and seconds",
     "import_time": "what `import embkern` costs beyond torch",
     "plots": "pictures of the figures of gather_project and train",

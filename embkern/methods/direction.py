@@ -55,7 +55,7 @@ PADDING = 8  # columns of a projection come in multiples of it: 75 take longer t
 LEAST_COSINE = 1e-3  # below it a row pulls no harder: w_i stays finite where a projection vanishes
 ROUNDING = 5e-8  # of the sum of all weights: a gap as small is none
 NEGLIGIBLE = 0.05  # of the gap: another step like one that gained less would not close it
-LESS_CAUTION, MORE_CAUTION = 0.5, 4.0  # factors of the stiffness after a step that gained, or did not
+LESS_CAUTION, MORE_CAUTION = 0.7, 4.0  # factors of the stiffness after a step that gained, or did not
 MOST_CAUTION = 1e3  # where F has not grown, it is at its end up to rounding
 
 
