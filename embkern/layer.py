@@ -19,7 +19,7 @@ from .ops import gather_project
 from .ops.backends import DTYPES, Backend
 from .ops.gather_decode import gather_decode
 from .ops.library import apply, differentiable_once, needs_autograd
-from .ops.reference import gather_decode_backward
+from .ops.reference import accumulation_dtype, gather_decode_backward
 from .packed import PackedTable
 
 Table = Factors | PackedTable
@@ -581,7 +581,7 @@ def _packed_logits(
     with torch.autocast(hidden.device.type, enabled=False):
         for some, columns in zip(ids.split(_HEAD_ROWS), logits.split(_HEAD_ROWS, 1), strict=True):
             rows = _decode(some, tensors, hidden.shape[1], backend)
-            torch.mm(hidden, rows.to(hidden.dtype).t(), out=columns)
+            columns.copy_(hidden @ rows.to(hidden.dtype).t())
     return logits
 
 
@@ -604,12 +604,10 @@ class _PackedLogits(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         hidden, scales, basis, offset, *codes = ctx.saved_tensors
+        floats = (hidden, scales, basis, offset)
         needs = ctx.needs_input_grad[:4]
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        sums: list[Any] = [
-            torch.zeros_like(each, dtype=wide) if needed else None
-            for each, needed in zip((hidden, scales, basis, offset), needs, strict=True)
-        ]
+        wide: list[Any] = [e if e is None else e.to(accumulation_dtype(e.dtype)) for e in floats]
+        sums: list[Any] = [torch.zeros_like(w) if n else None for w, n in zip(wide, needs, strict=True)]
         ids = torch.arange(len(scales), device=scales.device)
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             for some, columns in zip(ids.split(_HEAD_ROWS), grad.split(_HEAD_ROWS, 1), strict=True):
@@ -620,14 +618,14 @@ class _PackedLogits(Function):
                 if any(needs[1:]):
                     upstream = columns.t() @ hidden
                     parts[1:] = gather_decode_backward(
-                        upstream, some, *codes, scales, basis, 1.0, -1, *needs[1:]
+                        upstream, some, *codes, wide[1], wide[2], 1.0, -1, *needs[1:]
                     )
                 for total, part in zip(sums, parts, strict=True):
                     if total is not None:
                         total += part
         found = [
-            None if total is None else differentiable_once(total.to(each.dtype), grad, hidden, scales, basis)
-            for total, each in zip(sums, (hidden, scales, basis, offset), strict=True)
+            None if total is None else differentiable_once(total.to(each.dtype), grad, *floats)
+            for total, each in zip(sums, floats, strict=True)
         ]
         return *found, None, None, None, None, None
 
