@@ -28,9 +28,10 @@ import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from ..ops.reference import MEAN, NONE, accumulation_dtype
+from ..ops.reference import GROUP, LEVEL_BITS, MEAN, NONE, accumulation_dtype
 from . import autoencoder as ae
 from . import cosine_mse as cm
+from . import gather_decode as gd
 from . import gather_project as gp
 from .launch import Launch
 from .tiles import REPRESENTATIVE, Device
@@ -134,7 +135,35 @@ AUTOENCODER_SHAPES = (
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     ),
 )
-AnyShape: TypeAlias = Shape | LossShape | AutoencoderShape
+
+
+@dataclass(frozen=True)
+class PackedShape:
+    """One problem of gather_decode: N positions, K rows of the basis (0: none), H columns, T tiers."""
+
+    N: int
+    K: int
+    H: int
+    dtype: torch.dtype = torch.float32
+    ids_dtype: torch.dtype = torch.int64
+    T: int = 6
+
+    def __str__(self) -> str:
+        """Return it in one line."""
+        return f"N={self.N} K={self.K} H={self.H} {str(self.dtype).removeprefix('torch.')}"
+
+
+# Every length; coefficients kept on chip and walked; widths of small models, of large ones, odd; no basis.
+PACKED_SHAPES = (
+    *(PackedShape(N, 128, 768, dtype) for N in (16384, 512, 4) for dtype in (torch.float32, torch.bfloat16)),
+    PackedShape(16384, 128, 384),
+    PackedShape(16384, 256, 4096, torch.bfloat16),
+    PackedShape(16384, 640, 2048, torch.bfloat16),
+    PackedShape(16384, 96, 97, torch.float16, torch.int32),
+    PackedShape(16384, 128, 768, torch.float64),
+    PackedShape(16384, 0, 768, torch.bfloat16),
+)
+AnyShape: TypeAlias = Shape | LossShape | AutoencoderShape | PackedShape
 
 
 @dataclass(frozen=True)
@@ -219,6 +248,28 @@ def autoencoder_launches(shape: AutoencoderShape) -> Iterator[Launch]:
         yield ae.rows_launch(target, target, norm, weight, sums, power, tile)
 
 
+def packed_launches(shape: PackedShape, device: Device) -> Iterator[Launch]:
+    """Yield the launches of gather_decode, on tensors of the meta device."""
+
+    def tensor(*size: int, dtype: torch.dtype = shape.dtype) -> Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    groups = -(-shape.H // GROUP)
+    yield from gd.forward_launches(
+        tensor(shape.N, dtype=shape.ids_dtype),
+        tensor(V * 3 * groups, dtype=torch.int32),
+        tensor(-(-V // GROUP), 5, dtype=torch.int32),
+        tensor(shape.T, 1 + groups, dtype=torch.uint8),
+        tensor(2, LEVEL_BITS, 16, dtype=torch.int16),
+        tensor(V),
+        tensor(shape.K, shape.H) if shape.K else None,
+        tensor(shape.H),
+        1.0,
+        tensor(shape.N, shape.H),
+        device,
+    )
+
+
 def launches(shape: AnyShape, device: Device) -> Iterator[Launch]:
     """Yield every launch of the forward and both backwards, on tensors of the meta device."""
     if isinstance(shape, LossShape):
@@ -226,6 +277,9 @@ def launches(shape: AnyShape, device: Device) -> Iterator[Launch]:
         return
     if isinstance(shape, AutoencoderShape):
         yield from autoencoder_launches(shape)
+        return
+    if isinstance(shape, PackedShape):
+        yield from packed_launches(shape, device)
         return
 
     def tensor(*size: int, dtype: torch.dtype = shape.dtype) -> Tensor:
@@ -299,7 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
-    shapes: tuple[AnyShape, ...] = (*SHAPES, *LOSS_SHAPES, *AUTOENCODER_SHAPES)
+    shapes: tuple[AnyShape, ...] = (*SHAPES, *LOSS_SHAPES, *AUTOENCODER_SHAPES, *PACKED_SHAPES)
     rows = reports((capability, shape) for capability in options.capability for shape in shapes)
     print(
         f"{'kernel':24}{'cc':>4}  {'shape':32}{'tile':52}{'regs':>5}{'spills':>7}{'shared':>8}  tensor core"

@@ -18,6 +18,8 @@ _TYPES = {
     torch.float16: "*fp16",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.int16: "*i16",
+    torch.uint8: "*u8",
 }
 # Assertions on ids are compiled in only with `debug`; with it Triton would check every integer sum as well.
 _OPTIONS = {"debug": True, "sanitize_overflow": False, "enable_fp_fusion": True}

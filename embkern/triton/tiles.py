@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import triton
@@ -131,11 +132,28 @@ TILES: dict[tuple[str, int, int], dict[str, tuple[Tile, ...]]] = {
         "prompt": (Tile(16, 32, 32, 4, 2),),
         "batch": (Tile(16, 32, 32, 4, 2),),
     },
+    # Coefficients of packed rows, on chip in two parts for 16-bit factors; 256 of them spilled registers.
+    # BLOCK_R is of groups of 32.
+    ("packed_product", 80, 2): {
+        "decode": (Tile(16, 32, 128, 4, 3), Tile(16, 32, 64, 4, 3)),
+        "prompt": (Tile(32, 64, 128, 4, 3), Tile(32, 64, 64, 4, 3)),
+        "batch": (Tile(64, 64, 128, 8, 3), Tile(64, 64, 64, 8, 3)),
+    },
+    ("packed_product", 80, 4): {
+        "decode": (Tile(16, 32, 32, 4, 3),),
+        "prompt": (Tile(32, 32, 32, 4, 3),),
+        "batch": (Tile(64, 64, 32, 8, 2),),
+    },
+    ("packed_product", 80, 8): {
+        "decode": (Tile(16, 32, 32, 4, 2),),
+        "prompt": (Tile(32, 32, 32, 4, 2),),
+        "batch": (Tile(32, 32, 32, 4, 2),),
+    },
 }
 
 
 def tile_of(kernel: str, device: Device, dtype: torch.dtype, N: int, r: int, H: int) -> Tile:
-    """Return the tile of "forward", "project_grad" or "grad_basis" for N positions, rank r, H columns."""
+    """Return the tile of a kernel of the table for N positions, rank r (or K coefficients), H columns."""
     aligned = (r * dtype.itemsize) % 16 == 0 and (H * dtype.itemsize) % 16 == 0
     return _tile_of(kernel, device, dtype.itemsize, _length(N), r, aligned)
 
@@ -154,6 +172,8 @@ def _tile_of(kernel: str, device: Device, itemsize: int, length: str, r: int, al
     if not aligned:
         # Rows that do not start on 16 bytes are loaded element by element; greater blocks spilled registers.
         bound = 64 if itemsize == 2 and kernel != "grad_basis" else 32
+        if kernel == "packed_product":
+            bound = 32 if itemsize == 2 else 16
         tile = replace(tile, BLOCK_N=min(tile.BLOCK_N, bound))
     return shrink(kernel, fit_rank(kernel, tile, r), r, itemsize, device.shared_bytes)
 
@@ -194,6 +214,8 @@ def shared_estimate(kernel: str, tile: Tile, r: int, itemsize: int) -> int:
         elements = codes_copies * N * R + tile.num_stages * R * H + N * H
     elif kernel == "project_grad":
         elements = tile.num_stages * (N * H + H * R) + N * R
+    elif kernel == "packed_product":
+        elements = (2 if itemsize == 2 else 1) * N * R + tile.num_stages * R * H + N * H
     else:
         elements = tile.num_stages * (N * R + N * H) + R * H
     return elements * itemsize
@@ -243,6 +265,28 @@ def _row_tile_of(rule: RowRule, itemsize: int, H: int) -> RowTile:
         return RowTile(1, columns, triton.cdiv(width, columns), warps)
     # Rows that leave threads of a warp idle share it; two such loads in flight, four warps to a program.
     return RowTile(4 * 2 * (32 * vector // columns), columns, 1, 4)
+
+
+class GroupTile(NamedTuple):
+    """Of a kernel that unpacks whole rows: BLOCK_N of them, in steps of BLOCK_G groups of 32 values."""
+
+    BLOCK_N: int
+    BLOCK_G: int
+    num_warps: int
+
+
+def group_tile_of(N: int, groups: int) -> GroupTile:
+    """Return the tile of a kernel that unpacks N rows of so many groups; chosen by arithmetic.
+
+    A row to a program, and 8 values a thread: no thread waits for what another one found out about the row
+    (four rows to a program took 19 barriers). In a batch a warp walks the row in steps of 8 or 4 groups,
+    whichever leave less of the last step empty; fewer rows have up to 1024 columns at once, for latency.
+    """
+    if _length(N) == "batch":
+        block = min((8, 4), key=lambda size: -(-groups // size) * size)
+    else:
+        block = min(32, triton.next_power_of_2(groups))
+    return GroupTile(1, block, max(1, block // 8))
 
 
 @functools.cache

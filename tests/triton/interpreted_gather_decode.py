@@ -1,0 +1,179 @@
+"""The Triton kernels of gather_decode, run by Triton's interpreter on the CPU.
+
+Run by test_interpreter.py like interpreted.py. The interpreter's bf16 is not rounded as a device rounds it:
+bf16 is left to test_gpu_gather_decode.py.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch.testing import assert_close
+from triton.runtime import interpreter
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_interpreter.py"
+
+from embkern.ops import gather_decode
+from embkern.packed import Tier
+from embkern.triton import gather_decode as gd
+from embkern.triton.launch import Launch
+from embkern.triton.tiles import GroupTile, Tile
+
+from ..conftest import assert_no_worse_than
+from ..ops.test_gather_decode import problem, small
+
+# (V, H, K, N): groups that fill the blocks; a basis that is not a power of two, odd rows; rows within one
+# group; one token; a table without a basis.
+SHAPES = [(64, 128, 128, 24), (97, 97, 96, 37), (40, 33, 32, 7), (40, 5, 32, 1), (40, 7, 0, 8)]
+SCALE = 0.7
+
+
+def forward(p, ids=None, scale=SCALE, **tiles):
+    """What gather_decode_forward does, with tiles of the test's own."""
+    ids = p.ids if ids is None else ids
+    arguments = (ids, *p.codes, p.scales, p.basis, p.offset)
+    if not tiles:
+        return gd.gather_decode_forward(*arguments, p.H, scale)
+    out = p.scales.new_empty(*ids.shape, p.H)
+    for launch in gd.forward_launches(*arguments, scale, out, **tiles):
+        launch.run()
+    return out
+
+
+def assert_contract(p, dtype, **tiles):
+    got = forward(p, **tiles)
+    assert got.dtype == dtype
+    native = (p.plain(p.ids, *p.factors) * SCALE).to(dtype)
+    exact = p.plain(p.ids, *(f.double() for f in p.factors)) * SCALE
+    assert_no_worse_than(got, native, exact)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_forward_is_no_worse_than_plain_torch(shape, dtype):
+    assert_contract(problem(shape, dtype), dtype)
+
+
+# Several rows a program; all columns at once; coefficients on chip, column tiles without a rest; walked.
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        dict(group_tile=GroupTile(4, 2, 4), tile=Tile(16, 64, 128, 4, 2)),
+        dict(group_tile=GroupTile(1, 8, 1), tile=Tile(32, 16, 32, 4, 2)),
+    ],
+    ids=["on chip", "walked"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_every_tile_gives_the_same_rows(tiles, dtype):
+    assert_contract(problem((97, 97, 96, 37), dtype), dtype, **tiles)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_fp64_sums_in_fp64():
+    p = problem((64, 77, 64, 20), torch.float64)
+    assert_close(forward(p, scale=0.1), p.plain(p.ids, *p.factors) * 0.1, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.usefixtures("poisoned")
+def test_every_code_of_every_width_is_exact(bits):
+    """In fp16 too: a coefficient goes into the product in two parts."""
+    tiers = [Tier(False, (bits, bits)), Tier(True, (bits,))]
+    for dtype in (torch.float32, torch.float16):
+        p = problem((24, 45, 32, 1), dtype, offset=False, tiers=tiers)
+        p.values[:, 32:].masked_fill_(p.transform.unsqueeze(1), 0)
+        p.scales.fill_(1)
+        p.basis.copy_(torch.eye(32, 45))
+        assert torch.equal(forward(p, torch.arange(24), 1.0), p.values[:, :45].to(dtype))
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_the_public_op_and_its_gradients():
+    p = small(ids_dtype=torch.int32)
+    leaves = [f.requires_grad_() for f in p.factors]
+    ids = p.ids[:6].view(2, 3)
+    out = p.ours(ids, *leaves, backend="triton")
+    assert_close(out, p.plain(ids, *leaves))
+    upstream = torch.randn_like(out)
+    exact = torch.autograd.grad(p.plain(ids, *leaves), leaves, upstream)
+    assert_close(torch.autograd.grad(out, leaves, upstream), exact)
+
+
+def test_empty_ids_launch_nothing(monkeypatch):
+    monkeypatch.setattr(Launch, "run", lambda self: pytest.fail("launched"))
+    assert forward(small(), torch.empty(0, 3, dtype=torch.int32)).shape == (0, 3, 5)
+
+
+def test_an_infinite_entry_of_the_basis_stays_out_of_rows_of_values():
+    p = small()
+    p.basis[:, 3] = float("inf")
+    rows = forward(p, torch.arange(40))
+    assert rows[~p.transform].isfinite().all()
+    assert not rows[p.transform][:, 3].isfinite().any()
+
+
+@pytest.fixture
+def assertions(monkeypatch):
+    """Compiled kernels carry their assertions by themselves; the interpreter has to be told."""
+    options = interpreter.InterpreterOptions(debug=True, sanitize_overflow=False)
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
+
+
+@pytest.mark.parametrize("bad", [-1, 40, 2**40])
+@pytest.mark.usefixtures("assertions")
+def test_an_id_out_of_range_is_an_assertion(bad):
+    with pytest.raises(Exception, match="an id is out of range"):
+        forward(small(), torch.tensor([0, bad, 3]))
+
+
+@pytest.mark.parametrize("bad", [-1, 40, 2**40])
+@pytest.mark.usefixtures("poisoned")
+def test_an_id_out_of_range_reads_nothing(bad):
+    """What other threads do until the assertion stops them: no access outside the table."""
+    p = small()
+    rows = forward(p, torch.tensor([0, bad, 3]), 1.0)
+    assert torch.equal(rows[1], p.offset)
+    assert torch.equal(rows[[0, 2]], forward(p, torch.tensor([0, 3]), 1.0))
+
+
+# Where the records of a block begin, beyond and before them; tiers that are none.
+CORRUPT = [(0, 2**31 - 1), (0, 2**20), (0, -(2**31)), (1, -1)]
+
+
+@pytest.mark.parametrize(("column", "value"), CORRUPT)
+@pytest.mark.usefixtures("assertions")
+def test_a_corrupt_directory_is_an_assertion(column, value):
+    p = small()
+    p.codes[1][1, column] = value
+    forward(p, torch.tensor([0, 31]))
+    with pytest.raises(Exception, match="the directory does not fit tiers and records"):
+        forward(p, torch.tensor([0, 32]))
+
+
+@pytest.mark.parametrize(("column", "value"), CORRUPT)
+@pytest.mark.usefixtures("poisoned")
+def test_a_corrupt_directory_reads_nothing(column, value):
+    p = small()
+    p.codes[1][1, column] = value
+    rows = forward(p, torch.tensor([3, 32, 39]), 1.0)
+    assert torch.equal(rows[1:], p.offset.expand(2, -1))
+
+
+def test_offsets_beyond_two_to_the_31st():
+    """A record at word 2^30; only the pages that are touched exist."""
+    words = 2**30
+    records = torch.empty(0, dtype=torch.int32).set_(torch.UntypedStorage((words + 2) * 4), 0, (words + 2,))
+    records[-2:] = torch.tensor([1, 5])
+    directory = torch.tensor([[words, 0x10, 0, 0, 0]], dtype=torch.int32)
+    tiers = torch.tensor([[0, 1], [1, 1]], dtype=torch.uint8)
+    levels = torch.arange(128).view(2, 4, 16).to(torch.int16) * 256
+    codes = (records, directory, tiers, levels)
+    basis = torch.eye(32, 3)
+    rows = gather_decode(
+        torch.tensor([0, 1]), *codes, torch.ones(2), basis, embedding_dim=3, backend="triton"
+    )
+    assert torch.equal(rows, torch.tensor([[1.0, 0, 0], [65, 64, 65]]) / 16)

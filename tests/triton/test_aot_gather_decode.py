@@ -1,0 +1,80 @@
+"""Ahead-of-time compilation of gather_decode's kernels: none spills, 16-bit products take tensor cores."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from embkern.triton import aot
+from embkern.triton.aot import PackedShape, launches
+from embkern.triton.tiles import REPRESENTATIVE
+
+from .test_aot import TENSOR_CORE
+
+BASE, FULL = PackedShape(16384, 128, 768, torch.bfloat16), PackedShape(16384, 128, 768)
+WALKED, ODD = PackedShape(16384, 640, 2048, torch.bfloat16), PackedShape(16384, 96, 97, torch.float16)
+# Each architecture with a base model's table in bf16 and fp32 and with odd rows, whose loads take the most
+# registers; decoding, a basis that is walked and fp64 on one.
+CASES = [(capability, shape) for capability in REPRESENTATIVE for shape in (BASE, FULL, ODD)]
+CASES += [(90, WALKED), (90, PackedShape(4, 128, 768, torch.bfloat16, torch.int32))]
+CASES += [(90, PackedShape(16384, 96, 97)), (80, PackedShape(16384, 96, 97, torch.float64))]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        return aot.reports(CASES)
+
+
+def test_every_kernel_compiles_without_spills(rows):
+    for capability in REPRESENTATIVE:
+        names = {row.kernel for row in rows if row.capability == capability}
+        assert names == {"_rows_kernel", "_products_kernel"}
+    for row in rows:
+        assert row.spills == 0, row
+        assert row.stack_bytes == 0, row
+        assert row.shared_bytes <= row.shared_limit, row
+
+
+def test_products_of_16_bits_run_on_tensor_cores_and_fp32_is_not_cut_to_tf32(rows):
+    products = [row for row in rows if row.kernel == "_products_kernel"]
+    assert len(products) == len(CASES)
+    for row in products:
+        if row.shape in (str(BASE), str(WALKED)):
+            assert row.tensor_core == TENSOR_CORE[row.capability], row
+            assert row.async_copies, "the basis is prefetched"
+        elif row.shape.endswith("float32"):
+            assert not row.tensor_core, row
+
+
+def test_rows_of_values_need_no_shared_memory_but_for_sums(rows):
+    for row in rows:
+        if row.kernel == "_rows_kernel":
+            assert row.shared_bytes <= 1024, row
+
+
+def test_a_table_without_a_basis_is_one_launch():
+    (launch,) = launches(PackedShape(16384, 0, 768), REPRESENTATIVE[90])
+    assert launch.kernel.__name__ == "_rows_kernel"
+
+
+@pytest.mark.parametrize("shape", [BASE, PackedShape(4, 96, 97, torch.float64, torch.int32)], ids=str)
+def test_a_launch_compiles_as_triton_itself_would(shape):
+    """Types, constants and alignment are those that Triton's launcher finds in the same arguments."""
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    for launch in launches(shape, REPRESENTATIVE[90]):
+        binder = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+        bound, specialization, _ = binder(**launch.arguments, **launch.options)
+        signature, constants, attributes = launch.specialization()
+        assert signature == dict(zip(bound, (kind for kind, _ in specialization), strict=True))
+        for position, (kind, detail) in enumerate(specialization):
+            assert ((position,) in constants) == (kind == "constexpr")
+            if kind != "constexpr":
+                assert backend.parse_attr(detail or "") == attributes.get((position,), [])
