@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.nn.functional import linear
 
 from . import factors, packed
 from .factors import ACTIVATIONS, Factors, activate
@@ -19,12 +19,13 @@ from .ops import gather_project
 from .ops.backends import DTYPES, Backend
 from .ops.gather_decode import gather_decode
 from .ops.library import apply, differentiable_once, needs_autograd
-from .ops.reference import accumulation_dtype, gather_decode_backward
+from .ops.reference import GROUP, accumulation_dtype, gather_decode_backward
 from .packed import PackedTable
 
 Table = Factors | PackedTable
 
-_HEAD_ROWS = 2048  # decoded at a time by PackedHead: 3 MB at H = 384
+_HEAD_ROWS = 512  # decoded at a time by PackedHead: 0.8 MB at H = 384, which L2 holds
+_FEW = 16  # hidden states for which products with the values of the codes are cheaper than decoding
 
 
 class _Compressed(nn.Module):
@@ -425,8 +426,8 @@ class FactorizedHead(_OverFactors, CompressedHead):
             )
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        logits = linear(linear(hidden, self.basis), self.codes)
-        return logits if self.offset is None else logits + linear(hidden, self.offset.unsqueeze(0))
+        logits = F.linear(F.linear(hidden, self.basis), self.codes)
+        return logits if self.offset is None else logits + F.linear(hidden, self.offset.unsqueeze(0))
 
 
 # ---- over a packed table ---------------------------------------------------------------------------------
@@ -554,10 +555,14 @@ class PackedHead(_OverPacked, CompressedHead):
         if torch.is_autocast_enabled(hidden.device.type):  # as linear would
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         flat = hidden.reshape(-1, self._width)
-        floats = (self.scales, self.basis, self.offset)
+        floats: tuple[Any, ...] = (self.scales, self.basis, self.offset)
         codes = (self.records, self.directory, self.tiers, self.levels)
         if needs_autograd(flat, *floats):
             logits = apply(_PackedLogits, flat, *floats, *codes, self.backend)
+        elif (
+            len(flat) <= _FEW and self.basis is not None and flat.is_cpu and not torch.compiler.is_compiling()
+        ):
+            logits = _few_packed_logits(flat, *floats, *codes, self.backend)
         else:
             logits = _packed_logits(flat, *floats, *codes, self.backend)
         return logits.view(*hidden.shape[:-1], self.out_features)
@@ -582,6 +587,45 @@ def _packed_logits(
         for some, columns in zip(ids.split(_HEAD_ROWS), logits.split(_HEAD_ROWS, 1), strict=True):
             rows = _decode(some, tensors, hidden.shape[1], backend)
             columns.copy_(hidden @ rows.to(hidden.dtype).t())
+    return logits
+
+
+def _few_packed_logits(
+    hidden: Tensor,
+    scales: Tensor,
+    basis: Tensor,
+    offset: Tensor | None,
+    records: Tensor,
+    directory: Tensor,
+    tiers: Tensor,
+    levels: Tensor,
+    backend: Backend | None,
+) -> Tensor:
+    """Logits (N, V) of few hidden states, ``(h @ basis.T) @ values.T`` where a row is coefficients.
+
+    A row of 384 values takes some 10 times as long to decode from 128 coefficients as the coefficients do.
+    """
+    width = GROUP * (tiers.shape[1] - 1)
+    plain = torch.cat([torch.zeros_like(tiers[:, :1]), tiers[:, 1:]], 1)  # every row decodes to its values
+    factors = [F.pad(each, (0, width))[:, :width] for each in (hidden, hidden @ basis.to(hidden.dtype).t())]
+    of_kinds = [levels[kind].expand_as(levels).contiguous() for kind in (0, 1)]
+    alike = torch.equal(*of_kinds)
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+    tier_of = ((directory[:, 1:, None] >> shifts) & 15).flatten()[: len(scales)]
+    transform = tiers[:, 0].bool()[tier_of]
+    logits = hidden.new_empty(len(hidden), len(scales))
+    ids = torch.arange(len(scales))
+    pieces = (ids.split(_HEAD_ROWS), transform.split(_HEAD_ROWS), logits.split(_HEAD_ROWS, 1))
+    with torch.autocast(hidden.device.type, enabled=False):
+        for some, in_basis, columns in zip(*pieces, strict=True):
+            values = [
+                _decode(some, (records, directory, plain, each, scales), width, backend).to(hidden.dtype)
+                for each in (of_kinds[:1] if alike else of_kinds)
+            ]
+            products = [factor @ each.t() for factor, each in zip(factors, (values * 2)[:2], strict=True)]
+            torch.where(in_basis, products[1], products[0], out=columns)
+    if offset is not None:
+        logits += hidden @ offset.to(hidden.dtype).unsqueeze(1)
     return logits
 
 

@@ -267,6 +267,29 @@ def test_a_packed_head_is_as_exact_as_the_dense_one(dtype):
 
 
 @pytest.mark.usefixtures("in_pieces")
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_few_hidden_states_meet_the_values_of_the_codes(monkeypatch, dtype, alike):
+    head = PackedEmbedding(packed_of(torch.randn(70, 40), torch.float32)).head().requires_grad_(False)
+    if not alike:
+        head.levels[1] += 700  # of codes in the basis
+    hidden = torch.randn(3, 40).to(dtype)
+    exact = copy.deepcopy(head).double()
+    expected = F.linear(hidden.double(), exact.weight)
+    head = head.to(dtype)
+    widths = []
+    decode = gather_decode
+
+    def watched(*args, embedding_dim, **kwargs):
+        widths.append(embedding_dim)
+        return decode(*args, embedding_dim=embedding_dim, **kwargs)
+
+    monkeypatch.setattr("embkern.layer.gather_decode", watched)
+    assert_no_worse_than(head(hidden), F.linear(hidden, head.weight), expected)
+    assert set(widths) == {64, 40}, "the values of the codes; the rows for the weight"
+
+
+@pytest.mark.usefixtures("in_pieces")
 def test_a_frozen_packed_head_gives_the_gradient_of_the_hidden_states_alone():
     embedding = layer(PACKED).requires_grad_(False)
     hidden = torch.randn(2, 8, requires_grad=True)
