@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ..factors import Factors
@@ -68,6 +68,12 @@ class DirectionOptions(Options):
     center: bool = Field(False, description="subtract the weighted mean row and keep it as the offset")
     tolerance: float = Field(1e-6, gt=0, description="stop when gap / objective is at most this")
     max_steps: int = Field(30, ge=1, description="steps at most")
+
+    @model_validator(mode="after")
+    def _one_weight(self) -> DirectionOptions:
+        if not self.cosine_weight and not self.mse_weight:
+            raise ValueError("cosine_weight, mse_weight: expected one above 0, got two zeros")
+        return self
 
 
 @dataclass(frozen=True)
@@ -131,8 +137,6 @@ def direction(
         ValueError, TypeError: the rank, an option or a weight is out of range, or the table is not usable.
     """
     chosen = parse_options(DirectionOptions, options, "direction")
-    if not chosen.cosine_weight and not chosen.mse_weight:
-        raise ValueError("direction: cosine_weight, mse_weight: expected one above 0, got two zeros")
     check_shape(table)
     check_rank(rank, table.shape[1])
     world = world or World()
