@@ -1,0 +1,308 @@
+"""PackedTable: the layout of its records, sizes, and files that are right or refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from embkern import packed as module
+from embkern.factors import checksum
+from embkern.packed import TENSORS, PackedTable, Tier, level_values, pack, packed_bytes
+
+from .ops.test_gather_decode import every_tier, packed
+
+H, K = 45, 32
+CODES = ("records", "directory", "tiers", "levels")
+
+
+def make(V=70, dtype=torch.float32, basis=True, offset=True, tiers=None) -> PackedTable:
+    """A table of random codes."""
+    tiers = tiers or every_tier(H, K if basis else 0)
+    terms = (torch.randn(K, H) if basis else None, torch.randn(H) if offset else None)
+    return packed(V, H, tiers, dtype, *(t if t is None else t.to(dtype) for t in terms))[0]
+
+
+def levels():
+    return torch.arange(128).view(2, 4, 16).to(torch.int16)
+
+
+def test_a_record_is_planes_of_groups_one_row_after_the_other():
+    """Row 0 has codes of 2 bits, row 1 of 3 and then 1, row 2 none, row 3 of 1 as coefficients."""
+    tiers = [Tier(False, (2,)), Tier(False, (3, 1)), Tier(False, ()), Tier(True, (1,))]
+    codes = {tier: torch.zeros(1, 32 * len(tiers[tier].bits), dtype=torch.uint8) for tier in (0, 1, 3)}
+    codes[0][0, :3] = torch.tensor([1, 2, 3])
+    codes[1][0, [0, 31, 32]] = torch.tensor([4, 7, 1], dtype=torch.uint8)
+    codes[3][0, 4] = 1
+    table = pack(torch.arange(4), codes, tiers, levels(), torch.ones(4), torch.zeros(32, 40), None, 40)
+    high = -(2**31)  # bit 31 of an int32
+    assert table.records.tolist() == [0b101, 0b110, high, high, high + 1, 0b1, 0b10000]
+    assert table.directory.tolist() == [[0, 0x3210, 0, 0, 0]]
+    assert table.tiers.tolist() == [[0, 2, 0], [0, 3, 1], [0, 0, 0], [1, 1, 0]]
+
+
+def test_the_directory_has_an_entry_for_every_32_rows():
+    tiers = [Tier(False, (bits,)) for bits in range(1, 9)] * 2
+    tier_of = torch.arange(70) % 16
+    codes = {tier: torch.zeros(int((tier_of == tier).sum()), 32, dtype=torch.uint8) for tier in range(16)}
+    table = pack(tier_of, codes, tiers, levels(), torch.ones(70), None, None, 9)
+    every = [0x76543210, 0xFEDCBA98 - 2**32]  # tier 15 takes the sign
+    assert table.directory.tolist() == [
+        [0, *every, *every],
+        [4 * 36, *every, *every],
+        [8 * 36, 0x543210, 0, 0, 0],
+    ]
+    assert torch.equal(table.tier_of_rows(), tier_of)
+    assert len(table.records) == 8 * 36 + 1 + 2 + 3 + 4 + 5 + 6
+
+
+@pytest.mark.parametrize("V", [1, 7, 33, 20000])
+@pytest.mark.parametrize("basis", [True, False])
+def test_rows_are_what_was_packed(V, basis):
+    tiers = every_tier(H, K if basis else 0)
+    D, b = torch.randn(K, H).double() if basis else None, torch.randn(H).double()
+    table, values, transform = packed(V, H, tiers, torch.float64, D, b)
+    rows = values[:, :H]
+    if basis:
+        rows = torch.where(transform.unsqueeze(1), values[:, :K] @ D, rows)
+    expected = table.scales.unsqueeze(1) * rows + b
+    assert_close(table.to_dense(), expected)  # 20000 rows are more than it decodes at a time
+    ids = torch.tensor([[V - 1, 0], [V // 2, V - 1]])
+    assert_close(table.decode(ids), expected[ids])
+    assert (table.num_embeddings, table.embedding_dim, table.dtype) == (V, H, torch.float64)
+
+
+def test_every_row_of_nothing():
+    table = packed(40, H, [Tier(False, ())], offset=torch.arange(H).float())[0]
+    assert torch.equal(table.to_dense(), torch.arange(H).float().expand(40, H))
+
+
+def test_tiers_are_described():
+    assert str(Tier(False, (3, 3))) == "3 bits"
+    assert str(Tier(False, (4, 2))) == "4-2"
+    assert str(Tier(True, (3, 2, 1, 1))) == "basis 3-2-1-1"
+    assert Tier(True, (3, 2, 1, 1)).words == 7
+    written = [Tier(False, (3, 3)), Tier(False, (0, 4)), Tier(False, (2, 0)), Tier(True, (5,))]
+    read = [Tier(False, (3, 3)), Tier(False, (0, 4)), Tier(False, (2,)), Tier(True, (5,))]
+    assert make(tiers=written).described_tiers() == read
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_values_of_levels_are_those_that_are_decoded(bits):
+    for transform in (False, True):
+        codes = {0: torch.arange(2**bits).repeat(32)[: 2**bits * 32].view(2**bits, 32).to(torch.uint8)}
+        tier_of = torch.zeros(2**bits, dtype=torch.int64)
+        arguments = ([Tier(transform, (bits,))], levels(), torch.ones(2**bits), torch.eye(32), None, 32)
+        table = pack(tier_of, codes, *arguments)
+        values = level_values(table.levels, transform, bits)
+        assert torch.equal(table.to_dense(), values[codes[0].long()])
+
+
+@pytest.mark.parametrize("V", [1, 32, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("basis", [True, False])
+def test_the_bytes_are_those_announced_and_those_of_the_file(tmp_path, V, dtype, basis):
+    tiers = [tier for tier in every_tier(H, K if basis else 0) if tier.words]
+    table = make(V, dtype, basis, offset=False, tiers=tiers)
+    rows = table.tier_of_rows().bincount(minlength=len(tiers))
+    assert table.nbytes == packed_bytes(rows, tiers, dtype.itemsize, K if basis else 0, H)
+    table.save(tmp_path / "t")
+    with open(tmp_path / "t", "rb") as file:
+        header = 8 + int.from_bytes(file.read(8), "little")
+    assert os.path.getsize(tmp_path / "t") == header + table.nbytes
+    assert header < 1500
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("basis", [True, False])
+@pytest.mark.parametrize("offset", [True, False])
+def test_round_trip(tmp_path, dtype, basis, offset):
+    saved = make(dtype=dtype, basis=basis, offset=offset)
+    saved.save(tmp_path / "t.safetensors")
+    loaded = PackedTable.load(tmp_path / "t.safetensors")
+    assert loaded.tensors().keys() == saved.tensors().keys()
+    assert len(loaded.tensors()) == 5 + basis + offset
+    assert all(torch.equal(loaded.tensors()[name], tensor) for name, tensor in saved.tensors().items())
+    assert torch.equal(loaded.to_dense(), saved.to_dense())
+    assert os.listdir(tmp_path) == ["t.safetensors"], "no temporary file stays"
+
+
+def test_saving_replaces_what_was_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    first, second = make(7), make(9)
+    first.save(tmp_path / "t")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_file", fail)
+        with pytest.raises(OSError, match="disk full"):
+            second.save(tmp_path / "t")
+    assert PackedTable.load(tmp_path / "t").num_embeddings == 7
+    second.save(tmp_path / "t")
+    assert PackedTable.load(tmp_path / "t").num_embeddings == 9
+    assert os.listdir(tmp_path) == ["t"]
+
+
+def test_views_and_leaves_are_saved(tmp_path):
+    table = make()
+    strided = replace(
+        table,
+        scales=table.scales.repeat_interleave(2)[::2].requires_grad_(),
+        basis=table.basis.t().contiguous().t(),
+        directory=table.directory.repeat(1, 2)[:, :5],
+    )
+    strided.save(tmp_path / "t")
+    assert torch.equal(PackedTable.load(tmp_path / "t").to_dense(), table.to_dense())
+
+
+def test_a_cast_leaves_the_codes_alone():
+    table = replace(make(), facts={"note": 1})
+    for cast in (table.to(torch.bfloat16), table.to(dtype=torch.bfloat16), table.to("cpu", torch.bfloat16)):
+        assert {t.dtype for n, t in cast.tensors().items() if n not in CODES} == {torch.bfloat16}
+        assert all(torch.equal(getattr(cast, name), getattr(table, name)) for name in CODES)
+        assert all(getattr(cast, name).dtype == getattr(table, name).dtype for name in CODES)
+        assert cast.facts == {"note": 1}
+        assert cast.decode(torch.tensor(3)).dtype == torch.bfloat16
+    assert table.dtype == torch.float32
+
+
+def test_a_table_of_the_meta_device_has_shapes():
+    table = make()
+    meta = table.to("meta")
+    assert all(tensor.is_meta for tensor in meta.tensors().values())
+    assert meta.nbytes == table.nbytes
+    assert meta.decode(torch.zeros(2, 3, dtype=torch.int64, device="meta")).shape == (2, 3, H)
+    with pytest.raises(ValueError, match="levels: expected shape"):
+        replace(meta, levels=meta.levels[:1])
+
+
+def edited(tensor, entry, value):
+    tensor = tensor.clone()
+    tensor[entry] = value
+    return tensor
+
+
+# What the tensors must not be, given those of a table: whether built in memory or read from a file.
+CORRUPT = [
+    (lambda t: dict(tiers=t["tiers"][:, 0]), "tiers: expected shape"),
+    (lambda t: dict(tiers=t["tiers"][:, :1]), "tiers: expected shape"),
+    (lambda t: dict(tiers=t["tiers"].repeat(2, 1)), "tiers: expected shape .* T up to 16"),
+    (lambda t: dict(tiers=edited(t["tiers"], (0, 1), 9)), "tiers: expected 0 or 1, then 0 to 8 bits"),
+    (lambda t: dict(tiers=edited(t["tiers"], (0, 0), 2)), "tiers: expected 0 or 1, then 0 to 8 bits"),
+    (lambda t: dict(tiers=edited(t["tiers"], (0, 1), 5)), "directory: the places of the records do not"),
+    (lambda t: dict(tiers=torch.nn.functional.pad(t["tiers"], (0, 1), value=1)), "tiers: expected at most 2"),
+    (lambda t: dict(tiers=edited(t["tiers"], (-1, 2), 1)), "tiers: expected at most 1 groups, got basis"),
+    (lambda t: dict(tiers=t["tiers"][:4]), "expected at most|directory: expected tiers below 4, got"),
+    (lambda t: dict(directory=t["directory"][:2]), r"directory: expected shape \(3, 5\), got \(2, 5\)"),
+    (lambda t: dict(directory=edited(t["directory"], (1, 0), 7)), "directory: the places of the records"),
+    (
+        lambda t: dict(directory=edited(t["directory"], (1, 1), -1)),
+        "directory: expected tiers below 15, got 15",
+    ),
+    (lambda t: dict(records=t["records"][:-1]), r"records: expected \d+ words, got \d+"),
+    (lambda t: dict(levels=t["levels"][0]), "levels: expected shape"),
+    (lambda t: dict(scales=t["scales"][:-7]), r"directory: expected shape \(2, 5\), got \(3, 5\)"),
+    (lambda t: dict(basis=t["basis"][:-1]), "basis: expected shape .* a multiple of 32"),
+    (lambda t: dict(offset=t["offset"][:-1]), r"offset: expected shape \(45,\)"),
+]
+WRONG_DTYPES = [
+    (lambda t: dict(records=t["records"].long()), "records: expected dtype torch.int32"),
+    (lambda t: dict(directory=t["directory"].float()), "directory: expected dtype torch.int32"),
+    (lambda t: dict(tiers=t["tiers"].char()), "tiers: expected dtype torch.uint8"),
+    (lambda t: dict(levels=t["levels"].float()), "levels: expected dtype torch.int16"),
+    (lambda t: dict(basis=t["basis"].half()), "basis: expected dtype torch.float32 as in scales"),
+    (
+        lambda t: {name: t[name].int() for name in ("scales", "basis", "offset")},
+        "scales: expected a floating-point dtype",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), CORRUPT + WRONG_DTYPES)
+def test_tensors_that_do_not_fit_are_refused(change, message):
+    tensors = make().tensors()
+    error = TypeError if "dtype" in message else ValueError
+    with pytest.raises(error, match=message):
+        PackedTable(**tensors | change(tensors), embedding_dim=H)
+
+
+@pytest.mark.parametrize(("change", "message"), CORRUPT + WRONG_DTYPES)
+def test_a_file_of_such_tensors_is_refused_with_its_name(tmp_path, change, message):
+    """Though the checksums are right: the file was written by something else."""
+    tensors = make().tensors()
+    tensors |= {name: tensor.contiguous() for name, tensor in change(tensors).items()}
+    checksums = json.dumps({name: checksum(tensor) for name, tensor in tensors.items()})
+    metadata = {"format": module.FORMAT, "embedding_dim": str(H), "checksums": checksums}
+    save_file(tensors, tmp_path / "t", metadata)
+    with pytest.raises(ValueError, match=f"{tmp_path / 't'}: ({message})"):
+        PackedTable.load(tmp_path / "t")
+
+
+def test_coefficients_without_a_basis_are_refused():
+    tensors = make().tensors()
+    del tensors["basis"]
+    with pytest.raises(ValueError, match="tiers: expected at most 0 groups, got basis 4"):
+        PackedTable(**tensors, embedding_dim=H)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="path: expected a file of a packed table, found none"):
+        PackedTable.load(tmp_path / "none")
+
+
+def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path):
+    path = tmp_path / "t"
+    make().save(path)
+    whole = path.read_bytes()
+    for length in (0, 4, 50, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="not a readable safetensors file"):
+            PackedTable.load(path)
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_changed_bit_of_every_tensor_is_noticed(tmp_path, name):
+    path = tmp_path / "t"
+    make().save(path)
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors[name].view(torch.uint8).flatten()[-1] ^= 1
+    save_file(tensors, path, metadata)
+    with pytest.raises(ValueError, match=f"{name} was changed after it was saved"):
+        PackedTable.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, m: m.pop("format"), "expected format 'embkern.packed/1', got None"),
+        (lambda t, m: m.update(format="embkern.factors/1"), "got 'embkern.factors/1'"),
+        (lambda t, m: m.pop("checksums"), "metadata is damaged"),
+        (lambda t, m: m.update(checksums="[]"), "expected records, directory"),
+        (lambda t, m: m.update(checksums="{"), "metadata is damaged"),
+        (lambda t, m: m.pop("embedding_dim"), "metadata is damaged"),
+        (lambda t, m: m.update(embedding_dim="45.0"), "metadata is damaged"),
+        (lambda t, m: m.update(embedding_dim="46"), r"basis: expected shape \(K, 46\)"),
+        (lambda t, m: t.pop("scales"), "expected records, directory, .* got"),
+        (lambda t, m: t.update(extra=torch.zeros(1)), "expected records, directory"),
+        (lambda t, m: (t.pop("tiers"), m.update(checksums="{}")), "expected records, directory"),
+    ],
+)
+def test_edited_files_are_refused(tmp_path, change, message):
+    path = tmp_path / "t"
+    make().save(path)
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    change(tensors, metadata)
+    save_file(tensors, path, metadata)
+    with pytest.raises(ValueError, match=message):
+        PackedTable.load(path)
