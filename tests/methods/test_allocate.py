@@ -1,0 +1,183 @@
+"""Rate allocation: budgets, floors, weights, and tables of every shape."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from embkern.methods import allocate, svd
+from embkern.methods.allocate import DISTORTION, gaussian_levels, row_weights
+from embkern.packed import PackedTable
+
+
+def _table(V: int = 2000, H: int = 96, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Rows whose spectrum falls, as that of embeddings does, with norms of one order of size."""
+    generator = torch.Generator().manual_seed(seed)
+    rotation = torch.linalg.qr(torch.randn(H, H, generator=generator))[0]
+    spectrum = torch.arange(1, H + 1).float().pow(-0.7)
+    norms = torch.rand(V, 1, generator=generator) + 0.5
+    return (torch.randn(V, H, generator=generator) * spectrum @ rotation * norms).to(dtype)
+
+
+def _zipf(V: int) -> torch.Tensor:
+    return 1 / torch.arange(1, V + 1, dtype=torch.float64)
+
+
+def _dense(packed: PackedTable) -> torch.Tensor:
+    return packed.to(torch.float64).to_dense()
+
+
+def _errors(table: torch.Tensor, packed: PackedTable) -> torch.Tensor:
+    return 1 - F.cosine_similarity(table.double(), _dense(packed), eps=1e-30)
+
+
+def test_the_levels_are_those_of_lloyd_and_max() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(2**20, generator=generator, dtype=torch.float64)
+    for bits in range(1, 5):
+        levels = gaussian_levels()[0, bits - 1, : 2**bits].double() / 4096
+        nearest = levels[torch.bucketize(sample, (levels[1:] + levels[:-1]) / 2)]
+        assert (sample - nearest).square().mean().item() == pytest.approx(DISTORTION[bits], rel=0.01)
+        for level in levels:  # each is the mean of what it stands for
+            assert sample[nearest == level].mean().item() == pytest.approx(level.item(), abs=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ratio", [5.0, 8.0, 16.0])
+def test_the_budget_is_met_and_never_exceeded(ratio, dtype) -> None:
+    table = _table(dtype=dtype)
+    ratio = ratio / (4 / table.element_size())
+    packed = allocate(table, ratio=ratio, counts=_zipf(len(table)))
+    assert packed.nbytes <= table.nbytes / ratio
+    assert packed.nbytes >= 0.99 * table.nbytes / ratio
+    assert packed.dtype == (torch.bfloat16 if dtype == torch.bfloat16 else torch.float16)
+
+
+def test_rows_that_are_read_often_keep_their_direction() -> None:
+    table, counts = _table(), _zipf(2000)
+    packed = allocate(table, ratio=12, counts=counts)
+    error, uniform = _errors(table, packed), _errors(table, allocate(table, ratio=12))
+    weights = row_weights(counts, 2000, 0.5)
+    assert error[:20].mean() < 0.2 * error[1000:].mean()
+    assert (weights * error).sum() < 0.8 * (weights * uniform).sum()
+    assert uniform.mean() < error.mean()
+
+
+def test_it_beats_low_rank_and_gives_more_for_more_bytes() -> None:
+    table = _table()
+    errors = [_errors(table, allocate(table, ratio=ratio)).mean() for ratio in (6, 10, 16)]
+    assert errors[0] < errors[1] < errors[2]
+    rank = int(table.numel() / 16 / sum(table.shape))
+    assert errors[2] < 0.6 * (1 - F.cosine_similarity(table, svd(table, rank).to_dense())).mean()
+
+
+def test_a_higher_exponent_serves_what_is_read_and_fewer_tiers_cost_little() -> None:
+    table, counts = _table(), _zipf(2000)
+    p = counts / counts.sum()
+    read = {
+        a: float((p * _errors(table, allocate(table, ratio=12, counts=counts, exponent=a))).sum())
+        for a in (0.0, 0.5, 1.0)
+    }
+    assert read[1.0] < read[0.5] < read[0.0]
+    weights = row_weights(counts, 2000, 0.5)
+    all_tiers, six, one = (
+        float((weights * _errors(table, allocate(table, ratio=12, counts=counts, tiers=tiers))).sum())
+        for tiers in (16, 6, 1)
+    )
+    assert all_tiers <= six * 1.01 <= one * 1.01
+    assert six < 1.1 * all_tiers < 0.9 * one
+
+
+def test_the_floor_holds_for_every_row_and_one_too_high_is_refused() -> None:
+    table, counts = _table(), _zipf(2000)
+    free = _errors(table, allocate(table, ratio=16, counts=counts, exponent=1)).max()
+    assert free > 0.2
+    packed = allocate(table, ratio=16, counts=counts, exponent=1, floor=0.85)
+    assert _errors(table, packed).max() <= 0.15 + 1e-3
+    assert packed.nbytes <= table.nbytes / 12
+    with pytest.raises(
+        ValueError, match=r"ratio: 30 .* with floor 0.85; the highest that fits is ([0-9.]+)"
+    ) as error:
+        allocate(table, ratio=30, counts=counts, floor=0.85)
+    highest = float(str(error.value).rpartition(" ")[2])
+    assert 16 < highest < 30
+    with pytest.raises(ValueError, match="floor: expected at most 0.99"):
+        allocate(table, ratio=12, counts=counts, floor=0.999999)
+
+
+def test_the_highest_ratio_is_named_and_fits() -> None:
+    table = _table(300, 96)
+    with pytest.raises(ValueError, match="ratio: 1000 leaves no room .* highest that fits is") as error:
+        allocate(table, ratio=1000)
+    highest = float(str(error.value).rpartition(" ")[2])
+    packed = allocate(table, ratio=highest)
+    assert packed.nbytes <= table.nbytes / highest
+
+
+def test_the_same_inputs_give_the_same_bytes() -> None:
+    table, counts = _table(), _zipf(2000)
+    first, second = (allocate(table, ratio=16, counts=counts) for _ in range(2))
+    assert first.nbytes == second.nbytes
+    for name, tensor in first.tensors().items():
+        assert torch.equal(tensor, second.tensors()[name]), name
+
+
+@pytest.mark.parametrize(("V", "H"), [(1, 384), (7, 384), (33, 120), (500, 40), (300, 97)])
+def test_tables_of_any_shape(V, H) -> None:
+    table = _table(V, H, seed=V)
+    packed = allocate(table, ratio=2)
+    assert packed.nbytes <= table.nbytes / 2
+    assert packed.to_dense().shape == (V, H)
+    assert _errors(table, packed).mean() < 0.1
+
+
+def test_a_table_too_small_to_be_made_smaller_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="the highest that fits is 0.[0-9]+, so the table cannot be made smaller"
+    ):
+        allocate(_table(7, 7), ratio=1)
+
+
+def test_equal_rows_zero_rows_and_extreme_norms() -> None:
+    equal = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)).repeat(500, 1)
+    packed = allocate(equal, ratio=8)
+    assert packed.nbytes <= equal.nbytes / 8
+    assert _errors(equal, packed).max() < 0.2
+    table = _table(500, 64)
+    table[::7] = 0
+    dense = _dense(allocate(table, ratio=8))
+    assert not dense[::7].any()
+    assert dense[1::7].any()
+    tiny, huge = (_table(500, 64) * factor for factor in (1e-18, 1e15))
+    for each in (tiny, huge):
+        packed = allocate(each, ratio=4)
+        assert packed.dtype == torch.float32
+        assert packed.nbytes <= each.nbytes / 4
+        assert torch.isfinite(_dense(packed)).all()
+        assert _errors(each, packed).mean() < 0.2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ratio": 0.5}, "ratio: expected at least 1"),
+        ({"ratio": math.nan}, "ratio: expected at least 1"),
+        ({"ratio": 8, "counts": torch.ones(3)}, r"counts: expected shape \(2000,\), got \(3,\)"),
+        ({"ratio": 8, "counts": -torch.ones(2000)}, "counts: expected finite numbers"),
+        ({"ratio": 8, "counts": torch.zeros(2000)}, "counts: expected finite numbers"),
+        ({"ratio": 8, "exponent": 2}, "exponent: .* got 2"),
+        ({"ratio": 8, "tiers": 17}, "tiers: .* got 17"),
+        ({"ratio": 8, "rank": 3}, "rank"),
+    ],
+)
+def test_wrong_arguments_are_named(options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        allocate(_table(), **options)
+
+
+def test_rows_that_are_not_finite_are_named() -> None:
+    table = _table()
+    table[17, 3] = math.nan
+    with pytest.raises(ValueError, match="NaN or infinity in 1 row.*17"):
+        allocate(table, ratio=8)
