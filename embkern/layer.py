@@ -555,16 +555,17 @@ class PackedHead(_OverPacked, CompressedHead):
         if torch.is_autocast_enabled(hidden.device.type):  # as linear would
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         flat = hidden.reshape(-1, self._width)
-        floats: tuple[Any, ...] = (self.scales, self.basis, self.offset)
+        floats = (self.scales, self.basis, self.offset)
         codes = (self.records, self.directory, self.tiers, self.levels)
+        arguments: tuple[Any, ...] = (flat, *floats, *codes, self.backend)
         if needs_autograd(flat, *floats):
-            logits = apply(_PackedLogits, flat, *floats, *codes, self.backend)
+            logits = apply(_PackedLogits, *arguments)
         elif (
             len(flat) <= _FEW and self.basis is not None and flat.is_cpu and not torch.compiler.is_compiling()
         ):
-            logits = _few_packed_logits(flat, *floats, *codes, self.backend)
+            logits = _few_packed_logits(*arguments)
         else:
-            logits = _packed_logits(flat, *floats, *codes, self.backend)
+            logits = _packed_logits(*arguments)
         return logits.view(*hidden.shape[:-1], self.out_features)
 
 

@@ -414,7 +414,7 @@ class EmbkernQuantizer(HfQuantizer):
         _keep_tie(model, state)
         # Offloaded or sharded parameters are not whole here; without a checksum nothing is verified on load.
         if not _is_whole(root, state):
-            state.checksums = {}
+            state.dtype, state.checksums = _dtype_name(_storage_dtype(root, state)), {}
             return None, {}
         stored = stored_table(model)
         state.describe(stored)
@@ -534,6 +534,12 @@ def _is_whole(root: CompressedEmbedding, state: TableState) -> bool:
     )
 
 
+def _storage_dtype(root: CompressedEmbedding, state: TableState) -> torch.dtype:
+    """Return the dtype to save in: a packed table keeps the one it has on disk while the model's is wider."""
+    widened = torch.promote_types(root.dtype, state.stored_dtype) == root.dtype
+    return state.stored_dtype if root.keeps_stored_dtype and widened else root.dtype
+
+
 def stored_table(model: PreTrainedModel) -> Table:
     """Return a compressed model's table as it is stored: floating-point tensors in the dtype on disk.
 
@@ -541,10 +547,7 @@ def stored_table(model: PreTrainedModel) -> Table:
         ValueError: the model is not compressed by embkern, or was trained to values beyond that dtype.
     """
     root = _compressed(model)
-    dtype = root.dtype
-    kept = model.hf_quantizer.quantization_config.table.stored_dtype
-    if root.keeps_stored_dtype and torch.promote_types(dtype, kept) == dtype:
-        dtype = kept
+    dtype = _storage_dtype(root, model.hf_quantizer.quantization_config.table)
     table = root.table.to(dtype=dtype)
     for name, live in root.tensors().items():
         stored = table.tensors()[name]
