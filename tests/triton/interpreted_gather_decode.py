@@ -22,7 +22,7 @@ from embkern.triton.launch import Launch
 from embkern.triton.tiles import GroupTile, Tile
 
 from ..conftest import assert_no_worse_than
-from ..ops.test_gather_decode import problem, small
+from ..ops.test_gather_decode import every_tier, guarded, problem, small
 
 # (V, H, K, N): groups that fill the blocks; a basis that is not a power of two, odd rows; rows within one
 # group; one token; a table without a basis.
@@ -101,6 +101,15 @@ def test_the_public_op_and_its_gradients():
     upstream = torch.randn_like(out)
     exact = torch.autograd.grad(p.plain(ids, *leaves), leaves, upstream)
     assert_close(torch.autograd.grad(out, leaves, upstream), exact)
+
+
+@pytest.mark.parametrize(("H", "K"), [(33, 32), (97, 96)])
+def test_no_read_beyond_tensors_that_end_at_a_page(H, K):
+    """A read beyond would end this process."""
+    for tier in every_tier(H, K):
+        p = problem((35, H, K, 1), tiers=[tier])
+        p.ids[0] = 34
+        forward(guarded(p))
 
 
 def test_empty_ids_launch_nothing(monkeypatch):
