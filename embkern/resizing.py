@@ -42,13 +42,14 @@ def _(table: PackedTable, num_embeddings: int) -> PackedTable:
     tiers, scales = table.described_tiers(), table.scales[:num_embeddings]
     tier_of = table.tier_of_rows()[:num_embeddings].cpu()
     words = int(torch.tensor([tier.words for tier in tiers])[tier_of].sum())
-    records = table.records[: max(1, words)]
+    records = table.records[:words]
     if added := num_embeddings - len(scales):
         best, record, scale = _nearest_record(table, tiers, _mean_row(table))
         tier_of = torch.cat([tier_of, torch.full((added,), best)])
-        records = torch.cat([table.records[:words], record.to(records.device).repeat(added)])
+        records = torch.cat([records, record.to(records.device).repeat(added)])
         scales = torch.cat([scales, scales.new_full((added,), scale)])
     directory = _directory(tier_of, tiers).to(scales.device)
+    records = records if len(records) else table.records[:1]  # the format has a word at least
     return dataclasses.replace(table, records=records, directory=directory, scales=scales)
 
 
@@ -78,7 +79,8 @@ def _nearest_record(table: PackedTable, tiers: list[Tier], row: Tensor) -> tuple
         error, place = (row.square().sum() - along.square() / square).min(0)
         if best is None or float(error) < least:
             least, scale = float(error), float(along[place] / square[place])
-            best = index, _planes(codes[place : place + 1], tier).flatten(), scale
+            record = _planes(codes[place : place + 1], tier) if tier.words else torch.zeros(1, 0).int()
+            best = index, record.flatten(), scale
     assert best is not None
     return best
 
@@ -90,7 +92,8 @@ def _quantized(levels: Tensor, tier: Tier, values: Tensor) -> tuple[Tensor, Tens
         for bits in tier.bits
     ]
     top = max([float(each.abs().max()) for each in known], default=0.0) or 1.0
-    scales = values.abs().max().clamp_min(1e-30) / top * torch.logspace(-1, 0.2, _SCALES).double()
+    largest = max(values.abs().tolist(), default=0.0) or 1.0
+    scales = largest / top * torch.logspace(-1, 0.2, _SCALES).double()
     codes, found = [torch.zeros(_SCALES, 0).long()], [torch.zeros(_SCALES, 0).double()]
     for part, of_bits in zip(values.split(GROUP), known, strict=False):
         nearest = (part / scales[:, None])[:, :, None].sub(of_bits).abs().argmin(2)
