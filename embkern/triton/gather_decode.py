@@ -67,9 +67,9 @@ def _locate(
     BLOCK_T: tl.constexpr,
     BLOCK_BITS: tl.constexpr,
 ):
-    """Tier, first word, factor and, as masks, validity of the rows of positions ``n``.
+    """Tier, first word and factor of the rows at positions ``n``, and two masks.
 
-    ``known``: the id is one (or there is no such position), ``whole``: its record lies within ``records``.
+    ``known``: no id out of range is there; ``present``: a row is, and its record lies within ``records``.
     """
     ids = tl.load(ids_ptr + n, mask=n < N, other=0).to(tl.int64)
     known = (ids >= 0) & (ids < V)
@@ -96,11 +96,11 @@ def _locate(
         differ |= differ >> 2
         differ |= differ >> 1  # the lowest bit of a nibble: whether it is another tier
         equal = ~differ & 0x11111111 & counted[:, None]
-        counts += (equal * 0x11111111).to(tl.uint32, bitcast=True).to(tl.int32) >> 28
+        counts += ((equal * 0x11111111).to(tl.uint32, bitcast=True) >> 28).to(tl.int32)  # of up to 8
     start += tl.sum(counts * sizes[None, :], 1)
     size = tl.sum(tl.where(tier[:, None] == t[None, :], sizes[None, :], 0), 1)
-    whole = (tier < T) & (start >= 0) & (start + size <= W)
-    return tier, start, factor, known, there & whole
+    present = there & (tier < T) & (start >= 0) & (start + size <= W)
+    return tier, start, factor, known, present
 
 
 @triton.jit

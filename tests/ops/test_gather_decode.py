@@ -165,6 +165,14 @@ def test_every_code_of_every_width_is_exact(backend, device, bits):
     assert torch.equal(rows.double(), expected)
 
 
+@pytest.mark.parametrize("tier", [Tier(False, (4, 8)), Tier(True, (2,))], ids=str)
+def test_a_row_is_found_after_rows_of_one_tier(backend, device, tier):
+    """All 32 rows before it count alike: sums of nibbles are at their greatest."""
+    p = problem((70, 45, 32, 1), torch.float64, device, tiers=[tier])
+    ids = torch.arange(70, device=device)
+    assert_close(p.ours(ids, *p.factors, backend=backend), p.plain(ids, *p.factors))
+
+
 def test_codes_at_the_ends_of_the_format(level):
     """Level indices 0 and 15 and their int16 limits; 8 bits at -127.5 and 127.5; padding beyond H ignored."""
     levels = torch.zeros(2, 4, 16, dtype=torch.int16)

@@ -91,6 +91,14 @@ def test_every_code_of_every_width_is_exact(bits):
         assert torch.equal(forward(p, torch.arange(24), 1.0), p.values[:, :45].to(dtype))
 
 
+@pytest.mark.parametrize("tier", [Tier(False, (4, 8)), Tier(True, (2,))], ids=str)
+def test_a_row_is_found_after_rows_of_one_tier(tier):
+    """All 32 rows before it count alike: sums of nibbles are at their greatest."""
+    p = problem((70, 45, 32, 1), torch.float64, tiers=[tier])
+    ids = torch.tensor([0, 7, 8, 9, 16, 31, 32, 47, 63, 69])
+    assert_close(forward(p, ids, 1.0), p.plain(ids, *p.factors))
+
+
 @pytest.mark.usefixtures("poisoned")
 def test_the_public_op_and_its_gradients():
     p = small(ids_dtype=torch.int32)
