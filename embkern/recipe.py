@@ -46,14 +46,17 @@ class Recipe(BaseModel):
     def _consistent(self) -> Recipe:
         if (self.ratio is None) == (self.rank is None):
             raise ValueError("expected exactly one of ratio and rank")
-        if self.rank is not None and METHODS[self.method].sized_by == "ratio":
-            raise ValueError(
-                f"rank: expected a ratio with method {self.method!r}, which has no rank, got {self.rank}"
-            )
         if self.ratio is not None and not self.ratio >= 1:
             raise ValueError(f"ratio: expected at least 1 (bytes before over bytes after), got {self.ratio}")
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank: expected at least 1, got {self.rank}")
+        if self.rank is not None and METHODS[self.method].sized_by == "ratio":
+            ranked = ", ".join(
+                n for n, each in METHODS.items() if each.sized_by == "rank" and each.installable
+            )
+            raise ValueError(
+                f"rank: expected a ratio with method {self.method!r}, got {self.rank}; for a rank: {ranked}"
+            )
         parse_options(METHODS[self.method].options, self.options, self.method)
         return self
 

@@ -88,7 +88,9 @@ class EmbkernConfig(QuantizationConfigMixin):
     """Quantisation config of transformers for a compressed embedding table.
 
     Args:
-        method, ratio, rank, lm_head, options: as in ``embkern.Recipe``.
+        method, ratio, rank, lm_head, options: as in ``embkern.Recipe``. A model that is compressed while it
+            is loaded has no tokenizer at hand: methods that weigh rows by how often tokens are read go by
+            the order of the ids. ``embkern.compress`` counts text.
         table: written by embkern when a model is compressed; not for callers.
 
     Raises:

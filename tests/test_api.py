@@ -116,6 +116,7 @@ def test_sentence_transformer_files_come_along(source, tmp_path):
 def test_the_autoencoder_goes_through_the_same_call(source, tmp_path):
     report = embkern.compress(
         source,
+        method="autoencoder",
         rank=4,
         epochs=2,
         batch_size=16,
@@ -268,7 +269,7 @@ def test_counts_and_tokenizers_of_other_models_are_refused(source, text):
         embkern.compress(tiny_bert(vocab_size=5), **SVD, tokenizer=word_tokenizer())
     with pytest.raises(ValueError, match="count_text: expected a tokenizer with it"):
         embkern.compress(build("gpt2"), **SVD, count_text=text)
-    with pytest.raises(ValueError, match="rank: expected a ratio with method 'quantize', .* got 3"):
+    with pytest.raises(ValueError, match="rank: expected a ratio with method 'quantize', got 3; .* svd"):
         embkern.compress(source, method="quantize", rank=3)
 
 
@@ -320,9 +321,9 @@ def test_arguments_are_checked_before_anything_is_done(source, tmp_path):
     for arguments, error, message in (
         (dict(ratio=0.5), ValueError, "ratio: expected at least 1"),
         (dict(rank=0), ValueError, "rank: expected at least 1, got 0"),
-        (dict(rank=33), ValueError, "rank: expected 1 <= rank <= H = 32, got 33"),
-        (dict(ratio=900), ValueError, "leaves no room for rank 1 .* the highest that fits is"),
-        (dict(ratio=2, epochs=0), ValueError, "epochs"),
+        (dict(method="svd", rank=33), ValueError, "rank: expected 1 <= rank <= H = 32, got 33"),
+        (dict(method="svd", ratio=900), ValueError, "leaves no room for rank 1 .* the highest that fits is"),
+        (dict(method="autoencoder", ratio=2, epochs=0), ValueError, "autoencoder: epochs"),
         (dict(ratio=2, text=tmp_path / "none"), FileNotFoundError, "text: expected a text file"),
         (
             dict(recipe=embkern.Recipe(ratio=2.0), rank=3, lm_head="dense"),
@@ -330,7 +331,11 @@ def test_arguments_are_checked_before_anything_is_done(source, tmp_path):
             "a recipe or rank, lm_head",
         ),
         (dict(rank=3, method="svd", log=tmp_path / "l"), ValueError, "checkpoint, log: expected with method"),
-        (dict(rank=3, log=tmp_path / "no" / "l"), FileNotFoundError, "log: expected a file in a directory"),
+        (
+            dict(method="autoencoder", rank=3, log=tmp_path / "no" / "l"),
+            FileNotFoundError,
+            "log: expected a file in a directory",
+        ),
     ):
         with pytest.raises(error, match=message):
             embkern.compress(source, output=tmp_path / "out", progress=False, **arguments)
@@ -408,7 +413,7 @@ def test_a_missing_tokenizer_is_not_made_up_and_a_damaged_one_is_named(source, t
 
 def test_a_head_that_cannot_work_is_refused_before_training(source, tmp_path):
     with pytest.raises(ValueError, match="lm_head: a tied head cannot decode through activation 'elu'"):
-        embkern.compress(source, rank=4, activation="elu", epochs=10**9, progress=False)
+        embkern.compress(source, method="autoencoder", rank=4, activation="elu", epochs=10**9, progress=False)
 
 
 def test_a_damaged_report_is_named(tmp_path, source):

@@ -31,7 +31,7 @@ def test_defaults():
         (dict(rank=-3), "rank: expected at least 1, got -3"),
         (dict(rank=2.5), "rank: .*integer"),
         (dict(rank=True), "rank: .*integer"),
-        (dict(ratio=5, method="pq"), "method: .*expected one of autoencoder, .*svd.*, got 'pq'"),
+        (dict(ratio=5, method="pq"), "method: .*expected one of .*autoencoder, .*svd.*, got 'pq'"),
         (dict(ratio=5, lm_head="tied"), "lm_head: .*got 'tied'"),
         (dict(ratio=5, epochs=3), "epochs: Extra inputs"),
         (
@@ -89,7 +89,7 @@ def test_a_rank_above_the_width_is_refused():
 @pytest.mark.usefixtures("quantizing")
 def test_a_method_sized_by_bytes_has_no_rank():
     table = torch.randn(90, 24)
-    with pytest.raises(ValueError, match="rank: expected a ratio with method 'quantize', .* got 3"):
+    with pytest.raises(ValueError, match="rank: expected a ratio with method 'quantize', got 3; .* svd"):
         Recipe.parse(method="quantize", rank=3)
     recipe = Recipe.parse(method="quantize", ratio=2)
     with pytest.raises(ValueError, match="rank: method 'quantize' is sized by bytes"):
