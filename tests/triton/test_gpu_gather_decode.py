@@ -98,4 +98,4 @@ torch.cuda.synchronize()
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode != 0
     assert "device-side assert" in ran.stderr
-    assert message in ran.stderr
+    assert message in ran.stdout + ran.stderr
