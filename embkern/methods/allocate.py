@@ -23,6 +23,7 @@ projection has its length.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -35,7 +36,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..ops.quantize_rows import quantize_rows
-from ..ops.reference import GROUP, LEVEL_BITS, LEVEL_STEP
+from ..ops.reference import GROUP, LEVEL_BITS, LEVEL_STEP, packed_values
 from ..packed import MAX_TIERS, PackedTable, Tier, pack, packed_bytes
 from .base import Options, Rows, blocks, check_table, parse_options
 
@@ -149,7 +150,8 @@ class _Allocation:
         kept, choice = search.within(table_bytes, ratio)
         tiers, spaces = [tiers[i] for i in kept], [spaces[i] for i in kept]
         size = GROUP * max((len(tier.bits) for tier in tiers if tier.transform), default=0)
-        return self._packed(choice, tiers, spaces, None if size == 0 else basis[:size])
+        packed = self._packed(choice, tiers, spaces, None if size == 0 else basis[:size])
+        return packed if size == 0 else self._refitted(packed)
 
     def _basis(self, budget: int) -> tuple[Tensor, _Space | None]:
         """Basis (K, H) of the rows that are read less, times its coefficients' spread, and that space."""
@@ -200,6 +202,49 @@ class _Allocation:
             None,
             self.rows.shape[1],
         )
+
+    def _refitted(self, packed: PackedTable) -> PackedTable:
+        """The table with the basis that suits its codes best, by weighted least squares on unit rows.
+
+        Rows of coarse codes want it shorter than the projection that the codes were made for. Then each of
+        these rows gets the scale of its projection. Kept if the weighted direction error falls.
+        """
+        assert packed.basis is not None
+        size = len(packed.basis)
+        coefficients = packed.tiers[packed.tier_of_rows(), 0].bool() & (self.norms > 0)
+        parts = torch.nonzero(coefficients).flatten().split(_BLOCK)
+        gram = torch.zeros(size, size, dtype=torch.float64)
+        moment = torch.zeros(size, self.rows.shape[1], dtype=torch.float64)
+        for ids in parts:
+            values = self._coefficients(packed, ids)
+            weighted = (
+                values * (self.weights[ids] / self.norms[ids].double().square()).unsqueeze(1).float()
+            ).t()
+            gram += (weighted @ values).double()
+            moment += (weighted @ self.rows[ids]).double()
+        diagonal = gram.diagonal()
+        ridge = torch.where(
+            diagonal > 0, 1e-6 * diagonal.mean(), 1.0
+        )  # an unused coefficient gets a row of zeros
+        basis = torch.linalg.solve(gram + torch.diag(ridge), moment).to(self.dtype)
+        scales, gained = packed.scales.clone(), 0.0
+        for ids in parts:
+            values, x = self._coefficients(packed, ids), self.rows[ids]
+            y = values @ basis.float()
+            factor = (x * y).sum(1) / y.square().sum(1).clamp_min(1e-30)
+            scales[ids] = (packed.scales[ids].float() * factor).to(self.dtype)
+            before = F.cosine_similarity(x, values @ packed.basis.float(), eps=1e-30)
+            after = F.cosine_similarity(x, y, eps=1e-30)
+            gained += float((self.weights[ids] * (after - before).double()).sum())
+        return dataclasses.replace(packed, basis=basis, scales=scales) if gained > 0 else packed
+
+    def _coefficients(self, packed: PackedTable, ids: Tensor) -> Tensor:
+        """Decoded coefficients (n, K) of rows, times their scale."""
+        assert packed.basis is not None
+        codes = (packed.records, packed.directory, packed.tiers, packed.levels)
+        values = packed_values(ids, *codes)[1][:, : len(packed.basis)]
+        values = F.pad(values, (0, len(packed.basis) - values.shape[1]))
+        return values * packed.scales[ids].float().unsqueeze(1)
 
 
 def _float_dtype(norms: Tensor, width: int, dtype: torch.dtype) -> torch.dtype:
