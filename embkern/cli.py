@@ -119,13 +119,15 @@ def compress(
             typer.echo(f"left alone: {name}, {size:,} bytes, is another embedding table", err=True)
 
 
-def _recipe(kind: type[Recipe], file: Path | None, fields: dict[str, Any], flags: dict[str, Any]) -> Recipe:
+def _recipe(
+    kind: type[Recipe], file: Path | None, fields: dict[str, Any], flags: dict[str, Any], **defaults: Any
+) -> Recipe:
     """Build a recipe from a file and from what was given on the command line."""
     given = {name: value for name, value in fields.items() if value is not None}
     options = {name: value for name, value in flags.items() if value is not None}
     if file is None:
-        return kind.parse(**given, options=options)
-    return kind.from_yaml(file, **given, options=options)
+        return kind.parse(**{**defaults, **given}, options=options)
+    return kind.from_yaml(file, defaults, **given, options=options)
 
 
 @app.command()
@@ -164,7 +166,7 @@ def train(
         "epochs": epochs, "batch_size": batch_size, "lr": lr, "init": init, "activation": activation,
         "seed": seed,
     }  # fmt: skip
-    parsed = _recipe(Recipe, recipe, {"ratio": ratio, "rank": rank}, flags)
+    parsed = _recipe(Recipe, recipe, {"ratio": ratio, "rank": rank}, flags, method="autoencoder")
     done = train(
         table, tensor, parsed, output,
         overwrite=overwrite, device=device, shards=shards, timeout=timeout, log=log,

@@ -70,8 +70,12 @@ class Recipe(BaseModel):
         return parse_options(cls, fields, "recipe")
 
     @classmethod
-    def from_yaml(cls, path: str | os.PathLike, **overrides: Any) -> Recipe:
+    def from_yaml(
+        cls, path: str | os.PathLike, defaults: dict[str, Any] | None = None, **overrides: Any
+    ) -> Recipe:
         """Read a YAML mapping of the fields above; ``overrides`` win, and ``options`` are merged.
+
+        ``defaults`` are of fields that are given in neither.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -92,7 +96,7 @@ class Recipe(BaseModel):
         if not isinstance(options, dict):
             raise ValueError(f"recipe: options: expected a mapping in {path}, got {options!r}")
         overrides["options"] = {**options, **overrides.get("options", {})}
-        return cls.parse(**{**fields, **overrides})
+        return cls.parse(**{**(defaults or {}), **fields, **overrides})
 
     def rank_for(self, num_embeddings: int, embedding_dim: int) -> int:
         """Return the rank this recipe gives a (V, H) table; ValueError if it has none, or one beyond H."""

@@ -198,7 +198,7 @@ def test_env_tells_the_backends_and_why():
         (["compress", "{dense}", "-o", "{out}", "--ratio", "0.5"], "ratio: expected at least 1"),
         (["compress", "{dense}", "-o", "{out}", "--rank", "-1"], "rank: expected at least 1, got -1"),
         (
-            ["compress", "{dense}", "-o", "{out}", "--rank", "40"],
+            ["compress", "{dense}", "-o", "{out}", "--rank", "40", "--method", "svd"],
             "rank: expected 1 <= rank <= H = 32, got 40",
         ),
         (["compress", "{dense}", "-o", "{out}", "--ratio", "2", "--method", "pq"], "method: .*got 'pq'"),

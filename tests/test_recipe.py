@@ -51,6 +51,8 @@ def test_yaml_and_overrides(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("method: autoencoder\nratio: 5\noptions:\n  epochs: 7\n  lr: 0.01\n")
     assert Recipe.from_yaml(path).options == {"epochs": 7, "lr": 0.01}
+    assert Recipe.from_yaml(path, {"method": "svd", "lm_head": "dense"}).lm_head == "dense"
+    assert Recipe.from_yaml(path, {"method": "svd"}).method == "autoencoder"
     recipe = Recipe.from_yaml(path, rank=4, options={"epochs": 2})
     assert (recipe.ratio, recipe.rank, recipe.options) == (None, 4, {"epochs": 2, "lr": 0.01})
 
