@@ -23,7 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embkern.evaluate import embed_sentences, read_sentences, sentence_fidelity
-from embkern.frequencies import count_tokens, expected_frequencies, vocabulary_prior
+from embkern.frequencies import (
+    COMPRESSION_STRENGTH,
+    count_tokens,
+    expected_frequencies,
+    vocabulary_prior,
+)
 from embkern.methods import METHODS, rank_for_ratio
 
 from .common import RESULTS, table_line, write_results
@@ -111,7 +116,7 @@ class Bench:
         self.other = read_sentences(other or SENTENCES, HELD_OUT)
         count = count_tokens(counted, self.tokenizer, num_embeddings=len(self.table), progress=False)
         self.prior = vocabulary_prior(self.tokenizer, len(self.table))
-        self.counts = expected_frequencies(count, self.prior)
+        self.counts = expected_frequencies(count, self.prior, strength=COMPRESSION_STRENGTH)
         self.before = [self._embed(self.same), self._embed(self.other)]
         self.facts = {
             "text": "docstrings" if text is None else text.name,

@@ -20,7 +20,13 @@ from ._version import __version__
 from .evaluate import compare_tables, embed_sentences, read_sentences, sentence_fidelity
 from .evaluate.sentences import pooling_of
 from .files import replacing_directory
-from .frequencies import TokenCounts, count_tokens, expected_frequencies, vocabulary_prior
+from .frequencies import (
+    COMPRESSION_STRENGTH,
+    TokenCounts,
+    count_tokens,
+    expected_frequencies,
+    vocabulary_prior,
+)
 from .layer import CompressedEmbedding
 from .methods.base import check_table
 from .recipe import LMHead, Recipe
@@ -240,7 +246,7 @@ def token_frequencies(
     order = "the order of the vocabulary" if tokenizer is not None else "the order of the ids (no tokenizer)"
     if counts is not None:
         order = f"{counts.tokens:,} tokens of {counts.texts:,} texts, and {order}"
-    return expected_frequencies(counts, prior), order
+    return expected_frequencies(counts, prior, strength=COMPRESSION_STRENGTH), order
 
 
 def export_dense(directory: str | os.PathLike, output: str | os.PathLike, *, overwrite: bool = False) -> None:
