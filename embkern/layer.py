@@ -11,21 +11,16 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from . import factors, packed
 from .factors import ACTIVATIONS, Factors, activate
 from .ops import gather_project
 from .ops.backends import DTYPES, Backend
 from .ops.gather_decode import gather_decode
-from .ops.library import apply, differentiable_once, needs_autograd
-from .ops.reference import GROUP, accumulation_dtype, gather_decode_backward
 from .packed import PackedTable
+from .packed_logits import packed_logits
 
 Table = Factors | PackedTable
-
-_HEAD_ROWS = 512  # decoded at a time by PackedHead: 0.8 MB at H = 384, which L2 holds
-_FEW = 16  # hidden states for which products with the values of the codes are cheaper than decoding
 
 
 class _Compressed(nn.Module):
@@ -536,7 +531,7 @@ class PackedEmbedding(_OverPacked, CompressedEmbedding):
 
 
 class PackedHead(_OverPacked, CompressedHead):
-    """The tied output head over the same packed table, decoded some thousand rows at a time.
+    """The tied output head over the same packed table, decoded some hundred rows at a time.
 
     ``forward(h) = F.linear(h, weight, bias)`` where ``weight`` is the decoded table, of which forward and
     backward never hold more than a piece.
@@ -552,127 +547,7 @@ class PackedHead(_OverPacked, CompressedHead):
         self._width = embedding.embedding_dim
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(hidden.device.type):  # as linear would
-            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        flat = hidden.reshape(-1, self._width)
-        floats = (self.scales, self.basis, self.offset)
-        codes = (self.records, self.directory, self.tiers, self.levels)
-        arguments: tuple[Any, ...] = (flat, *floats, *codes, self.backend)
-        if needs_autograd(flat, *floats):
-            logits = apply(_PackedLogits, *arguments)
-        elif (
-            len(flat) <= _FEW and self.basis is not None and flat.is_cpu and not torch.compiler.is_compiling()
-        ):
-            logits = _few_packed_logits(*arguments)
-        else:
-            logits = _packed_logits(*arguments)
-        return logits.view(*hidden.shape[:-1], self.out_features)
-
-
-def _packed_logits(
-    hidden: Tensor,
-    scales: Tensor,
-    basis: Tensor | None,
-    offset: Tensor | None,
-    records: Tensor,
-    directory: Tensor,
-    tiers: Tensor,
-    levels: Tensor,
-    backend: Backend | None,
-) -> Tensor:
-    """Logits (N, V) of hidden states (N, H)."""
-    tensors = (records, directory, tiers, levels, scales, basis, offset)
-    logits = hidden.new_empty(len(hidden), len(scales))
-    ids = torch.arange(len(scales), device=scales.device)
-    with torch.autocast(hidden.device.type, enabled=False):
-        for some, columns in zip(ids.split(_HEAD_ROWS), logits.split(_HEAD_ROWS, 1), strict=True):
-            rows = _decode(some, tensors, hidden.shape[1], backend)
-            columns.copy_(hidden @ rows.to(hidden.dtype).t())
-    return logits
-
-
-def _few_packed_logits(
-    hidden: Tensor,
-    scales: Tensor,
-    basis: Tensor,
-    offset: Tensor | None,
-    records: Tensor,
-    directory: Tensor,
-    tiers: Tensor,
-    levels: Tensor,
-    backend: Backend | None,
-) -> Tensor:
-    """Logits (N, V) of few hidden states, ``(h @ basis.T) @ values.T`` where a row is coefficients.
-
-    A row of 384 values takes some 10 times as long to decode from 128 coefficients as the coefficients do.
-    """
-    width = GROUP * (tiers.shape[1] - 1)
-    plain = torch.cat([torch.zeros_like(tiers[:, :1]), tiers[:, 1:]], 1)  # every row decodes to its values
-    factors = [F.pad(each, (0, width))[:, :width] for each in (hidden, hidden @ basis.to(hidden.dtype).t())]
-    of_kinds = [levels[kind].expand_as(levels).contiguous() for kind in (0, 1)]
-    alike = torch.equal(*of_kinds)
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
-    tier_of = ((directory[:, 1:, None] >> shifts) & 15).flatten()[: len(scales)]
-    transform = tiers[:, 0].bool()[tier_of]
-    logits = hidden.new_empty(len(hidden), len(scales))
-    ids = torch.arange(len(scales))
-    pieces = (ids.split(_HEAD_ROWS), transform.split(_HEAD_ROWS), logits.split(_HEAD_ROWS, 1))
-    with torch.autocast(hidden.device.type, enabled=False):
-        for some, in_basis, columns in zip(*pieces, strict=True):
-            values = [
-                _decode(some, (records, directory, plain, each, scales), width, backend).to(hidden.dtype)
-                for each in (of_kinds[:1] if alike else of_kinds)
-            ]
-            products = [factor @ each.t() for factor, each in zip(factors, (values * 2)[:2], strict=True)]
-            torch.where(in_basis, products[1], products[0], out=columns)
-    if offset is not None:
-        logits += hidden @ offset.to(hidden.dtype).unsqueeze(1)
-    return logits
-
-
-def _decode(ids: Tensor, tensors: tuple[Any, ...], embedding_dim: int, backend: Backend | None) -> Tensor:
-    return gather_decode(ids, *tensors, embedding_dim=embedding_dim, backend=backend)
-
-
-class _PackedLogits(Function):
-    """Autograd of _packed_logits: the backward decodes every piece of the table again."""
-
-    @staticmethod
-    def forward(*args: Any) -> Tensor:
-        return _packed_logits(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        *tensors, ctx.backend = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        hidden, scales, basis, offset, *codes = ctx.saved_tensors
-        floats = (hidden, scales, basis, offset)
-        needs = ctx.needs_input_grad[:4]
-        wide: list[Any] = [e if e is None else e.to(accumulation_dtype(e.dtype)) for e in floats]
-        sums: list[Any] = [torch.zeros_like(w) if n else None for w, n in zip(wide, needs, strict=True)]
-        ids = torch.arange(len(scales), device=scales.device)
-        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            for some, columns in zip(ids.split(_HEAD_ROWS), grad.split(_HEAD_ROWS, 1), strict=True):
-                parts: list[Any] = [None] * 4
-                if needs[0]:
-                    rows = _decode(some, (*codes, scales, basis, offset), hidden.shape[1], ctx.backend)
-                    parts[0] = columns @ rows.to(grad.dtype)
-                if any(needs[1:]):
-                    upstream = columns.t() @ hidden
-                    parts[1:] = gather_decode_backward(
-                        upstream, some, *codes, wide[1], wide[2], 1.0, -1, *needs[1:]
-                    )
-                for total, part in zip(sums, parts, strict=True):
-                    if total is not None:
-                        total += part
-        found = [
-            None if total is None else differentiable_once(total.to(each.dtype), grad, *floats)
-            for total, each in zip(sums, floats, strict=True)
-        ]
-        return *found, None, None, None, None, None
+        return packed_logits(hidden, self._in_order(), backend=self.backend)
 
 
 KINDS: dict[str, tuple[type[Table], type[CompressedEmbedding]]] = {
