@@ -40,6 +40,8 @@ class Tier(NamedTuple):
         """Return a short name: ``4 bits``, ``basis 3-2-1-1``."""
         if not self.transform and len(set(self.bits)) == 1:
             return f"{self.bits[0]} bits"
+        if not self.bits:
+            return "0 bits"
         return ("basis " if self.transform else "") + "-".join(map(str, self.bits))
 
 
@@ -112,8 +114,8 @@ class PackedTable:
         starts = words.cumsum(0) - words
         if not torch.equal(self.directory[:, 0].long(), starts[::GROUP]):
             raise ValueError("directory: the places of the records do not follow from the rows' tiers")
-        if int(words.sum()) > len(self.records):
-            raise ValueError(f"records: expected {int(words.sum())} words, got {len(self.records)}")
+        if (expected := max(1, int(words.sum()))) != len(self.records):
+            raise ValueError(f"records: expected {expected} words, got {len(self.records)}")
 
     @property
     def num_embeddings(self) -> int:
@@ -134,6 +136,10 @@ class PackedTable:
         """Return the tensors that exist, by name."""
         named = {name: getattr(self, name) for name in TENSORS}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def _checked(self) -> dict[str, Tensor]:
+        """What a file's checksums are of: the tensors, and the width that not all of them show."""
+        return {**self.tensors(), "embedding_dim": torch.tensor(self.embedding_dim)}
 
     def described_tiers(self) -> list[Tier]:
         """Return the tiers as Python values."""
@@ -169,7 +175,7 @@ class PackedTable:
         metadata = {
             "format": FORMAT,
             "embedding_dim": str(self.embedding_dim),
-            "checksums": json.dumps({name: checksum(tensor) for name, tensor in self.tensors().items()}),
+            "checksums": json.dumps({name: checksum(tensor) for name, tensor in self._checked().items()}),
         }
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
         with replacing(path) as temporary:
@@ -201,11 +207,11 @@ class PackedTable:
         required = set(TENSORS) - set(OPTIONAL)
         if (
             not isinstance(checksums, dict)
-            or set(tensors) != set(checksums)
+            or {*tensors, "embedding_dim"} != set(checksums)
             or not required <= set(tensors) <= set(TENSORS)
         ):
             raise ValueError(f"{path}: expected {', '.join(TENSORS)}, got {sorted(tensors)}")
-        verify_checksums(tensors, checksums, str(path))
+        verify_checksums({**tensors, "embedding_dim": torch.tensor(embedding_dim)}, checksums, str(path))
         try:
             return cls(**tensors, embedding_dim=embedding_dim)
         except (TypeError, ValueError) as error:
@@ -215,8 +221,8 @@ class PackedTable:
 def packed_bytes(rows: Tensor, tiers: list[Tier], floats: int, basis_rows: int, embedding_dim: int) -> int:
     """Bytes of a table with ``rows[t]`` rows in tier t and floating-point values of ``floats`` bytes."""
     total = int(rows.sum())
-    words = sum(int(count) * tier.words for count, tier in zip(rows.tolist(), tiers, strict=True))
-    groups = max(1, *(len(tier.bits) for tier in tiers))
+    words = max(1, sum(int(count) * tier.words for count, tier in zip(rows.tolist(), tiers, strict=True)))
+    groups = max([1, *(len(tier.bits) for tier in tiers)])
     fixed = len(tiers) * (1 + groups) + 2 * LEVEL_BITS * 16 * 2
     return 4 * words + 20 * -(-total // GROUP) + fixed + floats * (total + basis_rows * embedding_dim)
 
@@ -256,7 +262,7 @@ def pack(
     padded[: len(tier_of)] = tier_of
     nibbles = (padded.view(blocks, 4, 8) << torch.arange(0, 32, 4)).sum(2)
     directory = torch.cat([starts[::GROUP].unsqueeze(1), nibbles], 1)
-    groups = max(1, *(len(tier.bits) for tier in tiers))
+    groups = max([1, *(len(tier.bits) for tier in tiers)])
     described = [[int(t.transform), *t.bits, *[0] * (groups - len(t.bits))] for t in tiers]
     return PackedTable(
         records,

@@ -47,7 +47,7 @@ RATES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160,
 BASIS_SHARE = 0.1  # of the budget, for the basis: within 1 % of the best error from 16x to 48x
 # Scales tried for a row, times its root mean square: few to compare tiers, more for the codes that are kept.
 COARSE_SCALES = (0.9, 1.0, 1.1)
-FINE_SCALES = (0.7, 0.8, 0.87, 0.94, 1.0, 1.06, 1.13, 1.2, 1.3)
+FINE_SCALES = (0.7, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15, 1.2, 1.3)
 # Steps of uniform codes of a standard normal variable that make the squared error least (Max 1960).
 UNIFORM_STEPS = {5: 0.1881, 6: 0.1041, 7: 0.0569, 8: 0.0308}
 # Squared error of Lloyd-Max codes of so many bits of a standard normal variable.
@@ -207,7 +207,8 @@ class _Allocation:
         """The table with the basis that suits its codes best, by weighted least squares on unit rows.
 
         Rows of coarse codes want it shorter than the projection that the codes were made for. Then each of
-        these rows gets the scale of its projection. Kept if the weighted direction error falls.
+        these rows gets the scale of its projection. Kept if the weighted direction error falls, and the floor
+        holds.
         """
         assert packed.basis is not None
         size = len(packed.basis)
@@ -227,7 +228,7 @@ class _Allocation:
             diagonal > 0, 1e-6 * diagonal.mean(), 1.0
         )  # an unused coefficient gets a row of zeros
         basis = torch.linalg.solve(gram + torch.diag(ridge), moment).to(self.dtype)
-        scales, gained = packed.scales.clone(), 0.0
+        scales, gained, worst = packed.scales.clone(), 0.0, 1.0
         for ids in parts:
             values, x = self._coefficients(packed, ids), self.rows[ids]
             y = values @ basis.float()
@@ -236,7 +237,10 @@ class _Allocation:
             before = F.cosine_similarity(x, values @ packed.basis.float(), eps=1e-30)
             after = F.cosine_similarity(x, y, eps=1e-30)
             gained += float((self.weights[ids] * (after - before).double()).sum())
-        return dataclasses.replace(packed, basis=basis, scales=scales) if gained > 0 else packed
+            worst = min(worst, float(after.min()))
+        if gained <= 0 or worst < (self.options.floor or -1):
+            return packed
+        return dataclasses.replace(packed, basis=basis, scales=scales)
 
     def _coefficients(self, packed: PackedTable, ids: Tensor) -> Tensor:
         """Decoded coefficients (n, K) of rows, times their scale."""

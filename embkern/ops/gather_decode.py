@@ -193,6 +193,8 @@ def check_packed(
         "levels": (2, reference.LEVEL_BITS, 16),
         "scales": (rows,),
     }
+    if rows == 0:
+        raise ValueError(f"scales: expected shape (V,) with V >= 1, got {tuple(scales.shape)}")
     for name, tensor in named.items():
         if name in expected and tuple(tensor.shape) != expected[name]:
             raise ValueError(f"{name}: expected shape {expected[name]}, got {tuple(tensor.shape)}")

@@ -60,7 +60,7 @@ def test_rows_that_are_read_often_keep_their_direction() -> None:
     error, uniform = _errors(table, packed), _errors(table, allocate(table, ratio=12))
     weights = row_weights(counts, 2000, 0.5)
     assert error[:20].mean() < 0.2 * error[1000:].mean()
-    assert (weights * error).sum() < 0.8 * (weights * uniform).sum()
+    assert (weights * error).sum() < 0.85 * (weights * uniform).sum()
     assert uniform.mean() < error.mean()
 
 
