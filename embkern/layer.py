@@ -57,7 +57,7 @@ class _Compressed(nn.Module):
 
     def _register(self, table: Table) -> None:
         # Never "bias" or "decoder": transformers pads the one to V and renames the other.
-        tensors = table.tensors()
+        tensors = {name: tensor.contiguous() for name, tensor in table.tensors().items()}
         for name in self.tensor_names:
             tensor = tensors.get(name)
             if tensor is None or tensor.is_floating_point():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -133,6 +134,14 @@ def test_the_table_comes_back(kind):
     for name, tensor in again.tensors().items():
         assert tensor.data_ptr() == getattr(embedding, name).data_ptr()
     assert layer(activation="elu").factors.activation == "elu"
+
+
+def test_tensors_are_laid_out_as_files_and_kernels_take_them(kind):
+    table = layer(kind).table
+    strided = dataclasses.replace(table, basis=table.basis.t().contiguous().t())
+    embedding = embedding_over(strided)
+    assert embedding.basis.is_contiguous()
+    assert torch.equal(embedding.weight, table.to_dense())
 
 
 def test_codes_of_a_packed_table_are_buffers_that_no_cast_touches():
