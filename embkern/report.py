@@ -105,6 +105,7 @@ class Report(Comparison):
         return {
             "method": f"{self.recipe.method}, {made}",
             **{f"rows at {tier.name}": f"{tier.rows:,} ({tier.bytes:,} bytes)" for tier in self.tiers},
+            **{name: f"{x:.6g}" if isinstance(x, float) else str(x) for name, x in self.facts.items()},
             "token frequencies": self.counts or "not used",
             "output head": self.head or "none",
             **super().rows(),

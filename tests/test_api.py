@@ -88,6 +88,13 @@ def test_a_directory_is_loaded_compressed_and_saved(recipe, source, text, tmp_pa
     assert_close(outputs(reloaded), outputs(report.model), atol=1e-6, rtol=1e-5)
 
 
+def test_what_a_method_says_of_its_result_is_reported(tmp_path, source):
+    report = embkern.compress(source, method="direction", rank=5, output=tmp_path / "out")
+    assert report.facts["gap"] >= 0
+    assert report.rows()["gap"] == f"{report.facts['gap']:.6g}"
+    assert read_report(tmp_path / "out").facts == report.facts
+
+
 def test_the_tiers_of_a_packed_table_are_reported():
     report = embkern.compress(build("gpt2"), **PACKED)
     assert report.rank is None
@@ -188,12 +195,16 @@ def test_frequencies_come_from_counts_text_vocabulary_or_ids(text, tmp_path):
     prior = vocabulary_prior(tokenizer, V)
     read = count_tokens(text.read_text().splitlines(), tokenizer)
     read.save(tmp_path / "counts")
+
+    def mixed(counts):
+        return expected_frequencies(counts, prior, strength=api.COMPRESSION_STRENGTH)
+
     for counts, count_text, expected, source in (
         (None, None, prior, "the order of the vocabulary"),
-        (tmp_path / "counts", None, expected_frequencies(read, prior), "7 tokens of 4 texts, and the order"),
-        (read, None, expected_frequencies(read, prior), "7 tokens of 4 texts"),
-        (None, text, expected_frequencies(read, prior), "7 tokens of 4 texts"),
-        (read, [text, text], expected_frequencies(read + read + read, prior), "21 tokens of 12 texts"),
+        (tmp_path / "counts", None, mixed(read), "7 tokens of 4 texts, and the order"),
+        (read, None, mixed(read), "7 tokens of 4 texts"),
+        (None, text, mixed(read), "7 tokens of 4 texts"),
+        (read, [text, text], mixed(read + read + read), "21 tokens of 12 texts"),
         (torch.arange(V), None, torch.arange(V).double() / sum(range(V)), "as given"),
     ):
         got, said = token_frequencies(V, counts, count_text, tokenizer, progress=False)
