@@ -26,7 +26,8 @@ Table = Factors | PackedTable
 class _Compressed(nn.Module):
     """What embeddings and heads hold of a table: floating-point tensors as parameters, codes as buffers."""
 
-    kind: ClassVar[str]
+    kind: ClassVar[str]  # in a saved model's config
+    table_type: ClassVar[type[Table]]
     tensor_names: ClassVar[tuple[str, ...]]
     code_dtypes: ClassVar[dict[str, torch.dtype]] = {}
     keeps_stored_dtype: ClassVar[bool] = False  # when saved in a wider model
@@ -236,6 +237,7 @@ class _OverFactors(_Compressed):
     """Parameters codes, basis and perhaps offset."""
 
     kind = "factors"
+    table_type = Factors
     tensor_names = factors.TENSORS
     codes: nn.Parameter
     basis: nn.Parameter
@@ -435,6 +437,7 @@ class _OverPacked(_Compressed):
     """
 
     kind = "packed"
+    table_type = PackedTable
     tensor_names = packed.TENSORS
     code_dtypes: ClassVar[dict[str, torch.dtype]] = {
         "records": torch.int32,
@@ -550,16 +553,14 @@ class PackedHead(_OverPacked, CompressedHead):
         return packed_logits(hidden, self._in_order(), backend=self.backend)
 
 
-KINDS: dict[str, tuple[type[Table], type[CompressedEmbedding]]] = {
-    "factors": (Factors, FactorizedEmbedding),
-    "packed": (PackedTable, PackedEmbedding),
+KINDS: dict[str, type[CompressedEmbedding]] = {
+    layer.kind: layer for layer in (FactorizedEmbedding, PackedEmbedding)
 }
 
 
-def embedding_over(table: Table, **kwargs: Any) -> CompressedEmbedding:
-    """Return the embedding over a table of either kind; ``kwargs`` go to its ``from_table``."""
-    layer = next(layer for kind, layer in KINDS.values() if isinstance(table, kind))
-    return layer.from_table(table, **kwargs)
+def layer_of(table: Table) -> type[CompressedEmbedding]:
+    """Return the embedding for tables of this kind."""
+    return next(layer for layer in KINDS.values() if isinstance(table, layer.table_type))
 
 
 def check_rank(rank: int, embedding_dim: int) -> None:

@@ -25,7 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .factors import checksum, verify_checksums
 from .frequencies import vocabulary_prior
-from .layer import KINDS, CompressedEmbedding, CompressedHead, Table, embedding_over
+from .layer import KINDS, CompressedEmbedding, CompressedHead, Table, layer_of
 from .methods import METHODS
 from .model_table import ModelTable, UnsupportedModelError, find_table, input_embeddings
 from .recipe import DEFAULT_METHOD, LMHead, Recipe
@@ -72,12 +72,12 @@ class TableState:
 
     def skeleton(self, dtype: torch.dtype) -> Table:
         """Return the table without its data, on the meta device."""
-        table, layer = KINDS[self.kind]
+        layer = KINDS[self.kind]
         tensors: dict[str, Any] = {
             name: torch.empty(shape, dtype=layer.code_dtypes.get(name, dtype), device="meta")
             for name, shape in self.shapes.items()
         }
-        return table(**tensors, **self.settings)
+        return layer.table_type(**tensors, **self.settings)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -202,9 +202,9 @@ def install(model: PreTrainedModel, table: ModelTable, compressed: Table, recipe
     head = recipe.lm_head if table.tied else None if table.output_head is None else "dense"
     _own_config(model)
     config = EmbkernConfig(**recipe.model_dump())
-    kind, layer = next((kind, each[1]) for kind, each in KINDS.items() if isinstance(compressed, each[0]))
+    layer = layer_of(compressed)
     scales = {_canonical(model, name): scale for name, scale in table.scales.items()}
-    config.table = TableState(kind, {}, layer.settings(compressed), scales, head, "")
+    config.table = TableState(layer.kind, {}, layer.settings(compressed), scales, head, "")
     config.table.describe(compressed)
     quantizer = getattr(model, "hf_quantizer", None) or EmbkernQuantizer(config, pre_quantized=False)
     quantizer.quantization_config = config
@@ -277,7 +277,8 @@ def _swap(model: PreTrainedModel, table: ModelTable, compressed: Table, compress
         dense = modules[name]
         layer = swapped.get(id(dense))
         if layer is None:
-            layer = embedding_over(compressed, padding_idx=dense.padding_idx, scale=table.scales[name])
+            kind = layer_of(compressed)
+            layer = kind.from_table(compressed, padding_idx=dense.padding_idx, scale=table.scales[name])
             layer.share(next(iter(swapped.values()), layer))
             swapped[id(dense)] = layer
         model.set_submodule(name, _take_place(layer, dense))
@@ -592,7 +593,7 @@ def _check_files(files: list[str], root: str, state: TableState) -> dict[str, li
     found: dict[str, list[int]] = {}
     shapes = {key: shape for path in files for key, shape in _shapes(path).items()}
     for key, shape in shapes.items():
-        for name in KINDS[state.kind][1].tensor_names:
+        for name in KINDS[state.kind].tensor_names:
             if f".{key}".endswith(f".{leaf}.{name}"):
                 found[name] = shape
     if found != state.shapes:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from embkern import FactorizedEmbedding, FactorizedHead, Factors
-from embkern.layer import CompressedEmbedding, PackedEmbedding, embedding_over
+from embkern.layer import CompressedEmbedding, PackedEmbedding, layer_of
 from embkern.ops.gather_decode import gather_decode
 
 from .conftest import assert_no_worse_than, compile_counting
@@ -128,7 +128,7 @@ def test_the_table_comes_back(kind):
     embedding = layer(kind)
     table = embedding.table
     assert torch.equal(table.to_dense(), embedding.weight)
-    again = embedding_over(table, padding_idx=3, scale=2.0)
+    again = layer_of(table).from_table(table, padding_idx=3, scale=2.0)
     assert type(again) is type(embedding)
     assert torch.equal(again(torch.tensor([3, 4])), 2 * table.decode(torch.tensor([3, 4])))
     for name, tensor in again.tensors().items():
@@ -139,7 +139,7 @@ def test_the_table_comes_back(kind):
 def test_tensors_are_laid_out_as_files_and_kernels_take_them(kind):
     table = layer(kind).table
     strided = dataclasses.replace(table, basis=table.basis.t().contiguous().t())
-    embedding = embedding_over(strided)
+    embedding = layer_of(strided).from_table(strided)
     assert embedding.basis.is_contiguous()
     assert torch.equal(embedding.weight, table.to_dense())
 
