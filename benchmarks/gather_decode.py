@@ -22,6 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from embkern.frequencies import (
+    COMPRESSION_STRENGTH,
+    count_tokens,
+    expected_frequencies,
+    vocabulary_prior,
+)
 from embkern.methods import allocate, rank_for_ratio, svd
 from embkern.ops import gather_decode
 from embkern.ops.backends import BACKENDS, unavailable
@@ -103,12 +109,12 @@ class Bench(Report):
         self.dense = load_file(get_model_path() / "model.safetensors")["embeddings.word_embeddings.weight"]
         lines = docstrings() if options.text is None else options.text.read_text("utf-8").splitlines()
         half = min(len(lines) // 2, 70_000)
-        tokens = [
-            torch.tensor([id for line in tokenizer(part)["input_ids"] for id in line])
-            for part in (lines[:half], lines[half : half + 20_000])
-        ]
-        self.counts = torch.bincount(tokens[0], minlength=len(self.dense)).double() + 0.1
-        self.stream = tokens[1]  # not the text that was counted
+        V = len(self.dense)
+        counted = count_tokens(lines[:half], tokenizer, num_embeddings=V, progress=False)
+        prior = vocabulary_prior(tokenizer, V)
+        self.counts = expected_frequencies(counted, prior, strength=COMPRESSION_STRENGTH)
+        read = tokenizer(lines[half : half + 20_000])["input_ids"]  # not the text that was counted
+        self.stream = torch.tensor([id for line in read for id in line])
 
     def run(self, ratio: float) -> None:
         """Measure every cell at one ratio; the results file is written after it."""

@@ -30,6 +30,7 @@ struct PackedTable {
   int64_t count, vocabulary, groups, words;  // of tiers, rows, groups of a tier, the records
   int64_t basis_rows, width;
   std::array<int64_t, kMaxTiers> size{}, used{};  // words and groups of a tier's record
+  std::array<int32_t, 256> pair;                  // words of two records, by the byte of their tiers
   std::array<float, 2 * kLevelBits * 16> levels;
 
   const uint8_t* bits(int64_t tier) const { return tiers + tier * (1 + groups) + 1; }
@@ -40,9 +41,10 @@ struct PackedTable {
     const int32_t* entry = directory + id / kGroup * 5;
     int64_t start = entry[0];
     const int64_t lane = id % kGroup;
-    for (int64_t i = 0; i < lane; ++i)
-      start += size[static_cast<uint32_t>(entry[1 + i / 8]) >> 4 * (i % 8) & 15];
-    const int64_t tier = static_cast<uint32_t>(entry[1 + lane / 8]) >> 4 * (lane % 8) & 15;
+    const auto two = [&](int64_t i) { return static_cast<uint32_t>(entry[1 + i / 4]) >> 8 * (i % 4) & 255; };
+    for (int64_t i = 0; i < lane / 2; ++i) start += pair[two(i)];
+    if (lane % 2) start += size[two(lane / 2) & 15];
+    const int64_t tier = two(lane / 2) >> 4 * (lane % 2) & 15;
     check(tier < count && start >= 0 && start + size[tier] <= words,
           "directory: expected records within their ", words, " words and tiers below ", count, ", got tier ",
           tier, " at ", start, " for id ", id);
@@ -92,6 +94,8 @@ PackedTable checked_table(const Tensor& records, const Tensor& directory, const 
       if (bits) table.used[tier] = group + 1;
     }
   }
+  for (size_t i = 0; i < table.pair.size(); ++i)
+    table.pair[i] = static_cast<int32_t>(table.size[i & 15] + table.size[i >> 4]);
   const int16_t* steps = static_cast<const int16_t*>(levels.const_data_ptr());
   for (size_t i = 0; i < table.levels.size(); ++i) table.levels[i] = static_cast<float>(steps[i]) / 4096;
   return table;
@@ -203,11 +207,26 @@ struct Decode {
 
 }  // namespace
 
-Tensor gather_decode_forward(const Tensor& ids, const Tensor& records, const Tensor& directory,
-                             const Tensor& tiers, const Tensor& levels, const Tensor& scales,
-                             const std::optional<Tensor>& basis, const std::optional<Tensor>& offset,
+namespace {
+
+Tensor whole(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+std::optional<Tensor> whole(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional<Tensor>(whole(*tensor)) : tensor;
+}
+
+}  // namespace
+
+Tensor gather_decode_forward(const Tensor& ids_, const Tensor& records_, const Tensor& directory_,
+                             const Tensor& tiers_, const Tensor& levels_, const Tensor& scales_,
+                             const std::optional<Tensor>& basis_, const std::optional<Tensor>& offset_,
                              int64_t embedding_dim, double scale) {
-  check(ids.is_cpu() && ids.is_contiguous(), "ids: expected a contiguous CPU tensor");
+  check(ids_.is_cpu(), "ids: expected a CPU tensor");
+  const Tensor ids = whole(ids_), records = whole(records_), directory = whole(directory_);
+  const Tensor tiers = whole(tiers_), levels = whole(levels_), scales = whole(scales_);
+  const std::optional<Tensor> basis = whole(basis_), offset = whole(offset_);
   const PackedTable table =
       checked_table(records, directory, tiers, levels, scales, basis, offset, embedding_dim);
   std::vector<int64_t> sizes;

@@ -227,7 +227,7 @@ class _Allocation:
         ridge = torch.where(
             diagonal > 0, 1e-6 * diagonal.mean(), 1.0
         )  # an unused coefficient gets a row of zeros
-        basis = torch.linalg.solve(gram + torch.diag(ridge), moment).to(self.dtype)
+        basis = torch.linalg.solve(gram + torch.diag(ridge), moment).to(self.dtype).contiguous()
         scales, gained, worst = packed.scales.clone(), 0.0, 1.0
         for ids in parts:
             values, x = self._coefficients(packed, ids), self.rows[ids]

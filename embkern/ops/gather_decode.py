@@ -143,15 +143,21 @@ def gather_decode(
     """
     device_type = "cpu" if scales.is_cpu else scales.device.type
     chosen = select("gather_decode", device_type, scales.dtype, backend)
+    arguments: tuple[Tensor | None, ...]
     arguments = (ids, records, directory, tiers, levels, scales, basis, offset)
-    _check(*arguments, embedding_dim)
-    if padding_idx is not None and not -len(scales) <= padding_idx < len(scales):
-        raise ValueError(f"padding_idx: expected an id below {len(scales)}, got {padding_idx}")
-    contiguous = [None if each is None else each.contiguous() for each in arguments]
-    if needs_autograd(scales, basis, offset):
-        padding = _NO_PADDING if padding_idx is None else padding_idx % len(scales)
-        return apply(GatherDecode, *contiguous, embedding_dim, scale, padding, chosen)
-    return _FORWARD[chosen](*contiguous, embedding_dim, scale)
+    try:
+        if chosen != "native":  # the CPU op checks its arguments itself
+            _check(ids, records, directory, tiers, levels, scales, basis, offset, embedding_dim)
+            arguments = tuple(None if each is None else each.contiguous() for each in arguments)
+        if padding_idx is not None and not -len(scales) <= padding_idx < len(scales):
+            raise ValueError(f"padding_idx: expected an id below {len(scales)}, got {padding_idx}")
+        if needs_autograd(scales, basis, offset):
+            padding = _NO_PADDING if padding_idx is None else padding_idx % len(scales)
+            return apply(GatherDecode, *arguments, embedding_dim, scale, padding, chosen)
+        return _FORWARD[chosen](*arguments, embedding_dim, scale)
+    except Exception:
+        _check(ids, records, directory, tiers, levels, scales, basis, offset, embedding_dim)
+        raise
 
 
 _INTEGERS = {"records": torch.int32, "directory": torch.int32, "tiers": torch.uint8, "levels": torch.int16}
