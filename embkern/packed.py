@@ -269,8 +269,8 @@ def pack(
         _wrapped(directory),
         torch.tensor(described, dtype=torch.uint8),
         levels,
-        scales,
-        basis,
+        scales.contiguous(),
+        None if basis is None else basis.contiguous(),
         offset,
         embedding_dim,
     )

@@ -6,8 +6,8 @@
 //   embkern/packed.py describes the format.
 //
 // Each distinct id is decoded once and copied to its other places. Rows of values need no product: H b / 8
-// bytes read, H written. Rows of coefficients are sorted by tier, so that those of one length share a product
-// with the basis, in the tiles of gather_project. Bits depend neither on the other ids nor on the threads.
+// bytes read, H written. Rows of coefficients share a product with the basis, in the tiles of gather_project.
+// Bits depend neither on the other ids nor on the threads.
 #include <array>
 #include <cstring>
 #include <vector>
@@ -142,10 +142,11 @@ struct Decode {
     kernel.decode_row(packed(row, table.width, scale), offset, scale, out + row.position * table.width);
   }
 
-  // Rows of one tier of coefficients, at most kProductRows.
+  // Rows of coefficients, at most kProductRows. All have as many as the basis, most of them zero, so that rows
+  // of all tiers share one pass over it, and a row's bits do not depend on which others it shares it with.
   void product(const Row* rows, int64_t m) const {
     thread_local std::vector<double> scratch;  // aligned for every type
-    const int64_t k = table.used[rows[0].tier] * kGroup;
+    const int64_t k = table.basis_rows;
     const int64_t bytes = k * static_cast<int64_t>(kernel.sums_in_element_type ? sizeof(T) : sizeof(A));
     scratch.resize(std::max<size_t>(scratch.size(), (m * bytes + 7) / 8));
     const void* left[kProductRows];
@@ -170,30 +171,25 @@ struct Decode {
 
   void operator()(const Distinct& distinct) const {
     const int64_t count = distinct.count(), width = table.width;
-    // By tier, and within one in order of first occurrence.
-    std::array<int64_t, kMaxTiers + 1> begin{};
-    std::vector<Row> found(count), rows(count);
+    // Rows of values first, then those of coefficients, each in order of first occurrence.
+    std::vector<Row> rows(count);
+    int64_t direct_rows = 0, products = count;
     for (int64_t u = 0; u < count; ++u) {
-      found[u] = find(distinct.id(u), distinct.first(u));
-      ++begin[found[u].tier + 1];
+      const Row row = find(distinct.id(u), distinct.first(u));
+      rows[table.transform(row.tier) ? --products : direct_rows++] = row;
     }
-    int64_t work = 0;
-    for (int64_t tier = 0; tier < table.count; ++tier) {
-      work += begin[tier + 1] * width * (2 + (table.transform(tier) ? table.used[tier] * kGroup / 2 : 0));
-      begin[tier + 1] += begin[tier];
-    }
-    std::array<int64_t, kMaxTiers + 1> next = begin;
-    for (const Row& row : found) rows[next[row.tier]++] = row;
+    std::reverse(rows.begin() + products, rows.end());
+    const int64_t work = width * (2 * count + (count - products) * table.basis_rows / 2);
 
     struct Task {
       int64_t first, last;
     };
     std::vector<Task> tasks;
-    for (int64_t tier = 0; tier < table.count; ++tier) {
-      const int64_t most = table.transform(tier) ? kProductRows : kDirectRows;
-      for (int64_t first = begin[tier]; first < begin[tier + 1]; first += most)
-        tasks.push_back({first, std::min(begin[tier + 1], first + most)});
-    }
+    const auto add = [&](int64_t first, int64_t last, int64_t most) {
+      for (; first < last; first += most) tasks.push_back({first, std::min(last, first + most)});
+    };
+    add(products, count, kProductRows);  // the long tasks first
+    add(0, products, kDirectRows);
     for_tasks(tasks.size(), useful_threads(work), [&](int64_t task) {
       const auto [first, last] = tasks[task];
       decode(rows.data() + first, last - first, [&](int64_t position) {

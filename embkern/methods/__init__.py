@@ -46,4 +46,13 @@ METHODS: dict[str, Method] = {
     "vocabulary_pruning": _neighbour(vocabulary_pruning, VocabularyPruningOptions, weighted=True),
 }
 
-__all__ = ["METHODS", "Method", "allocate", "autoencoder", "direction", "rank_for_ratio", "repair_norms", "svd"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "allocate",
+    "autoencoder",
+    "direction",
+    "rank_for_ratio",
+    "repair_norms",
+    "svd",
+]

@@ -44,7 +44,7 @@ ROW_BITS = (8, 6, 4, 3, 2, 1)
 COEFFICIENT_BITS = LEVEL_BITS
 # Rates of coefficients, in words a row; as far as twice as many as there are groups of values.
 RATES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256)
-BASIS_SHARE = 0.1  # of the budget, for the basis: within 1 % of the best error from 16x to 48x
+BASIS_SHARE = 0.05  # of the budget, for the basis, which every row of coefficients is multiplied with
 # Scales tried for a row, times its root mean square: few to compare tiers, more for the codes that are kept.
 COARSE_SCALES = (0.9, 1.0, 1.1)
 FINE_SCALES = (0.7, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15, 1.2, 1.3)
@@ -213,7 +213,7 @@ class _Allocation:
         assert packed.basis is not None
         size = len(packed.basis)
         coefficients = packed.tiers[packed.tier_of_rows(), 0].bool() & (self.norms > 0)
-        parts = torch.nonzero(coefficients).flatten().split(_BLOCK)
+        parts = [ids for ids in torch.nonzero(coefficients).flatten().split(_BLOCK) if len(ids)]
         gram = torch.zeros(size, size, dtype=torch.float64)
         moment = torch.zeros(size, self.rows.shape[1], dtype=torch.float64)
         for ids in parts:

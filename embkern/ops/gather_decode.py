@@ -28,6 +28,7 @@ def _forward_fake(
     embedding_dim: int,
     scale: float,
 ) -> Tensor:
+    _check(ids, records, directory, tiers, levels, scales, basis, offset, embedding_dim)
     return scales.new_empty(*ids.shape, embedding_dim)
 
 
