@@ -58,7 +58,7 @@ sanitize: $(STAMP)
 	  $(abspath $(BIN))/python -m pytest tests/ops -p no:cacheprovider --capture=sys
 
 bench: $(STAMP)
-	@for name in import_time cosine_mse methods gather_project plots; do $(BIN)/python -m benchmarks $$name || exit 1; done
+	@for name in import_time cosine_mse methods direction quality gather_project gather_decode plots; do $(BIN)/python -m benchmarks $$name || exit 1; done
 
 clean:
 	rm -rf $(VENV) build demo-output *.egg-info embkern/*.so .pytest_cache .mypy_cache .ruff_cache

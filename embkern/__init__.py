@@ -1,8 +1,8 @@
 """embkern: compress the token embeddings of Transformer models and look them up with fused kernels.
 
 ``embkern.compress`` does the main job; ``embkern.ops`` has the kernels' public functions,
-``embkern.methods`` what turns a table into ``Factors``. Importing the package touches no device, and
-registers the saved format with transformers as soon as that is imported, in whichever order.
+``embkern.methods`` what turns a table into a ``PackedTable`` or ``Factors``. Importing the package touches no
+device, and registers the saved format with transformers as soon as that is imported, in whichever order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .api import compress, export_dense
     from .factors import Factors
-    from .layer import FactorizedEmbedding, FactorizedHead
+    from .layer import FactorizedEmbedding, FactorizedHead, PackedEmbedding, PackedHead
+    from .packed import PackedTable
     from .recipe import Recipe
     from .report import Report
     from .transformers import EmbkernConfig, resize_token_embeddings
@@ -29,6 +30,9 @@ _PUBLIC = {
     "Factors": "factors",
     "FactorizedEmbedding": "layer",
     "FactorizedHead": "layer",
+    "PackedEmbedding": "layer",
+    "PackedHead": "layer",
+    "PackedTable": "packed",
     "Recipe": "recipe",
     "Report": "report",
     "EmbkernConfig": "transformers",
@@ -40,6 +44,9 @@ __all__ = [
     "FactorizedEmbedding",
     "FactorizedHead",
     "Factors",
+    "PackedEmbedding",
+    "PackedHead",
+    "PackedTable",
     "Recipe",
     "Report",
     "__version__",

@@ -62,7 +62,7 @@ def compress(
     ] = None,
     rank: Annotated[int | None, typer.Option(help="width of the codes, instead of a ratio")] = None,
     method: Annotated[
-        str | None, typer.Option(help="autoencoder (default), svd, direction or allocate")
+        str | None, typer.Option(help="allocate (default), direction, autoencoder or svd")
     ] = None,
     lm_head: Annotated[
         str | None,

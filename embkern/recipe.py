@@ -15,7 +15,7 @@ from .methods import METHODS, rank_for_ratio
 from .methods.base import Rows, parse_options
 
 LMHead = Literal["factorized", "dense"]
-DEFAULT_METHOD = "autoencoder"
+DEFAULT_METHOD = "allocate"
 
 
 class Recipe(BaseModel):
