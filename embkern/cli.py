@@ -9,33 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import BaseModel
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ._version import __version__
+from .console import AsJson, Model, Output, Overwrite, Text, console, print_comparison, print_json
+from .evaluate.commands import app as evaluate_app
 
 if TYPE_CHECKING:
     from .recipe import Recipe
-    from .report import Comparison
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-
-Model = Annotated[str, typer.Argument(help="a model directory, or a name on the hub", metavar="MODEL")]
-Output = Annotated[
-    Path, typer.Option("--output", "-o", help="directory to write; appears whole or not at all")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a saved model that is there")]
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
-Text = Annotated[
-    Path | None,
-    typer.Option("--text", help="a text file, one sentence a line: compares sentence embeddings"),
-]
+app.add_typer(evaluate_app, name="evaluate")
 
 
 def _print_version(asked: bool) -> None:
@@ -112,9 +101,9 @@ def compress(
         output=output, overwrite=overwrite, checkpoint=checkpoint, log=log,
     )  # fmt: skip
     if as_json:
-        _print_json(report)
+        print_json(report)
     else:
-        _print_comparison(report, f"{model} -> {output}")
+        print_comparison(report, f"{model} -> {output}")
         for name, size in report.other_tables.items():
             typer.echo(f"left alone: {name}, {size:,} bytes, is another embedding table", err=True)
 
@@ -175,12 +164,12 @@ def train(
     if done is None:  # the first process reports
         return
     if as_json:
-        _print_json(done)
+        print_json(done)
         return
     facts = Table(title=escape(f"{table} -> {output}"), show_header=False)
     for name, value in done.rows().items():
         facts.add_row(name, value)
-    _console().print(facts)
+    console().print(facts)
 
 
 @app.command()
@@ -204,12 +193,12 @@ def count(
 
     summary = count_files(model, text, output, errors=errors, overwrite=overwrite)
     if as_json:
-        _print_json(summary)
+        print_json(summary)
         return
     facts = Table(title=escape(f"{', '.join(text)} -> {output}"), show_header=False)
     for name, value in summary.rows().items():
         facts.add_row(name, escape(value))
-    _console().print(facts)
+    console().print(facts)
 
 
 @app.command()
@@ -219,36 +208,19 @@ def inspect(model: Model, as_json: AsJson = False) -> None:
 
     summary = inspection.inspect(model)
     if as_json:
-        _print_json(summary)
+        print_json(summary)
         return
     facts = Table(title=escape(model), show_header=False)
     for name, value in summary.facts().items():
         facts.add_row(name, value)
-    _console().print(facts)
+    console().print(facts)
     if summary.ranks:
         ranks = Table("rank", "bytes of the factors", "ratio", "whole model", title="what a rank saves")
         for each in summary.ranks:
             ranks.add_row(
                 str(each.rank), f"{each.factors_bytes:,}", f"{each.ratio:.2f}x", f"-{each.model_share:.1%}"
             )
-        _console().print(ranks)
-
-
-@app.command()
-def evaluate(
-    directory: Annotated[str, typer.Argument(help="a compressed model", metavar="DIR")],
-    against: Annotated[str, typer.Option(help="the dense model it came from")],
-    text: Text = None,
-    as_json: AsJson = False,
-) -> None:
-    """Compare a compressed model with the dense one: table, nearest neighbours, sentence embeddings."""
-    from . import inspection
-
-    result = inspection.evaluate(directory, against, text=text)
-    if as_json:
-        _print_json(result)
-        return
-    _print_comparison(result, f"{directory} against {against}")
+        console().print(ranks)
 
 
 @app.command()
@@ -279,7 +251,7 @@ def env(as_json: AsJson = False) -> None:
     table = Table(show_header=False)
     for name, value in facts.items():
         table.add_row(name, str(value))
-    _console().print(table)
+    console().print(table)
 
 
 @app.command()
@@ -293,27 +265,7 @@ def demo(
     """Compress all-MiniLM-L6-v2 with SVD and with the paper's autoencoder, reload both, and compare."""
     from .demo import run
 
-    run(output, ratio=ratio, epochs=epochs, console=_console())
-
-
-def _console() -> Console:
-    # Piped output keeps its columns: rich would otherwise wrap at 80.
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-
-
-def _print_json(model: BaseModel) -> None:
-    print(model.model_dump_json(indent=2))
-
-
-def _print_comparison(comparison: Comparison, title: str) -> None:
-    table = Table(title=escape(title), show_header=False)
-    for name, value in comparison.rows().items():
-        table.add_row(name, value)
-    _console().print(table)
-    shown = ", ".join(
-        f"{row.token or row.id} {row.direction_error:.2f}" for row in comparison.table.worst_rows
-    )
-    _console().print(f"worst rows: {shown}", markup=False)
+    run(output, ratio=ratio, epochs=epochs, console=console())
 
 
 def main() -> None:

@@ -63,7 +63,7 @@ def run(output: Path, *, ratio: float, epochs: int, console: Console) -> None:
 
 
 def _evaluate_in_new_process(directory: Path, source: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "embkern.cli", "evaluate", str(directory), "--against", source]
+    command = [sys.executable, "-m", "embkern.cli", "evaluate", "table", str(directory), "--against", source]
     finished = subprocess.run(
         [*command, "--text", str(SENTENCES), "--json"], stdout=subprocess.PIPE, text=True, check=False
     )

@@ -54,9 +54,9 @@ def test_compress_evaluate_inspect_export(dense, tmp_path):
     report = json.loads(done.stdout)
     assert (report["rank"], report["recipe"]["options"]) == (4, {"epochs": 2, "batch_size": 16})
 
-    done = run("evaluate", out, "--against", dense, "--text", text, "--json")
+    done = run("evaluate", "table", out, "--against", dense, "--text", text, "--json")
     assert json.loads(done.stdout)["table"]["rmse"] == pytest.approx(report["table"]["rmse"])
-    assert "nearest neighbours kept" in run("evaluate", out, "--against", dense).stdout
+    assert "nearest neighbours kept" in run("evaluate", "table", out, "--against", dense).stdout
     assert "rank 4" in run("inspect", out).stdout
     shown = run("inspect", dense)
     assert "what a rank saves" in shown.stdout
@@ -215,7 +215,7 @@ def test_env_tells_the_backends_and_why():
             ["compress", "{dense}", "-o", "{out}", "--ratio", "2", "--recipe", "{out}.yaml"],
             "recipe: expected a YAML file",
         ),
-        (["evaluate", "{dense}", "--against", "{dense}"], "expected one compressed by embkern"),
+        (["evaluate", "table", "{dense}", "--against", "{dense}"], "expected one compressed by embkern"),
         (["export", "{dense}", "-o", "{out}"], "expected one compressed by embkern"),
         (["export", "{dense}", "-o", "{out}", "--format", "int4"], "format: expected dense, got 'int4'"),
         (["inspect", "{out}/none"], "expected a directory or a name on the hub"),

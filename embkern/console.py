@@ -1,0 +1,49 @@
+"""What the commands share: their common arguments, and printing. Results go to stdout."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from pydantic import BaseModel
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from .report import Comparison
+
+Model = Annotated[str, typer.Argument(help="a model directory, or a name on the hub", metavar="MODEL")]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", help="directory to write; appears whole or not at all")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a saved model that is there")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
+Text = Annotated[
+    Path | None,
+    typer.Option("--text", help="a text file, one sentence a line: compares sentence embeddings"),
+]
+
+
+def console() -> Console:
+    """Return a console on stdout; piped output keeps its columns, which rich would wrap at 80."""
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def print_json(model: BaseModel) -> None:
+    """Print a result for machines."""
+    print(model.model_dump_json(indent=2))
+
+
+def print_comparison(comparison: Comparison, title: str) -> None:
+    """Print what a compression changed, and the worst rows with their tokens."""
+    table = Table(title=escape(title), show_header=False)
+    for name, value in comparison.rows().items():
+        table.add_row(name, value)
+    console().print(table)
+    shown = ", ".join(
+        f"{row.token or row.id} {row.direction_error:.2f}" for row in comparison.table.worst_rows
+    )
+    console().print(f"worst rows: {shown}", markup=False)
