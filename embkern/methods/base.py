@@ -1,4 +1,4 @@
-"""What every method shares: its options, the checks on a table, and the rank that fits a ratio."""
+"""What every method shares: options, checks on a table, weights of its rows, and what fits a ratio."""
 
 from __future__ import annotations
 
@@ -138,6 +138,64 @@ def training_dtype(table: Rows) -> torch.dtype:
     return torch.promote_types(table.dtype, torch.float32)
 
 
+def checked_weights(name: str, weight: Tensor, num_embeddings: int) -> Tensor:
+    """Return weights (V,) in fp64; ValueError unless they are finite, none negative and one per row."""
+    if weight.shape != (num_embeddings,):
+        raise ValueError(
+            f"{name}: expected shape ({num_embeddings},), one per row, got {tuple(weight.shape)}"
+        )
+    weight = weight.detach().double()
+    wrong = ~(torch.isfinite(weight) & (weight >= 0))
+    if bool(wrong.any()):
+        raise ValueError(f"{name}: expected finite values of at least 0, got {float(weight[wrong][0])}")
+    return weight
+
+
+def row_weights(
+    counts: Tensor | None, num_embeddings: int, exponent: float = 1.0, *, name: str = "counts"
+) -> Tensor:
+    """Return ``counts ** exponent`` with a sum of 1, (V,) float64 on the CPU; all alike without counts.
+
+    Raises:
+        ValueError: counts (called ``name``) are not (V,), negative, not finite, or all zero.
+    """
+    if counts is None:
+        return torch.full((num_embeddings,), 1 / num_embeddings, dtype=torch.float64)
+    weights = checked_weights(name, counts, num_embeddings).cpu()
+    if not weights.any():
+        raise ValueError(f"{name}: expected one above 0, got none")
+    weights = (weights / weights.max()) ** exponent
+    return weights / weights.sum()
+
+
+def byte_budget(table: Rows, ratio: float) -> int:
+    """Return the bytes that ``1 / ratio`` of a table, as stored, may take; raise if either is not usable."""
+    check_table(table)
+    _check_ratio(ratio)
+    budget = int(table.nbytes / ratio)
+    # The division may have rounded down what fits exactly.
+    return budget + ((budget + 1) * ratio <= table.nbytes * (1 + 1e-12))
+
+
+def refuse_ratio(table: Rows, ratio: float, least: float, condition: str = "") -> ValueError:
+    """Return the error of a ratio that leaves less than the ``least`` bytes a method can do with."""
+    what = f"a {table.shape[0]} x {table.shape[1]} table{condition}"
+    return _no_room(what, ratio, table.nbytes / least, "made smaller by this method")
+
+
+def _check_ratio(ratio: float) -> None:
+    if not (ratio >= 1 and math.isfinite(ratio)):
+        raise ValueError(f"ratio: expected at least 1 (bytes before over bytes after), got {ratio}")
+
+
+def _no_room(what: str, ratio: float, highest: float, impossible: str) -> ValueError:
+    highest = math.floor(highest * 1000) / 1000
+    return ValueError(
+        f"ratio: {ratio:g} leaves no room for {what}; the highest that fits is {highest:g}"
+        + ("" if highest >= 1 else f", so it cannot be {impossible}")
+    )
+
+
 def rank_for_ratio(num_embeddings: int, embedding_dim: int, ratio: float, *, offset: bool) -> int:
     """Return the largest rank whose factors take at most 1/ratio of the table's bytes.
 
@@ -147,21 +205,13 @@ def rank_for_ratio(num_embeddings: int, embedding_dim: int, ratio: float, *, off
     Raises:
         ValueError: ratio is below 1 or too high for rank 1; the message names the highest that works.
     """
-    if not (ratio >= 1 and math.isfinite(ratio)):
-        raise ValueError(f"ratio: expected at least 1 (bytes before over bytes after), got {ratio}")
+    _check_ratio(ratio)
     table, per_rank = num_embeddings * embedding_dim, num_embeddings + embedding_dim
     fixed = embedding_dim if offset else 0
     rank = int((table / ratio - fixed) // per_rank)
     if (per_rank * (rank + 1) + fixed) * ratio <= table * (1 + 1e-12):
         rank += 1  # the division above rounded down what fits exactly
     if rank < 1:
-        highest = math.floor(table / (per_rank + fixed) * 1000) / 1000
-        raise ValueError(
-            f"ratio: {ratio:g} leaves no room for rank 1 of a {num_embeddings} x {embedding_dim} table"
-            + (
-                f"; the highest that fits is {highest:g}"
-                if highest >= 1
-                else ", which cannot be factorised smaller"
-            )
-        )
+        what = f"rank 1 of a {num_embeddings} x {embedding_dim} table"
+        raise _no_room(what, ratio, table / (per_rank + fixed), "factorised smaller")
     return min(rank, embedding_dim)

@@ -41,9 +41,11 @@ from .base import (
     Options,
     Rows,
     check_shape,
+    checked_weights,
     not_finite,
     parse_options,
     refuse_rows,
+    row_weights,
     training_dtype,
     wide_blocks,
 )
@@ -170,28 +172,8 @@ def _relative(counts: Tensor | None, row_weight: Tensor | None, exponent: float,
     if counts is not None and row_weight is not None:
         raise ValueError("counts, row_weight: expected at most one of them, got both")
     if row_weight is not None:
-        weight = checked_weights("row_weight", row_weight, V)
-    elif counts is not None:
-        weight = checked_weights("counts", counts, V)
-        weight = (weight / weight.max()).pow(exponent)
-    else:
-        weight = torch.ones(V, dtype=torch.float64)
-    if not float(weight.max()) > 0:
-        name = "counts" if row_weight is None else "row_weight"
-        raise ValueError(f"{name}: expected one above 0, got none")
-    weight = weight / weight.max()
-    return weight / weight.sum()
-
-
-def checked_weights(name: str, weight: Tensor, V: int) -> Tensor:
-    """Return weights (V,) in fp64; ValueError unless they are finite, none negative and one per row."""
-    if weight.shape != (V,):
-        raise ValueError(f"{name}: expected shape ({V},), one per row, got {tuple(weight.shape)}")
-    weight = weight.detach().double()
-    wrong = ~(torch.isfinite(weight) & (weight >= 0))
-    if bool(wrong.any()):
-        raise ValueError(f"{name}: expected finite values of at least 0, got {float(weight[wrong][0])}")
-    return weight
+        return row_weights(row_weight, V, name="row_weight")
+    return row_weights(counts, V, exponent)
 
 
 def _mean(sections: list[Section], weight: Tensor, world: World) -> Tensor:

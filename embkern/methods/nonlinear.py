@@ -10,15 +10,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from .base import Options, blocks, parse_options, seeded
-from .reconstruction import (
-    Reconstruction,
-    Storage,
-    byte_budget,
-    refuse_ratio,
-    row_weights,
-    storage_dtype,
-)
+from .base import Options, blocks, byte_budget, parse_options, refuse_ratio, row_weights, seeded
+from .reconstruction import Reconstruction, Storage, storage_dtype
 
 
 class NonlinearAutoencoderOptions(Options):
@@ -69,7 +62,8 @@ def nonlinear_autoencoder(
     budget = byte_budget(table, ratio)
     dtype = storage_dtype(table, chosen.storage)
     width = _largest_width(table, ratio, budget // dtype.itemsize, dtype.itemsize)
-    weights = row_weights(counts, len(table), chosen.exponent).to(table.device, torch.float32)
+    weights = len(table) * row_weights(counts, len(table), chosen.exponent)  # 1 on average
+    weights = weights.to(table.device, torch.float32)
     with seeded(chosen.seed, table.device):
         trained = _Autoencoder(table.shape[1], width).to(table.device)
         losses = _train(trained, table.detach(), weights, chosen)

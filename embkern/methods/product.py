@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from .base import Options, parse_options
-from .reconstruction import Reconstruction, byte_budget, half, packed_bytes, refuse_ratio, row_weights
+from .base import Options, byte_budget, parse_options, refuse_ratio, row_weights
+from .reconstruction import Reconstruction, half, packed_bytes
 
 TRIAL_ITERATIONS = 4  # of k-means, that rotation, scales and bits are chosen by
 LEAST_WIDTH = 8  # that sub-vectors are padded to: below 5, faiss takes 8 times as long
@@ -87,7 +87,7 @@ def product_quantization(
     chosen = parse_options(ProductQuantizationOptions, options, "product_quantization")
     budget = byte_budget(table, ratio)
     V, H = table.shape
-    weights = row_weights(counts, V, chosen.exponent)
+    weights = V * row_weights(counts, V, chosen.exponent)  # 1 on average: faiss takes them for counts
     designs, least = [], []
     for rotation, scales, bits in itertools.product(
         [chosen.rotation] if chosen.rotation else ["none", "pca"],

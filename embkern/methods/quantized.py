@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -12,8 +10,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import Options, blocks, parse_options
-from .reconstruction import Reconstruction, byte_budget, direction_error, half, packed_bytes, refuse_ratio
+from .base import Options, blocks, byte_budget, parse_options, refuse_ratio
+from .gaussian import lloyd_max_levels
+from .reconstruction import Reconstruction, direction_error, half, packed_bytes
 
 GROUPS = (32, 64, 128)  # values that share a scale, and the whole row
 SAMPLE_ROWS = 1024  # that bits and group are chosen on
@@ -148,31 +147,3 @@ def nearest_levels(values: Tensor, bits: int) -> Tensor:
         most = torch.maximum(most, gain)
     scale = (values * best).sum(1, keepdim=True) / best.square().sum(1, keepdim=True)
     return half(scale) * best
-
-
-@functools.cache
-def lloyd_max_levels(bits: int) -> Tensor:
-    """Levels (2**bits,) float64 that quantise N(0, 1) with the least mean squared error.
-
-    Each is the centroid of the values that are nearest to it. Solved by Newton's method from the levels of
-    Panter and Dite's high-resolution density, a normal one of variance 3: Lloyd's own iteration needs some
-    10,000 steps at 6 bits. Only the negative half is solved for, where the tail does not cancel.
-    """
-    count = 2 ** (bits - 1)
-    levels = math.sqrt(3) * torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count / 2)
-    first, last = torch.tensor([[-40.0], [0.0]], dtype=torch.float64)  # nothing lies below -40
-    for _ in range(20):
-        edges = torch.cat([first, (levels[1:] + levels[:-1]) / 2, last])
-        density = torch.exp(-edges.square() / 2) / math.sqrt(2 * math.pi)
-        mass = torch.special.ndtr(edges).diff()
-        centroids = -density.diff() / mass
-        # How a centroid moves with the lower and the upper neighbour of its level; both ends are fixed.
-        lower = density[:-1] * (centroids - edges[:-1]) / mass / 2
-        upper = density[1:] * (edges[1:] - centroids) / mass / 2
-        lower[0] = upper[-1] = 0
-        jacobian = torch.diag(lower + upper) + torch.diag(lower[1:], -1) + torch.diag(upper[:-1], 1)
-        step = torch.linalg.solve(torch.eye(count, dtype=torch.float64) - jacobian, centroids - levels)
-        levels = levels + step
-        if step.abs().max() < 1e-8:  # the next would be its square
-            return torch.cat([levels, -levels.flip(0)])
-    raise RuntimeError(f"bits: the levels of {bits} bits did not converge")

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from .base import check_table
-from .direction import checked_weights
 
 Storage = Literal["table", "float16"]
 
@@ -57,29 +53,6 @@ class Reconstruction:
         return self.rows
 
 
-def byte_budget(table: Tensor, ratio: float) -> int:
-    """Return the bytes that ``1 / ratio`` of a table, as stored, may take; raise if either is not usable."""
-    check_table(table)
-    if not (ratio >= 1 and math.isfinite(ratio)):
-        raise ValueError(f"ratio: expected at least 1 (bytes before over bytes after), got {ratio}")
-    budget = int(table.nbytes / ratio)
-    # The division may have rounded down what fits exactly.
-    return budget + ((budget + 1) * ratio <= table.nbytes * (1 + 1e-12))
-
-
-def refuse_ratio(table: Tensor, ratio: float, least: int) -> ValueError:
-    """Return the error of a ratio that leaves less than the ``least`` bytes a method can do with."""
-    highest = math.floor(table.nbytes / least * 1000) / 1000
-    return ValueError(
-        f"ratio: {ratio:g} leaves no room for a {table.shape[0]} x {table.shape[1]} table"
-        + (
-            f"; the highest that fits is {highest:g}"
-            if highest >= 1
-            else ", which cannot be made smaller by this method"
-        )
-    )
-
-
 def packed_bytes(count: int, bits: int) -> int:
     """Bytes of ``count`` codes of some bits each."""
     return -(-count * bits // 8)
@@ -100,21 +73,6 @@ def half(values: Tensor) -> Tensor:
 def storage_dtype(table: Tensor, storage: Storage) -> torch.dtype:
     """Return the dtype that ``storage`` names."""
     return torch.float16 if storage == "float16" else table.dtype
-
-
-def row_weights(counts: Tensor | None, num_embeddings: int, exponent: float) -> Tensor:
-    """Return ``counts ** exponent`` with a mean of 1, (V,) float64 on the CPU; all 1 without counts.
-
-    Raises:
-        ValueError: counts are not (V,), negative, not finite, or all zero.
-    """
-    if counts is None:
-        return torch.ones(num_embeddings, dtype=torch.float64)
-    weights = checked_weights("counts", counts, num_embeddings).cpu()
-    if not weights.any():
-        raise ValueError("counts: expected one above 0, got none")
-    weights = (weights / weights.max()) ** exponent
-    return weights / weights.mean()
 
 
 def direction_error(rows: Tensor, copies: Tensor) -> float:

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from .base import Options, parse_options
-from .reconstruction import Reconstruction, Storage, byte_budget, half, refuse_ratio, storage_dtype
+from .base import Options, byte_budget, parse_options, refuse_ratio
+from .reconstruction import Reconstruction, Storage, half, storage_dtype
 
 
 class TensorTrainOptions(Options):

@@ -8,17 +8,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import Options, parse_options
-from .reconstruction import (
-    Reconstruction,
-    Storage,
-    byte_budget,
-    half,
-    packed_bytes,
-    refuse_ratio,
-    row_weights,
-    storage_dtype,
-)
+from .base import Options, byte_budget, parse_options, refuse_ratio, row_weights
+from .reconstruction import Reconstruction, Storage, half, packed_bytes, storage_dtype
 
 
 class VocabularyPruningOptions(Options):
@@ -53,7 +44,7 @@ def vocabulary_pruning(
     chosen = parse_options(VocabularyPruningOptions, options, "vocabulary_pruning")
     budget = byte_budget(table, ratio)
     V, H = table.shape
-    weights = row_weights(counts, V, 1.0).to(table.device)
+    weights = row_weights(counts, V).to(table.device)
     dtype = storage_dtype(table, chosen.storage)
     rows = half(table.float()) if chosen.storage == "float16" else table.float()
     row, bitmap = H * dtype.itemsize, packed_bytes(V, 1)

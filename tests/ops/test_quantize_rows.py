@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from embkern.methods.allocate import UNIFORM_STEPS, gaussian_levels
+from embkern.methods.allocate import gaussian_levels, uniform_steps
 from embkern.ops.backends import unavailable
 from embkern.ops.library import CPU_CAPABILITIES, cpu_capability
 from embkern.ops.quantize_rows import quantize_rows
 
-STEPS = torch.tensor([UNIFORM_STEPS.get(bits, 1.0) for bits in range(9)])
+STEPS = uniform_steps()
 FACTORS = torch.tensor([0.8, 0.9, 1.0, 1.15])
 native = pytest.mark.skipif(
     unavailable("native", "quantize_rows", "cpu", torch.float32) is not None,

@@ -1,0 +1,133 @@
+"""The search for a tier for every row that spends a budget of bytes where it pays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..packed import MAX_TIERS, Tier
+
+
+class RateSearch:
+    """The choice of a tier for every row, and of the tiers to choose from.
+
+    Args:
+        errors: (V, T), 1 - cos of every row at every tier.
+        weights: (V,), of the rows.
+        tiers: T of them.
+        shared_bytes: what a table with rows at some tiers takes beside the records.
+        floor: least cosine of any row.
+
+    Raises:
+        ValueError: a row is below the floor at every tier.
+    """
+
+    def __init__(
+        self,
+        errors: Tensor,
+        weights: Tensor,
+        tiers: list[Tier],
+        shared_bytes: Callable[[list[Tier]], int],
+        floor: float | None = None,
+    ) -> None:
+        self.tiers, self.shared_bytes = tiers, shared_bytes
+        self.cost = errors.clamp_min(0) * weights.unsqueeze(1)
+        self.bytes = torch.tensor([4.0 * tier.words for tier in tiers], dtype=torch.float64)
+        if floor is not None:
+            allowed = 1 - errors >= floor
+            if not bool(allowed.any(1).all()):
+                least = float((1 - errors).amax(1).min())
+                raise ValueError(
+                    f"floor: expected at most {math.floor(least * 1e4) / 1e4}, the worst row's cosine at its "
+                    f"best, got {floor}"
+                )
+            self.cost = torch.where(allowed, self.cost, math.inf)
+
+    def within(self, budget: int, most: int) -> tuple[list[int], Tensor] | None:
+        """Return up to ``most`` tiers and the choice (V,) among them that spends the budget.
+
+        There are more where that is needed to fit; None where nothing fits.
+        """
+        kept = list(range(len(self.tiers)))
+        if self._least(kept) > budget:
+            return None
+        price = self._price(kept, budget)
+        while len(kept) > most and (dropped := self._cheapest_to_drop(kept, price, budget)) is not None:
+            kept.remove(dropped)
+        if len(kept) > MAX_TIERS:
+            return None
+        while True:
+            choice = self._filled(kept, budget)
+            used = torch.unique(choice)
+            if len(used) == len(kept):
+                return kept, choice
+            kept = [kept[i] for i in used.tolist()]  # and again, with what the others would have shared
+
+    def least_bytes(self) -> float:
+        """Bytes of the smallest table, with a basis or without."""
+        plain = [i for i, tier in enumerate(self.tiers) if not tier.transform]
+        return min(self._least(list(range(len(self.tiers)))), self._least(plain))
+
+    def _least(self, kept: list[int]) -> float:
+        """Bytes that these tiers need at least."""
+        size = torch.where(torch.isfinite(self.cost[:, kept]), self.bytes[kept], math.inf)
+        return float(size.amin(1).sum()) + self._shared(kept)
+
+    def _shared(self, kept: list[int]) -> int:
+        return self.shared_bytes([self.tiers[i] for i in kept])
+
+    def _choice(self, kept: list[int], price: float) -> Tensor:
+        return (self.cost[:, kept] + price * self.bytes[kept]).argmin(1)
+
+    def _spent(self, kept: list[int], choice: Tensor) -> float:
+        return float(self.bytes[kept][choice].sum()) + self._shared(kept)
+
+    def _price(self, kept: list[int], budget: int) -> float:
+        """The least multiplier, to a part in a million, at which the choice fits the budget."""
+
+        def fits(price: float) -> bool:
+            return self._spent(kept, self._choice(kept, price)) <= budget
+
+        low, high = 0.0, 1e-9
+        while not fits(high):
+            low, high = high, high * 8
+        if low == 0.0 and fits(0.0):
+            return 0.0
+        while high > low * (1 + 1e-6):
+            middle = math.sqrt(low * high) if low else high / 8
+            if middle < 1e-30:
+                break
+            low, high = (low, middle) if fits(middle) else (middle, high)
+        return high
+
+    def _cheapest_to_drop(self, kept: list[int], price: float, budget: int) -> int | None:
+        """The tier without which the Lagrangian rises least, among those that are not needed to fit."""
+        value = self.cost[:, kept] + price * self.bytes[kept]
+        two = value.topk(2, dim=1, largest=False)
+        rise = torch.zeros(len(kept), dtype=torch.float64)
+        rise.index_add_(0, two.indices[:, 0], two.values[:, 1] - two.values[:, 0])
+        everything = self._shared(kept)
+        for position, index in enumerate(kept):
+            rise[position] += price * (self._shared([i for i in kept if i != index]) - everything)
+        for position in rise.argsort().tolist():
+            if self._least([i for i in kept if i != kept[position]]) <= budget:
+                return kept[position]
+        return None
+
+    def _filled(self, kept: list[int], budget: int) -> Tensor:
+        """The choice at the price of the budget, with what is left of it spent on the rows that gain most."""
+        price = self._price(kept, budget)
+        choice = self._choice(kept, price)
+        richer = self._choice(kept, price * (1 - 1e-5))
+        more = (self.bytes[kept][richer] - self.bytes[kept][choice]).clamp_min(0)
+        rows = torch.nonzero(more > 0).flatten()
+        cost = self.cost[:, kept]
+        gain = (cost.gather(1, choice[:, None]) - cost.gather(1, richer[:, None])).squeeze(1)
+        rows = rows[(gain[rows] / more[rows]).argsort(descending=True, stable=True)]
+        room = budget - self._spent(kept, choice)
+        upgraded = rows[more[rows].cumsum(0) <= room]
+        choice[upgraded] = richer[upgraded]
+        return choice
