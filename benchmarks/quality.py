@@ -7,8 +7,8 @@ of (held out) and of another kind.
 
 Counts: sentences of docstrings (benchmarks/text.py), or of `--text FILE`, the last 800 lines held out.
 Another kind: the general English of embkern/data/sentences.txt, or `--other FILE`, its first 800 lines. The
-file also tells how many bits a token of either costs under uniform frequencies, under those of the vocabulary's
-order, under the mixed ones, and under the text's own.
+file also tells how many bits a token of either costs under uniform frequencies, under those of the
+vocabulary's order, under the mixed ones, and under the text's own.
 """
 
 from __future__ import annotations

@@ -54,6 +54,14 @@ def _zipf_distribution(V: int) -> tuple[Tensor, Tensor]:
     return (weights / weights.sum()).cumsum(0), ids_by_frequency
 
 
+def zipf_probabilities(V: int) -> Tensor:
+    """Probability (V,) float64 of every id in a ``zipf`` stream."""
+    cumulative, ids_by_frequency = _zipf_distribution(V)
+    probabilities = torch.empty_like(cumulative)
+    probabilities[ids_by_frequency] = cumulative.diff(prepend=cumulative.new_zeros(1))
+    return probabilities
+
+
 @functools.cache
 def text_tokens(V: int, path: Path) -> Tensor:
     """Tokens of a text's lines, [CLS] and [SEP] included, by the only tokenizer that comes as a package.

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import common, cosine_mse, gather_project, gpu_check, plots, train
+from benchmarks import common, cosine_mse, gather_decode, gather_project, gpu_check, plots, train
 from benchmarks.peers import BOTH, FORWARD, PROVIDERS, Lookup, Problem, Provider
 from benchmarks.shapes import MAX_TEXT_REPEATS, MODELS, UnavailableError, id_sets
 
@@ -314,6 +314,10 @@ def test_the_stages_run_what_exists():
             options = module._parse(["9" if part == "LIMIT" else part for part in given])
             assert (options.device, options.limit_seconds) == ("cuda", 9)
             assert module.plan(options)
+        elif name == "packed":
+            given = command[command.index("gather_decode") + 1 :]
+            options = gather_decode._parse(["9" if part == "LIMIT" else part for part in given])
+            assert (options.device, options.limit_seconds, options.ratios) == ("cuda", 9, [16.0])
         elif name == "build":
             assert (gpu_check.ROOT / command[1]).is_file()
         elif name == "tuner":
