@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
-import zlib
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .files import replacing
 from .ops import gather_project
+from .tensor_file import TensorFormat
 
-FORMAT = "embkern.factors/1"
 ACTIVATIONS = (None, "elu")
 TENSORS = ("codes", "basis", "offset")
+FORMAT = TensorFormat(
+    "embkern.factors/1", "factors", required=TENSORS[:2], optional=TENSORS[2:], settings=("activation",)
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,14 +108,7 @@ class Factors:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the factors to one safetensors file; a file already there is replaced whole or not at all."""
-        metadata = {
-            "format": FORMAT,
-            "activation": json.dumps(self.activation),
-            "checksums": json.dumps({name: checksum(tensor) for name, tensor in self.tensors().items()}),
-        }
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata)
+        FORMAT.save(path, self.tensors(), activation=self.activation)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Factors:
@@ -128,50 +118,9 @@ class Factors:
             FileNotFoundError: there is no such file.
             ValueError: the file is truncated, edited, or not a file of factors.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"path: expected a file of factors, found none at {path}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a readable safetensors file ({error})") from error
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path}: expected format {FORMAT!r}, got {metadata.get('format')!r}")
-        try:
-            checksums = json.loads(metadata["checksums"])
-            activation = json.loads(metadata["activation"])
-        except (KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: its metadata is damaged ({error!r})") from error
-        if (
-            not isinstance(checksums, dict)
-            or set(tensors) != set(checksums)
-            or not {"codes", "basis"} <= set(tensors) <= set(TENSORS)
-        ):
-            raise ValueError(f"{path}: expected codes, basis and perhaps offset, got {sorted(tensors)}")
-        verify_checksums(tensors, checksums, str(path))
-        try:
-            return cls(**tensors, activation=activation)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from error
+        return FORMAT.load(path, lambda tensors, settings: cls(**tensors, **settings))
 
 
 def activate(rows: Tensor, activation: str | None) -> Tensor:
     """Apply the decoder's activation."""
     return F.elu(rows) if activation == "elu" else rows
-
-
-def checksum(tensor: Tensor) -> str:
-    """Return the CRC-32 of a tensor's bytes, to notice a damaged or edited file."""
-    data: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return f"crc32:{zlib.crc32(data):08x}"
-
-
-def verify_checksums(tensors: dict[str, Tensor], checksums: dict[str, str], source: str) -> None:
-    """Raise ValueError if a tensor is not the one that was saved."""
-    for name, expected in checksums.items():
-        if (got := checksum(tensors[name])) != expected:
-            raise ValueError(
-                f"{source}: {name} was changed after it was saved (expected {expected}, got {got}); "
-                "the file is damaged or edited"
-            )

@@ -16,19 +16,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, Field
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .factors import checksum, verify_checksums
-from .files import replacing
+from .tensor_file import TensorFormat
 from .text import read_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = "embkern.counts/1"
+FORMAT = TensorFormat("embkern.counts/1", "token counts", required=("counts",), settings=("facts",))
 BATCH_CHARS = 1 << 18  # per call of the tokenizer, which holds some 100 bytes for each
 
 # vocabulary_prior: token frequencies of running text, as ranks in the order of a vocabulary.
@@ -176,14 +173,7 @@ class TokenCounts:
             "fingerprint": self.fingerprint,
             "vocabulary_size": self.vocabulary_size,
         }
-        counts = self.counts.contiguous()
-        metadata = {
-            "format": FORMAT,
-            "facts": json.dumps(facts),
-            "checksums": json.dumps({"counts": checksum(counts)}),
-        }
-        with replacing(path) as temporary:
-            save_file({"counts": counts}, temporary, metadata)
+        FORMAT.save(path, {"counts": self.counts}, facts=facts)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> TokenCounts:
@@ -193,25 +183,13 @@ class TokenCounts:
             FileNotFoundError: there is no such file.
             ValueError: the file is truncated, edited, or not a file of counts.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"path: expected a file of token counts, found none at {path}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a readable safetensors file ({error})") from error
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path}: expected format {FORMAT!r}, got {metadata.get('format')!r}")
-        if set(tensors) != {"counts"}:
-            raise ValueError(f"{path}: expected counts, got {sorted(tensors)}")
-        try:
-            verify_checksums(tensors, {"counts": json.loads(metadata["checksums"])["counts"]}, str(path))
-            facts = json.loads(metadata["facts"])
+
+        def build(tensors: dict[str, Any], settings: dict[str, Any]) -> TokenCounts:
+            facts = settings["facts"]
             texts, size = int(facts["texts"]), int(facts["vocabulary_size"])
             return cls(tensors["counts"], texts, str(facts["fingerprint"]), size)
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: its metadata is damaged ({error!r})") from error
+
+        return FORMAT.load(path, build)
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

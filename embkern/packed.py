@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .factors import checksum, verify_checksums
-from .files import replacing
 from .ops.gather_decode import check_packed, gather_decode
 from .ops.reference import GROUP, LEVEL_BITS, LEVEL_STEP
+from .tensor_file import TensorFormat
 
-FORMAT = "embkern.packed/1"
 TENSORS = ("records", "directory", "tiers", "levels", "scales", "basis", "offset")
-OPTIONAL = ("basis", "offset")
+FORMAT = TensorFormat(
+    "embkern.packed/1",
+    "a packed table",
+    required=TENSORS[:5],
+    optional=TENSORS[5:],
+    settings=("embedding_dim",),
+    checked=("embedding_dim",),  # not all of the tensors show it
+)
 MAX_TIERS, MAX_BITS = 16, 8
 _DECODED_ROWS = 8192  # at a time, by to_dense
 
@@ -137,10 +138,6 @@ class PackedTable:
         named = {name: getattr(self, name) for name in TENSORS}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
-    def _checked(self) -> dict[str, Tensor]:
-        """What a file's checksums are of: the tensors, and the width that not all of them show."""
-        return {**self.tensors(), "embedding_dim": torch.tensor(self.embedding_dim)}
-
     def described_tiers(self) -> list[Tier]:
         """Return the tiers as Python values."""
         return [
@@ -172,14 +169,7 @@ class PackedTable:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the table to one safetensors file; a file already there is replaced whole or not at all."""
-        metadata = {
-            "format": FORMAT,
-            "embedding_dim": str(self.embedding_dim),
-            "checksums": json.dumps({name: checksum(tensor) for name, tensor in self._checked().items()}),
-        }
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata)
+        FORMAT.save(path, self.tensors(), embedding_dim=self.embedding_dim)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> PackedTable:
@@ -189,33 +179,7 @@ class PackedTable:
             FileNotFoundError: there is no such file.
             ValueError: the file is truncated, edited, or not a file of a packed table.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"path: expected a file of a packed table, found none at {path}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a readable safetensors file ({error})") from error
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path}: expected format {FORMAT!r}, got {metadata.get('format')!r}")
-        try:
-            checksums = json.loads(metadata["checksums"])
-            embedding_dim = int(metadata["embedding_dim"])
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{path}: its metadata is damaged ({error!r})") from error
-        required = set(TENSORS) - set(OPTIONAL)
-        if (
-            not isinstance(checksums, dict)
-            or {*tensors, "embedding_dim"} != set(checksums)
-            or not required <= set(tensors) <= set(TENSORS)
-        ):
-            raise ValueError(f"{path}: expected {', '.join(TENSORS)}, got {sorted(tensors)}")
-        verify_checksums({**tensors, "embedding_dim": torch.tensor(embedding_dim)}, checksums, str(path))
-        try:
-            return cls(**tensors, embedding_dim=embedding_dim)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from error
+        return FORMAT.load(path, lambda tensors, settings: cls(**tensors, **settings))
 
 
 def packed_bytes(rows: Tensor, tiers: list[Tier], floats: int, basis_rows: int, embedding_dim: int) -> int:

@@ -23,13 +23,13 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .factors import checksum, verify_checksums
 from .frequencies import vocabulary_prior
 from .layer import KINDS, CompressedEmbedding, CompressedHead, Table, layer_of
 from .methods import METHODS
 from .model_table import ModelTable, UnsupportedModelError, find_table, input_embeddings
 from .recipe import DEFAULT_METHOD, LMHead, Recipe
 from .resizing import resized
+from .tensor_file import checksum, verify_checksums
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -110,7 +110,7 @@ def test_an_edited_value_is_noticed(tmp_path, factors):
         (lambda t, m: m.pop("format"), "expected format 'embkern.factors/1', got None"),
         (lambda t, m: m.update(format="embkern.factors/9"), "got 'embkern.factors/9'"),
         (lambda t, m: m.pop("checksums"), "metadata is damaged"),
-        (lambda t, m: m.update(checksums='["codes", "basis", "offset"]'), "expected codes, basis"),
+        (lambda t, m: m.update(checksums='["codes", "basis", "offset"]'), "metadata is damaged"),
         (lambda t, m: m.update(activation="[1"), "metadata is damaged"),
         (lambda t, m: m.update(activation='"relu"'), "activation: expected one of"),
         (lambda t, m: t.pop("basis"), "expected codes, basis and perhaps offset, got"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import zlib
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from ..table_file import TableFile
+from ..tensor_file import checksum_of_parts
 
 BLOCK_ROWS = 8192  # rows of a table worked on at a time: 25 MB in fp32 at H = 768
 BLOCK_VALUES = 2**23  # and fewer where a row is wide
@@ -90,11 +90,7 @@ def refuse_rows(bad: list[int]) -> None:
 
 def table_checksum(table: Rows) -> str:
     """Return the CRC-32 of a table's bytes, read by blocks."""
-    crc = 0
-    for rows in blocks(table):
-        data: Any = rows.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        crc = zlib.crc32(data, crc)
-    return f"crc32:{crc:08x}"
+    return checksum_of_parts(blocks(table))
 
 
 def blocks(table: Rows) -> Iterator[Tensor]:
