@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .ops.gather_decode import check_packed, gather_decode
@@ -99,19 +100,19 @@ class PackedTable:
             self._check_ranges()
 
     def _check_ranges(self) -> None:
-        bits = self.tiers[:, 1:]
-        if int(bits.max()) > MAX_BITS or int(self.tiers[:, 0].max()) > 1:
+        if int(self.tiers[:, 1:].max()) > MAX_BITS or int(self.tiers[:, 0].max()) > 1:
             raise ValueError(f"tiers: expected 0 or 1, then 0 to {MAX_BITS} bits, got {self.tiers.tolist()}")
         size = self.basis.shape[0] if self.basis is not None else 0
         groups = -(-self.embedding_dim // GROUP)
-        for tier in self.described_tiers():
+        tiers = self.described_tiers()
+        for tier in tiers:
             most = size // GROUP if tier.transform else groups
             if any(tier.bits[most:]):
                 raise ValueError(f"tiers: expected at most {most} groups, got {tier}")
         tier_of = self.tier_of_rows()
         if int(tier_of.max()) >= len(self.tiers):
             raise ValueError(f"directory: expected tiers below {len(self.tiers)}, got {int(tier_of.max())}")
-        words = bits.long().sum(1)[tier_of]
+        words = words_of_rows(tier_of, tiers)
         starts = words.cumsum(0) - words
         if not torch.equal(self.directory[:, 0].long(), starts[::GROUP]):
             raise ValueError("directory: the places of the records do not follow from the rows' tiers")
@@ -147,8 +148,7 @@ class PackedTable:
 
     def tier_of_rows(self) -> Tensor:
         """Return the tier (V,) of every row."""
-        shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=self.directory.device)
-        return ((self.directory[:, 1:, None] >> shifts) & 15).flatten()[: self.num_embeddings].long()
+        return tiers_of_rows(self.directory)[: self.num_embeddings]
 
     def decode(self, ids: Tensor) -> Tensor:
         """Return the rows of ``ids`` (any shape): (``*``, H)."""
@@ -213,24 +213,19 @@ def pack(
         offset: (H,) or None.
         embedding_dim: H.
     """
-    words = torch.tensor([tier.words for tier in tiers])[tier_of]
+    words = words_of_rows(tier_of, tiers)
     starts = words.cumsum(0) - words
     records = torch.zeros(max(1, int(words.sum())), dtype=torch.int32)
     for index, tier in enumerate(tiers):
         rows = torch.nonzero(tier_of == index).flatten()
         if len(rows) and tier.words:
-            planes = _planes(codes[index], tier)
+            planes = bit_planes(codes[index], tier)
             records[(starts[rows].unsqueeze(1) + torch.arange(tier.words)).flatten()] = planes.flatten()
-    blocks = -(-len(tier_of) // GROUP)
-    padded = torch.zeros(blocks * GROUP, dtype=torch.int64)
-    padded[: len(tier_of)] = tier_of
-    nibbles = (padded.view(blocks, 4, 8) << torch.arange(0, 32, 4)).sum(2)
-    directory = torch.cat([starts[::GROUP].unsqueeze(1), nibbles], 1)
     groups = max([1, *(len(tier.bits) for tier in tiers)])
     described = [[int(t.transform), *t.bits, *[0] * (groups - len(t.bits))] for t in tiers]
     return PackedTable(
         records,
-        _wrapped(directory),
+        directory_of(tier_of, tiers),
         torch.tensor(described, dtype=torch.uint8),
         levels,
         scales.contiguous(),
@@ -240,14 +235,32 @@ def pack(
     )
 
 
-def _planes(codes: Tensor, tier: Tier) -> Tensor:
-    """Words (rows, W) of codes (rows, 32 groups)."""
-    weights = torch.ones(GROUP, dtype=torch.int64) << torch.arange(GROUP)
-    columns = []
-    for group, bits in enumerate(tier.bits):
-        values = codes[:, group * GROUP : (group + 1) * GROUP].long()
-        columns += [((values >> plane & 1) * weights).sum(1) for plane in range(bits)]
-    return _wrapped(torch.stack(columns, 1))
+def words_of_rows(tier_of: Tensor, tiers: list[Tier]) -> Tensor:
+    """Words (V,) int64 of the rows' records."""
+    return torch.tensor([tier.words for tier in tiers], device=tier_of.device)[tier_of]
+
+
+def directory_of(tier_of: Tensor, tiers: list[Tier]) -> Tensor:
+    """Words (ceil(V / 32), 5) of the rows' tiers (V,): where 32 records begin, then 4 bits a row."""
+    words = words_of_rows(tier_of, tiers)
+    starts = (words.cumsum(0) - words)[::GROUP]
+    nibbles = F.pad(tier_of, (0, -len(tier_of) % GROUP)).view(-1, 4, 8) << torch.arange(0, 32, 4)
+    return _wrapped(torch.cat([starts.unsqueeze(1), nibbles.sum(2)], 1))
+
+
+def tiers_of_rows(directory: Tensor) -> Tensor:
+    """Tiers (32 blocks,) int64 that a directory names; those beyond the last row are 0."""
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=directory.device)
+    return ((directory[:, 1:, None] >> shifts) & 15).flatten().long()
+
+
+def bit_planes(codes: Tensor, tier: Tier) -> Tensor:
+    """Records (n, W) of codes (n, 32 groups): bit i of a group's word p is bit p of the code of value i."""
+    lanes, planes = torch.arange(GROUP), [torch.zeros(len(codes), 0, dtype=torch.int64)]
+    for group, bits in zip(codes.split(GROUP, 1), tier.bits, strict=False):
+        values = group.long()
+        planes += [((values >> plane & 1) << lanes).sum(1, keepdim=True) for plane in range(bits)]
+    return _wrapped(torch.cat(planes, 1))
 
 
 def _wrapped(words: Tensor) -> Tensor:

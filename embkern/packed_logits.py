@@ -13,6 +13,7 @@ from .ops.backends import Backend
 from .ops.gather_decode import gather_decode
 from .ops.library import apply, differentiable_once, needs_autograd
 from .ops.reference import GROUP, accumulation_dtype
+from .packed import tiers_of_rows
 
 _ROWS = 512  # decoded at a time: 0.8 MB at H = 384, which L2 holds
 _FEW = 16  # hidden states for which products with the values of the codes cost less than decoding
@@ -92,9 +93,7 @@ class _Values:
         self.scales, self.backend = scales, backend
         self.width = GROUP * (tiers.shape[1] - 1)
         self.tiers = torch.cat([torch.zeros_like(tiers[:, :1]), tiers[:, 1:]], 1)  # no tier has a basis
-        shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=tiers.device)
-        tier_of = ((self.directory[:, 1:, None] >> shifts) & 15).flatten()[: len(scales)]
-        self.in_basis = tiers[:, 0].bool()[tier_of]
+        self.in_basis = tiers[:, 0].bool()[tiers_of_rows(self.directory)[: len(scales)]]
 
     def __call__(self, ids: Tensor, kind: int) -> Tensor:
         levels = self.levels[kind].expand_as(self.levels).contiguous()

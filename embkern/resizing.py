@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .factors import Factors
 from .ops.reference import GROUP
-from .packed import PackedTable, Tier, _planes, _wrapped, level_values
+from .packed import PackedTable, Tier, bit_planes, directory_of, level_values, words_of_rows
 
 _SCALES = 64  # tried for a new row
 _ROWS = 8192  # decoded at a time
@@ -41,14 +41,13 @@ def _(table: Factors, num_embeddings: int) -> Factors:
 def _(table: PackedTable, num_embeddings: int) -> PackedTable:
     tiers, scales = table.described_tiers(), table.scales[:num_embeddings]
     tier_of = table.tier_of_rows()[:num_embeddings].cpu()
-    words = int(torch.tensor([tier.words for tier in tiers])[tier_of].sum())
-    records = table.records[:words]
+    records = table.records[: int(words_of_rows(tier_of, tiers).sum())]
     if added := num_embeddings - len(scales):
         best, record, scale = _nearest_record(table, tiers, _mean_row(table))
         tier_of = torch.cat([tier_of, torch.full((added,), best)])
         records = torch.cat([records, record.to(records.device).repeat(added)])
         scales = torch.cat([scales, scales.new_full((added,), scale)])
-    directory = _directory(tier_of, tiers).to(scales.device)
+    directory = directory_of(tier_of, tiers).to(scales.device)
     records = records if len(records) else table.records[:1]  # the format has a word at least
     return dataclasses.replace(table, records=records, directory=directory, scales=scales)
 
@@ -79,8 +78,7 @@ def _nearest_record(table: PackedTable, tiers: list[Tier], row: Tensor) -> tuple
         error, place = (row.square().sum() - along.square() / square).min(0)
         if best is None or float(error) < least:
             least, scale = float(error), float(along[place] / square[place])
-            record = _planes(codes[place : place + 1], tier) if tier.words else torch.zeros(1, 0).int()
-            best = index, record.flatten(), scale
+            best = index, bit_planes(codes[place : place + 1], tier).flatten(), scale
     assert best is not None
     return best
 
@@ -100,10 +98,3 @@ def _quantized(levels: Tensor, tier: Tier, values: Tensor) -> tuple[Tensor, Tens
         codes.append(nearest)
         found.append(of_bits[nearest])
     return torch.cat(codes, 1), torch.cat(found, 1)
-
-
-def _directory(tier_of: Tensor, tiers: list[Tier]) -> Tensor:
-    words = torch.tensor([tier.words for tier in tiers])[tier_of]
-    padded = F.pad(tier_of, (0, -len(tier_of) % GROUP)).view(-1, 4, 8)
-    nibbles = (padded << torch.arange(0, 32, 4)).sum(2)
-    return _wrapped(torch.cat([(words.cumsum(0) - words)[::GROUP].unsqueeze(1), nibbles], 1))
