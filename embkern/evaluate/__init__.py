@@ -6,24 +6,35 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .perplexity import Perplexity, PerplexityReport, TableSwap, evaluate_perplexity, measure_perplexity
     from .sentences import SentenceFidelity, embed_sentences, read_sentences, sentence_fidelity
     from .table import TableComparison, compare_tables
 
 # Public names by the module that has them, imported at first use: the command line starts without torch.
 _PUBLIC = {
+    "Perplexity": "perplexity",
+    "PerplexityReport": "perplexity",
     "SentenceFidelity": "sentences",
     "TableComparison": "table",
+    "TableSwap": "perplexity",
     "compare_tables": "table",
     "embed_sentences": "sentences",
+    "evaluate_perplexity": "perplexity",
+    "measure_perplexity": "perplexity",
     "read_sentences": "sentences",
     "sentence_fidelity": "sentences",
 }
 
 __all__ = [
+    "Perplexity",
+    "PerplexityReport",
     "SentenceFidelity",
     "TableComparison",
+    "TableSwap",
     "compare_tables",
     "embed_sentences",
+    "evaluate_perplexity",
+    "measure_perplexity",
     "read_sentences",
     "sentence_fidelity",
 ]

@@ -1,0 +1,191 @@
+"""Texts to windows: what a language model reads at once, and which of its outputs should predict what."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Masking = Literal["80-10-10", "mask"]
+LineFilter = Literal["authors"]
+
+TOKENIZED_AT_ONCE = 1 << 18  # characters: a tokenizer holds some 100 bytes for each
+AUTHORS_SHORTEST = 20  # tokens of a line that their filter keeps
+_EQUAL_SIGNS = ("=", "Ġ=", "▁=")
+
+
+class Window(NamedTuple):
+    """What a model reads at once, without padding.
+
+    Attributes:
+        ids: (T,) int64, masked where the model is to fill in.
+        positions: (n,) of the outputs that are scored, n may be 0.
+        targets: (n,) the ids they should predict.
+        read: tokens of text that no window before had.
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+    targets: np.ndarray
+    read: int
+
+
+def masked_windows(
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    vocabulary_size: int,
+    max_length: int,
+    seed: int,
+    probability: float,
+    masking: Masking,
+    line_filter: LineFilter | None = None,
+    max_tokens: int | None = None,
+) -> Iterator[Window]:
+    """Yield each text with some of its words masked; what is longer than a window goes on in the next.
+
+    Which words, and by what they are replaced, is drawn with ``(seed, number of the window)``: it depends on
+    the text and the tokenizer alone.
+
+    Raises:
+        ValueError: the tokenizer has no mask, or cannot tell which tokens make a word.
+    """
+    if tokenizer.mask_token_id is None:
+        raise ValueError("tokenizer: has no mask token, which a masked language model fills in")
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"tokenizer: expected a fast one, which knows the words, got {type(tokenizer).__name__}"
+        )
+    mask, equal_signs = tokenizer.mask_token_id, _ids_of(tokenizer, _EQUAL_SIGNS)
+    number = read = 0
+    for ids, words in _chunks(texts, tokenizer, max_length):
+        if line_filter == "authors":
+            kept = ~np.isin(ids, equal_signs)
+            ids, words = ids[kept], words[kept]
+            if len(ids) < AUTHORS_SHORTEST:
+                continue
+        generator = np.random.default_rng((seed, number))
+        positions = whole_words(words, probability, generator)
+        masked = ids.copy()
+        masked[positions] = mask
+        if masking == "80-10-10":
+            masked[positions] = _some_kept(masked[positions], ids[positions], vocabulary_size, generator)
+        yield Window(masked, positions, ids[positions], len(ids))
+        number += 1
+        read += len(ids)
+        if max_tokens is not None and read >= max_tokens:
+            return
+
+
+def whole_words(words: np.ndarray, probability: float, generator: np.random.Generator) -> np.ndarray:
+    """Return the sorted positions (n,) of the words to mask.
+
+    Words are taken in random order until ``max(1, round(probability * T))`` tokens are: one that has more
+    tokens than are left is skipped. That is how transformers' ``DataCollatorForWholeWordMask`` took them when
+    the paper was measured; its later form masks every word with the probability.
+
+    Args:
+        words: (T,) number of the word that a token belongs to, -1 for special tokens.
+        probability: share of the tokens, special ones counted.
+        generator: draws the order.
+    """
+    left = max(1, round(probability * len(words)))
+    chosen: list[np.ndarray] = []
+    for word in generator.permutation(np.unique(words[words >= 0])):
+        positions = np.flatnonzero(words == word)
+        if len(positions) <= left:
+            chosen.append(positions)
+            left -= len(positions)
+            if not left:
+                break
+    return np.sort(np.concatenate(chosen)) if chosen else np.zeros(0, np.int64)
+
+
+def _some_kept(
+    masks: np.ndarray, ids: np.ndarray, vocabulary_size: int, generator: np.random.Generator
+) -> np.ndarray:
+    """Of masked tokens, let a tenth be a random one and a tenth what they were."""
+    draw = generator.random(len(ids))
+    random = generator.integers(vocabulary_size, size=len(ids))
+    return np.select([draw < 0.8, draw < 0.9], [masks, random], ids)
+
+
+def _chunks(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the token ids of each text with the numbers of their words, -1 for special tokens."""
+    for batch in _together(texts):
+        encoded = tokenizer(
+            batch, truncation=True, max_length=max_length, return_overflowing_tokens=True, padding=False,
+            return_attention_mask=False, return_token_type_ids=False, verbose=False,
+        )  # fmt: skip
+        for i, ids in enumerate(encoded["input_ids"]):
+            words = [-1 if word is None else word for word in encoded.word_ids(i)]
+            yield np.array(ids, np.int64), np.array(words, np.int64)
+
+
+def causal_windows(
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    stride: int,
+    max_tokens: int | None = None,
+) -> Iterator[Window]:
+    """Yield windows that slide by ``stride`` over all texts, joined by newlines, as one text.
+
+    Every token but the first is predicted once, after ``max_length - stride`` tokens of context or more. With
+    ``stride == max_length`` the first token of each window has no context and is not predicted.
+    """
+    window: list[int] = []
+    fresh = 0  # tokens at its end that no window before had
+    for token in itertools.islice(_joined(texts, tokenizer), max_tokens):
+        window.append(token)
+        fresh += 1
+        if len(window) == max_length:
+            yield _predicting(window, fresh)
+            window, fresh = window[stride:], 0
+    if fresh:
+        yield _predicting(window, fresh)
+
+
+def _predicting(window: Sequence[int], fresh: int) -> Window:
+    ids = np.array(window, np.int64)
+    targets = np.arange(max(1, len(ids) - fresh), len(ids))
+    return Window(ids, targets - 1, ids[targets], fresh)
+
+
+def _joined(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
+    """Yield the ids of all texts, after what the tokenizer puts before a text (BOS)."""
+    probe = tokenizer("a", return_special_tokens_mask=True)
+    marked = zip(probe["input_ids"], probe["special_tokens_mask"], strict=True)
+    yield from (id for id, special in itertools.takewhile(lambda pair: pair[1], marked))
+    newline = ""
+    for batch in _together(texts):
+        text = newline + "\n".join(batch)
+        yield from tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+        newline = "\n"
+
+
+def _together(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Yield texts together until they have ``TOKENIZED_AT_ONCE`` characters."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= TOKENIZED_AT_ONCE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _ids_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[token] for token in tokens if token in vocabulary]
