@@ -179,19 +179,6 @@ def refuse_ratio(table: Rows, ratio: float, least: float, condition: str = "") -
     return _no_room(what, ratio, table.nbytes / least, "made smaller by this method")
 
 
-def _check_ratio(ratio: float) -> None:
-    if not (ratio >= 1 and math.isfinite(ratio)):
-        raise ValueError(f"ratio: expected at least 1 (bytes before over bytes after), got {ratio}")
-
-
-def _no_room(what: str, ratio: float, highest: float, impossible: str) -> ValueError:
-    highest = math.floor(highest * 1000) / 1000
-    return ValueError(
-        f"ratio: {ratio:g} leaves no room for {what}; the highest that fits is {highest:g}"
-        + ("" if highest >= 1 else f", so it cannot be {impossible}")
-    )
-
-
 def rank_for_ratio(num_embeddings: int, embedding_dim: int, ratio: float, *, offset: bool) -> int:
     """Return the largest rank whose factors take at most 1/ratio of the table's bytes.
 
@@ -211,3 +198,16 @@ def rank_for_ratio(num_embeddings: int, embedding_dim: int, ratio: float, *, off
         what = f"rank 1 of a {num_embeddings} x {embedding_dim} table"
         raise _no_room(what, ratio, table / (per_rank + fixed), "factorised smaller")
     return min(rank, embedding_dim)
+
+
+def _check_ratio(ratio: float) -> None:
+    if not (ratio >= 1 and math.isfinite(ratio)):
+        raise ValueError(f"ratio: expected at least 1 (bytes before over bytes after), got {ratio}")
+
+
+def _no_room(what: str, ratio: float, highest: float, impossible: str) -> ValueError:
+    highest = math.floor(highest * 1000) / 1000
+    return ValueError(
+        f"ratio: {ratio:g} leaves no room for {what}; the highest that fits is {highest:g}"
+        + ("" if highest >= 1 else f", so it cannot be {impossible}")
+    )
