@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import BaseModel
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from .report import Comparison
@@ -25,6 +26,23 @@ Text = Annotated[
     Path | None,
     typer.Option("--text", help="a text file, one sentence a line: compares sentence embeddings"),
 ]
+
+
+class ManyValues(TyperCommand):
+    """A command whose repeatable options also take several values in a row: ``--seeds 22 23 24``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat the name of such an option before each of its values."""
+        repeatable = {name for each in self.params if getattr(each, "multiple", False) for name in each.opts}
+        repeated: list[str] = []
+        option = None
+        for arg in args:
+            if arg.startswith("-"):
+                option = arg if arg in repeatable else None
+            elif option is not None and repeated[-1] != option:
+                repeated.append(option)
+            repeated.append(arg)
+        return super().parse_args(ctx, repeated)
 
 
 def console() -> Console:
