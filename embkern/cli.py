@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperCommand
 
 from ._version import __version__
 from .console import AsJson, Model, Output, Overwrite, Text, console, print_comparison, print_json
@@ -221,6 +222,82 @@ def inspect(model: Model, as_json: AsJson = False) -> None:
                 str(each.rank), f"{each.factors_bytes:,}", f"{each.ratio:.2f}x", f"-{each.model_share:.1%}"
             )
         console().print(ranks)
+
+
+class _ManyValues(TyperCommand):
+    """A command whose repeatable options also take several values in a row: ``--ratios 5 10``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        several = {name for each in self.params if getattr(each, "multiple", False) for name in each.opts}
+        one_each: list[str] = []
+        option = None
+        for arg in args:
+            if option is None or arg.startswith("-"):
+                option = arg if arg in several else None
+            elif one_each[-1] != option:
+                one_each.append(option)
+            one_each.append(arg)
+        return super().parse_args(ctx, one_each)
+
+
+@app.command(cls=_ManyValues)
+def compare(
+    model: Model,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="directory of the report, and of what it goes on from")
+    ],
+    ratios: Annotated[
+        list[float] | None, typer.Option(help="bytes before over bytes after (default: 5 10 16 32)")
+    ] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME or NAME:option=value,... (default: svd autoencoder direction allocate)", metavar="NAME"
+        ),
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="file, directory or data set: perplexity of a language model on it")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="of the data set that are read")] = None,
+    max_length: Annotated[int | None, typer.Option(help="tokens that a language model reads at once")] = None,
+    stride: Annotated[int | None, typer.Option(help="causal: tokens by which it goes on")] = None,
+    line_filter: Annotated[str | None, typer.Option(help="masked: authors, the paper's")] = None,
+    text: Text = None,
+    counts: Annotated[
+        Path | None, typer.Option(help="token frequencies: a file that `embkern count` wrote")
+    ] = None,
+    count_text: Annotated[
+        list[str] | None, typer.Option(help="text to count token frequencies in: file, directory or data set")
+    ] = None,
+    words: Annotated[list[str] | None, typer.Option(help="list the nearest neighbours of these")] = None,
+    seed: Annotated[int, typer.Option(help="of methods that draw, and of what is sampled")] = 0,
+    keep_models: Annotated[bool, typer.Option("--keep-models", help="save the compressed models")] = False,
+    row: Annotated[
+        str | None, typer.Option(help="measure one row again, and print it; the report is left alone")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="measure again what is there")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare methods at several ratios, and write one report; goes on where it was interrupted.
+
+    Options that name several take them in a row: --ratios 5 10 --methods svd allocate:floor=0.5
+    """
+    from . import study
+
+    given = {
+        "ratios": ratios, "methods": methods, "dataset": dataset, "max_tokens": max_tokens,
+        "max_length": max_length, "stride": stride, "line_filter": line_filter, "text": text,
+        "counts": counts, "count_text": count_text, "words": words, "seed": seed, "keep_models": keep_models,
+    }  # fmt: skip
+    asked: dict[str, Any] = {name: value for name, value in given.items() if value not in (None, [])}
+    if row is not None:
+        print_json(study.compare_row(model, row, output=output, **asked))
+        return
+    done = study.compare(model, output=output, overwrite=overwrite, **asked)
+    if as_json:
+        print_json(done)
+    else:
+        print(f"{done.measured} of {len(done.rows)} rows measured in {done.seconds:g} s -> {done.page}")
 
 
 @app.command()
