@@ -91,9 +91,7 @@ def perplexity(
     if as_json:
         print_json(run)
         return
-    shown = Table("model", "bytes of the table", "x", title=escape(f"perplexity on {dataset}"))
-    for column in run.columns:
-        shown.add_column(column, justify="right")
+    shown = Table("model", "bytes of the table", *run.columns, title=escape(f"perplexity on {dataset}"))
     for row in run.rows():
         shown.add_row(*map(escape, row))
     console().print(shown)

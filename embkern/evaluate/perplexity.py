@@ -96,7 +96,7 @@ class PerplexityReport(BaseModel):
 
     architecture: str
     settings: PerplexitySettings = Field(description="with the values that stood for null")
-    model: Perplexity = Field(description="of the model as it is")
+    model: Perplexity | None = Field(description="of the model as it is; null if that was not asked")
     tables: list[TablePerplexity]
     windows: int
     read: int = Field(description="tokens of text, special ones included")
@@ -109,6 +109,7 @@ class PerplexityReport(BaseModel):
 class PerplexityRun(PerplexityReport):
     """What ``embkern evaluate perplexity`` measured, and of what."""
 
+    model: Perplexity
     source: str = Field(description="where the model is from")
     dataset: str
     nbytes: dict[str, int] = Field(description="of every table as stored, by its model's name")
@@ -116,22 +117,20 @@ class PerplexityRun(PerplexityReport):
 
     @property
     def columns(self) -> list[str]:
-        """Names of the figures in a row."""
-        if any(each.tied for each in self.tables):
-            return ["input only", "tied head"]
-        return ["input only"] if self.tables else ["perplexity"]
+        """What ``rows`` has behind the name and the bytes of the table."""
+        if not self.tables:
+            return ["perplexity"]
+        return ["x", "input only", *(["tied head"] if any(each.tied for each in self.tables) else [])]
 
     def rows(self) -> Iterator[list[str]]:
-        """Yield what is printed of a model: name, bytes of its table, how many times fewer, the figures."""
+        """Yield what is printed of each model."""
         own = self.nbytes[self.source]
-        figures = [
-            (self.source, self.model, self.model),
-            *((each.name, each.input_only, each.tied) for each in self.tables),
-        ]
-        for name, *measured in figures:
+        figures = [(each.name, each.input_only, each.tied) for each in self.tables]
+        for name, *measured in [(self.source, self.model, self.model), *figures]:
             nbytes = self.nbytes[name]
             shown = [f"{each.perplexity:.2f}" if each else "-" for each in measured]
-            yield [name, f"{nbytes:,}", f"{own / nbytes:.2f}", *shown[: len(self.columns)]]
+            row = [f"{own / nbytes:.2f}", *shown] if self.tables else shown
+            yield [name, f"{nbytes:,}", *row[: len(self.columns)]]
 
 
 def perplexity(
@@ -145,6 +144,7 @@ def perplexity(
 ) -> Perplexity:
     """Return the perplexity of a model, dense or compressed: ``evaluate_perplexity`` without other tables."""
     report = evaluate_perplexity(model, tokenizer, texts, device=device, progress=progress, **settings)
+    assert report.model is not None, "as own is True"
     return report.model
 
 
@@ -155,6 +155,7 @@ def evaluate_perplexity(
     texts: Iterable[str],
     tables: Mapping[str, Table | Tensor | Decodable] | None = None,
     *,
+    own: bool = True,
     device: str | torch.device | None = None,
     progress: bool | None = None,
     **settings: Any,
@@ -180,6 +181,7 @@ def evaluate_perplexity(
         texts: any iterable, such as ``embkern.text.read_texts`` returns; it is read once and not kept.
         tables: compressed tables, dense (V, H) tensors or anything with ``to_dense()``, by name; a dense
             model takes them. All are in memory together.
+        own: measure the model as it is as well; without tables there is nothing else.
         device: the model is moved there, and stays.
         progress: show a bar on stderr; None shows it on a terminal.
         settings: see ``PerplexitySettings``.
@@ -198,7 +200,9 @@ def evaluate_perplexity(
     kind = kind_of(model)
     protocol = _resolved(parse_options(PerplexitySettings, settings, "perplexity"), model, tokenizer, kind)
     if device is not None:
-        model.to(device)
+        model.to(_device(device))
+    if not (own or tables):
+        raise ValueError("tables: expected some to measure without the model's own, got none")
     found = find_table(model) if tables else None
     swaps = {name: TableSwap(model, table, found) for name, table in (tables or {}).items()}
 
@@ -213,7 +217,7 @@ def evaluate_perplexity(
         parts = _Parts(model)
         for batch in _batches(_windows(texts, tokenizer, model, protocol, kind), protocol.batch_size):
             inputs = _Inputs.of(batch, model)
-            for figure, loss in _losses(parts, swaps, inputs):
+            for figure, loss in _losses(parts, swaps, inputs, own):
                 losses[figure] += loss
             windows, tokens = windows + len(batch), tokens + len(inputs.targets)
             new = sum(window.read for window in batch)
@@ -230,7 +234,7 @@ def evaluate_perplexity(
     return PerplexityReport(
         architecture=type(model).__name__,
         settings=protocol,
-        model=measured(*_OWN),
+        model=measured(*_OWN) if own else None,
         tables=[
             TablePerplexity(
                 name=name,
@@ -256,10 +260,11 @@ _OWN = ("", "model")
 
 
 def _losses(
-    parts: _Parts, swaps: Mapping[str, TableSwap], inputs: _Inputs
+    parts: _Parts, swaps: Mapping[str, TableSwap], inputs: _Inputs, own: bool
 ) -> Iterator[tuple[tuple[str, str], float]]:
     """Yield the summed loss of every figure on a batch."""
-    yield _OWN, parts.loss(parts.hidden(inputs), inputs.targets)
+    if own:
+        yield _OWN, parts.loss(parts.hidden(inputs), inputs.targets)
     for name, swap in swaps.items():
         with swap.inputs():
             hidden = parts.hidden(inputs)
@@ -271,6 +276,15 @@ def _losses(
 
 
 # ---- the model -------------------------------------------------------------------------------------------
+
+
+def _device(name: str | torch.device | None) -> torch.device | None:
+    """Return a device that can be used here, or raise ValueError."""
+    try:
+        return None if name is None else torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"device: expected one that is there, got {str(name)!r} ({reason})") from error
 
 
 def kind_of(model: PreTrainedModel) -> Kind:
@@ -612,6 +626,7 @@ def measure_perplexity(
     """
     from ..api import load_model, load_tokenizer
 
+    _device(device)  # before a model is loaded
     if against is None and len(models) != 1:
         raise ValueError(f"against: expected the dense model with {len(models)} models, got none")
     kept = getattr(torch, dtype or "float32", None)

@@ -287,6 +287,8 @@ def test_a_table_gives_the_figures_of_the_compressed_model(name, recipe, tokeniz
     )
     small, decoded, own = report.tables
     assert report.model == perplexity(sharp(name), tokenizer, TEXTS)
+    alone = evaluate_perplexity(model, tokenizer, TEXTS, {"small": table}, own=False)
+    assert (alone.model, alone.tables) == (None, [small])
     assert own.input_only == report.model
     assert small.input_only.loss != pytest.approx(report.model.loss, rel=1e-4)
     for each in (small, decoded):
@@ -360,6 +362,8 @@ def test_arguments_that_do_not_fit_are_named(tokenizer):
         perplexity(bert, tokenizer, [])
     with pytest.raises(ValueError, match="tokenizer: expected the model's, got None"):
         perplexity(bert, None, TEXTS)
+    with pytest.raises(ValueError, match="tables: expected some to measure without the model's own"):
+        evaluate_perplexity(bert, tokenizer, TEXTS, own=False)
     with pytest.raises(ValueError, match=r"tables: expected the model's \(101, 32\), got \(101, 31\)"):
         evaluate_perplexity(bert, tokenizer, TEXTS, {"narrow": torch.zeros(101, 31)})
     small = T.BertForMaskedLM(T.BertConfig(vocab_size=20, **SIZES))
@@ -416,6 +420,8 @@ def test_models_that_do_not_belong_together_are_refused(saved, tmp_path):
         ValueError, match="1 of its other tensors differ, such as bert.encoder.layer.0.output"
     ):
         measure_perplexity([str(saved / "svd")], text, against=str(tmp_path / "trained"))
+    with pytest.raises(ValueError, match=r"device: expected one that is there, got 'cuda:99' \("):
+        measure_perplexity([dense], text, device="cuda:99")
     with pytest.raises(ValueError, match="dtype: expected a floating-point dtype of torch, got 'int8'"):
         measure_perplexity([dense], text, dtype="int8")
 
