@@ -11,10 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 from rich.table import Table
-from typer.core import TyperCommand
 
 from ._version import __version__
-from .console import AsJson, Model, Output, Overwrite, Text, console, print_comparison, print_json
+from .console import (
+    AsJson,
+    ManyValues,
+    Model,
+    Output,
+    Overwrite,
+    Text,
+    console,
+    print_comparison,
+    print_json,
+)
 from .evaluate.commands import app as evaluate_app
 
 if TYPE_CHECKING:
@@ -224,23 +233,7 @@ def inspect(model: Model, as_json: AsJson = False) -> None:
         console().print(ranks)
 
 
-class _ManyValues(TyperCommand):
-    """A command whose repeatable options also take several values in a row: ``--ratios 5 10``."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        several = {name for each in self.params if getattr(each, "multiple", False) for name in each.opts}
-        one_each: list[str] = []
-        option = None
-        for arg in args:
-            if option is None or arg.startswith("-"):
-                option = arg if arg in several else None
-            elif one_each[-1] != option:
-                one_each.append(option)
-            one_each.append(arg)
-        return super().parse_args(ctx, one_each)
-
-
-@app.command(cls=_ManyValues)
+@app.command(cls=ManyValues)
 def compare(
     model: Model,
     output: Annotated[
@@ -270,6 +263,7 @@ def compare(
         list[str] | None, typer.Option(help="text to count token frequencies in: file, directory or data set")
     ] = None,
     words: Annotated[list[str] | None, typer.Option(help="list the nearest neighbours of these")] = None,
+    device: Annotated[str | None, typer.Option(help="such as cuda; the CPU by default")] = None,
     seed: Annotated[int, typer.Option(help="of methods that draw, and of what is sampled")] = 0,
     keep_models: Annotated[bool, typer.Option("--keep-models", help="save the compressed models")] = False,
     row: Annotated[
@@ -287,7 +281,8 @@ def compare(
     given = {
         "ratios": ratios, "methods": methods, "dataset": dataset, "max_tokens": max_tokens,
         "max_length": max_length, "stride": stride, "line_filter": line_filter, "text": text,
-        "counts": counts, "count_text": count_text, "words": words, "seed": seed, "keep_models": keep_models,
+        "counts": counts, "count_text": count_text, "words": words, "device": device, "seed": seed,
+        "keep_models": keep_models,
     }  # fmt: skip
     asked: dict[str, Any] = {name: value for name, value in given.items() if value not in (None, [])}
     if row is not None:

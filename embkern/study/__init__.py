@@ -155,7 +155,8 @@ def _parse(model: str | os.PathLike, output: str | os.PathLike, asked: dict[str,
 def _subject(asked: Asked, progress: bool | None) -> Subject:
     """Load the model and what is read of it."""
     sentences = None if asked.text is None else read_sentences(asked.text)
-    model, tokenizer = load_model(asked.model).eval(), load_tokenizer(asked.model)
+    model = load_model(asked.model).to(asked.device or "cpu").eval()
+    tokenizer = load_tokenizer(asked.model)
     for name in ("text", "dataset"):
         if getattr(asked, name) is not None and tokenizer is None:
             raise ValueError(f"{name}: expected a tokenizer with it (the model has none)")
@@ -190,6 +191,7 @@ def _plans(asked: Asked, subject: Subject) -> list[Plan]:
         "model": model_fingerprint(asked.model, getattr(subject.model.config, "_commit_hash", None)),
         "counts": [text_fingerprint(each) for each in (asked.counts, *asked.count_text) if each],
         "seed": asked.seed,
+        "device": subject.weight.device.type,
     }
     # The measures that are asked for, with what they alone depend on.
     own: dict[str, dict[str, Any]] = {"model": {}, "table": {}, "lookup": {}}
@@ -220,7 +222,6 @@ def _plans(asked: Asked, subject: Subject) -> list[Plan]:
 def _measured(plans: list[Plan], asked: Asked, subject: Subject, bar: tqdm | None = None) -> Iterator[Row]:
     """Yield the rows of plans; a method runs once for all rows that are measured of its table."""
     specs = {spec.text: spec for spec in asked.specs()}
-    wordless = measures.no_perplexity(subject.model)
     for (method, ratio), group in itertools.groupby(plans, key=lambda plan: (plan.method, plan.ratio)):
         name = method if ratio is None else f"{method}-{ratio:g}x"
         candidate = failure = None
@@ -232,14 +233,10 @@ def _measured(plans: list[Plan], asked: Asked, subject: Subject, bar: tqdm | Non
                 failure = error
         for plan in group:
             _show(bar, f"{name} {plan.measure}")
-            started, result = time.perf_counter(), None
+            started = time.perf_counter()
             reason = str(failure).split("\n")[0] if failure else None
-            if plan.measure == "perplexity" and reason is None:
-                reason = wordless
-            if reason is None and candidate is None:
-                result = _OF_DENSE[plan.measure](subject)
-            elif reason is None and candidate is not None:
-                result = _OF_CANDIDATE[plan.measure](subject, candidate)
+            if plan.measure == "perplexity":
+                reason = reason or measures.no_perplexity(subject.model)
             yield Row(
                 id=plan.id,
                 measure=plan.measure,
@@ -247,11 +244,17 @@ def _measured(plans: list[Plan], asked: Asked, subject: Subject, bar: tqdm | Non
                 ratio=ratio,
                 depends=plan.depends,
                 command=asked.command(plan.id),
-                result=result,
+                result=None if reason else _result(plan, subject, candidate),
                 reason=reason,
                 passing=isinstance(failure, ImportError),
                 seconds=round(time.perf_counter() - started, 3),
             )
+
+
+def _result(plan: Plan, subject: Subject, candidate: Candidate | None) -> dict[str, Any]:
+    if candidate is None:
+        return _OF_DENSE[plan.measure](subject)
+    return _OF_CANDIDATE[plan.measure](subject, candidate)
 
 
 def _show(bar: tqdm | None, what: str) -> None:

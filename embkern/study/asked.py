@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -23,6 +24,15 @@ class Spec:
     text: str
     name: str
     options: dict[str, Any]
+
+    @field_validator("device")
+    @classmethod
+    def _there(cls, name: str | None) -> str | None:
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts
+            raise ValueError("expected one that is there") from error
+        return name
 
     @classmethod
     def parse(cls, text: str, seed: int) -> Spec:
@@ -81,6 +91,7 @@ class Asked(BaseModel):
     counts: Path | None = Field(None, description="token frequencies, a file of `embkern count`")
     count_text: list[str] = Field([], description="text to count as well, see embkern.compress")
     words: list[str] = Field([], description="whose neighbours are listed; default: frequent and rare ones")
+    device: str | None = Field(None, description="such as cuda; the CPU by default")
     seed: int = Field(0, description="of methods that draw, and of what is sampled")
     keep_models: bool = Field(False, description="save the compressed models, in `models`")
 

@@ -33,7 +33,7 @@ _RC = {
     "svg.hashsalt": "embkern",  # the same figures give the same file
 }
 # Inches: a panel's axes, what is around them, and the room for the names of lines.
-_AXES, _LEFT, _NAMES, _BOTTOM, _TOP = (2.35, 2.5), 0.62, 1.1, 0.45, 0.3
+_AXES, _LEFT, _NAMES, _BOTTOM, _TOP = (2.4, 2.5), 0.6, 1.0, 0.45, 0.3
 _NAME_POINTS = 10.5  # between two names
 
 

@@ -78,6 +78,11 @@ class Subject:
         return find_table(self.model).weight.detach()
 
     @functools.cached_property
+    def nearest(self) -> list[tuple[list[int], list[float]]]:
+        """Ids and cosines of the dense rows nearest to each word."""
+        return _nearest(self.weight, self.words)
+
+    @functools.cached_property
     def bytes(self) -> int:
         """Of the dense model."""
         return model_bytes(self.model)
@@ -132,8 +137,9 @@ class Candidate:
 
     @functools.cached_property
     def live(self) -> Any:
-        """The table in the dtype in which a model computes with it."""
-        return self.table.to(dtype=self.subject.weight.dtype) if self.installable else self.table
+        """The table on the device and in the dtype in which a model computes with it."""
+        weight = self.subject.weight
+        return self.table.to(device=weight.device, dtype=weight.dtype) if self.installable else self.table
 
     @functools.cached_property
     def rows(self) -> Tensor:
@@ -180,10 +186,9 @@ def measure_table(subject: Subject, candidate: Candidate) -> dict[str, Any]:
 
 def measure_neighbors(subject: Subject, candidate: Candidate | None) -> dict[str, Any]:
     """List the nearest rows, by cosine, of the chosen words; without a candidate, in the dense table."""
-    dense = _nearest(subject.weight, subject.words)
-    found = dense if candidate is None else _nearest(candidate.rows, subject.words)
+    found = subject.nearest if candidate is None else _nearest(candidate.rows, subject.words)
     words = []
-    for word, (before, _), (ids, cosines) in zip(subject.words, dense, found, strict=True):
+    for word, (before, _), (ids, cosines) in zip(subject.words, subject.nearest, found, strict=True):
         named = zip(ids, subject.tokens(ids), cosines, strict=True)
         words.append(
             {
@@ -237,7 +242,7 @@ def measure_perplexity(subject: Subject, candidate: Candidate) -> dict[str, Any]
     assert subject.tokenizer is not None
     report = evaluate_perplexity(
         subject.model, subject.tokenizer, subject.texts(), {candidate.name: candidate.table},
-        progress=False, **subject.protocol,
+        own=False, progress=False, **subject.protocol,
     )  # fmt: skip
     return {"settings": report.settings.model_dump(), **report.tables[0].model_dump()}
 
@@ -260,6 +265,7 @@ def measure_lookup(subject: Subject, candidate: Candidate) -> dict[str, Any]:
             dense, compressed = _paired_times(
                 [functools.partial(F.embedding, ids, subject.weight) for ids in batches],
                 [functools.partial(layer, ids) for ids in batches],
+                wait=torch.cuda.synchronize if subject.weight.is_cuda else lambda: None,
             )
             ratios = [slow / fast for slow, fast in zip(dense, compressed, strict=True)]
             sizes.append(
@@ -273,23 +279,28 @@ def measure_lookup(subject: Subject, candidate: Candidate) -> dict[str, Any]:
     return {"rounds": LOOKUP_ROUNDS, "sizes": sizes}
 
 
-def _paired_times(*calls: list[Callable[[], Any]]) -> list[list[float]]:
+Call = Callable[[], Any]
+
+
+def _paired_times(*calls: list[Call], wait: Call) -> list[list[float]]:
     """Microseconds per call of each kind; the k-th entries are of one round."""
     turns = [itertools.cycle(each) for each in calls]
-    repeats = [max(1, round(SAMPLE_US / _sample(turn, len(calls[0])))) for turn in turns]  # and warms up
+    repeats = [max(1, round(SAMPLE_US / _sample(turn, LOOKUP_BATCHES, wait))) for turn in turns]  # warms up
     times: list[list[float]] = [[] for _ in calls]
     for round_ in range(LOOKUP_ROUNDS):
         order = range(len(calls)) if round_ % 2 else reversed(range(len(calls)))
         for k in order:
-            times[k].append(_sample(turns[k], repeats[k]))
+            times[k].append(_sample(turns[k], repeats[k], wait))
     return times
 
 
-def _sample(calls: Iterable[Callable[[], Any]], count: int) -> float:
+def _sample(calls: Iterable[Call], count: int, wait: Call) -> float:
     batch = list(itertools.islice(calls, count))
+    wait()
     start = time.perf_counter()
     for call in batch:
         call()
+    wait()
     return (time.perf_counter() - start) * 1e6 / count
 
 

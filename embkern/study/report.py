@@ -123,13 +123,13 @@ class _Rows:
             if row.measure == measure and row.result is not None and (row.method == DENSE) == dense
         ]  # fmt: skip
 
-    def lines(self, measure: str, key: str) -> dict[str, list[tuple[float, float]]]:
-        """Return by method the points of a figure: ratio reached, value."""
+    def lines(self, measure: str, key: str, *, missing: bool = False) -> dict[str, list[tuple[float, float]]]:
+        """Return by method the points of a figure: ratio reached, value, or what it misses of 1."""
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in self.of(measure):
             value, reached = value_at(row, key), self.reached.get((row.method, row.ratio))
             if value is not None and reached is not None:
-                lines.setdefault(row.method, []).append((reached, value))
+                lines.setdefault(row.method, []).append((reached, 1 - value if missing else value))
         return lines
 
     def picture(self, name: str, panels: Sequence[figures.Panel], caption: str) -> Picture:
@@ -202,8 +202,8 @@ def _direction(rows: _Rows) -> Section | None:
     if not found:
         return None
     kinds = {
-        "direction_error": "mean over rows",
-        "weighted_direction_error": "mean over tokens as they are read",
+        "direction_error": "1 − cos, mean over rows",
+        "weighted_direction_error": "1 − cos, mean over tokens as they are read",
     }
     panels = [figures.Panel(title, rows.lines("table", f"result.{key}")) for key, title in kinds.items()]
     columns = [
@@ -222,7 +222,7 @@ def _direction(rows: _Rows) -> Section | None:
             "which a row weighs as often as its token is read, the 99th percentile over rows, the worst row. "
             "Asked and reached are bytes of the table as stored over bytes of everything that replaces it."
         ],
-        [rows.picture("direction", panels, "Direction error, 1 − cos, by the ratio reached")],
+        [rows.picture("direction", panels, "Direction error by the ratio reached")],
         [_listed(found, columns)],
     )
 
@@ -261,25 +261,23 @@ def _sentences(rows: _Rows) -> Section | None:
     found = rows.of("sentences")
     if not found:
         return None
-    lost = {
-        method: [(x, 1 - y) for x, y in points]
-        for method, points in rows.lines("sentences", "result.spearman").items()
-    }
+    panels = [
+        figures.Panel("1 − cos, mean", rows.lines("sentences", "result.mean_cosine", missing=True)),
+        figures.Panel("1 − Spearman", rows.lines("sentences", "result.spearman", missing=True)),
+    ]
     columns = [
         ("mean cos", "result.mean_cosine", ".4f"),
         ("Spearman", "result.spearman", ".4f"),
         ("sentences", "result.sentences", ","),
     ]
-    picture = rows.picture(
-        "sentences", [figures.Panel("1 − Spearman", lost)], "What is lost of the similarities of sentences"
-    )
+    caption = "What is lost of sentence embeddings and of their similarities, by the ratio reached"
     return Section(
         "Sentence embeddings",
         [
             "Cosine of a sentence's embedding before and after, and the rank correlation of the similarities "
             f"of all pairs of sentences of {rows.study.asked.text and rows.study.asked.text.name}."
         ],
-        [picture] if any(lost.values()) else [],
+        [rows.picture("sentences", panels, caption)],
         [_listed(found, columns)],
     )
 
@@ -349,7 +347,7 @@ def _neighbors(rows: _Rows) -> Section | None:
         for method in methods:
             cells = [found.get((method, ratio)) for ratio in ratios]
             lines.append([Cell(method), *(_near(row, i) if row else Cell("–") for row in cells)])
-        head = ["", *(f"{ratio:g}" for ratio in ratios)]
+        head = ["", *(f"{ratio:g}×" for ratio in ratios)]
         tables.append(Table(head, lines, names=1, tokens=(word["token"],)))
     return Section(
         "Nearest neighbours",
@@ -364,7 +362,7 @@ def _cited(dense: Row, methods: list, ratios: list, found: dict) -> Table:
     for method in methods:
         rows = (found.get((method, ratio)) for ratio in ratios)
         lines.append([Cell(method), *(Cell(cites=row.id) if row else Cell("–") for row in rows)])
-    return Table(["", *(f"{ratio:g}" for ratio in ratios)], lines, names=1)
+    return Table(["", *(f"{ratio:g}×" for ratio in ratios)], lines, names=1)
 
 
 def _near(row: Row, index: int) -> Cell:

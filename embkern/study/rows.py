@@ -101,7 +101,9 @@ class RowFiles:
         except ValueError:
             _log.warning("%s is damaged and is measured again", path)
             return None
-        return None if row.passing or row.depends != plan.depends else row
+        if row.passing or row.depends != plan.depends:
+            return None
+        return row.model_copy(update={"method": plan.method})  # as it is written this time
 
     def put(self, row: Row) -> None:
         """Write a row."""
