@@ -25,15 +25,6 @@ class Spec:
     name: str
     options: dict[str, Any]
 
-    @field_validator("device")
-    @classmethod
-    def _there(cls, name: str | None) -> str | None:
-        try:
-            torch.empty(0, device=name)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts
-            raise ValueError("expected one that is there") from error
-        return name
-
     @classmethod
     def parse(cls, text: str, seed: int) -> Spec:
         """Read one; a method that draws takes the study's seed unless it has its own.
@@ -99,6 +90,15 @@ class Asked(BaseModel):
     @classmethod
     def _once(cls, values: list) -> list:
         return list(dict.fromkeys(values))
+
+    @field_validator("device")
+    @classmethod
+    def _there(cls, name: str | None) -> str | None:
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts
+            raise ValueError("expected one that is there") from error
+        return name
 
     @classmethod
     def parse(cls, **fields: Any) -> Asked:
