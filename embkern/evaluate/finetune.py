@@ -181,7 +181,7 @@ def fine_tune(
         FileNotFoundError: the model or the data cannot be had.
         ImportError: datasets, accelerate or scikit-learn is not installed.
     """
-    _check_methods(methods, freeze)
+    _check_names(methods, seeds, freeze)
     _check_numbers(tasks=len(tasks), methods=len(methods), seeds=len(seeds), save_steps=save_steps,
                    eval_batch_size=eval_batch_size, max_train_samples=max_train_samples,
                    max_eval_samples=max_eval_samples)  # fmt: skip
@@ -230,10 +230,13 @@ def fine_tune(
     )
 
 
-def _check_methods(methods: Sequence[str], freeze: str) -> None:
+def _check_names(methods: Sequence[str], seeds: Sequence[int], freeze: str) -> None:
     known = [DENSE, *(name for name, method in METHODS.items() if method.installable)]
     if unknown := [method for method in methods if method not in known]:
         raise ValueError(f"methods: expected some of {', '.join(known)}, got {', '.join(unknown)}")
+    for name, values in (("methods", methods), ("seeds", seeds)):
+        if len(set(values)) < len(values):
+            raise ValueError(f"{name}: expected each once, got {', '.join(map(str, values))}")
     if freeze not in get_args(Freeze):
         raise ValueError(f"freeze: expected one of {', '.join(get_args(Freeze))}, got {freeze!r}")
 
@@ -285,6 +288,10 @@ class _Source:
     @cached_property
     def tokenizer(self) -> Any:
         tokenizer = load_tokenizer(self.name)
+        if tokenizer is None and not Path(self.name).is_dir():
+            raise FileNotFoundError(
+                f"model: {self.name!r} is neither a directory here nor to be had from the hub"
+            )
         if tokenizer is None or tokenizer.pad_token is None:
             raise ValueError(f"tokenizer: expected one with a padding token beside the model {self.name}")
         return tokenizer
