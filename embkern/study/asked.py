@@ -69,7 +69,7 @@ class Asked(BaseModel):
     methods: list[str] = Field(
         ["svd", "autoencoder", "direction", "allocate"],
         min_length=1,
-        description="NAME or NAME:option=value,...; of those that no model can hold only tables are compared",
+        description="NAME or NAME:option=value,...; those that no model can hold are not timed",
     )
     dataset: str | None = Field(
         None, description="a file, directory or data set: perplexity of a language model on it"
@@ -127,7 +127,7 @@ class Asked(BaseModel):
                 continue
             flag = f"--{name.replace('_', '-')}"
             values = value if isinstance(value, list) else [] if value is True else [value]
-            parts += [flag, *(f"{each:g}" if isinstance(each, float) else str(each) for each in values)]
+            parts += [flag, *(str(each).removesuffix(".0") for each in values)]
         parts += ["-o", str(self.output)]
         return " ".join(map(_quoted, [*parts, *(["--row", row] if row else [])]))
 

@@ -32,8 +32,8 @@ _RC = {
     "svg.fonttype": "path",  # looks the same everywhere, and needs no font
     "svg.hashsalt": "embkern",  # the same figures give the same file
 }
-# Inches: a panel's axes, what is around them, and the room for the names of lines.
-_AXES, _LEFT, _NAMES, _BOTTOM, _TOP = (2.4, 2.5), 0.6, 1.0, 0.45, 0.3
+# Inches: a panel's axes, what is around them, and the room for a line's name, with each letter of it.
+_AXES, _LEFT, _BOTTOM, _TOP, _NAME, _LETTER = (2.4, 2.5), 0.6, 0.45, 0.3, 0.3, 0.075
 _NAME_POINTS = 10.5  # between two names
 
 
@@ -57,7 +57,7 @@ def draw(panels: Sequence[Panel], methods: Sequence[str], ratios: Sequence[float
     import matplotlib
     from matplotlib.figure import Figure
 
-    cell = _LEFT + _AXES[0] + _NAMES
+    cell = _LEFT + _AXES[0] + _NAME + _LETTER * max(map(len, methods))
     width, height = cell * len(panels), _BOTTOM + _AXES[1] + _TOP
     styles = {method: _STYLES[i % len(_STYLES)] for i, method in enumerate(methods)}
     with matplotlib.rc_context(_RC):
@@ -119,7 +119,7 @@ def _name(axes: Any, ends: list[tuple[str, str, float, float]]) -> None:
     for k, (name, colour, x, y) in enumerate(ends):
         aside = (axes.bbox.x1 - axes.transData.transform((x, y))[0]) / points + 12
         axes.annotate(
-            name.replace("_", " "), (x, y), (aside, wanted[k] - heights[k]), textcoords="offset points",
+            name, (x, y), (aside, wanted[k] - heights[k]), textcoords="offset points",
             color=colour, va="center", fontsize=8.5, annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": "#aaaaaa", "linewidth": 0.4, "shrinkA": 0, "shrinkB": 4,
                         "relpos": (0, 0.5)},

@@ -203,7 +203,7 @@ def _direction(rows: _Rows) -> Section | None:
         return None
     kinds = {
         "direction_error": "1 − cos, mean over rows",
-        "weighted_direction_error": "1 − cos, mean over tokens as they are read",
+        "weighted_direction_error": "1 − cos, mean over tokens read",
     }
     panels = [figures.Panel(title, rows.lines("table", f"result.{key}")) for key, title in kinds.items()]
     columns = [
