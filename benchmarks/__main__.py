@@ -13,6 +13,7 @@ BENCHMARKS = {
     "train": "the autoencoder's steps beside plain loops: time, share of the GEMM floor, peak memory",
     "direction": "the direction solver beside a Gram matrix, SVD and the paper's recipe: time, quality, gap",
     "methods": "SVD, PCA and the paper's autoencoder on a real table: quality and seconds",
+    "reference_models": "a small BERT and a small GPT, trained on text of this installation, into the cache",
     "import_time": "what `import embkern` costs beyond torch",
     "plots": "pictures of the figures of gather_project and train",
     "gpu_check": "on a CUDA machine: build, GPU tests, GPU benchmarks, tuner, in one results file",

@@ -1,0 +1,286 @@
+"""The reference models: no text in two splits, models that transformers loads, runs that can be continued."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import random
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+from benchmarks import installed_text, reference_models
+from benchmarks.installed_text import Document, installed_documents, split
+from embkern.cache import cache_directory
+
+LOADERS = {"bert": AutoModelForMaskedLM, "gpt": AutoModelForCausalLM}
+TINY = reference_models.Recipe(steps=30, batch=4, layers=1, width=32, vocabulary=400, learning_rate=1e-2)
+
+WORDS = """
+    the of and in to a was for on cat river dog garden horse mountain otter harbour raven kitchen whale forest
+    lizard station spider library badger meadow falcon island
+"""
+
+
+def tale(seed: int) -> str:
+    """Thirty words; the first ones of the list are in most places."""
+    draw = random.Random(seed)
+    words = WORDS.split()
+    words = [words[int(len(words) * draw.random() ** 2)] for _ in range(30)]
+    return f"Number {seed}: {' '.join(words)}."
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """The text of two hundred documents."""
+    root = tmp_path_factory.mktemp("root")
+    documents = [Document("tales", str(n), [tale(2 * n), tale(2 * n + 1)]) for n in range(200)]
+    reference_models.write_text(root / "text", documents, held_out_chars=2500, train_chars=10**6)
+    return root / "text"
+
+
+@pytest.fixture
+def root(text, tmp_path):
+    (tmp_path / "text").symlink_to(text)
+    return tmp_path
+
+
+def weights(root, name):
+    return LOADERS[name].from_pretrained(root / name).state_dict()
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_trained_model_is_one_that_transformers_loads(root, name):
+    facts = reference_models.train(name, root, TINY, command="the command")
+    assert facts["valid_losses"][-1][1] < facts["valid_losses"][0][1] - 0.3
+    assert facts["valid_perplexity"] < facts["unigram_perplexity"] * 1.5
+    assert json.loads((root / name / "reference.json").read_text()) == facts
+    assert not (root / f"{name}.checkpoint").exists()
+
+    model, loading = LOADERS[name].from_pretrained(root / name, output_loading_info=True)
+    assert not any(loading.values()), "no weight is missing, unexpected or of another shape"
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    tokenizer = AutoTokenizer.from_pretrained(root / name)
+    assert len(tokenizer) == model.config.vocab_size == len(model.get_input_embeddings().weight)
+    sentence = tale(3)
+    assert tokenizer.unk_token_id not in tokenizer(sentence, add_special_tokens=False)["input_ids"]
+    decoded = tokenizer.decode(tokenizer(sentence)["input_ids"], skip_special_tokens=True)
+    expected = sentence.lower() if name == "bert" else sentence
+    assert "".join(decoded.split()) == "".join(expected.split())
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_tokenizer_depends_on_the_text_alone(name):
+    texts = [tale(seed) for seed in range(50)]
+    vocabularies = [reference_models.KINDS[name].tokenizer(texts, 350).get_vocab() for _ in range(3)]
+    assert vocabularies[0] == vocabularies[1] == vocabularies[2]
+    assert len(vocabularies[0]) > 100
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_run_can_be_repeated_and_an_interrupted_one_continued(root, name, monkeypatch):
+    recipe = dataclasses.replace(TINY, steps=12)
+    reference_models.train(name, root, recipe)
+    expected = weights(root, name)
+
+    batch_at = reference_models.batch_at
+
+    def interrupted(step, *args):
+        if step == 7:
+            raise KeyboardInterrupt
+        return batch_at(step, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reference_models, "batch_at", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            reference_models.train(name, root, recipe)
+    steps = []
+    monkeypatch.setattr(
+        reference_models, "batch_at", lambda step, *a: steps.append(step) or batch_at(step, *a)
+    )
+    reference_models.train(name, root, recipe)
+    assert steps == list(range(7, 12))
+    continued = weights(root, name)
+    assert all(torch.equal(continued[each], expected[each]) for each in expected)
+
+    reference_models.train(name, root, dataclasses.replace(recipe, seed=1))
+    other = weights(root, name)
+    assert any(not torch.equal(other[each], expected[each]) for each in expected)
+
+
+def test_a_checkpoint_of_another_recipe_is_not_continued(root):
+    kind, tokenizer = reference_models.KINDS["gpt"], reference_models.gpt_tokenizer(["a b"], 300)
+    training = reference_models.Training(kind, TINY, tokenizer, "cpu")
+    training.save(root / "checkpoint", {"recipe": 1})
+    training.progress = {"step": 5}
+    training.resume(root / "checkpoint", {"recipe": 2})
+    assert training.progress == {"step": 5}
+
+
+def test_masks_spare_special_tokens_and_hit_the_share_that_is_meant():
+    tokenizer = reference_models.bert_tokenizer([tale(1)], 100)
+    seen = {}
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.any = torch.nn.Parameter(torch.zeros(1))
+            self.cls = lambda hidden: torch.zeros(len(hidden), len(tokenizer))
+
+        def bert(self, ids):
+            seen["ids"] = ids
+            return type("Output", (), {"last_hidden_state": ids[..., None].float()})
+
+    blocks = torch.randint(5, len(tokenizer), (400, 128))
+    blocks[:, 0] = tokenizer.cls_token_id
+    for model, share in (
+        (Model(), reference_models.MASKED_IN_TRAINING),
+        (Model().eval(), reference_models.MASKED),
+    ):
+        losses, ids = reference_models.bert_loss(model, blocks, tokenizer, torch.Generator().manual_seed(0))
+        assert len(losses) == len(ids) == pytest.approx(share * 400 * 127, rel=0.05)
+        assert torch.equal(seen["ids"][:, 0], blocks[:, 0])
+        assert (seen["ids"] == tokenizer.mask_token_id).sum() == pytest.approx(0.8 * len(ids), rel=0.05)
+        changed = (seen["ids"] != blocks).sum()
+        assert changed == pytest.approx(0.9 * len(ids), rel=0.05)
+
+
+def test_the_rate_warms_up_and_falls_to_zero():
+    rates = [reference_models.rate_at(step, TINY) for step in range(TINY.steps)]
+    assert max(rates) == 1 == rates[1]
+    assert rates[0] == 0.5
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+    assert 0 < rates[-1] < 0.05
+
+
+def test_every_block_is_seen_once_an_epoch():
+    blocks = torch.arange(10)[:, None]
+    recipe = reference_models.Recipe(steps=5, batch=4)
+    seen = (
+        torch.cat([reference_models.batch_at(step, blocks, recipe) for step in range(5)]).flatten().tolist()
+    )
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert seen[:10] != seen[10:]
+
+
+def test_the_command_trains_what_is_not_there(root, capsys, monkeypatch):
+    (root / "reference").mkdir()
+    (root / "text").rename(root / "reference" / "text")
+    monkeypatch.setattr(reference_models, "Recipe", lambda steps, **_: dataclasses.replace(TINY, steps=steps))
+    arguments = ["--models", "gpt", "--steps", "2", "--cache", str(root)]
+    reference_models.main(arguments)
+    assert "gpt: validation perplexity" in capsys.readouterr().out
+    written = (root / "reference" / "gpt" / "reference.json").read_text()
+    assert json.loads(written)["command"] == " ".join(["python -m benchmarks reference_models", *arguments])
+    reference_models.main(arguments)
+    assert "is in" in capsys.readouterr().out
+    assert (root / "reference" / "gpt" / "reference.json").read_text() == written
+    reference_models.main([*arguments, "--overwrite"])
+    assert (root / "reference" / "gpt" / "reference.json").read_text() != written
+
+
+def test_splits_are_of_different_documents_without_near_copies():
+    documents = [Document("tales", str(n), [tale(2 * n), tale(2 * n + 1)]) for n in range(100)]
+    copy = documents[3].paragraphs[0]
+    documents += [
+        Document("copies", str(n), [f"{copy} And this is added, for the copy {n}."]) for n in range(20)
+    ]
+    splits = split(documents, held_out_chars=2000, train_chars=10**6)
+    document_of = {text: document for document in documents for text in document.paragraphs}
+    test, valid, train = (
+        {(document_of[text].source, document_of[text].name) for text in texts}
+        for texts in (splits.test, splits.valid, splits.train)
+    )
+    assert test
+    assert valid
+    assert train
+    assert len(test | valid | train) == len(test) + len(valid) + len(train)
+    every = [text for texts in splits.named().values() for text in texts]
+    assert sum(text.startswith(copy) for text in every) == 1
+    assert split(documents[::-1], held_out_chars=2000, train_chars=10**6) == splits
+    assert sum(splits.sources.values()) == sum(map(len, every))
+
+
+PROSE = "This is what the function does when it is called with a list of the names of files."
+MODULE = f'''# {PROSE.replace("function", "comment")[:40]}
+# {PROSE.replace("function", "comment")[40:]}
+
+class C:
+    """{PROSE}
+
+    >>> it is what it is and there is no prose in it, as it is to be run by the machine.
+    """
+    assigned = """{PROSE.replace("function", "string")}"""
+'''
+MANUAL = rf""".\" a comment
+.TH LS 1
+.SH NAME
+ls \- list
+.PP
+{PROSE[:40]}
+.BR {PROSE.split()[0]} (2)
+{PROSE[40:].replace("names", chr(92) + "fBnames" + chr(92) + "fR").replace(".", " " + chr(92) + "(em all.")}
+.nf
+{PROSE}
+.fi
+"""
+
+
+def test_documents_are_the_prose_of_an_installation(tmp_path, monkeypatch):
+    (tmp_path / "lib" / "tests").mkdir(parents=True)
+    (tmp_path / "lib" / "module.py").write_text(MODULE)
+    (tmp_path / "lib" / "tests" / "test.py").write_text(MODULE)
+    (tmp_path / "lib" / "latin.py").write_bytes(b"# \xe9\n" + MODULE.encode())
+    (tmp_path / "README.gz").write_bytes(gzip.compress(f"{PROSE}\n\nx = 1\n\n{PROSE.upper()}\n".encode()))
+    (tmp_path / "broken.gz").write_bytes(b"no gzip")
+    (tmp_path / "ls.1.gz").write_bytes(gzip.compress(MANUAL.encode()))
+    (tmp_path / "mdoc.1.gz").write_bytes(gzip.compress(f".Dd today\n{PROSE}\n".encode()))
+    (tmp_path / "index.html").write_text(f"<h1>No</h1><P class=x>{PROSE.replace('list', '<b>list</b>')}</P>")
+    found = {
+        pattern: {document.name: document.paragraphs for document in installed_documents()}
+        for pattern, reader in (
+            ("lib/**/*.py", installed_text._python),
+            ("*.html", installed_text._html),
+            ("README*", installed_text._plain),
+            ("broken*", installed_text._plain),
+            ("*.1.gz", installed_text._manual),
+        )
+        if not monkeypatch.setattr(
+            installed_text, "_sources", lambda p=pattern, r=reader: iter([("any", tmp_path, p, r)])
+        )
+    }
+    assert found == {
+        "lib/**/*.py": {"lib/module.py": [PROSE, PROSE.replace("function", "comment")]},
+        "*.html": {"index.html": [PROSE]},
+        "README*": {"README.gz": [PROSE, PROSE.upper()]},
+        "broken*": {},
+        "*.1.gz": {"ls.1.gz": [f"{PROSE[:40]} This(2) {PROSE[40:].removesuffix('.').strip()} -- all."]},
+    }
+
+
+def test_this_installation_has_documents():
+    first = next(installed_documents())
+    assert first.source == "standard library"
+    assert all(installed_text.SHORTEST <= len(each) <= installed_text.LONGEST for each in first.paragraphs)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"EMBKERN_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, "/a"),
+        ({"EMBKERN_CACHE": "~/a"}, "/home/me/a"),
+        ({"EMBKERN_CACHE": "", "XDG_CACHE_HOME": "/b"}, "/b/embkern"),
+        ({"XDG_CACHE_HOME": "relative"}, "/home/me/.cache/embkern"),
+        ({}, "/home/me/.cache/embkern"),
+    ],
+)
+def test_the_cache_is_where_the_variables_say(monkeypatch, variables, expected):
+    for name in ("EMBKERN_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"HOME": "/home/me", **variables}.items():
+        monkeypatch.setenv(name, value)
+    assert cache_directory().as_posix() == expected
