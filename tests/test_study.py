@@ -25,9 +25,10 @@ from embkern import study
 from embkern.api import load_model, model_bytes
 from embkern.evaluate.perplexity import perplexity
 from embkern.methods import METHODS
+from embkern.study.document import value_at
 from embkern.study.figures import spread
 from embkern.study.measures import find_words, typical_words
-from embkern.study.report import value_at, visible, write_report
+from embkern.study.report import visible, write_report
 from embkern.study.rows import Row
 from embkern.text import read_texts
 

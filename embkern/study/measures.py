@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..api import model_bytes, save
 from ..evaluate import compare_tables, embed_sentences, sentence_fidelity
-from ..evaluate.perplexity import TableSwap, evaluate_perplexity, kind_of, perplexity
+from ..evaluate.perplexity import PerplexityReport, TableSwap, evaluate_perplexity, kind_of
 from ..evaluate.sentences import pooling_of
 from ..layer import layer_of
 from ..methods import METHODS
@@ -118,7 +118,7 @@ class Candidate:
     """What a method made of the table.
 
     Attributes:
-        name: of the method and the ratio, for people and for a directory.
+        name: of the method and the ratio, for people.
         table: Factors, a PackedTable, or what a neighbour makes.
         seconds: the method took.
     """
@@ -232,19 +232,22 @@ def no_perplexity(model: PreTrainedModel) -> str | None:
 
 def measure_dense_perplexity(subject: Subject) -> dict[str, Any]:
     """Measure the perplexity of the dense model."""
-    assert subject.tokenizer is not None
-    found = perplexity(subject.model, subject.tokenizer, subject.texts(), progress=False, **subject.protocol)
-    return found.model_dump()
+    report = _perplexity(subject)
+    assert report.model is not None
+    return {"settings": report.settings.model_dump(), **report.model.model_dump()}
 
 
 def measure_perplexity(subject: Subject, candidate: Candidate) -> dict[str, Any]:
     """Measure it where the table is looked up compressed, and where a tied head uses it as well."""
-    assert subject.tokenizer is not None
-    report = evaluate_perplexity(
-        subject.model, subject.tokenizer, subject.texts(), {candidate.name: candidate.table},
-        own=False, progress=False, **subject.protocol,
-    )  # fmt: skip
+    report = _perplexity(subject, {candidate.name: candidate.table}, own=False)
     return {"settings": report.settings.model_dump(), **report.tables[0].model_dump()}
+
+
+def _perplexity(subject: Subject, tables: Any = None, own: bool = True) -> PerplexityReport:
+    assert subject.tokenizer is not None
+    return evaluate_perplexity(
+        subject.model, subject.tokenizer, subject.texts(), tables, own=own, progress=False, **subject.protocol
+    )
 
 
 def measure_lookup(subject: Subject, candidate: Candidate) -> dict[str, Any]:
@@ -309,10 +312,10 @@ def save_model(subject: Subject, candidate: Candidate) -> dict[str, Any]:
     assert subject.models is not None
     model = copy.deepcopy(subject.model)
     install(model, find_table(model), candidate.table, candidate.recipe)
-    directory = subject.models / candidate.name
+    directory = subject.models / re.sub(r"[^\w.=-]", "-", candidate.name)
     save(model, directory, source=subject.source, tokenizer=subject.tokenizer)
     files = {each.name: each.stat().st_size for each in sorted(directory.iterdir()) if each.is_file()}
-    return {"directory": f"{subject.models.name}/{candidate.name}", "files": files}
+    return {"directory": f"{subject.models.name}/{directory.name}", "files": files}
 
 
 def typical_words(frequencies: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
