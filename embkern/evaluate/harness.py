@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field
 
 from ..api import load_model, load_tokenizer
 from ..report import public_name
-from .tasks import quiet_libraries, require
+from .tasks import not_loaded, quiet_libraries, require
 
 
 class HarnessScore(BaseModel):
@@ -163,8 +163,11 @@ def run_mteb(
     metrics = {task.metadata.name: task.metadata.main_score for task in asked}
 
     def run(name: str) -> dict[str, Any]:
-        load_model(name)  # its errors say what is wrong
-        found = mteb.evaluate(encoder(name, device=device), asked, **settings, **options)
+        try:
+            live = encoder(name, device=device)
+        except Exception as error:  # many kinds, as transformers'
+            raise not_loaded(name, error) from error
+        found = mteb.evaluate(live, asked, **settings, **options)
         tasks = {each.task_name: {**each.to_dict(), "score": each.get_score()} for each in found.task_results}
         return json.loads(json.dumps(tasks, default=str))
 

@@ -108,15 +108,20 @@ def load_with_head(kind: str, name: str, **config: Any) -> PreTrainedModel:
         auto = getattr(transformers, kind)
         model, info = auto.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **config)
     except Exception as error:  # transformers and safetensors raise many kinds; all mean the same here
-        if Path(name).exists():
-            raise ValueError(f"model: {name} cannot be loaded: {_reason(error)}") from error
-        raise FileNotFoundError(
-            f"model: {name!r} is neither a directory here nor to be had from the hub: {_reason(error)}"
-        ) from error
+        raise not_loaded(name, error) from error
     table = next(key for key, each in model.named_modules() if each is input_embeddings(model))
     if lost := [key for key in info["missing_keys"] if key.startswith(f"{table}.")]:
         raise ValueError(f"model: {name} does not hold {', '.join(lost)}; is it of another architecture?")
     return model
+
+
+def not_loaded(name: str, error: Exception) -> Exception:
+    """Return what to raise where a library fails to load a model."""
+    if Path(name).exists():
+        return ValueError(f"model: {name} cannot be loaded: {_reason(error)}")
+    return FileNotFoundError(
+        f"model: {name!r} is neither a directory here nor to be had from the hub: {_reason(error)}"
+    )
 
 
 # ---- records ---------------------------------------------------------------------------------------------
