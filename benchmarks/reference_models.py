@@ -83,8 +83,8 @@ def bert_tokenizer(texts: Sequence[str], vocabulary: int) -> Any:
         vocab_size=vocabulary,
         initial_alphabet=letters,
         limit_alphabet=len(letters),
-        # The trainer numbers the pieces within words in an order that differs between runs, and numbers decide
-        # ties; but what is special it numbers first, as given. Only the names go on to the tokenizer below.
+        # The trainer numbers the pieces within words in an order that differs between runs, and numbers
+        # decide ties; what is special it numbers first, as given. Only names go on to the tokenizer below.
         special_tokens=[*BERT_SPECIAL, *(f"##{letter}" for letter in letters if not letter.isspace())],
         show_progress=False,
     )

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 
 from benchmarks import installed_text, reference_models
 from benchmarks.installed_text import Document, installed_documents, split
-from embkern.cache import cache_directory
 
 LOADERS = {"bert": AutoModelForMaskedLM, "gpt": AutoModelForCausalLM}
 TINY = reference_models.Recipe(steps=30, batch=4, layers=1, width=32, vocabulary=400, learning_rate=1e-2)
@@ -266,21 +265,3 @@ def test_this_installation_has_documents():
     first = next(installed_documents())
     assert first.source == "standard library"
     assert all(installed_text.SHORTEST <= len(each) <= installed_text.LONGEST for each in first.paragraphs)
-
-
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({"EMBKERN_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, "/a"),
-        ({"EMBKERN_CACHE": "~/a"}, "/home/me/a"),
-        ({"EMBKERN_CACHE": "", "XDG_CACHE_HOME": "/b"}, "/b/embkern"),
-        ({"XDG_CACHE_HOME": "relative"}, "/home/me/.cache/embkern"),
-        ({}, "/home/me/.cache/embkern"),
-    ],
-)
-def test_the_cache_is_where_the_variables_say(monkeypatch, variables, expected):
-    for name in ("EMBKERN_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {"HOME": "/home/me", **variables}.items():
-        monkeypatch.setenv(name, value)
-    assert cache_directory().as_posix() == expected
