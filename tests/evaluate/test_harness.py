@@ -209,7 +209,7 @@ def test_options_behind_two_dashes():
         "--limit=0.5",
         "--apply-chat-template",
         "--gen_kwargs",
-        "temperature=0,top_p=1",
+        "top_k=1,top_p=1",
     ]
     assert parse_options(words) == {
         "num_fewshot": 5,
