@@ -209,6 +209,20 @@ def test_a_sentence_encoder_has_no_perplexity_and_a_neighbour_no_model(models, t
     assert "## Perplexity" not in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
+def test_a_tied_head_that_cannot_decode_is_a_reason_too(models, tmp_path):
+    done = study.compare(
+        models / "masked", output=tmp_path, ratios=[2], methods=["autoencoder:epochs=1,activation=elu"],
+        dataset=str(models / "text.txt"), keep_models=True, progress=False,
+    )  # fmt: skip
+    (row,) = [row for row in done.rows if row.reason]
+    assert row.measure == "saved"
+    assert "a tied head cannot decode through activation" in row.reason
+    found = done.rows[-2].result
+    assert found["input_only"]["tokens"] > 0
+    assert found["tied"] is None
+    assert results(done.rows, "table")[row.method, 2.0]["compressed_model_bytes"] is None
+
+
 # ---- the command -----------------------------------------------------------------------------------------
 
 

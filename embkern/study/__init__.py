@@ -22,7 +22,7 @@ from ..api import load_model, load_tokenizer, token_frequencies
 from ..evaluate import read_sentences
 from ..files import replacing
 from ..methods.base import check_table
-from ..model_table import find_table
+from ..model_table import UnsupportedModelError, find_table
 from ..report import public_name
 from . import measures
 from .asked import Asked
@@ -233,10 +233,14 @@ def _measured(plans: list[Plan], asked: Asked, subject: Subject, bar: tqdm | Non
                 failure = error
         for plan in group:
             _show(bar, f"{name} {plan.measure}")
-            started = time.perf_counter()
+            started, result = time.perf_counter(), None
             reason = str(failure).split("\n")[0] if failure else None
             if plan.measure == "perplexity":
                 reason = reason or measures.no_perplexity(subject.model)
+            try:
+                result = None if reason else _result(plan, subject, candidate)
+            except UnsupportedModelError as error:  # its tied head cannot decode through an activation
+                reason = str(error)
             yield Row(
                 id=plan.id,
                 measure=plan.measure,
@@ -244,7 +248,7 @@ def _measured(plans: list[Plan], asked: Asked, subject: Subject, bar: tqdm | Non
                 ratio=ratio,
                 depends=plan.depends,
                 command=asked.command(plan.id),
-                result=None if reason else _result(plan, subject, candidate),
+                result=result,
                 reason=reason,
                 passing=isinstance(failure, ImportError),
                 seconds=round(time.perf_counter() - started, 3),

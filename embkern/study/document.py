@@ -348,8 +348,18 @@ def _near(row: Row, index: int) -> Cell:
 
 
 def _missing(rows: _Rows) -> Section | None:
-    found = {(row.method, row.ratio): row for row in reversed(rows.study.rows) if row.reason is not None}
-    lines = [[*names_of(row), Cell(str(row.reason), row.id, "reason")] for row in reversed(found.values())]
-    cites = [row.id for row in reversed(found.values())]
-    table = Table(["method", "asked", "why"], lines, cites, names=3)
+    found: dict[tuple, list[Row]] = {}
+    for row in rows.study.rows:
+        if row.reason is not None:
+            found.setdefault((row.method, row.ratio, row.reason), []).append(row)
+    lines = [
+        [
+            *names_of(group[0]),
+            Cell(", ".join(row.measure for row in group)),
+            Cell(reason, group[0].id, "reason"),
+        ]
+        for (_, _, reason), group in found.items()
+    ]
+    cites = [group[0].id for group in found.values()]
+    table = Table(["method", "asked", "what", "why"], lines, cites, names=4)
     return Section("Not measured", tables=[table]) if found else None

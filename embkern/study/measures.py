@@ -23,10 +23,10 @@ from ..evaluate.perplexity import PerplexityReport, TableSwap, evaluate_perplexi
 from ..evaluate.sentences import pooling_of
 from ..layer import layer_of
 from ..methods import METHODS
-from ..model_table import find_table
+from ..model_table import UnsupportedModelError, find_table
 from ..report import tier_uses
 from ..text import read_texts
-from ..transformers import install
+from ..transformers import check_installable, install
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -132,8 +132,17 @@ class Candidate:
 
     @property
     def installable(self) -> bool:
-        """Whether a model can hold the table."""
+        """Whether the table is of a kind that models hold."""
         return METHODS[self.recipe.method].installable
+
+    @property
+    def fits(self) -> bool:
+        """Whether the model can hold the table, a tied head's place included."""
+        try:
+            check_installable(find_table(self.subject.model), self.recipe)
+        except UnsupportedModelError:
+            return False
+        return True
 
     @functools.cached_property
     def live(self) -> Any:
@@ -178,7 +187,7 @@ def measure_table(subject: Subject, candidate: Candidate) -> dict[str, Any]:
         "compressed_bytes": nbytes,
         "ratio": before / nbytes,
         "model_bytes": subject.bytes,
-        "compressed_model_bytes": subject.bytes - before + nbytes if candidate.installable else None,
+        "compressed_model_bytes": subject.bytes - before + nbytes if candidate.fits else None,
         "compress_seconds": round(candidate.seconds, 3),
         **comparison.model_dump(),
     }
