@@ -107,7 +107,9 @@ Methods = Annotated[
     list[str] | None, typer.Option(help="default: dense svd autoencoder allocate", metavar="NAME...")
 ]
 Ratio = Annotated[float, typer.Option(help="bytes of the table over bytes of what replaces it")]
-Seeds = Annotated[list[int] | None, typer.Option(help="several give mean and spread (default: 22)")]
+Seeds = Annotated[
+    list[int] | None, typer.Option(help="several give mean and spread (default: 22)", metavar="N...")
+]
 FreezeRule = Annotated[
     str,
     typer.Option(
@@ -115,7 +117,10 @@ FreezeRule = Annotated[
         "has for itself; basis and offset are trained) or table (all)"
     ),
 ]
-Data = Annotated[Path | None, typer.Option(help="directory of local data (default: the hub's)")]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="directory of train and validation .jsonl, .csv or .parquet (default: the hub's)"),
+]
 Counts = Annotated[Path | None, typer.Option(help="token frequencies: a file that `embkern count` wrote")]
 CountText = Annotated[
     str | None, typer.Option(help="text to count token frequencies in: file, directory or data set")

@@ -170,7 +170,7 @@ def fine_tune(
         max_eval_samples: take the first so many records of each split that is scored.
         eval_batch_size: of scoring.
         save_steps: steps between two checkpoints.
-        keep_models: save each cell's model too, in ``model`` of its directory.
+        keep_models: save the model of each cell that is run, in ``model`` of its directory.
         overwrite: run finished cells again.
         command: of the command line, kept with the cells that it ran.
         progress: show bars on stderr; None shows them on a terminal.
@@ -181,7 +181,7 @@ def fine_tune(
         FileNotFoundError: the model or the data cannot be had.
         ImportError: datasets, accelerate or scikit-learn is not installed.
     """
-    _check_names(methods, seeds, freeze)
+    _check_names(methods, ratio, seeds, freeze)
     _check_numbers(tasks=len(tasks), methods=len(methods), seeds=len(seeds), save_steps=save_steps,
                    eval_batch_size=eval_batch_size, max_train_samples=max_train_samples,
                    max_eval_samples=max_eval_samples)  # fmt: skip
@@ -230,10 +230,13 @@ def fine_tune(
     )
 
 
-def _check_names(methods: Sequence[str], seeds: Sequence[int], freeze: str) -> None:
+def _check_names(methods: Sequence[str], ratio: float, seeds: Sequence[int], freeze: str) -> None:
     known = [DENSE, *(name for name, method in METHODS.items() if method.installable)]
     if unknown := [method for method in methods if method not in known]:
         raise ValueError(f"methods: expected some of {', '.join(known)}, got {', '.join(unknown)}")
+    for method in methods:
+        if method != DENSE:
+            Recipe.parse(method=method, ratio=ratio)
     for name, values in (("methods", methods), ("seeds", seeds)):
         if len(set(values)) < len(values):
             raise ValueError(f"{name}: expected each once, got {', '.join(map(str, values))}")
@@ -275,7 +278,8 @@ class _Source:
 
     @cached_property
     def model_digest(self) -> str:
-        return _digest(self.name)
+        path = Path(self.name)
+        return _digest(*sorted(filter(Path.is_file, path.iterdir()))) if path.is_dir() else _digest(path)
 
     @cached_property
     def counts_digest(self) -> str:

@@ -56,7 +56,10 @@ def exact_match(answer: str, truth: str) -> float:
 
 
 def f1(answer: str, truth: str) -> float:
-    """Return the harmonic mean of precision and recall of the words that ``normalize_answer`` leaves."""
+    """Return the harmonic mean of precision and recall of the words that ``normalize_answer`` leaves.
+
+    0 where it leaves none on either side, as the official script of version 1.1 has it.
+    """
     words, wanted = normalize_answer(answer).split(), normalize_answer(truth).split()
     common = (Counter(words) & Counter(wanted)).total()
     return 2 * common / (len(words) + len(wanted)) if common else 0.0

@@ -128,6 +128,7 @@ def test_metrics_of_glue_are_those_computed_by_hand():
         ("red red", "red", 0, 2 * (1 / 2) * 1 / (1 / 2 + 1)),
         ("blue", "red", 0, 0),
         ("", "red", 0, 0),
+        ("the", "a", 1, 0),  # no word is left
     ],
 )
 def test_exact_match_and_f1(answer, truth, exact, f1):
@@ -396,6 +397,9 @@ def test_cells_follow_the_files_they_come_from(bert, data, tmp_path):
     (copy / "config.json").write_text("{}")
     assert finetune._Source(str(copy), data, None, None).model_digest != source.model_digest
     assert finetune._Source("of/hub", data, None, None).model_digest != source.model_digest
+    text = tmp_path / "text.txt"
+    text.write_text("good bad")
+    assert finetune._Source(str(bert), data, None, text).counts_digest != source.counts_digest
 
 
 def test_spread_is_the_sample_standard_deviation(learned):
