@@ -327,6 +327,26 @@ def test_an_interrupted_study_goes_on_and_ends_the_same(learned, bert, data, tmp
         assert all(torch.equal(ours[name], theirs[name]) for name in ours), "to the last bit"
 
 
+def test_a_study_that_was_killed_while_it_scored_only_scores(bert, data, tmp_path, monkeypatch):
+    trial = dict(epochs=2, max_train_samples=32, max_eval_samples=8, keep_models=True)
+    expected = study(bert, data, tmp_path / "whole", **trial)
+
+    def kill(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_round_as_stored", kill)
+        with pytest.raises(KeyboardInterrupt):
+            study(bert, data, tmp_path, **trial)
+    steps = []
+    monkeypatch.setattr(training._StepBar, "on_step_end", lambda *_, **__: steps.append(1))
+    again = study(bert, data, tmp_path, **trial)
+    assert not steps
+    assert again.scores == expected.scores
+    (ours,), (theirs,) = saved(again, tmp_path), saved(expected, tmp_path / "whole")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 @pytest.mark.parametrize(
     ("freeze", "trained"),
     [
