@@ -74,7 +74,7 @@ class GlueTask(Task):
         self.name, self.text_columns, self.metric, self.classes = name, text_columns, metric, classes
         self.splits = ("train", *evaluated)
         self._suffixes = [split.removeprefix("validation") for split in evaluated]
-        self.metrics = tuple(metric + suffix for suffix in self._suffixes for metric in metrics)
+        self.metrics = tuple(each + suffix for suffix in self._suffixes for each in metrics)
 
     def load_model(self, name: str) -> PreTrainedModel:
         """Return the model with a new classifier, or regressor."""
@@ -120,8 +120,8 @@ class GlueTask(Task):
             if not np.isfinite(logits).all():
                 raise ValueError(f"{self.name}: the model's predictions are not finite; training diverged")
             predictions = logits.argmax(-1) if self.classes > 1 else logits.reshape(-1)
-            for metric, value in self.metric(found.label_ids, predictions).items():
-                scores[metric + suffix] = 100 * float(value)
+            for name, value in self.metric(found.label_ids, predictions).items():
+                scores[name + suffix] = 100 * float(value)
         return scores
 
 

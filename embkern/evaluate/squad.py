@@ -91,7 +91,7 @@ def windows_of(
     windows = tokenizer(
         questions,
         batch["context"],
-        truncation="only_second",
+        truncation="only_second",  # the paragraph
         max_length=training.max_length,
         stride=training.stride,
         return_overflowing_tokens=True,
@@ -189,7 +189,7 @@ class SquadTask(Task):
             check_records(records, self.text_columns, ("answers",), f"squad, {split}")
         if not tokenizer.is_fast:
             raise ValueError("tokenizer: expected a fast one, which tells where in the text a token is from")
-        room = training.max_length - MAX_QUESTION_TOKENS - 3
+        room = training.max_length - MAX_QUESTION_TOKENS - tokenizer.num_special_tokens_to_add(pair=True)
         if training.stride >= room:
             raise ValueError(
                 f"stride: expected less than {room} tokens (max_length without a question of "
