@@ -58,7 +58,7 @@ def _markdown_table(table: Table) -> str:
     cited = table.cites is not None
     columns = max(map(len, table.lines))
     lines = [[*map(_plain, table.head or [""] * columns), *(["row"] if cited else [])]]
-    lines.append(["---" if i < table.names else "---:" for i in range(columns)] + ["---"] * cited)
+    lines.append(["---:" if cited and i >= table.names else "---" for i in range(columns)] + ["---"] * cited)
     for i, cells in enumerate(table.lines):
         cite = [_markdown_cell(Cell(cites=table.cites[i]))] if table.cites else []
         empty = [""] * (columns - len(cells))
