@@ -67,6 +67,9 @@ def perplexity(
     stride: Annotated[
         int | None, typer.Option(help="causal: tokens by which windows slide; half of their length")
     ] = None,
+    separator: Annotated[
+        str | None, typer.Option(help="causal: newline between texts (default), or eos behind each")
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="read so many tokens of the text")] = None,
     batch_size: Annotated[int | None, typer.Option(help="windows at once, 8 by default")] = None,
     device: Annotated[str | None, typer.Option(help="such as cuda; the CPU by default")] = None,
@@ -81,7 +84,8 @@ def perplexity(
 
     flags: dict[str, Any] = {
         "seed": seed, "masking": masking, "mask_probability": mask_probability, "line_filter": line_filter,
-        "max_length": max_length, "stride": stride, "max_tokens": max_tokens, "batch_size": batch_size,
+        "max_length": max_length, "stride": stride, "separator": separator, "max_tokens": max_tokens,
+        "batch_size": batch_size,
     }  # fmt: skip
     run = measure_perplexity(
         models, dataset, against=against, device=device, dtype=dtype, errors=errors,

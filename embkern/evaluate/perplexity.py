@@ -30,7 +30,7 @@ from ..methods.base import Options, parse_options
 from ..model_table import ModelTable, find_table, input_embeddings
 from ..packed import PackedTable
 from ..text import read_texts
-from .windows import LineFilter, Masking, Window, causal_windows, masked_windows
+from .windows import LineFilter, Masking, Separator, Window, causal_windows, masked_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,6 +59,10 @@ class PerplexitySettings(Options):
     )
     stride: int | None = Field(
         None, ge=1, description="causal: tokens by which windows slide; by default half of max_length"
+    )
+    separator: Separator | None = Field(
+        None,
+        description="causal: newline between texts, the default, or eos, the end-of-text token, behind each",
     )
     mask_probability: float = Field(0.15, gt=0, lt=1, description="masked: share of the tokens")
     masking: Masking = Field(
@@ -321,15 +325,17 @@ def _resolved(
     if length > longest:
         raise ValueError(f"max_length: expected at most the model's {longest}, got {length}")
     if kind == "masked":
-        if settings.stride is not None:
-            raise ValueError("stride: expected with causal models only; a masked one reads text by text")
+        for name in ("stride", "separator"):
+            if getattr(settings, name) is not None:
+                raise ValueError(f"{name}: expected with causal models only; a masked one reads text by text")
         return settings.model_copy(update={"max_length": length})
     if settings.line_filter is not None:
         raise ValueError("line_filter: expected with masked models only; a causal one reads all texts as one")
     stride = settings.stride or max(1, length // 2)
     if stride > length:
         raise ValueError(f"stride: expected at most max_length ({length}), got {stride}")
-    return settings.model_copy(update={"max_length": length, "stride": stride})
+    separator = settings.separator or "newline"
+    return settings.model_copy(update={"max_length": length, "stride": stride, "separator": separator})
 
 
 def _longest(model: PreTrainedModel) -> int:
@@ -567,8 +573,14 @@ def _windows(
     assert length is not None, "filled in by _resolved"
     if kind == "causal":
         assert stride is not None, "as above"
+        assert settings.separator is not None, "as above"
         return causal_windows(
-            texts, tokenizer, max_length=length, stride=stride, max_tokens=settings.max_tokens
+            texts,
+            tokenizer,
+            max_length=length,
+            stride=stride,
+            separator=settings.separator,
+            max_tokens=settings.max_tokens,
         )
     return masked_windows(
         texts,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 Masking = Literal["80-10-10", "mask"]
 LineFilter = Literal["authors"]
+Separator = Literal["newline", "eos"]
 
 TOKENIZED_AT_ONCE = 1 << 18  # characters: a tokenizer holds some 100 bytes for each
 AUTHORS_SHORTEST = 20  # tokens of a line that their filter keeps
@@ -135,16 +137,22 @@ def causal_windows(
     *,
     max_length: int,
     stride: int,
+    separator: Separator = "newline",
     max_tokens: int | None = None,
 ) -> Iterator[Window]:
-    """Yield windows that slide by ``stride`` over all texts, joined by newlines, as one text.
+    """Yield windows that slide by ``stride`` over all texts, joined to one.
 
     Every token but the first is predicted once, after ``max_length - stride`` tokens of context or more. With
     ``stride == max_length`` the first token of each window has no context and is not predicted.
+
+    Raises:
+        ValueError: the tokenizer has no end-of-text token to separate by.
     """
+    if separator == "eos" and tokenizer.eos_token_id is None:
+        raise ValueError("separator: expected newline, as the tokenizer has no end-of-text token; got eos")
     window: list[int] = []
     fresh = 0  # tokens at its end that no window before had
-    for token in itertools.islice(_joined(texts, tokenizer), max_tokens):
+    for token in itertools.islice(_joined(texts, tokenizer, separator), max_tokens):
         window.append(token)
         fresh += 1
         if len(window) == max_length:
@@ -160,16 +168,21 @@ def _predicting(window: Sequence[int], fresh: int) -> Window:
     return Window(ids, targets - 1, ids[targets], fresh)
 
 
-def _joined(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
+def _joined(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, separator: Separator) -> Iterator[int]:
     """Yield the ids of all texts, after what the tokenizer puts before a text (BOS)."""
     probe = tokenizer("a", return_special_tokens_mask=True)
     marked = zip(probe["input_ids"], probe["special_tokens_mask"], strict=True)
     yield from (id for id, special in itertools.takewhile(lambda pair: pair[1], marked))
+    plain = functools.partial(tokenizer, add_special_tokens=False, truncation=False, verbose=False)
     newline = ""
     for batch in _together(texts):
-        text = newline + "\n".join(batch)
-        yield from tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
-        newline = "\n"
+        if separator == "eos":
+            for ids in plain(batch)["input_ids"]:
+                yield from ids
+                yield tokenizer.eos_token_id
+        else:
+            yield from plain(newline + "\n".join(batch))["input_ids"]
+            newline = "\n"
 
 
 def _together(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -197,6 +198,17 @@ def test_causal_windows_predict_every_token_once(length, stride, tokenizer):
     assert predicted == [i for i in range(len(ids)) if i not in without]
 
 
+def test_texts_may_end_with_their_own_token(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    with pytest.raises(ValueError, match="separator: expected newline, as the tokenizer has no end-of-text"):
+        list(causal_windows(TEXTS, tokenizer, max_length=99, stride=99, separator="eos"))
+    tokenizer.eos_token = "[PAD]"
+    (window,) = causal_windows(TEXTS[:2], tokenizer, max_length=9999, stride=99, separator="eos")
+    one, other = (tokenizer(text, add_special_tokens=False).input_ids for text in TEXTS[:2])
+    assert window.ids.tolist() == [tokenizer.cls_token_id, *one, 0, *other, 0]
+    assert len(window.targets) == len(window.ids) - 1
+
+
 def test_texts_are_read_as_far_as_asked(tokenizer):
     endless = itertools.cycle(TEXTS)
     windows = masks(endless, tokenizer, max_tokens=500)
@@ -342,6 +354,7 @@ def test_models_without_a_perplexity_are_refused(name, message, tokenizer):
         ("bert", {"max_length": 65}, "max_length: expected at most the model's 64, got 65"),
         ("roberta", {"max_length": 64}, "max_length: expected at most the model's 63, got 64"),
         ("bert", {"stride": 3}, "stride: expected with causal models only"),
+        ("bert", {"separator": "eos"}, "separator: expected with causal models only"),
         ("gpt2", {"stride": 65}, r"stride: expected at most max_length \(64\), got 65"),
         ("gpt2", {"line_filter": "authors"}, "line_filter: expected with masked models only"),
         ("bert", {"mask_probability": 1.5}, "perplexity: mask_probability: .* got 1.5"),
