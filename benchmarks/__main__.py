@@ -18,6 +18,7 @@ BENCHMARKS = {
     "plots": "pictures of the figures of gather_project and train",
     "gpu_check": "on a CUDA machine: build, GPU tests, GPU benchmarks, tuner, in one results file",
     "nvcc_report": "registers, spills and shared memory of the CUDA kernels, by nvcc and without a GPU",
+    "trellis_levels": "finds the levels of the trellises of packed tables, and tells their error",
     "tune_gather_project": "on a CUDA machine: the tile sizes of the Triton kernels",
 }
 

@@ -208,8 +208,8 @@ class Bench(Report):
 
     def _heads(self, table: PackedTable) -> dict[str, Callable[[Tensor], Tensor]]:
         device = self.options.device
-        dense, head = self.dense.to(device), PackedEmbedding.from_table(table.to(device, torch.float32)).head()
-        half = dense.bfloat16()
+        dense = self.dense.to(device)
+        head, half = PackedEmbedding.from_table(table.to(device, torch.float32)).head(), dense.bfloat16()
         return {
             "dense-fp32": lambda hidden: F.linear(hidden, dense),
             "dense-bf16": lambda hidden: F.linear(hidden.bfloat16(), half),

@@ -11,6 +11,7 @@ STABLE_TORCH_LIBRARY_IMPL(embkern, CPU, m) {
   m.impl("gather_project_backward.native", TORCH_BOX(&embkern::gather_project_backward));
   m.impl("gather_decode_forward.native", TORCH_BOX(&embkern::gather_decode_forward));
   m.impl("quantize_rows.native", TORCH_BOX(&embkern::quantize_rows));
+  m.impl("quantize_trellis.native", TORCH_BOX(&embkern::quantize_trellis));
   m.impl("cosine_mse_forward.native", TORCH_BOX(&embkern::cosine_mse_forward));
   m.impl("autoencoder_forward.native", TORCH_BOX(&embkern::autoencoder_forward));
   m.impl("autoencoder_train.native", TORCH_BOX(&embkern::autoencoder_train));

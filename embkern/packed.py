@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .ops.gather_decode import check_packed, gather_decode
-from .ops.reference import GROUP, LEVEL_BITS, LEVEL_STEP
+from .ops.reference import GROUP, LEVEL_BITS, STATES
 from .tensor_file import TensorFormat
 
 TENSORS = ("records", "directory", "tiers", "levels", "scales", "basis", "offset")
@@ -57,7 +57,8 @@ class PackedTable:
     Rows lie one after the other in the order of their ids, so that no map from ids to places is stored: 4
     bits a row name its tier, the tier says how long the record is, and every 32 rows have a word that says
     where they begin. A record is bit planes of groups of 32 values: bit i of a group's word p is bit p of the
-    code of value i.
+    code of value i. Codes of up to 4 bits go through a trellis: levels by their state, which is the code and
+    those of the values before it in the group (``embkern.ops.reference.trellis_states``).
 
     Attributes:
         records, directory, tiers, levels: the codes and what they mean, as ``embkern.ops.gather_decode``
@@ -187,7 +188,7 @@ def packed_bytes(rows: Tensor, tiers: list[Tier], floats: int, basis_rows: int, 
     total = int(rows.sum())
     words = max(1, sum(int(count) * tier.words for count, tier in zip(rows.tolist(), tiers, strict=True)))
     groups = max([1, *(len(tier.bits) for tier in tiers)])
-    fixed = len(tiers) * (1 + groups) + 2 * LEVEL_BITS * 16 * 2
+    fixed = len(tiers) * (1 + groups) + LEVEL_BITS * STATES * 2
     return 4 * words + 20 * -(-total // GROUP) + fixed + floats * (total + basis_rows * embedding_dim)
 
 
@@ -207,7 +208,7 @@ def pack(
         tier_of: (V,) int64, the tier of every row.
         codes: per tier with rows, the codes (rows, 32 groups) uint8 of its rows in the order of their ids.
         tiers: up to 16.
-        levels: (2, 4, 16) of the format, int16.
+        levels: (4, 128) of the format, int16.
         scales: (V,), in one floating-point dtype with
         basis: (K, H) or None, and
         offset: (H,) or None.
@@ -266,10 +267,3 @@ def bit_planes(codes: Tensor, tier: Tier) -> Tensor:
 def _wrapped(words: Tensor) -> Tensor:
     """Whole numbers below 2^32 as int32 of the same bits."""
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
-
-
-def level_values(levels: Tensor, transform: bool, bits: int) -> Tensor:
-    """Values (2**bits,) of the codes of so many bits, ascending, in fp32."""
-    if bits > LEVEL_BITS:
-        return torch.arange(2**bits, dtype=torch.float32) - (2**bits - 1) / 2
-    return levels[int(transform), bits - 1, : 2**bits].float() * LEVEL_STEP

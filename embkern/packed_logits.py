@@ -68,7 +68,6 @@ def _by_values(hidden: Tensor, tensors: tuple[Any, ...], backend: Backend | None
     """
     *codes, scales, basis, offset = tensors
     decode = _Values(codes, scales, backend)
-    alike = torch.equal(*codes[3])  # levels of rows and coefficients: then one decoding serves both
     factors = [
         F.pad(each, (0, decode.width))[:, : decode.width]
         for each in (hidden, hidden @ basis.to(hidden.dtype).t())
@@ -76,10 +75,8 @@ def _by_values(hidden: Tensor, tensors: tuple[Any, ...], backend: Backend | None
     logits = hidden.new_empty(len(hidden), len(scales))
     ids = torch.arange(len(scales))
     for some, columns in zip(ids.split(_ROWS), logits.split(_ROWS, 1), strict=True):
-        plain = decode(some, 0).to(hidden.dtype)
-        coefficients = plain if alike else decode(some, 1).to(hidden.dtype)
-        products = factors[0] @ plain.t(), factors[1] @ coefficients.t()
-        torch.where(decode.in_basis[some], products[1], products[0], out=columns)
+        values = decode(some).to(hidden.dtype).t()
+        torch.where(decode.in_basis[some], factors[1] @ values, factors[0] @ values, out=columns)
     if offset is not None:
         logits += hidden @ offset.to(hidden.dtype).unsqueeze(1)
     return logits
@@ -95,9 +92,8 @@ class _Values:
         self.tiers = torch.cat([torch.zeros_like(tiers[:, :1]), tiers[:, 1:]], 1)  # no tier has a basis
         self.in_basis = tiers[:, 0].bool()[tiers_of_rows(self.directory)[: len(scales)]]
 
-    def __call__(self, ids: Tensor, kind: int) -> Tensor:
-        levels = self.levels[kind].expand_as(self.levels).contiguous()
-        codes = (self.records, self.directory, self.tiers, levels)
+    def __call__(self, ids: Tensor) -> Tensor:
+        codes = (self.records, self.directory, self.tiers, self.levels)
         return gather_decode(ids, *codes, self.scales, embedding_dim=self.width, backend=self.backend)
 
 
@@ -158,7 +154,7 @@ def _gradients(
             sums[1][some] = (gather_decode(some, *unscaled, **options) * upstream).sum(1)
         if values is not None:
             size = min(len(wide[2]), values.width)
-            coefficients = values(some, 1)[:, :size] * values.in_basis[some].unsqueeze(1)
+            coefficients = values(some)[:, :size] * values.in_basis[some].unsqueeze(1)
             sums[2][:size] += coefficients.t() @ upstream
         if needs[3]:
             sums[3] += upstream.sum(0)

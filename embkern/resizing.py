@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .factors import Factors
-from .ops.reference import GROUP
-from .packed import PackedTable, Tier, bit_planes, directory_of, level_values, words_of_rows
+from .ops.quantize_trellis import quantize_trellis
+from .ops.reference import GROUP, LEVEL_BITS, LEVEL_STEP, trellis_states
+from .packed import PackedTable, Tier, bit_planes, directory_of, words_of_rows
 
 _SCALES = 64  # tried for a new row
 _ROWS = 8192  # decoded at a time
@@ -85,16 +86,26 @@ def _nearest_record(table: PackedTable, tiers: list[Tier], row: Tensor) -> tuple
 
 def _quantized(levels: Tensor, tier: Tier, values: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and what they stand for, (S, 32 groups) at S scales, nearest to values (32 groups,)."""
-    known = [
-        level_values(levels, tier.transform, bits).double() if bits else torch.zeros(1).double()
-        for bits in tier.bits
-    ]
+    known = [_known_values(levels, bits) for bits in tier.bits]
     top = max([float(each.abs().max()) for each in known], default=0.0) or 1.0
     largest = max(values.abs().tolist(), default=0.0) or 1.0
     scales = largest / top * torch.logspace(-1, 0.2, _SCALES).double()
     codes, found = [torch.zeros(_SCALES, 0).long()], [torch.zeros(_SCALES, 0).double()]
-    for part, of_bits in zip(values.split(GROUP), known, strict=False):
-        nearest = (part / scales[:, None])[:, :, None].sub(of_bits).abs().argmin(2)
+    for part, bits, of_bits in zip(values.split(GROUP), tier.bits, known, strict=False):
+        if 0 < bits <= LEVEL_BITS:
+            rows, width = part.float().expand(_SCALES, -1), torch.tensor([bits], dtype=torch.uint8)
+            tried = scales.float().unsqueeze(1)
+            nearest = quantize_trellis(rows, None, width, levels, tried, needs_codes=True)[0].long()
+            found.append(of_bits[trellis_states(nearest, bits)])
+        else:
+            nearest = (part / scales[:, None])[:, :, None].sub(of_bits).abs().argmin(2)
+            found.append(of_bits[nearest])
         codes.append(nearest)
-        found.append(of_bits[nearest])
     return torch.cat(codes, 1), torch.cat(found, 1)
+
+
+def _known_values(levels: Tensor, bits: int) -> Tensor:
+    """What codes of so many bits can stand for, by the state of their trellis or by themselves."""
+    if 0 < bits <= LEVEL_BITS:
+        return levels[bits - 1].double() * LEVEL_STEP
+    return torch.arange(2**bits, dtype=torch.float64) - (2**bits - 1) / 2

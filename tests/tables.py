@@ -11,8 +11,24 @@ from torch import Tensor
 
 from embkern.methods import METHODS, Method
 from embkern.methods.base import Options
-from embkern.ops.reference import GROUP, LEVEL_STEP
-from embkern.packed import PackedTable, Tier, level_values, pack
+from embkern.ops.reference import GROUP, LEVEL_BITS, LEVEL_STEP, STATES
+from embkern.packed import PackedTable, Tier, pack
+
+
+def uniform_levels() -> Tensor:
+    """Levels (4, 128) that go by a value's own code alone, evenly from about -2 to 2."""
+    rows = []
+    for bits in range(1, LEVEL_BITS + 1):
+        own = (torch.arange(STATES) % 2**bits - (2**bits - 1) / 2) / 2 ** (bits - 1) * 2
+        rows.append((own / LEVEL_STEP).to(torch.int16))
+    return torch.stack(rows)
+
+
+def values_of(levels: Tensor, bits: int) -> Tensor:
+    """Values (2**bits,) float64 of codes of so many bits, at levels that go by the code alone."""
+    if bits > LEVEL_BITS:
+        return torch.arange(2**bits, dtype=torch.float64) - (2**bits - 1) / 2
+    return levels[bits - 1, : 2**bits].double() * LEVEL_STEP
 
 
 def packed_of(weight: Tensor, dtype: torch.dtype | None = None, offset: bool = True) -> PackedTable:
@@ -21,10 +37,7 @@ def packed_of(weight: Tensor, dtype: torch.dtype | None = None, offset: bool = T
     V, H = weight.shape
     groups = -(-H // GROUP)
     tiers = [*(Tier(False, (bits,) * groups) for bits in (8, 4, 2)), Tier(True, (4,))]
-    levels = torch.zeros(2, 4, 16, dtype=torch.int16)
-    for bits in range(1, 5):
-        uniform = (torch.arange(2**bits) - (2**bits - 1) / 2) / 2 ** (bits - 1) * 2
-        levels[:, bits - 1, : 2**bits] = (uniform / LEVEL_STEP).to(torch.int16)
+    levels = uniform_levels()
     mean = weight.double().mean(0) if offset else torch.zeros(H).double()
     basis = torch.linalg.qr(torch.randn(max(H, GROUP), GROUP, generator=torch.Generator().manual_seed(1)))[0]
     basis = basis.t()[:, :H].double()
@@ -34,7 +47,7 @@ def packed_of(weight: Tensor, dtype: torch.dtype | None = None, offset: bool = T
         rows = weight[ids].double() - mean
         values = rows @ torch.linalg.pinv(basis) if tier.transform else rows
         values = F.pad(values, (0, max(0, GROUP * len(tier.bits) - values.shape[1])))
-        of_bits = level_values(levels, tier.transform, tier.bits[0]).double()
+        of_bits = values_of(levels, tier.bits[0])
         largest = values.abs().amax(1).clamp_min(1e-30)
         scales[ids] = largest / of_bits.max()
         codes[index] = (values / scales[ids, None])[:, :, None].sub(of_bits).abs().argmin(2).to(torch.uint8)

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from embkern.packed import FORMAT, TENSORS, PackedTable, Tier, level_values, pack, packed_bytes
+from embkern.packed import FORMAT, TENSORS, PackedTable, Tier, pack, packed_bytes
 from embkern.tensor_file import checksum
 
 from .ops.test_gather_decode import every_tier, packed
@@ -29,7 +29,7 @@ def make(V=70, dtype=torch.float32, basis=True, offset=True, tiers=None) -> Pack
 
 
 def levels():
-    return torch.arange(128).view(2, 4, 16).to(torch.int16)
+    return torch.arange(512).view(4, 128).to(torch.int16)
 
 
 def test_a_record_is_planes_of_groups_one_row_after_the_other():
@@ -92,15 +92,16 @@ def test_tiers_are_described():
     assert make(tiers=written).described_tiers() == read
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_values_of_levels_are_those_that_are_decoded(bits):
-    for transform in (False, True):
-        codes = {0: torch.arange(2**bits).repeat(32)[: 2**bits * 32].view(2**bits, 32).to(torch.uint8)}
-        tier_of = torch.zeros(2**bits, dtype=torch.int64)
-        arguments = ([Tier(transform, (bits,))], levels(), torch.ones(2**bits), torch.eye(32), None, 32)
-        table = pack(tier_of, codes, *arguments)
-        values = level_values(table.levels, transform, bits)
-        assert torch.equal(table.to_dense(), values[codes[0].long()])
+def test_a_value_goes_by_its_code_and_those_before_it():
+    """Two codes of 2 bits in a group, one of them its last: the states of the values after them."""
+    codes = torch.zeros(1, 64, dtype=torch.uint8)
+    codes[0, 5], codes[0, 31] = 3, 1
+    arguments = ([Tier(False, (2, 2))], levels(), torch.ones(1), None, None, 64)
+    table = pack(torch.zeros(1, dtype=torch.int64), {0: codes}, *arguments)
+    states = torch.zeros(64)
+    states[5:9] = torch.tensor([3.0, 3 << 2, 3 << 4, (3 << 6) % 128])
+    states[[31, 0, 1, 2]] = torch.tensor([1.0, 1 << 2, 1 << 4, 1 << 6])
+    assert torch.equal(table.to_dense()[0] * 4096, 128 + states), "of 2 bits: the second row of levels"
 
 
 @pytest.mark.parametrize("V", [1, 32, 70])

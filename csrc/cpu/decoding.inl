@@ -1,42 +1,83 @@
 // Records of a packed table to values: bit planes are put together in registers, and codes of up to four bits
-// looked up by a shuffle of their 16 levels.
+// looked up among the 128 levels of their trellis, which two shuffles of 64 do.
 
 constexpr int kGroupVectors = 32 / kLanes<float>;
+constexpr int kStateBits = 7;  // of kTrellisStates
+constexpr float kLevelStep = 1.0f / 4096;
+
+// Bit BIT of what selects the values of a group: of the codes, or of a state, which is the codes of the values
+// before by the next bits. Those of a group's first value are its last ones, so that planes are turned round.
+template <int BITS, int BIT>
+EMBKERN_INLINE uint32_t selecting_plane(const int32_t* words) {
+  constexpr int kBefore = BITS <= 4 ? BIT / BITS : 0;
+  const uint32_t word = static_cast<uint32_t>(words[BIT - kBefore * BITS]);
+  if constexpr (kBefore == 0)
+    return word;
+  else
+    return word << kBefore | word >> (32 - kBefore);
+}
+
+// Calls use(BIT's number, plane) for the first COUNT of them.
+template <int BITS, class Use, int... BIT>
+EMBKERN_INLINE void for_planes(const int32_t* words, Use use, std::integer_sequence<int, BIT...>) {
+  (use(BIT, selecting_plane<BITS, BIT>(words)), ...);
+}
 
 // The 32 values of a group of BITS bits.
 template <int BITS>
-EMBKERN_INLINE void decode_group(const int32_t* words, const float* levels, Vector<float>* values) {
+EMBKERN_INLINE void decode_group(const int32_t* words, const int16_t* all_levels, Vector<float>* values) {
+  constexpr bool kTrellis = BITS <= 4;
   constexpr float kMiddle = ((1 << BITS) - 1) / 2.0f;
+  using Planes = std::make_integer_sequence<int, kTrellis ? kStateBits : BITS>;
+  const int16_t* levels = all_levels + (kTrellis ? kTrellisStates * (BITS - 1) : 0);
 #if defined(EMBKERN_AVX512)
-  __m256i bytes = _mm256_setzero_si256();  // 32 codes: half the work of 16 words at a time
-  EMBKERN_UNROLL for (int plane = 0; plane < BITS; ++plane) {
-    const __mmask32 set = static_cast<__mmask32>(words[plane]);
-    bytes = _mm256_mask_add_epi8(bytes, set, bytes, _mm256_set1_epi8(static_cast<char>(1 << plane)));
-  }
-  EMBKERN_UNROLL for (int half = 0; half < 2; ++half) {
-    const __m512i code =
-        _mm512_cvtepu8_epi32(half ? _mm256_extracti128_si256(bytes, 1) : _mm256_castsi256_si128(bytes));
-    if constexpr (BITS <= 4)
-      values[half] = (Vector<float>)_mm512_permutexvar_ps(code, _mm512_loadu_ps(levels + 16 * (BITS - 1)));
-    else
+  __m256i parts[2] = {};  // sums of half of the planes each: half as long a chain
+  __mmask32 upper = 0;
+  for_planes<BITS>(
+      words,
+      [&](int plane, uint32_t word) {
+        __m256i& part = parts[plane % 2];
+        if (kTrellis && plane == kStateBits - 1)
+          upper = word;
+        else
+          part = _mm256_mask_add_epi8(part, word, part, _mm256_set1_epi8(static_cast<char>(1 << plane)));
+      },
+      Planes{});
+  const __m256i bytes = _mm256_or_si256(parts[0], parts[1]);
+  if constexpr (kTrellis) {
+    const __m512i index = _mm512_cvtepu8_epi16(bytes);
+    const auto lookup = [&](const int16_t* half) {
+      return _mm512_permutex2var_epi16(_mm512_loadu_si512(half), index, _mm512_loadu_si512(half + 32));
+    };
+    const __m512i steps = _mm512_mask_blend_epi16(upper, lookup(levels), lookup(levels + 64));
+    EMBKERN_UNROLL for (int half = 0; half < 2; ++half) {
+      const __m256i own = half ? _mm512_extracti64x4_epi64(steps, 1) : _mm512_castsi512_si256(steps);
+      values[half] = kLevelStep * (Vector<float>)_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(own));
+    }
+  } else {
+    EMBKERN_UNROLL for (int half = 0; half < 2; ++half) {
+      const __m512i code =
+          _mm512_cvtepu8_epi32(half ? _mm256_extracti128_si256(bytes, 1) : _mm256_castsi256_si128(bytes));
       values[half] = (Vector<float>)_mm512_sub_ps(_mm512_cvtepi32_ps(code), _mm512_set1_ps(kMiddle));
+    }
   }
 #elif defined(EMBKERN_AVX2)
   EMBKERN_UNROLL for (int quarter = 0; quarter < 4; ++quarter) {
     const __m256i lane_bit =
         _mm256_sllv_epi32(_mm256_set1_epi32(1 << (8 * quarter)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
     __m256i code = _mm256_setzero_si256();
-    EMBKERN_UNROLL for (int plane = 0; plane < BITS; ++plane) {
-      const __m256i bit = _mm256_and_si256(_mm256_set1_epi32(words[plane]), lane_bit);
-      const __m256i set = _mm256_cmpeq_epi32(bit, lane_bit);
-      code = _mm256_or_si256(code, _mm256_and_si256(set, _mm256_set1_epi32(1 << plane)));
-    }
-    if constexpr (BITS <= 4) {
-      const float* own = levels + 16 * (BITS - 1);
-      const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(own), code);
-      const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(own + 8), code);
-      const __m256 above = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28));  // bit 3 to the sign
-      values[quarter] = (Vector<float>)_mm256_blendv_ps(low, high, above);
+    for_planes<BITS>(
+        words,
+        [&](int plane, uint32_t word) {
+          const __m256i bit = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(word)), lane_bit);
+          const __m256i set = _mm256_cmpeq_epi32(bit, lane_bit);
+          code = _mm256_or_si256(code, _mm256_and_si256(set, _mm256_set1_epi32(1 << plane)));
+        },
+        Planes{});
+    if constexpr (kTrellis) {
+      const __m256i pair = _mm256_i32gather_epi32(reinterpret_cast<const int*>(levels), code, 2);
+      const __m256i step = _mm256_srai_epi32(_mm256_slli_epi32(pair, 16), 16);
+      values[quarter] = kLevelStep * (Vector<float>)_mm256_cvtepi32_ps(step);
     } else {
       values[quarter] = (Vector<float>)_mm256_sub_ps(_mm256_cvtepi32_ps(code), _mm256_set1_ps(kMiddle));
     }
@@ -45,15 +86,14 @@ EMBKERN_INLINE void decode_group(const int32_t* words, const float* levels, Vect
   float line[32];
   for (int i = 0; i < 32; ++i) {
     int code = 0;
-    EMBKERN_UNROLL for (int plane = 0; plane < BITS; ++plane) code |=
-        (static_cast<uint32_t>(words[plane]) >> i & 1) << plane;
-    line[i] = BITS <= 4 ? levels[16 * (BITS - 1) + (code & 15)] : static_cast<float>(code) - kMiddle;
+    for_planes<BITS>(words, [&](int plane, uint32_t word) { code |= (word >> i & 1) << plane; }, Planes{});
+    line[i] = kTrellis ? kLevelStep * levels[code % kTrellisStates] : static_cast<float>(code) - kMiddle;
   }
   std::memcpy(values, line, sizeof(line));
 #endif
 }
 
-EMBKERN_INLINE void decode_group(int bits, const int32_t* words, const float* levels, Vector<float>* values) {
+EMBKERN_INLINE void decode_group(int bits, const int32_t* words, const int16_t* levels, Vector<float>* values) {
   switch (bits) {
     case 1:
       return decode_group<1>(words, levels, values);

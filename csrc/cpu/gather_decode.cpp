@@ -2,7 +2,7 @@
 // @ basis
 //
 //   ids (*) int32|int64, records (W,) int32, directory (ceil(V / 32), 5) int32, tiers (T, 1 + G) uint8, levels
-//   (2, 4, 16) int16, scales (V,), basis (K, H) or none, offset (H,) or none -> out (*, H) of scales' dtype.
+//   (4, 128) int16, scales (V,), basis (K, H) or none, offset (H,) or none -> out (*, H) of scales' dtype.
 //   embkern/packed.py describes the format.
 //
 // Each distinct id is decoded once and copied to its other places. Rows of values need no product: H b / 8
@@ -31,7 +31,7 @@ struct PackedTable {
   int64_t basis_rows, width;
   std::array<int64_t, kMaxTiers> size{}, used{};  // words and groups of a tier's record
   std::array<int32_t, 256> pair;                  // words of two records, by the byte of their tiers
-  std::array<float, 2 * kLevelBits * 16> levels;
+  std::array<int16_t, kLevelBits * kTrellisStates + 2> levels{};
 
   const uint8_t* bits(int64_t tier) const { return tiers + tier * (1 + groups) + 1; }
   bool transform(int64_t tier) const { return tiers[tier * (1 + groups)] != 0; }
@@ -60,11 +60,12 @@ PackedTable checked_table(const Tensor& records, const Tensor& directory, const 
   check_tensor("records", records, 1, ScalarType::Int);
   check_tensor("directory", directory, 2, ScalarType::Int);
   check_tensor("tiers", tiers, 2, ScalarType::Byte);
-  check_tensor("levels", levels, 3, ScalarType::Short);
+  check_tensor("levels", levels, 2, ScalarType::Short);
   check_tensor("scales", scales, 1, type);
   check_size("directory", directory, 0, (scales.size(0) + kGroup - 1) / kGroup);
   check_size("directory", directory, 1, 5);
-  check(levels.numel() == 2 * kLevelBits * 16, "levels: expected shape (2, 4, 16)");
+  check_size("levels", levels, 0, kLevelBits);
+  check_size("levels", levels, 1, kTrellisStates);
   check(tiers.size(0) >= 1 && tiers.size(0) <= kMaxTiers && tiers.size(1) >= 2,
         "tiers: expected shape (T, 1 + G) with T up to 16 and G >= 1");
   check(width > 0, "embedding_dim: expected at least 1, got ", width);
@@ -96,8 +97,7 @@ PackedTable checked_table(const Tensor& records, const Tensor& directory, const 
   }
   for (size_t i = 0; i < table.pair.size(); ++i)
     table.pair[i] = static_cast<int32_t>(table.size[i & 15] + table.size[i >> 4]);
-  const int16_t* steps = static_cast<const int16_t*>(levels.const_data_ptr());
-  for (size_t i = 0; i < table.levels.size(); ++i) table.levels[i] = static_cast<float>(steps[i]) / 4096;
+  std::memcpy(table.levels.data(), levels.const_data_ptr(), kLevelBits * kTrellisStates * sizeof(int16_t));
   return table;
 }
 
@@ -129,13 +129,8 @@ struct Decode {
   }
 
   PackedRow<T> packed(const Row& row, int64_t width, A factor) const {
-    const float* levels = table.levels.data() + (table.transform(row.tier) ? kLevelBits * 16 : 0);
-    return {row.record,
-            table.bits(row.tier),
-            table.used[row.tier],
-            width,
-            levels,
-            static_cast<A>(scales[row.id]) * factor};
+    return {row.record, table.bits(row.tier), table.used[row.tier],
+            width,      table.levels.data(),  static_cast<A>(scales[row.id]) * factor};
   }
 
   void direct(const Row& row) const {

@@ -72,13 +72,16 @@ struct AdamStep {
   T step_size, root_correction, eps;
 };
 
+// Levels of codes of up to four bits, by the code and those of the values before it: 7 bits together.
+constexpr int kTrellisStates = 128;
+
 // A record of a packed table: groups of 32 values, bit i of a group's word p is bit p of the code of value i.
 template <class T>
 struct PackedRow {
   const int32_t* words;
   const uint8_t* bits;  // of each group; words follow each other
   int64_t groups, width;
-  const float* levels;  // 16 for codes of 1 bit, then for 2, 3 and 4; wider codes are uniform
+  const int16_t* levels;  // kTrellisStates steps of 2^-12 for codes of 1 bit, then 2, 3 and 4; then 2 readable
   acc_t<T> factor;
 };
 
@@ -123,9 +126,20 @@ struct PackedFit {
   float scale, projection;
 };
 
+// The same for codes of a trellis. `scales` are what the values are divided by, to try.
+struct TrellisRow {
+  const float *values, *squares;
+  const uint8_t* bits;  // of each group, up to 4
+  int64_t groups;
+  const float* levels;  // kTrellisStates per number of bits 1 to 4
+  const float* scales;
+  int64_t tries;
+};
+
 struct PackingKernels {
   // codes (32 groups) are written unless null.
   PackedFit (*quantize_row)(const RowToPack&, uint8_t* codes);
+  PackedFit (*trellis_row)(const TrellisRow&, uint8_t* codes, uint8_t* scratch);  // of 32 groups each
 };
 
 // The kernels of training, for float and double.

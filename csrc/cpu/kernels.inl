@@ -555,6 +555,7 @@ void total_rows(const T* const* rows, int64_t count, int64_t first, int64_t last
 #include "cpu/decoding.inl"
 #include "cpu/encoding.inl"
 #include "cpu/training.inl"
+#include "cpu/trellis.inl"
 
 }  // namespace
 
@@ -585,7 +586,7 @@ const TrainingKernels<T>& training_kernels() {
 
 template <class T>
 const PackingKernels& packing_kernels() {
-  static constexpr PackingKernels table = {quantize_row};
+  static constexpr PackingKernels table = {quantize_row, trellis_row};
   return table;
 }
 

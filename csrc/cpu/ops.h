@@ -51,6 +51,10 @@ std::tuple<Tensor, Tensor, Tensor> quantize_rows(const Tensor& values, const std
                                                  const Tensor& bits, const Tensor& levels, const Tensor& steps,
                                                  const Tensor& factors, bool needs_codes);
 
+std::tuple<Tensor, Tensor, Tensor> quantize_trellis(const Tensor& values, const std::optional<Tensor>& spread,
+                                                    const Tensor& bits, const Tensor& levels,
+                                                    const Tensor& scales, bool needs_codes);
+
 // Fills fresh tensors and scratch with NaN from now on, or no more; for tests.
 void set_poison_memory(bool on);
 

@@ -37,7 +37,7 @@ REGIMES: dict[tuple[str, str, str], tuple[str, ...]] = {
 # The ops each kernel backend implements, per device type. A new kernel adds its line here.
 KERNELS: dict[tuple[str, str], frozenset[str]] = {
     ("native", "cpu"): frozenset(
-        {"gather_project", "gather_decode", "quantize_rows", "cosine_mse", "autoencoder"}
+        {"gather_project", "gather_decode", "quantize_rows", "quantize_trellis", "cosine_mse", "autoencoder"}
     ),
     ("native", "cuda"): frozenset({"gather_project", "cosine_mse"}),
     ("triton", "cuda"): frozenset({"gather_project", "gather_decode", "cosine_mse", "autoencoder"}),
@@ -49,6 +49,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KERNEL_DTYPES: dict[tuple[str, str, str], tuple[torch.dtype, ...]] = {
     ("native", "cpu", "autoencoder"): (torch.float32, torch.float64),
     ("native", "cpu", "quantize_rows"): (torch.float32,),
+    ("native", "cpu", "quantize_trellis"): (torch.float32,),
 }
 
 

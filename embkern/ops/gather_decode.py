@@ -120,8 +120,9 @@ def gather_decode(
             four bits a row.
         tiers: (T, 1 + G) uint8, T up to 16: whether a tier's values are coefficients of the basis, then the
             bits, 0 to 8, of each group of 32 values.
-        levels: (2, 4, 16) int16, in steps of 2^-12: the values of codes of 1 to 4 bits, of rows and of
-            coefficients. Wider codes are uniform, ``code - (2**bits - 1) / 2``.
+        levels: (4, 128) int16, in steps of 2^-12: the values of codes of 1 to 4 bits, by the state of their
+            trellis (``embkern.ops.reference.trellis_states``). Wider codes are uniform, ``code - (2**bits -
+            1) / 2``.
         scales: (V,), factor on each row.
         basis: (K, H), K a multiple of 32; None if no tier needs it.
         offset: (H,), added to every row, or None.
@@ -197,7 +198,7 @@ def check_packed(
     rows, groups = len(scales) if scales.dim() else 0, tiers.shape[1] - 1 if tiers.dim() == 2 else 0
     expected = {
         "directory": (-(-rows // reference.GROUP), 5),
-        "levels": (2, reference.LEVEL_BITS, 16),
+        "levels": (reference.LEVEL_BITS, reference.STATES),
         "scales": (rows,),
     }
     if rows == 0:

@@ -250,7 +250,9 @@ def autoencoder_forward(
 
 GROUP = 32  # values that share the words of a record: bit i of a group's word p is bit p of its value i
 LEVEL_STEP = 2.0**-12  # of the levels, which are whole numbers: no model's dtype rounds them
-LEVEL_BITS = 4  # codes this wide at most have levels of their own, wider ones are uniform
+LEVEL_BITS = 4  # codes this wide at most go through a trellis with levels of its own, wider ones are uniform
+STATE_BITS = 7  # of a trellis: a value's code and those of the values before it, as far back as they fit
+STATES = 2**STATE_BITS
 
 
 def packed_values(
@@ -258,8 +260,9 @@ def packed_values(
 ) -> tuple[Tensor, Tensor]:
     """Whether the rows of ids (N,) are coefficients of the basis (N,), and their values (N, 32 G) in fp32.
 
-    The tensors are those of ``embkern.PackedTable``. A value of ``b`` bits is ``levels[kind, b - 1, code]``
-    steps, or ``code - (2**b - 1) / 2`` beyond four bits; 0 where the tier has no such group.
+    The tensors are those of ``embkern.PackedTable``. A value of ``b`` bits is ``levels[b - 1, state]`` steps,
+    ``state`` being that of ``trellis_states``; or ``code - (2**b - 1) / 2`` beyond four bits; 0 where the
+    tier has no such group.
     """
     block, lane = ids // GROUP, ids % GROUP
     shifts = torch.arange(0, 32, 4, device=ids.device, dtype=torch.int32)
@@ -279,11 +282,26 @@ def packed_values(
         bit = (word.unsqueeze(2) >> lanes.to(torch.int32)) & 1
         code += torch.where(present.unsqueeze(2), bit.long() << plane, 0)
     width = bits.unsqueeze(2)
-    level = (transform.long()[:, None, None] * LEVEL_BITS + (width - 1).clamp(0, LEVEL_BITS - 1)) * 16
-    chosen = levels.flatten()[level + code.clamp(max=15)].float() * LEVEL_STEP
+    own = width.clamp(1, LEVEL_BITS)
+    chosen = levels.flatten()[(own - 1) * STATES + trellis_states(code, own)].float() * LEVEL_STEP
     uniform = code.float() - ((1 << width).float() - 1) / 2
     values = torch.where(width > LEVEL_BITS, uniform, torch.where(width > 0, chosen, 0.0))
     return transform, values.flatten(1)
+
+
+def trellis_states(code: Tensor, bits: Tensor | int) -> Tensor:
+    """What a value is looked up by: its code and those of the values before it, up to 7 bits.
+
+    ``state[i] = (code[i] + (code[i - 1] << bits) + (code[i - 2] << 2 * bits) + ...) % 128`` for codes
+    (..., 32) of a group; the code before a group's first value is that of its last one. Every choice of codes
+    is a path through a trellis of 128 states, and a value has 128 levels though only ``bits`` are stored for
+    it (trellis-coded quantisation: Marcellin and Fischer 1990; levels by a shift register of codes: QTIP,
+    arXiv 2406.11235; a path that ends where it begins: tail-biting).
+    """
+    state, shift = code, torch.as_tensor(bits, device=code.device)
+    for before in range(1, STATE_BITS):
+        state = state + (code.roll(before, -1) << (before * shift).clamp(max=STATE_BITS))
+    return state % STATES
 
 
 def _unscaled_rows(
@@ -387,6 +405,70 @@ def quantize_rows(
         if needs_codes:
             codes[better] = code[better]
     return codes, scales, best
+
+
+def quantize_trellis(
+    values: Tensor,
+    spread: Tensor | None,
+    bits: Tensor,
+    levels: Tensor,
+    scales: Tensor,
+    needs_codes: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and projections of rows (N, 32 G) on trellises, at the best of their scales (N, F)."""
+    squares = torch.ones_like(values[0]) if spread is None else spread.square()
+    best = torch.full_like(values[:, 0], -1.0)
+    chosen = torch.zeros_like(best)
+    codes = torch.zeros(values.shape if needs_codes else (0, values.shape[1]), dtype=torch.uint8)
+    for scale in scales.t():
+        scaled = torch.where(scale > 0, 1 / scale, 0.0).unsqueeze(1) * values
+        code, decoded = [], []
+        for width, x, weights in zip(
+            bits.tolist(), scaled.split(GROUP, 1), squares.split(GROUP), strict=True
+        ):
+            own = levels[max(width, 1) - 1].to(values.dtype) * LEVEL_STEP
+            states = _best_states(x, weights, own, width) if width else torch.zeros_like(x, dtype=torch.int64)
+            code.append(states % 2**width)
+            decoded.append(own[states] if width else torch.zeros_like(x))
+        y = torch.cat(decoded, 1)
+        dot, square = (values * y) @ squares, (y.square() @ squares).clamp_min(1e-30)
+        projection = dot / square.sqrt()
+        better = projection > best
+        best = torch.where(better, projection, best)
+        chosen = torch.where(better, dot / square, chosen)
+        if needs_codes:
+            codes[better] = torch.cat(code, 1).to(torch.uint8)[better]
+    return codes, chosen, best
+
+
+def _best_states(x: Tensor, weights: Tensor, levels: Tensor, bits: int) -> Tensor:
+    """States (N, 32) of the paths whose levels are nearest to x (N, 32), by Viterbi's algorithm.
+
+    A path has to end in the state it begins in. Which one is guessed as the state that a path without that
+    condition passes there, when the group is turned by half.
+    """
+    half = GROUP // 2
+    free = x.new_zeros(len(x), STATES)
+    boundary = _path(x.roll(half, 1), weights.roll(half), levels, bits, free, None)[:, half - 1]
+    closed = torch.full_like(free, torch.inf).scatter(1, boundary.unsqueeze(1), 0)
+    return _path(x, weights, levels, bits, closed, boundary)
+
+
+def _path(x: Tensor, weights: Tensor, levels: Tensor, bits: int, cost: Tensor, end: Tensor | None) -> Tensor:
+    """States (N, 32) of the cheapest paths, given what it costs (N, 128) to begin, to ``end`` if any."""
+    parents, forgotten = STATES >> bits, []
+    for value, weight in zip(x.t(), weights.tolist(), strict=True):
+        best, which = cost.view(len(x), 1 << bits, parents).min(1)
+        error = weight * (value.unsqueeze(1) - levels).square()
+        cost = error + best.repeat_interleave(1 << bits, 1)
+        forgotten.append(which)
+    state = cost.argmin(1) if end is None else end
+    states = []
+    for which in reversed(forgotten):
+        states.append(state)
+        kept = state >> bits
+        state = which.gather(1, kept.unsqueeze(1)).squeeze(1) * parents + kept
+    return torch.stack(states[::-1], 1)
 
 
 def _nearest_levels(

@@ -3,7 +3,7 @@
     row of values          row = values of its codes
     row of coefficients    row = values of its codes @ basis
 
-ids (*), records (W,), directory (ceil(V / 32), 5), tiers (T, 1 + G), levels (2, 4, 16), scales (V,), basis
+ids (*), records (W,), directory (ceil(V / 32), 5), tiers (T, 1 + G), levels (4, 128), scales (V,), basis
 (K, H), offset (H,) -> (*, H) in the dtype of scales; embkern/packed.py has the format and
 reference.gather_decode_forward is the definition.
 
@@ -19,8 +19,9 @@ nothing waits for the device.
                          unpacked on chip and never written
 
 A row is found by counting: its directory word says where 32 rows begin, and each tier's size goes in as often
-as its nibble occurs before the row's own, 8 nibbles at a time. A code is put together from its planes by
-shifts, highest plane first: the lane's bit to the top of the word, and from there into the code.
+as its nibble occurs before the row's own, 8 nibbles at a time. A code, or the state that selects its level,
+is put together from planes by shifts, highest first: the lane's bit to the top of the word, and from there
+into the code. The codes of values before are planes turned round.
 
 The product is exact up to its sums. Values are whole numbers of at most 16 bits, times a power of two, which
 is two bf16 or fp16 numbers: tensor cores multiply both. fp32 takes ``input_precision="ieee"`` (no TF32).
@@ -40,13 +41,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.reference import GROUP, LEVEL_BITS, LEVEL_STEP
+from ..ops.reference import GROUP, LEVEL_BITS, LEVEL_STEP, STATE_BITS, STATES
 from .launch import Launch
 from .tiles import Device, GroupTile, Tile, describe_device, group_tile_of, tile_of
 
 _GROUP = tl.constexpr(GROUP)
 _LEVEL_BITS = tl.constexpr(LEVEL_BITS)
 _LEVEL_STEP = tl.constexpr(LEVEL_STEP)
+_STATE_BITS = tl.constexpr(STATE_BITS)
+_STATES = tl.constexpr(STATES)
 _PLANES = tl.constexpr(8)
 _OUT_OF_RANGE = tl.constexpr("gather_decode: an id is out of range")
 _CORRUPT = tl.constexpr("gather_decode: the directory does not fit tiers and records")
@@ -104,19 +107,27 @@ def _locate(
 
 
 @triton.jit
-def _values(records_ptr, levels_ptr, place, bits, kind: tl.constexpr):
+def _values(records_ptr, levels_ptr, place, bits):
     """Values (rows, groups, 32) in fp32 of groups of ``bits`` bits at word ``place``, both (rows, groups)."""
     lane = tl.arange(0, _GROUP)[None, None, :]
+    own = (bits > 0) & (bits <= _LEVEL_BITS)
     code = tl.zeros((bits.shape[0], bits.shape[1], _GROUP), tl.uint32)
-    for plane in tl.static_range(_PLANES - 1, -1, -1):
-        word = tl.load(records_ptr + place + plane, mask=plane < bits, other=0).to(tl.uint32, bitcast=True)
+    for bit in tl.static_range(_PLANES - 1, -1, -1):
+        # Bit `bit` of a state is that of a code `before` values earlier: its plane, turned round.
+        before = tl.where(own, 0, 0)
+        for each in tl.static_range(1, _LEVEL_BITS + 1):
+            before = tl.where(bits == each, bit // each, before)
+        mask = (bit < bits) | (own & (bit < _STATE_BITS))
+        word = tl.load(records_ptr + place + (bit - before * bits), mask=mask, other=0)
+        word = word.to(tl.uint32, bitcast=True)
+        turned = before.to(tl.uint32)
+        word = (word << turned) | ((word >> 1) >> (31 - turned))
         code = (code << 1) | ((word[:, :, None] << (31 - lane).to(tl.uint32)) >> 31)
     code = code.to(tl.int32)
     width = bits[:, :, None]
+    at = (width - 1) * _STATES + code
+    level = tl.load(levels_ptr + at, mask=own[:, :, None] & (code >= 0), other=0).to(tl.int32)
     uniform = width > _LEVEL_BITS
-    own = (width > 0) & (width <= _LEVEL_BITS)
-    row = (kind * _LEVEL_BITS + width - 1) * 16
-    level = tl.load(levels_ptr + row + code, mask=own & (code >= 0), other=0).to(tl.int32)
     number = tl.where(uniform, 2 * code + 1 - (1 << width), level)  # (code - (2^b - 1) / 2) doubled
     return number.to(tl.float32) * tl.where(uniform, 0.5, _LEVEL_STEP)
 
@@ -171,7 +182,7 @@ def _rows_kernel(
         group = first + tl.arange(0, BLOCK_G)
         bits = _group_bits(tiers_ptr, tier, group, present & mine, G, GROUPS)
         place = start[:, None] + tl.cumsum(bits, 1) - bits
-        rows = _values(records_ptr, levels_ptr, place, bits, 0).to(accumulator) * factor
+        rows = _values(records_ptr, levels_ptr, place, bits).to(accumulator) * factor
         start += tl.sum(bits, 1)
         h = (group[:, None] * _GROUP + lane[None, :])[None, :, :]
         if offset_ptr is not None:
@@ -197,7 +208,7 @@ def _coefficients(
     group = first + tl.arange(0, BLOCK_R // _GROUP)
     bits = _group_bits(tiers_ptr, tier, group, present, G, K // _GROUP)
     place = start[:, None] + tl.cumsum(bits, 1) - bits
-    values = _values(records_ptr, levels_ptr, place, bits, 1)
+    values = _values(records_ptr, levels_ptr, place, bits)
     return tl.reshape(values, (tier.shape[0], BLOCK_R)), start + tl.sum(bits, 1)
 
 

@@ -71,10 +71,18 @@ def every_tier(H: int, K: int) -> list[Tier]:
     return tiers
 
 
+def window(code, bits):
+    """Codes (n, 32) and those before them at the next bits, 7 bits in all; the last come before the first."""
+    seen, lanes = torch.zeros_like(code), torch.arange(32)
+    for before, shift in enumerate(range(0, 7, bits)):
+        seen += code[:, (lanes - before) % 32] * 2**shift
+    return seen % 128
+
+
 def packed(V, H, tiers, dtype=torch.float32, basis=None, offset=None, device="cpu"):
     """A table of random codes in random tiers, and what its values are: (table, values, transform)."""
     groups = max(1, *(len(tier.bits) for tier in tiers))
-    tier_of, levels = torch.randint(len(tiers), (V,)), (torch.randn(2, 4, 16) * 3000).to(torch.int16)
+    tier_of, levels = torch.randint(len(tiers), (V,)), (torch.randn(4, 128) * 3000).to(torch.int16)
     values, codes = torch.zeros(V, groups * 32, dtype=torch.float64), {}
     for index, tier in enumerate(tiers):
         rows = torch.nonzero(tier_of == index).flatten()
@@ -84,7 +92,7 @@ def packed(V, H, tiers, dtype=torch.float32, basis=None, offset=None, device="cp
             code = torch.randint(2**bits, (len(rows), 32))
             codes[index][:, columns] = code.to(torch.uint8)
             uniform = code - (2**bits - 1) / 2
-            own = levels[int(tier.transform), min(bits, 4) - 1, code.clamp(max=15)] / 4096
+            own = levels[min(bits, 4) - 1, window(code, max(bits, 1))] / 4096
             values[rows, columns] = (uniform if bits > 4 else own if bits else 0 * uniform).double()
     scales = (torch.rand(V) + 0.5).to(dtype)
     table = pack(tier_of, codes, tiers, levels, scales, basis, offset, H)
@@ -174,9 +182,9 @@ def test_a_row_is_found_after_rows_of_one_tier(backend, device, tier):
 
 
 def test_codes_at_the_ends_of_the_format(level):
-    """Level indices 0 and 15 and their int16 limits; 8 bits at -127.5 and 127.5; padding beyond H ignored."""
-    levels = torch.zeros(2, 4, 16, dtype=torch.int16)
-    levels[0, 3, 0], levels[0, 3, 15] = -(2**15), 2**15 - 1
+    """Levels at the int16 limits; 8 bits at -127.5 and 127.5; padding beyond H ignored."""
+    levels = torch.zeros(4, 128, dtype=torch.int16)
+    levels[3, 0b1110000], levels[3, 0b0001111] = -(2**15), 2**15 - 1
     codes = {
         0: torch.tensor([[0, 15] * 16]).to(torch.uint8),
         1: torch.tensor([[0, 255] * 16]).to(torch.uint8),
@@ -402,8 +410,8 @@ def test_the_error_of_the_native_kernel_names_the_id(native):
         (dict(tiers=torch.zeros(4, dtype=torch.uint8)), ValueError, r"tiers: expected shape \(T, 1 \+ G\)"),
         (dict(tiers=torch.zeros(17, 2, dtype=torch.uint8)), ValueError, "T up to 16"),
         (dict(tiers=torch.zeros(4, 2, dtype=torch.int32)), TypeError, "tiers: expected dtype torch.uint8"),
-        (dict(levels=torch.zeros(2, 4, 8, dtype=torch.int16)), ValueError, r"levels: expected shape \(2, 4"),
-        (dict(levels=torch.zeros(2, 4, 16)), TypeError, "levels: expected dtype torch.int16"),
+        (dict(levels=torch.zeros(4, 64, dtype=torch.int16)), ValueError, r"levels: expected shape \(4, 128"),
+        (dict(levels=torch.zeros(4, 128)), TypeError, "levels: expected dtype torch.int16"),
         (dict(scales=torch.zeros(40, 1)), ValueError, r"scales: expected shape \(40,\)"),
         (dict(basis=torch.zeros(31, 5)), ValueError, "basis: expected shape .* a multiple of 32"),
         (dict(basis=torch.zeros(32, 6)), ValueError, r"basis: expected shape \(K, 5\)"),
@@ -507,7 +515,7 @@ def test_offsets_beyond_two_to_the_31st(native):
     records = torch.empty(0, dtype=torch.int32).set_(torch.UntypedStorage((words + 2) * 4), 0, (words + 2,))
     records[-2:] = torch.tensor([1, 5])
     directory = torch.tensor([[words, 0, 0, 0, 0]], dtype=torch.int32)
-    levels = torch.arange(128).view(2, 4, 16).to(torch.int16) * 4096
+    levels = (torch.arange(512).view(4, 128) % 8 * 4096).to(torch.int16)
     tiers = torch.tensor([[0, 1]], dtype=torch.uint8)
     rows = gather_decode(
         torch.tensor([0, 1]),
@@ -519,4 +527,4 @@ def test_offsets_beyond_two_to_the_31st(native):
         embedding_dim=3,
         backend=native,
     )
-    assert torch.equal(rows, torch.tensor([[1.0, 0, 0], [1, 0, 1]]))
+    assert torch.equal(rows, torch.tensor([[1.0, 2, 4], [1, 2, 5]]))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from embkern.methods.allocate import gaussian_levels, uniform_steps
+from embkern.methods.allocate import scalar_levels, uniform_steps
 from embkern.ops.backends import unavailable
 from embkern.ops.library import CPU_CAPABILITIES, cpu_capability
 from embkern.ops.quantize_rows import quantize_rows
@@ -34,7 +34,7 @@ def _arguments(profile: tuple[int, ...], spread: bool, rows: int = 301):
     values = torch.randn(rows, width, generator=generator)
     values[3] = 0
     each = torch.rand(width, generator=generator) + 0.1 if spread else None
-    return values, each, torch.tensor(profile, dtype=torch.uint8), gaussian_levels()[0], STEPS, FACTORS
+    return values, each, torch.tensor(profile, dtype=torch.uint8), scalar_levels(), STEPS, FACTORS
 
 
 def _decoded(codes: torch.Tensor, profile: tuple[int, ...]) -> torch.Tensor:
@@ -43,7 +43,7 @@ def _decoded(codes: torch.Tensor, profile: tuple[int, ...]) -> torch.Tensor:
         if bits == 0:
             parts.append(torch.zeros(part.shape))
         elif bits <= 4:
-            parts.append(gaussian_levels()[0, bits - 1].float()[part] / 4096)
+            parts.append(scalar_levels()[bits - 1].float()[part] / 4096)
         else:
             parts.append(part - (2**bits - 1) / 2)
     return torch.cat(parts, 1)

@@ -187,10 +187,10 @@ def test_offsets_beyond_two_to_the_31st():
     records[-2:] = torch.tensor([1, 5])
     directory = torch.tensor([[words, 0x10, 0, 0, 0]], dtype=torch.int32)
     tiers = torch.tensor([[0, 1], [1, 1]], dtype=torch.uint8)
-    levels = torch.arange(128).view(2, 4, 16).to(torch.int16) * 256
+    levels = torch.arange(512).view(4, 128).to(torch.int16) * 32
     codes = (records, directory, tiers, levels)
     basis = torch.eye(32, 3)
     rows = gather_decode(
         torch.tensor([0, 1]), *codes, torch.ones(2), basis, embedding_dim=3, backend="triton"
     )
-    assert torch.equal(rows, torch.tensor([[1.0, 0, 0], [65, 64, 65]]) / 16)
+    assert torch.equal(rows, torch.tensor([[1.0, 2, 4], [1, 2, 5]]) / 128)

@@ -1,0 +1,75 @@
+"""quantize_trellis: trellis codes of rows at one rate of a packed table, at the best of some scales."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .backends import Backend, select
+from .library import define, overload
+
+
+def _fake(
+    values: Tensor,
+    spread: Tensor | None,
+    bits: Tensor,
+    levels: Tensor,
+    scales: Tensor,
+    needs_codes: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    count, width = values.shape
+    codes = values.new_empty((count if needs_codes else 0, width), dtype=torch.uint8)
+    return codes, values.new_empty(count), values.new_empty(count)
+
+
+define(
+    "quantize_trellis",
+    "(Tensor values, Tensor? spread, Tensor bits, Tensor levels, Tensor scales, bool needs_codes) -> "
+    "(Tensor, Tensor, Tensor)",
+    backends=("native",),
+    fake=_fake,
+)
+
+_FORWARD: dict[str, Callable] = {
+    "native": overload("quantize_trellis", "native"),
+    "torch": reference.quantize_trellis,
+}
+
+
+def quantize_trellis(
+    values: Tensor,
+    spread: Tensor | None,
+    bits: Tensor,
+    levels: Tensor,
+    scales: Tensor,
+    *,
+    needs_codes: bool,
+    backend: Backend | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantise rows on trellises, trying some scales on each.
+
+    For every scale s the codes are those whose decoded row ``d`` (by ``reference.trellis_states``) makes
+    ``((values / s - d) * spread).square().sum(1)`` least, found group by group by Viterbi's algorithm. With
+    ``y = d * spread`` and ``x = values * spread``, the scale with the largest ``projection = (x * y).sum(1) /
+    y.norm(dim=1)`` is taken, and ``(x * y).sum(1) / y.square().sum(1)`` returned for it.
+
+    Args:
+        values: (N, 32 G) float32, without gradient.
+        spread: (32 G,) float32, what the values were divided by; None for ones.
+        bits: (G,) uint8, 0 to 4 per group of 32 values.
+        levels: (4, 128) int16, in steps of 2^-12: of codes of 1 to 4 bits, by their state.
+        scales: (N, F) float32, to try, positive but in rows of zeros.
+        needs_codes: whether the codes are wanted.
+        backend: ``native`` or ``torch``; None takes the best.
+
+    Returns:
+        codes (N, 32 G) uint8, empty unless wanted; scales (N,); projections (N,). A row of zeros has
+        projection 0. Where two paths are as near as each other, backends may choose either.
+    """
+    chosen = select("quantize_trellis", values.device.type, values.dtype, backend)
+    return _FORWARD[chosen](
+        values.contiguous(), spread, bits, levels.contiguous(), scales.contiguous(), needs_codes
+    )

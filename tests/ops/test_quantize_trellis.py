@@ -1,0 +1,156 @@
+"""Codes of trellises: the kernel finds what the definition finds, and no path is nearer."""
+
+import pytest
+import torch
+
+from embkern.methods.gaussian import TRELLIS_DISTORTION, distortion, lloyd_max_levels, trellis_levels
+from embkern.ops.library import CPU_CAPABILITIES, cpu_capability, load_native
+from embkern.ops.quantize_trellis import quantize_trellis
+from embkern.ops.reference import LEVEL_STEP, trellis_states
+
+from ..tables import uniform_levels, values_of
+
+PROFILES = [(1,), (2,), (3,), (4,), (3, 0, 1, 4, 2), (0,)]
+native = pytest.mark.skipif(load_native() is not None, reason=str(load_native()))
+
+
+@pytest.fixture(params=CPU_CAPABILITIES)
+def level(request: pytest.FixtureRequest):
+    before = cpu_capability()
+    try:
+        cpu_capability(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    cpu_capability(before)
+
+
+@pytest.fixture(params=[pytest.param("native", marks=native), "torch"])
+def kernel(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def _arguments(profile: tuple[int, ...], spread: bool, rows: int = 37):
+    generator = torch.Generator().manual_seed(sum(profile))
+    values = torch.randn(rows, 32 * len(profile), generator=generator)
+    values[3] = 0
+    each = torch.rand(values.shape[1], generator=generator) + 0.1 if spread else None
+    scales = torch.rand(rows, 3, generator=generator) + 0.5
+    return values, each, torch.tensor(profile, dtype=torch.uint8), trellis_levels(), scales
+
+
+def _decoded(codes: torch.Tensor, profile: tuple[int, ...]) -> torch.Tensor:
+    parts = [
+        trellis_levels()[bits - 1].float()[trellis_states(part, bits)] * LEVEL_STEP if bits else 0.0 * part
+        for bits, part in zip(profile, codes.long().split(32, 1), strict=True)
+    ]
+    return torch.cat(parts, 1)
+
+
+@native
+@pytest.mark.parametrize("spread", [False, True])
+@pytest.mark.parametrize("profile", PROFILES, ids=str)
+def test_the_kernel_finds_what_the_definition_finds(profile, spread, level) -> None:
+    arguments = _arguments(profile, spread)
+    codes, scales, projections = quantize_trellis(*arguments, needs_codes=True, backend="native")
+    expected = quantize_trellis(*arguments, needs_codes=True, backend="torch")
+    assert torch.allclose(projections, expected[2], atol=1e-5, rtol=1e-4)
+    assert (codes != expected[0]).any(1).float().mean() < 0.1, (
+        "only where two paths are as near as each other"
+    )
+    values, each = arguments[0], arguments[1]
+    weight = torch.ones_like(values[0]) if each is None else each
+    decoded, x = _decoded(codes, profile) * weight, values * weight
+    square = decoded.square().sum(1)
+    assert torch.allclose(scales * square, (x * decoded).sum(1), atol=1e-3, rtol=1e-4)
+    assert torch.allclose(projections * square.sqrt(), (x * decoded).sum(1), atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_levels_without_memory_make_it_round_to_the_nearest(bits, kernel) -> None:
+    values = torch.randn(20, 64)
+    own, scale = values_of(uniform_levels(), bits).float(), torch.rand(20, 1) + 0.5
+    width = torch.tensor([bits, bits], dtype=torch.uint8)
+    given = (values, None, width, uniform_levels(), scale)
+    codes, _, _ = quantize_trellis(*given, needs_codes=True, backend=kernel)
+    nearest = torch.bucketize(values / scale, (own[1:] + own[:-1]) / 2)
+    assert torch.equal(codes.long(), nearest)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_no_change_of_codes_is_nearer(bits, kernel) -> None:
+    """Nor of two neighbours, anywhere in a group: that its ends meet costs nothing but in one row of many."""
+    values, weight = torch.randn(30, 32), torch.rand(32) + 0.1
+    width, scale = torch.tensor([bits], dtype=torch.uint8), torch.ones(30, 1)
+    given = (values, weight, width, trellis_levels(), scale)
+    codes = quantize_trellis(*given, needs_codes=True, backend=kernel)[0].long()
+
+    def cost(codes):
+        decoded = trellis_levels()[bits - 1].float()[trellis_states(codes, bits)] * LEVEL_STEP
+        return ((values - decoded) * weight).square().sum(1)
+
+    least, nearer = cost(codes), torch.zeros(30, dtype=torch.bool)
+    for place in range(32):
+        for flip in range(1, 2**bits):
+            for other in range(2**bits):
+                changed = codes.clone()
+                changed[:, place] ^= flip
+                changed[:, (place + 1) % 32] ^= other
+                nearer |= cost(changed) < least - 1e-5
+    assert int(nearer.sum()) <= 1
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_the_error_of_normal_values_is_the_one_that_is_told(bits, kernel) -> None:
+    values = torch.randn(400, 128)
+    width, scale = torch.full((4,), bits, dtype=torch.uint8), torch.ones(400, 1)
+    codes, scales, _ = quantize_trellis(
+        values, None, width, trellis_levels(), scale, needs_codes=True, backend=kernel
+    )
+    error = (values - _decoded(codes, (bits,) * 4)).square().mean()
+    assert float(error) == pytest.approx(TRELLIS_DISTORTION[bits], rel=0.02)
+    assert float(error) < distortion(bits) * 0.87
+    assert float(scales.mean()) == pytest.approx(1, abs=0.01), "levels are what they stand for, on average"
+    assert float(trellis_levels()[bits - 1].abs().max()) * LEVEL_STEP > float(lloyd_max_levels(bits).max())
+
+
+def test_the_best_scale_is_taken(kernel) -> None:
+    values, each, bits, levels, scales = _arguments((2, 2), False)
+    many = quantize_trellis(values, each, bits, levels, scales, needs_codes=False, backend=kernel)
+    each_alone = [
+        quantize_trellis(values, each, bits, levels, scale.unsqueeze(1), needs_codes=False, backend=kernel)[2]
+        for scale in scales.t()
+    ]
+    assert torch.equal(many[2], torch.stack(each_alone).amax(0))
+    assert many[0].shape == (0, 64)
+
+
+def test_a_row_of_zeros_projects_on_nothing(kernel) -> None:
+    arguments = list(_arguments((2, 3), True))
+    arguments[4][3] = 0
+    _, scales, projections = quantize_trellis(*arguments, needs_codes=True, backend=kernel)
+    assert float(projections[3]) == 0
+    assert float(scales[3]) == 0
+    assert (projections[:3] > 0).all()
+
+
+@native
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(bits=torch.tensor([5], dtype=torch.uint8)), "bits: expected up to 4, got 5"),
+        (
+            dict(bits=torch.tensor([2, 2], dtype=torch.uint8)),
+            "values: expected 32 columns per group, got 32 for 2",
+        ),
+        (dict(levels=torch.zeros(4, 64, dtype=torch.int16)), "levels"),
+        (dict(scales=torch.ones(3, 1)), "scales"),
+        (dict(spread=torch.ones(31)), "spread"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_does_not_fit_is_refused(change, message) -> None:
+    names = ("values", "spread", "bits", "levels", "scales")
+    arguments = {**dict(zip(names, _arguments((2,), True), strict=True)), **change}
+    with pytest.raises(ValueError, match=message):
+        quantize_trellis(**arguments, needs_codes=True, backend="native")
