@@ -52,8 +52,13 @@ COLUMNS = {
     "seconds": ("seconds", ".1f"),
 }
 SLOW = ("nonlinear_autoencoder",)  # minutes to hours on a CPU; `--methods` asks for it
-# Weights of another source, to see what counts are worth.
-VARIANTS: dict[str, str] = {"allocate (prior)": "allocate", "allocate (uniform)": "allocate"}
+# To see what counts are worth, and what it costs that only six tiers may be chosen from.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "allocate (prior)": {"counts": "prior"},
+    "allocate (uniform)": {"counts": "uniform"},
+    "allocate (3 tiers)": {"tiers": 3},
+    "allocate (16 tiers)": {"tiers": 16},
+}
 
 
 def main(arguments: list[str]) -> None:
@@ -177,9 +182,10 @@ class Bench:
         }
 
     def _compress(self, name: str, ratio: float) -> Any:
-        method = METHODS[VARIANTS.get(name, name)]
-        counts = {"allocate (prior)": self.prior, "allocate (uniform)": None}.get(name, self.counts)
-        options: dict[str, Any] = {"counts": counts} if method.weighted else {}
+        method, options = METHODS["allocate" if name in VARIANTS else name], {**VARIANTS.get(name, {})}
+        if method.weighted:
+            counts = {"mixed": self.counts, "prior": self.prior, "uniform": None}
+            options["counts"] = counts[options.get("counts", "mixed")]
         if method.sized_by == "ratio":
             return method.compress(self.table, ratio=ratio, **options)
         (V, H), offset = self.table.shape, method.has_offset(method.options())
