@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from . import Study
 
 _WORST = 5  # worst rows shown; a row of data has more
+_TOO_WIDE = 1e7  # for a column: a perplexity, where the lengths of rows went astray
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,8 @@ def value_at(row: Row, key: str) -> Any:
 def number(row: Row, key: str, form: str) -> Cell:
     """Return a cell with a number of a row; a dash where there is none."""
     value = value_at(row, key)
+    if isinstance(value, float) and abs(value) >= _TOO_WIDE:
+        form = ".3g"
     return Cell("–") if value is None else Cell(format(value, form), row.id, key, form)
 
 
