@@ -27,7 +27,7 @@ from embkern.api import load_model, model_bytes
 from embkern.evaluate.perplexity import perplexity
 from embkern.methods import METHODS
 from embkern.study.document import value_at
-from embkern.study.figures import spread
+from embkern.study.figures import Panel, draw, spread
 from embkern.study.measures import find_words, typical_words
 from embkern.study.report import visible, write_report
 from embkern.study.rows import Row
@@ -392,6 +392,15 @@ def test_the_same_study_gives_the_same_files(done, tmp_path):
     write_report(done, tmp_path)
     for name in ("report.md", "report.html", "figures/direction.svg", "figures/perplexity.svg"):
         assert (tmp_path / name).read_bytes() == (done.asked.output / name).read_bytes()
+
+
+def test_a_line_that_is_lost_leaves_the_panel_and_one_without_points_is_not_drawn():
+    lines = {"svd": [(2.0, 11.0), (3.0, 1e12)], "rtn": [(2.0, 12.0)], "none": [], "zero": [(2.0, 0.0)]}
+    svg = draw([Panel("one", lines, level=10.0), Panel("two", {})], list(lines), [2, 3])
+    named = set(re.findall("<!-- (.*) -->", svg))
+    assert {"svd ↑", "rtn", "dense", "one", "two"} <= named
+    assert not {"svd", "none", "zero"} & named
+    assert "1e" not in " ".join(named)
 
 
 def test_names_of_lines_are_moved_apart_by_as_little_as_it_takes():

@@ -224,6 +224,7 @@ def _perplexity(rows: _Rows) -> Section | None:
     first = [Cell(DENSE), Cell("–"), own, own if lines["tied"] else Cell("–"), tokens]
     table = Table(table.head, [first, *table.lines], [dense[0].id, *(table.cites or [])])
     kind = value_at(dense[0], "result.kind")
+    caption = "Perplexity by the ratio reached; ↑ leaves the panel"
     return Section(
         "Perplexity",
         [
@@ -231,7 +232,9 @@ def _perplexity(rows: _Rows) -> Section | None:
             "Input only: tokens are looked up in the compressed table and a tied head keeps the dense one. "
             "The rows tell the protocol."
         ],
-        [rows.picture("perplexity", panels, "Perplexity by the ratio reached")] if panels else [],
+        [rows.picture("perplexity", panels, caption)] if panels else [],
+        if panels
+        else [],
         [table],
     )
 

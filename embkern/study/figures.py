@@ -33,8 +33,9 @@ _RC = {
     "svg.hashsalt": "embkern",  # the same figures give the same file
 }
 # Inches: a panel's axes, what is around them, and the room for a line's name, with each letter of it.
-_AXES, _LEFT, _BOTTOM, _TOP, _NAME, _LETTER = (2.4, 2.5), 0.6, 0.45, 0.3, 0.3, 0.075
+_AXES, _LEFT, _BOTTOM, _TOP, _NAME, _LETTER = (2.4, 2.5), 0.6, 0.45, 0.3, 0.4, 0.075
 _NAME_POINTS = 10.5  # between two names
+_LOST = 20.0  # times the dense model's value, beyond which nothing is drawn
 
 
 @dataclass(frozen=True)
@@ -72,42 +73,51 @@ def draw(panels: Sequence[Panel], methods: Sequence[str], ratios: Sequence[float
 
 
 def _draw(axes: Any, panel: Panel, styles: dict[str, tuple[str, Any, str]], ratios: Sequence[float]) -> None:
+    lines = {
+        method: sorted((x, y) for x, y in points if y > 0 and math.isfinite(y))
+        for method, points in panel.lines.items()
+    }
+    top = _limit(axes, panel, [point for points in lines.values() for point in points], ratios)
     ends: list[tuple[str, str, float, float]] = []  # name, colour, x, y
-    for method, points in panel.lines.items():
+    for method, points in lines.items():
         colour, dashes, marker = styles[method]
-        drawn = sorted((x, y) for x, y in points if y > 0 and math.isfinite(y))
-        if drawn:
+        if points:
             axes.plot(
-                *zip(*drawn, strict=True), color=colour, linestyle=dashes, linewidth=1.4, marker=marker,
-                markersize=4.5, markerfacecolor="white", markeredgewidth=1.1, clip_on=False, zorder=3,
+                *zip(*points, strict=True), color=colour, linestyle=dashes, linewidth=1.4, marker=marker,
+                markersize=4.5, markerfacecolor="white", markeredgewidth=1.1, zorder=3,
             )  # fmt: skip
-            ends.append((method, colour, *drawn[-1]))
-    values = [y for points in panel.lines.values() for _, y in points if y > 0 and math.isfinite(y)]
+            x, y = points[-1]
+            ends.append((f"{method} ↑" if y > top else method, colour, x, min(y, top)))
     if panel.level is not None:
         axes.axhline(panel.level, color="#666666", linewidth=0.9, zorder=2)
-        values.append(panel.level)
-    axes.set(xscale="log", yscale="log", xlabel="times smaller than the dense table", title=panel.title)
-    _limit(axes, values or [1.0], [*ratios, *(x for points in panel.lines.values() for x, _ in points)])
+        ends.append(("dense", "#444444", axes.get_xlim()[1], panel.level))
+    axes.set(xlabel="times smaller than the dense table", title=panel.title)
     axes.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
     axes.minorticks_off()
     axes.grid(True, axis="y", linewidth=0.4, color="#d5d5d5")
-    if panel.level is not None:
-        ends.append(("dense", "#444444", axes.get_xlim()[1], panel.level))
     _name(axes, ends)
 
 
-def _limit(axes: Any, values: list[float], ratios: list[float]) -> None:
-    """Leave some room around the values, and give the axis numbers that one can read off."""
+def _limit(axes: Any, panel: Panel, points: list[tuple[float, float]], ratios: Sequence[float]) -> float:
+    """Leave room around the values, give the axis numbers that one can read off, and return its upper end.
+
+    A line that is lost altogether leaves the panel, so that the others can be told apart.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    low, high = min(values), max(values)
+    values = [y for _, y in points] + ([panel.level] if panel.level is not None else [])
+    low, high = (min(values), max(values)) if values else (0.1, 1.0)
+    if panel.level is not None:
+        high = min(high, _LOST * panel.level)
     room = max(0.06 * math.log(high / low), 0.05)
+    reached = [*ratios, *(x for x, _ in points)]
+    axes.set(xscale="log", yscale="log", xlim=(min(reached) / 1.1, max(reached) * 1.1))
     axes.set_ylim(low * math.exp(-room), high * math.exp(room))
-    axes.set_xlim(min(ratios) / 1.1, max(ratios) * 1.1)
     digits = (1,) if high / low > 300 else (1, 2, 5) if high / low > 3 else range(1, 10)
     axes.yaxis.set_major_locator(LogLocator(subs=digits))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}" if y >= 1000 else f"{y:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
+    return high
 
 
 def _name(axes: Any, ends: list[tuple[str, str, float, float]]) -> None:
