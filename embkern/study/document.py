@@ -233,8 +233,6 @@ def _perplexity(rows: _Rows) -> Section | None:
             "The rows tell the protocol."
         ],
         [rows.picture("perplexity", panels, caption)] if panels else [],
-        if panels
-        else [],
         [table],
     )
 
