@@ -15,6 +15,7 @@ BENCHMARKS = {
     "methods": "SVD, PCA and the paper's autoencoder on a real table: quality and seconds",
     "reference_models": "a small BERT and a small GPT, trained on text of this installation, into the cache",
     "import_time": "what `import embkern` costs beyond torch",
+    "offline_tasks": "writes two small tasks in the formats of GLUE and SQuAD, made of installed docstrings",
     "plots": "pictures of the figures of gather_project and train",
     "gpu_check": "on a CUDA machine: build, GPU tests, GPU benchmarks, tuner, in one results file",
     "nvcc_report": "registers, spills and shared memory of the CUDA kernels, by nvcc and without a GPU",

@@ -20,21 +20,23 @@ def docstrings() -> list[str]:
     Each of 40 to 300 characters and 7 words at least, mostly letters, and once. What is installed decides
     what they are, so that figures of two machines agree only about.
     """
+    roots = [Path(sysconfig.get_paths()["purelib"]) / package for package in PACKAGES]
     sentences = dict.fromkeys(
-        sentence for path in _sources() for text in _docstrings(path) for sentence in _sentences(text)
+        sentence
+        for root in (Path(sysconfig.get_paths()["stdlib"]), *roots)
+        for text in docstring_sentences(root)
+        for sentence in text
     )
     shuffled = sorted(sentences)
     random.Random(0).shuffle(shuffled)
     return shuffled
 
 
-def _sources() -> Iterator[Path]:
-    paths = sysconfig.get_paths()
-    for root in (Path(paths["stdlib"]), *(Path(paths["purelib"]) / package for package in PACKAGES)):
-        for path in sorted(root.rglob("*.py")):
-            parts = path.relative_to(root).parts
-            if not {"test", "tests", "site-packages"} & set(parts):
-                yield path
+def docstring_sentences(root: Path) -> Iterator[list[str]]:
+    """Yield the sentences of every docstring of a package, tests apart."""
+    for path in sorted(root.rglob("*.py")):
+        if not {"test", "tests", "site-packages"} & set(path.relative_to(root).parts):
+            yield from (list(_sentences(text)) for text in _docstrings(path))
 
 
 def _docstrings(path: Path) -> Iterator[str]:
