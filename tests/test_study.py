@@ -86,7 +86,7 @@ def _short_lookups() -> Iterator[None]:
         yield
 
 
-FEW = dict(ratios=[2, 3], methods=["svd", "allocate", "autoencoder:epochs=2"], progress=False)
+FEW = dict(ratios=[1.5, 2], methods=["svd", "allocate", "autoencoder:epochs=2"], progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -353,6 +353,8 @@ def test_every_number_is_one_of_a_row(page, done):
     cited = re.findall(r"^\| (.*) \| \[(\w{12})\]\(rows/\2\.json\) \|$", markdown, flags=re.M)
     assert len(cited) > 50
     for cells, row in cited:
+        if rows[row].reason:
+            continue  # its numbers are in the words of the reason
         for number in re.findall(r"(?:^|[ |])(\d[\d,.]*%?)(?= \||$)", cells):
             assert number in shown.get(row, set()) | {f"{rows[row].ratio or 0:g}"}, (cells, row)
 
