@@ -1,6 +1,6 @@
 """Two small language models with tied heads, trained from scratch on text of this installation.
 
-    python -m benchmarks reference_models [--models bert gpt] [--minutes 9]
+    python -m benchmarks reference_models [--models bert gpt] [--minutes 8]
 
 `bert` is a masked model with a WordPiece tokenizer, `gpt` a causal one with byte-level BPE. They land in
 `cache_directory()/reference/{bert,gpt}` as transformers directories, each with its facts in `reference.json`,
@@ -39,9 +39,10 @@ from .installed_text import Document, installed_documents, split
 VOCABULARY = 8192
 LENGTH = 128  # tokens of a block, and the most that the models take
 HELD_OUT_CHARS, TRAIN_CHARS = 160_000, 40_000_000
-TOKENIZER_CHARS = 12_000_000  # of the train text: more does not change the frequent pieces
+TOKENIZER_CHARS = 12_000_000  # of the train text, for the tokenizers
 MASKED, AS_MASK, AS_RANDOM = 0.15, 0.8, 0.1  # BERT's own shares: of tokens, and of the masked ones
 MASKED_IN_TRAINING = 0.25  # of tokens: more to learn from in a step
+MINUTES = 8.0
 CHECKPOINTS = 10  # in a whole run
 ALPHABET = 1000  # characters of WordPiece at most; rarer ones are unknown
 BERT_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -177,12 +178,12 @@ class Kind:
     before_block: str  # special tokens
     before_text: str
     after_text: str
-    steps_a_minute: int  # on two cores with instructions for bfloat16
+    steps: int  # in MINUTES on two cores with instructions for bfloat16, about
 
 
 KINDS = {
-    "bert": Kind(bert_tokenizer, bert_model, bert_loss, "[CLS]", "", "[SEP]", 200),
-    "gpt": Kind(gpt_tokenizer, gpt_model, gpt_loss, "", END_OF_TEXT, "", 140),
+    "bert": Kind(bert_tokenizer, bert_model, bert_loss, "[CLS]", "", "[SEP]", 1300),
+    "gpt": Kind(gpt_tokenizer, gpt_model, gpt_loss, "", END_OF_TEXT, "", 910),
 }
 
 
@@ -433,9 +434,9 @@ def main(arguments: list[str]) -> None:
     command = " ".join(["python -m benchmarks reference_models", *arguments])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name in wanted:
-        steps = options.steps or max(1, round(KINDS[name].steps_a_minute * options.minutes))
+        steps = options.steps or max(1, round(KINDS[name].steps * options.minutes / MINUTES))
         recipe = Recipe(steps, batch=128 if device == "cuda" else 16, seed=options.seed)
-        minutes = steps / KINDS[name].steps_a_minute
+        minutes = steps / KINDS[name].steps * MINUTES
         print(f"{name}: {steps} steps, about {minutes:.1f} minutes on two cores", flush=True)
         facts = train(name, root, recipe, device=device, command=command)
         perplexity = f"{facts['valid_perplexity']} (unigram {facts['unigram_perplexity']})"
@@ -453,7 +454,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--models", nargs="+", choices=list(KINDS), default=list(KINDS))
-    add("--minutes", type=float, default=6.5, help="about, per model on two cores: sets the steps")
+    add("--minutes", type=float, default=MINUTES, help="about, per model on two cores: sets the steps")
     add("--steps", type=int, help="per model, instead of --minutes")
     add("--seed", type=int, default=0)
     add("--cache", type=Path, help="directory; default: embkern's cache")

@@ -148,6 +148,20 @@ def test_masks_spare_special_tokens_and_hit_the_share_that_is_meant():
         assert changed == pytest.approx(0.9 * len(ids), rel=0.05)
 
 
+def test_the_causal_loss_sees_no_token_to_the_right():
+    tokenizer = reference_models.gpt_tokenizer([tale(1)], 300)
+    model = reference_models.gpt_model(TINY, tokenizer).eval()
+    blocks = torch.randint(len(tokenizer), (2, reference_models.LENGTH))
+    changed = blocks.clone()
+    changed[:, 60:] = 5
+    before, after = (
+        reference_models.gpt_loss(model, each, tokenizer, torch.Generator())[0].detach().view(2, -1)
+        for each in (blocks, changed)
+    )
+    torch.testing.assert_close(before[:, :59], after[:, :59])
+    assert not torch.allclose(before[:, 59:], after[:, 59:])
+
+
 def test_the_rate_warms_up_and_falls_to_zero():
     rates = [reference_models.rate_at(step, TINY) for step in range(TINY.steps)]
     assert max(rates) == 1 == rates[1]
