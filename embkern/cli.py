@@ -254,6 +254,9 @@ def compare(
     max_tokens: Annotated[int | None, typer.Option(help="of the data set that are read")] = None,
     max_length: Annotated[int | None, typer.Option(help="tokens that a language model reads at once")] = None,
     stride: Annotated[int | None, typer.Option(help="causal: tokens by which it goes on")] = None,
+    separator: Annotated[
+        str | None, typer.Option(help="causal, between texts: newline (default) or eos")
+    ] = None,
     line_filter: Annotated[str | None, typer.Option(help="masked: authors, the paper's")] = None,
     text: Text = None,
     counts: Annotated[
@@ -280,9 +283,9 @@ def compare(
 
     given = {
         "ratios": ratios, "methods": methods, "dataset": dataset, "max_tokens": max_tokens,
-        "max_length": max_length, "stride": stride, "line_filter": line_filter, "text": text,
-        "counts": counts, "count_text": count_text, "words": words, "device": device, "seed": seed,
-        "keep_models": keep_models,
+        "max_length": max_length, "stride": stride, "separator": separator, "line_filter": line_filter,
+        "text": text, "counts": counts, "count_text": count_text, "words": words, "device": device,
+        "seed": seed, "keep_models": keep_models,
     }  # fmt: skip
     asked: dict[str, Any] = {name: value for name, value in given.items() if value not in (None, [])}
     if row is not None:

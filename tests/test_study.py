@@ -26,6 +26,7 @@ from embkern import study
 from embkern.api import load_model, model_bytes
 from embkern.evaluate.perplexity import perplexity
 from embkern.methods import METHODS
+from embkern.study.asked import Asked
 from embkern.study.document import value_at
 from embkern.study.figures import Panel, draw, spread
 from embkern.study.measures import find_words, typical_words
@@ -130,6 +131,14 @@ def test_rows_agree_with_the_parts_that_measure(models, done):
     assert {len(row["words"]) for row in near.values()} == {6}
     assert all(word["kept"] == 6 for word in near["dense", None]["words"])
     assert len(results(done.rows, "lookup")) == len(results(done.rows, "sentences")) == 6
+
+
+def test_settings_of_perplexity_are_passed_on_and_in_the_command():
+    given = dict(separator="eos", stride=7, line_filter="authors", max_tokens=99)
+    asked = Asked.parse(model="m", output="o", seed=3, **given)
+    assert asked.protocol == {"seed": 3, **given}
+    for option in ("--separator eos", "--stride 7", "--line-filter authors", "--max-tokens 99"):
+        assert option in asked.command()
 
 
 def test_the_same_seed_gives_the_same_rows_and_another_gives_others(models, done, tmp_path):

@@ -77,6 +77,9 @@ class Asked(BaseModel):
     max_tokens: int | None = Field(None, ge=1, description="of the data set that are read")
     max_length: int | None = Field(None, ge=2, description="tokens that a language model reads at once")
     stride: int | None = Field(None, ge=1, description="causal: tokens by which it goes on")
+    separator: Literal["newline", "eos"] | None = Field(
+        None, description="causal: between texts, newline by default"
+    )
     line_filter: Literal["authors"] | None = Field(None, description="masked: that of the paper's authors")
     text: Path | None = Field(None, description="sentences, one a line: compares their embeddings")
     counts: Path | None = Field(None, description="token frequencies, a file of `embkern count`")
@@ -111,7 +114,7 @@ class Asked(BaseModel):
     @property
     def protocol(self) -> dict[str, Any]:
         """Settings of ``evaluate_perplexity``."""
-        names = ("seed", "max_tokens", "max_length", "stride", "line_filter")
+        names = ("seed", "max_tokens", "max_length", "stride", "separator", "line_filter")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def specs(self) -> list[Spec]:
