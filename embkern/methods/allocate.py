@@ -17,8 +17,8 @@ A row is represented at one of a few rates (tiers):
   go below 1 bit a value.
 
 Codes of up to 4 bits are trellis codes: a value's level goes by its own bits and those before it, and the
-best path through a group of 32 is searched. From 2 bits on a third less error than Lloyd-Max levels leave at as
-many bits, which is what a quarter of a bit a value would buy.
+best path through a group of 32 is searched. From 2 bits on that leaves a third less error than Lloyd-Max
+levels of as many bits do, which is what a quarter of a bit a value would buy.
 
 Either has a scale per row, searched so that the codes' direction is the best, and stored so that the row's
 projection has its length.
