@@ -44,8 +44,9 @@ format: $(STAMP)
 	@$(BIN)/ruff format .
 	@$(BIN)/clang-format -i $(CPP)
 
+# A file of tests stays with one process: what its tests share is made once.
 test: lint
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --dist loadfile
 
 # The checkout's tests of the native kernels, against a build with AddressSanitizer and UBSan.
 sanitize: $(STAMP)
