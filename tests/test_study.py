@@ -141,6 +141,13 @@ def test_settings_of_perplexity_are_passed_on_and_in_the_command():
         assert option in asked.command()
 
 
+def test_a_command_holds_text_as_it_was_given():
+    given = dict(dataset="data.0", words=["3.0"], methods=["allocate:exponent=1.0"])
+    command = Asked.parse(model="m", output="o", ratios=[5, 2.5], **given).command()
+    for option in ("--dataset data.0", "--words 3.0", "--methods allocate:exponent=1.0", "--ratios 5 2.5"):
+        assert f"{option} -" in command
+
+
 def test_the_same_seed_gives_the_same_rows_and_another_gives_others(models, done, tmp_path):
     text = models / "text.txt"
     asked = dict(FEW, text=text, dataset=str(text), words=[*ODD[:5], "red"])

@@ -130,9 +130,14 @@ class Asked(BaseModel):
                 continue
             flag = f"--{name.replace('_', '-')}"
             values = value if isinstance(value, list) else [] if value is True else [value]
-            parts += [flag, *(str(each).removesuffix(".0") for each in values)]
+            parts += [flag, *map(_written, values)]
         parts += ["-o", str(self.output)]
         return " ".join(map(_quoted, [*parts, *(["--row", row] if row else [])]))
+
+
+def _written(value: Any) -> str:
+    """Write a value as one types it: 5 for a ratio of 5.0, text as it is."""
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def _quoted(word: str) -> str:
