@@ -40,7 +40,7 @@ struct Trellis {
     cheapest(best, forgotten[step]);
     EMBKERN_UNROLL for (int s = 0; s < kTrellisStates; s += kLanes<float>) {
       const Vector<float> error = load(levels + s) + -x;
-      store(weight * (error * error) + spread_parents<BITS>(best, s), cost + s, kLanes<float>);
+      store(weight * (error * error) + spread_parents<BITS>(best, s), cost + s);
     }
   }
 
@@ -143,7 +143,7 @@ EMBKERN_INLINE void trellis_group(const TrellisRow& row, int64_t first, float in
 }
 
 inline PackedFit trellis_row(const TrellisRow& row, uint8_t* codes, uint8_t* scratch) {
-  PackedFit best{0, -1};
+  PackedFit best{};
   for (int64_t i = 0; i < row.tries; ++i) {
     const float inverse = row.scales[i] > 0 ? 1 / row.scales[i] : 0;
     double dot = 0, square = 0;
@@ -168,7 +168,7 @@ inline PackedFit trellis_row(const TrellisRow& row, uint8_t* codes, uint8_t* scr
     }
     square = std::max(square, 1e-30);
     const float projection = static_cast<float>(dot / std::sqrt(square));
-    if (projection > best.projection) {
+    if (i == 0 || projection > best.projection) {  // below 0 where the scale is far too large
       best = {static_cast<float>(dot / square), projection};
       if (codes) std::memcpy(codes, scratch, row.groups * 32);
     }

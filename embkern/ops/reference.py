@@ -388,13 +388,13 @@ def quantize_rows(
     factors: Tensor,
     needs_codes: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scales and projections of rows (N, 32 G) at one rate, with the best of the factors for each."""
-    squares = torch.ones_like(values[0]) if spread is None else spread.square()
+    """Codes, scales and projections of rows (N, 32 G), value by value, at the best of the factors."""
+    squares = values.new_ones(values.shape[1]) if spread is None else spread.square()
     root = values.square().mean(1, keepdim=True).sqrt()
     root = torch.where(root > 0, root, 1.0)
     best = torch.full_like(root[:, 0], -1.0)
     scales = torch.zeros_like(best)
-    codes = torch.zeros(values.shape if needs_codes else (0, values.shape[1]), dtype=torch.uint8)
+    codes = values.new_zeros((len(values) if needs_codes else 0, values.shape[1]), dtype=torch.uint8)
     for factor in factors.tolist():
         code, decoded = _nearest_levels(values / (root * factor), bits.tolist(), levels, steps.tolist())
         dot, square = (values * decoded) @ squares, decoded.square() @ squares
@@ -416,10 +416,10 @@ def quantize_trellis(
     needs_codes: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales and projections of rows (N, 32 G) on trellises, at the best of their scales (N, F)."""
-    squares = torch.ones_like(values[0]) if spread is None else spread.square()
-    best = torch.full_like(values[:, 0], -1.0)
+    squares = values.new_ones(values.shape[1]) if spread is None else spread.square()
+    best = torch.full_like(values[:, 0], -torch.inf)
     chosen = torch.zeros_like(best)
-    codes = torch.zeros(values.shape if needs_codes else (0, values.shape[1]), dtype=torch.uint8)
+    codes = values.new_zeros((len(values) if needs_codes else 0, values.shape[1]), dtype=torch.uint8)
     for scale in scales.t():
         scaled = torch.where(scale > 0, 1 / scale, 0.0).unsqueeze(1) * values
         code, decoded = [], []

@@ -125,6 +125,19 @@ def test_the_best_scale_is_taken(kernel) -> None:
     assert many[0].shape == (0, 64)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_a_scale_far_too_large_has_codes_as_well(bits, kernel) -> None:
+    """Whose path is nearest to nothing at all, so that it may well point the other way."""
+    values = 20 * torch.randn(200, 32, generator=torch.Generator().manual_seed(0))
+    width, scale = torch.tensor([bits], dtype=torch.uint8), torch.full((200, 1), 1e6)
+    given = (values, None, width, trellis_levels(), scale)
+    codes, scales, projections = quantize_trellis(*given, needs_codes=True, backend=kernel)
+    decoded = _decoded(codes, (bits,))
+    assert torch.allclose(projections * decoded.norm(dim=1), (values * decoded).sum(1), atol=1e-2)
+    assert torch.allclose(scales * decoded.norm(dim=1), projections, atol=1e-2, rtol=1e-3)
+    assert int(codes.max()) < 2**bits
+
+
 def test_a_row_of_zeros_projects_on_nothing(kernel) -> None:
     arguments = list(_arguments((2, 3), True))
     arguments[4][3] = 0
