@@ -175,10 +175,11 @@ class _Allocation:
             if exact:
                 errors.append(space.direction_error(tier))
                 continue
-            estimate = space.scalar_error(tier)
-            some = torch.arange(0, len(estimate), max(1, len(estimate) // SAMPLED_ROWS))
-            ratio = space.direction_error(tier, some).mean() / estimate[some].mean().clamp_min(1e-30)
-            errors.append(estimate * ratio)
+            scalar = space.scalar_error(tier)
+            some = torch.arange(0, len(scalar), max(1, len(scalar) // SAMPLED_ROWS))
+            found, expected = space.direction_error(tier, some).mean(), scalar[some].mean()
+            # A difference where trellises are worse: no ratio fits rows of signs, whose scalar error is 0.
+            errors.append(scalar * (found / expected) if found < expected else scalar + (found - expected))
         return torch.stack(errors, 1).double()
 
     def shared_bytes(self, tiers: list[Tier]) -> int:
@@ -199,7 +200,7 @@ class _Allocation:
         basis = None
         if self._basis is not None and (size := _basis_rows(tiers)):
             basis = self._basis[:size].to(self.dtype)
-        levels, width = trellis_levels(), self.rows.shape[1]
+        levels, width = trellis_levels().clone(), self.rows.shape[1]  # tables share no memory
         return pack(choice, codes, tiers, levels, scales.to(self.dtype), basis, None, width)
 
     def refitted(self, packed: PackedTable, floor: float | None) -> PackedTable:
@@ -304,7 +305,7 @@ class _Space:
 
     def _error(self, projections: Tensor, ids: Tensor | slice) -> Tensor:
         norms = self.norms[ids]
-        return torch.where(norms > 0, 1 - projections / norms, 0.0)
+        return torch.where(norms > 0, 1 - projections / norms, 0.0).clamp_min(0)  # less by rounding alone
 
     def encode(self, tier: Tier, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes (n, 32 groups) uint8, scales (n,) and projections (n,) of rows."""

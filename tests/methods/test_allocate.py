@@ -136,6 +136,18 @@ def test_tables_of_any_shape(V, H, ratio) -> None:
     assert _errors(table, packed).mean() < 0.1
 
 
+def test_signs_are_not_taken_for_free() -> None:
+    """Levels of single codes hold them at 1 bit without an error, those of a trellis do not."""
+    table = torch.randn(600, 96, generator=torch.Generator().manual_seed(0)).sign()
+    assert _errors(table, allocate(table, ratio=12)).mean() < 0.06  # 0.16 at 1 bit, 0.04 at 2
+
+
+def test_tables_share_no_memory() -> None:
+    first, second = (allocate(_table(), ratio=8) for _ in range(2))
+    for name, tensor in first.tensors().items():
+        assert tensor.data_ptr() != second.tensors()[name].data_ptr(), name
+
+
 def test_a_table_too_small_to_be_made_smaller_is_refused() -> None:
     with pytest.raises(
         ValueError, match="the highest that fits is 0.[0-9]+, so it cannot be made smaller by this method"
