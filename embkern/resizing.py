@@ -89,7 +89,7 @@ def _quantized(levels: Tensor, tier: Tier, values: Tensor) -> tuple[Tensor, Tens
     known = [_known_values(levels, bits) for bits in tier.bits]
     top = max([float(each.abs().max()) for each in known], default=0.0) or 1.0
     largest = max(values.abs().tolist(), default=0.0) or 1.0
-    scales = largest / top * torch.logspace(-1, 0.2, _SCALES).double()
+    scales = largest / top * torch.logspace(-1, 0.5, _SCALES).double()
     codes, found = [torch.zeros(_SCALES, 0).long()], [torch.zeros(_SCALES, 0).double()]
     for part, bits, of_bits in zip(values.split(GROUP), tier.bits, known, strict=False):
         if 0 < bits <= LEVEL_BITS:
