@@ -17,7 +17,7 @@ EMBKERN_INLINE uint32_t selecting_plane(const int32_t* words) {
     return word << kBefore | word >> (32 - kBefore);
 }
 
-// Calls use(BIT's number, plane) for the first COUNT of them.
+// Calls use(BIT, its plane) for each BIT.
 template <int BITS, class Use, int... BIT>
 EMBKERN_INLINE void for_planes(const int32_t* words, Use use, std::integer_sequence<int, BIT...>) {
   (use(BIT, selecting_plane<BITS, BIT>(words)), ...);

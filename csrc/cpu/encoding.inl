@@ -1,4 +1,4 @@
-// The codes of a row at a tier of a packed table, and the search for its scale.
+// The codes of a row at some bits a value, each by itself, and the search for its scale.
 
 struct Rounded {
   Vector<float> value;

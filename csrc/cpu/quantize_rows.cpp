@@ -1,4 +1,5 @@
-// quantize_rows: the codes of rows at one tier of a packed table, with the best of some scales for each
+// quantize_rows: the codes of rows at some bits a value, each by itself, with the best of some scales for each.
+// A packed table has those of five bits and more; up to four its own are trellis codes (quantize_trellis).
 //
 //   values (N, W) float, in units of `spread` (W,) float or none; W is 32 per group. bits (G,) uint8, W = 32 G;
 //   levels (4, 16) int16 in steps of 2^-12; steps (9,) and factors (F,) float

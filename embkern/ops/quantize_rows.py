@@ -1,4 +1,4 @@
-"""quantize_rows: codes of rows at one rate of a packed table, with the best of some scales for each row."""
+"""quantize_rows: codes of rows, value by value, with the best of some scales for each row."""
 
 from __future__ import annotations
 
@@ -51,7 +51,10 @@ def quantize_rows(
     needs_codes: bool,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantise rows, trying some scales on each.
+    """Quantise rows value by value, trying some scales on each.
+
+    A packed table has these codes from 5 bits on. Up to 4 its own are those of ``quantize_trellis``, and
+    these tell quickly which scale suits.
 
     For every factor f the codes are those of the nearest levels of ``values / (rms * f)`` with ``rms =
     values.square().mean(1).sqrt()``. With ``d = decoded * spread`` and ``x = values * spread``, the factor
