@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import numbers
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -218,7 +219,7 @@ def _run(
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+    return float(value) if isinstance(value, numbers.Real) and math.isfinite(value) else None
 
 
 def parse_options(words: Sequence[str]) -> dict[str, Any]:

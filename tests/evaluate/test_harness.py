@@ -7,6 +7,7 @@ import json
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -235,7 +236,11 @@ def test_scores_are_taken_from_what_lm_eval_returns():
     found = {
         "results": {
             "one": {"alias": "one", "sample_len": 3, "acc,none": 0.5, "acc_stderr,none": 0.1},
-            "two": {"exact_match,strict": 1, "exact_match_stderr,strict": "N/A", "bypass,none": float("nan")},
+            "two": {
+                "exact_match,strict": np.float32(1),
+                "exact_match_stderr,strict": "N/A",
+                "bypass,none": float("nan"),
+            },
         }
     }
     scores = [each.model_dump(exclude={"against"}) for each in harness._scores_of_lm_eval(found)]
