@@ -33,6 +33,7 @@ from ..model_table import find_table, input_embeddings
 from ..recipe import Recipe
 from ..report import public_name
 from ..transformers import check_installable, install, stored_table
+from .perplexity import longest_input
 from .tasks import Prepared, Task, Training, quiet_libraries, require
 from .training import Freeze, freeze_table, remove_checkpoints, train_and_score
 
@@ -316,12 +317,9 @@ class _Source:
         """Return the model that a cell starts from, and the bytes of its dense table."""
         transformers.set_seed(settings.seed)  # the new head's
         model = task.load_model(self.name)
-        positions = getattr(model.config, "max_position_embeddings", None)
-        if positions is not None and settings.training.max_length > positions:
-            raise ValueError(
-                f"max_length: expected at most {positions}, the model's positions, "
-                f"got {settings.training.max_length}"
-            )
+        length, longest = settings.training.max_length, longest_input(model)
+        if length > longest:
+            raise ValueError(f"max_length: expected at most the model's {longest}, got {length}")
         table = find_table(model)
         dense_bytes = table.weight.nbytes
         if settings.method != DENSE:

@@ -90,7 +90,7 @@ class GlueTask(Task):
         """Cut every text, or pair of them, to ``max_length`` tokens."""
         for split, records in zip(self.splits, splits, strict=True):
             check_records(records, self.text_columns, ("label",), f"{self.name}, {split}")
-            self._check_labels(records["label"], f"{self.name}, {split}")
+            self._check_labels(records["label"][:], f"{self.name}, {split}")
 
         def encode(batch: dict[str, list]) -> dict[str, list]:
             texts = [batch[column] for column in self.text_columns]

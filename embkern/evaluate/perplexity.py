@@ -102,8 +102,8 @@ class PerplexityReport(BaseModel):
     settings: PerplexitySettings = Field(description="with the values that stood for null")
     model: Perplexity | None = Field(description="of the model as it is; null if that was not asked")
     tables: list[TablePerplexity]
-    windows: int
-    read: int = Field(description="tokens of text, special ones included")
+    windows: int = Field(description="in which something was scored")
+    read: int = Field(description="tokens of text in them, special ones included")
     device: str
     dtype: str
     seconds: float
@@ -320,7 +320,7 @@ def _resolved(
     settings: PerplexitySettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kind: Kind
 ) -> PerplexitySettings:
     """Fill in what the model decides, and refuse what it cannot do."""
-    longest = _longest(model)
+    longest = longest_input(model)
     length = settings.max_length or min(longest, tokenizer.model_max_length, DEFAULT_LENGTH[kind])
     if length > longest:
         raise ValueError(f"max_length: expected at most the model's {longest}, got {length}")
@@ -338,8 +338,8 @@ def _resolved(
     return settings.model_copy(update={"max_length": length, "stride": stride, "separator": separator})
 
 
-def _longest(model: PreTrainedModel) -> int:
-    """Return how many tokens a model can read at once."""
+def longest_input(model: PreTrainedModel) -> int:
+    """Return how many tokens a model can read at once; 2^30 where nothing limits them."""
     limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None) or -1]
     for name, module in model.named_modules():
         # RoBERTa and its kin count positions from behind the padding token's.

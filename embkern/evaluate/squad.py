@@ -189,6 +189,10 @@ class SquadTask(Task):
             check_records(records, self.text_columns, ("answers",), f"squad, {split}")
         if not tokenizer.is_fast:
             raise ValueError("tokenizer: expected a fast one, which tells where in the text a token is from")
+        if tokenizer.padding_side != "right":  # answers are marked by how many tokens stand before them
+            raise ValueError(
+                f"tokenizer: expected one that pads on the right, got padding_side {tokenizer.padding_side}"
+            )
         room = training.max_length - MAX_QUESTION_TOKENS - tokenizer.num_special_tokens_to_add(pair=True)
         if training.stride >= room:
             raise ValueError(
@@ -253,7 +257,7 @@ def answers_of(answers: Any, place: str) -> tuple[list[str], list[int]]:
         raise ValueError(
             f"data: {place}: expected answers with text and answer_start, got {answers!r}"
         ) from error
-    if not texts or len(texts) != len(starts):
+    if not texts or "" in texts or len(texts) != len(starts):
         raise ValueError(f"data: {place}: expected at least one answer and its place, got {answers!r}")
     return texts, starts
 

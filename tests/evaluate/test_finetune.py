@@ -534,6 +534,11 @@ ASKED = {"question": "what", "context": "the answer", "answers": {"text": ["answ
         ),
         (
             "squad",
+            [{**ASKED, "answers": {"text": [""], "answer_start": [10]}}],
+            "record 0: expected at least one answer",
+        ),
+        (
+            "squad",
             [{**ASKED, "answers": "none"}],
             "record 0: expected answers with text and answer_start, got 'none'",
         ),
@@ -598,7 +603,7 @@ def test_a_hub_out_of_reach_is_said(bert, tmp_path, monkeypatch):
             "batch_size: expected a multiple of accumulation x devices = .*, got 16",
         ),
         (dict(max_eval_samples=0), "max_eval_samples: expected at least 1, got 0"),
-        (dict(max_length=200), "max_length: expected at most 128, the model's positions, got 200"),
+        (dict(max_length=200), "max_length: expected at most the model's 128, got 200"),
         (dict(ratio=0.5, methods=("svd",)), "ratio: expected at least 1"),
         (dict(data="nowhere"), "data: expected a directory, found none at nowhere"),
     ],
@@ -613,6 +618,18 @@ def test_a_model_that_cannot_serve_is_named(bert, data, tmp_path):
         study("no/model", data, tmp_path)
     with pytest.raises(ValueError, match="stride: expected less than 29 tokens"):
         study(bert, data, tmp_path, SQUAD, max_length=96, stride=29)
+    tokenizer = T.AutoTokenizer.from_pretrained(bert, padding_side="left")
+    with pytest.raises(
+        ValueError, match="tokenizer: expected one that pads on the right, got padding_side left"
+    ):
+        SQUAD.prepare([datasets.Dataset.from_list([ASKED])] * 2, tokenizer, SQUAD.training)
+    roberta = tmp_path / "roberta"  # its positions count from behind the padding's
+    config = T.RobertaConfig(vocab_size=105, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                             intermediate_size=32, max_position_embeddings=34, pad_token_id=0)  # fmt: skip
+    T.RobertaModel(config).save_pretrained(roberta)
+    tokenizer.save_pretrained(roberta)
+    with pytest.raises(ValueError, match="max_length: expected at most the model's 33, got 34"):
+        study(roberta, data, tmp_path, max_length=34)
     small = tmp_path / "small"
     embkern.compress(bert, ratio=2, output=small)
     with pytest.raises(ValueError, match="the model's embedding is compressed already"):
