@@ -48,19 +48,21 @@ struct Trellis {
   EMBKERN_INLINE void cheapest(float* best, uint8_t* which) const {
 #if defined(EMBKERN_AVX512)
     if constexpr (BITS == 4) {  // a vector is two states each of 8 parents
-      const __m512 low = cheapest_of<8>(cost, 16, which), high = _mm512_shuffle_f32x4(low, low, 0x4e);
-      alignas(16) uint8_t pairs[16];
-      std::memcpy(pairs, which, 16);
+      __m512i own;
+      const __m512 low = cheapest_of<8>(cost, 16, &own), high = _mm512_shuffle_f32x4(low, low, 0x4e);
+      const __m512i other = _mm512_shuffle_i32x4(own, own, 0x4e);
       const __mmask16 less = _mm512_cmp_ps_mask(high, low, _CMP_LT_OQ);
       const __mmask16 equal = _mm512_cmp_ps_mask(high, low, _CMP_EQ_OQ);
+      const __mmask16 second = less | _mm512_mask_cmplt_epi32_mask(equal, other, own);
+      own = _mm512_slli_epi32(_mm512_mask_mov_epi32(own, second, other), 1);
       _mm512_store_ps(best, _mm512_min_ps(low, high));
-      for (int p = 0; p < 8; ++p) {
-        const bool second = less >> p & 1 || (equal >> p & 1 && pairs[8 + p] < pairs[p]);
-        which[p] = static_cast<uint8_t>(2 * pairs[second ? 8 + p : p] + second);
-      }
+      store_bytes(_mm512_mask_add_epi32(own, second, own, _mm512_set1_epi32(1)), which);
     } else {
-      EMBKERN_UNROLL for (int p = 0; p < kParents; p += 16)
-          _mm512_store_ps(best + p, cheapest_of<1 << BITS>(cost + p, kParents, which + p));
+      EMBKERN_UNROLL for (int p = 0; p < kParents; p += 16) {
+        __m512i own;
+        _mm512_store_ps(best + p, cheapest_of<1 << BITS>(cost + p, kParents, &own));
+        store_bytes(own, which + p);
+      }
     }
 #else
     alignas(64) int32_t own[kRoom];
@@ -79,7 +81,7 @@ struct Trellis {
 #if defined(EMBKERN_AVX512)
   // The least of COUNT costs in every lane, `stride` apart, and the number of the first of these.
   template <int COUNT>
-  static EMBKERN_INLINE __m512 cheapest_of(const float* costs, int stride, uint8_t* which) {
+  static EMBKERN_INLINE __m512 cheapest_of(const float* costs, int stride, __m512i* which) {
     __m512 least[COUNT];
     EMBKERN_UNROLL for (int i = 0; i < COUNT; ++i) least[i] = _mm512_load_ps(costs + i * stride);
     EMBKERN_UNROLL for (int apart = COUNT / 2; apart > 0; apart /= 2)
@@ -90,9 +92,12 @@ struct Trellis {
       first = _mm512_mask_mov_epi32(first, equal, _mm512_set1_epi32(i));
     }
     const __mmask16 equal = _mm512_cmp_ps_mask(_mm512_load_ps(costs), least[0], _CMP_EQ_OQ);
-    first = _mm512_mask_mov_epi32(first, equal, _mm512_setzero_si512());
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(which), _mm512_cvtepi32_epi8(first));
+    *which = _mm512_mask_mov_epi32(first, equal, _mm512_setzero_si512());
     return least[0];
+  }
+
+  static EMBKERN_INLINE void store_bytes(__m512i values, uint8_t* to) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(values));
   }
 #endif
 
