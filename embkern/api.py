@@ -31,7 +31,7 @@ from .layer import CompressedEmbedding
 from .methods.base import check_table
 from .recipe import LMHead, Recipe
 from .report import REPORT_NAME, Report, model_card, public_name, tier_uses
-from .text import read_texts
+from .text import read_texts, reason_of
 
 try:
     import transformers
@@ -278,15 +278,17 @@ def load_model(name: str | os.PathLike) -> PreTrainedModel:
         model, info = architecture.from_pretrained(name, output_loading_info=True)
         _check_loaded(model, info["missing_keys"])
         return model
-    except (
-        Exception
-    ) as error:  # transformers and safetensors raise many kinds; all mean the same to the caller
-        reason = str(error).strip().split("\n")[0] or repr(error)
-        if Path(name).exists():
-            raise ValueError(f"model: {name} cannot be loaded: {reason}") from error
-        raise FileNotFoundError(
-            f"model: {str(name)!r} is neither a directory here nor to be had from the hub: {reason}"
-        ) from error
+    except Exception as error:  # transformers and safetensors raise many kinds; all mean the same here
+        raise not_loaded(name, error) from error
+
+
+def not_loaded(name: str | os.PathLike, error: Exception) -> Exception:
+    """Return what to raise where a library fails to load a model."""
+    if Path(name).exists():
+        return ValueError(f"model: {name} cannot be loaded: {reason_of(error)}")
+    return FileNotFoundError(
+        f"model: {str(name)!r} is neither a directory here nor to be had from the hub: {reason_of(error)}"
+    )
 
 
 def _check_loaded(model: PreTrainedModel, missing: set[str]) -> None:

@@ -161,14 +161,15 @@ def _data_set(spec: str) -> Iterator[tuple[Any, str | None]]:
         records = load_dataset(name, config, split=split or "train", streaming=True)
     except Exception as error:  # datasets and its network libraries raise many kinds
         raise FileNotFoundError(
-            f"text: {spec!r} is neither a file here nor a data set to be had from the hub: {_reason(error)}"
+            f"text: {spec!r} is neither a file here nor a data set to be had from the hub: {reason_of(error)}"
         ) from error
     try:
         for record in records:
             yield record, column
     except Exception as error:  # as above
-        raise OSError(f"text: the data set {spec!r} could not be read on: {_reason(error)}") from error
+        raise OSError(f"text: the data set {spec!r} could not be read on: {reason_of(error)}") from error
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
+    """Return the first line of what an error says; of one that says nothing, its kind."""
     return str(error).strip().split("\n")[0] or repr(error)

@@ -17,9 +17,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, Field
 
-from ..api import load_model, load_tokenizer
+from ..api import load_model, load_tokenizer, not_loaded
 from ..report import public_name
-from .tasks import not_loaded, quiet_libraries, require
+from .tasks import quiet_libraries, require
 
 
 class HarnessScore(BaseModel):

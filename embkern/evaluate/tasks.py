@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..text import reason_of
+
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -102,6 +104,7 @@ def load_with_head(kind: str, name: str, **config: Any) -> PreTrainedModel:
     import torch
     import transformers
 
+    from ..api import not_loaded
     from ..model_table import input_embeddings
 
     try:
@@ -113,15 +116,6 @@ def load_with_head(kind: str, name: str, **config: Any) -> PreTrainedModel:
     if lost := [key for key in info["missing_keys"] if key.startswith(f"{table}.")]:
         raise ValueError(f"model: {name} does not hold {', '.join(lost)}; is it of another architecture?")
     return model
-
-
-def not_loaded(name: str, error: Exception) -> Exception:
-    """Return what to raise where a library fails to load a model."""
-    if Path(name).exists():
-        return ValueError(f"model: {name} cannot be loaded: {_reason(error)}")
-    return FileNotFoundError(
-        f"model: {name!r} is neither a directory here nor to be had from the hub: {_reason(error)}"
-    )
 
 
 # ---- records ---------------------------------------------------------------------------------------------
@@ -139,7 +133,8 @@ def read_hub(name: str, config: str | None, split: str) -> Dataset:
         raise
     except Exception as error:  # datasets and its network libraries raise many kinds
         raise FileNotFoundError(
-            f"data: {name} cannot be had from the hub ({_reason(error)}); data (--data DIR) reads local files"
+            f"data: {name} cannot be had from the hub ({reason_of(error)}); "
+            "data (--data DIR) reads local files"
         ) from error
 
 
@@ -173,7 +168,7 @@ def read_file(path: Path) -> Dataset:
         return load_dataset(builder, data_files=str(path), split="train", **options)
     except Exception as error:  # pandas, pyarrow and datasets raise many kinds
         cause = error.__cause__ or error
-        raise ValueError(f"data: {path} cannot be read: {_reason(cause)}") from error
+        raise ValueError(f"data: {path} cannot be read: {reason_of(cause)}") from error
 
 
 def check_records(records: Dataset, texts: tuple[str, ...], others: tuple[str, ...], place: str) -> None:
@@ -223,7 +218,3 @@ def quiet_libraries() -> Iterator[None]:
             logging.enable_progress_bar()
         if more_bars:
             datasets.enable_progress_bars()
-
-
-def _reason(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or repr(error)
