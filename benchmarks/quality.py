@@ -52,10 +52,12 @@ COLUMNS = {
     "seconds": ("seconds", ".1f"),
 }
 SLOW = ("nonlinear_autoencoder",)  # minutes to hours on a CPU; `--methods` asks for it
-# To see what counts are worth, and what it costs that only six tiers may be chosen from.
+# To see what counts and the exponent are worth, and what it costs that rows choose from six tiers only.
 VARIANTS: dict[str, dict[str, Any]] = {
     "allocate (prior)": {"counts": "prior"},
     "allocate (uniform)": {"counts": "uniform"},
+    "allocate (exponent 0.5)": {"exponent": 0.5},
+    "allocate (exponent 0.7)": {"exponent": 0.7},
     "allocate (3 tiers)": {"tiers": 3},
     "allocate (16 tiers)": {"tiers": 16},
 }
