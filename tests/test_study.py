@@ -283,7 +283,7 @@ def test_a_rows_command_measures_it_again(models, tmp_path, monkeypatch, capsys)
             r"words: expected words that are one token, got 'purple', read as \[UNK\]",
         ),
         (["--max-tokens", "0"], "compare: max_tokens: .* got 0"),
-        (["--device", "abacus"], "compare: device: expected one that is there, got .abacus."),
+        (["--device", "abacus"], "device: expected one that is there, got 'abacus' "),
         (["--dataset", "./none.txt"], "text: expected a file, a directory or a data set, found none"),
         (["--text", "./none.txt"], "text: expected a text file, found none"),
         (["-o", "{models}"], "output: .* is, or holds, the model to read"),

@@ -204,7 +204,7 @@ def evaluate_perplexity(
     kind = kind_of(model)
     protocol = _resolved(parse_options(PerplexitySettings, settings, "perplexity"), model, tokenizer, kind)
     if device is not None:
-        model.to(_device(device))
+        model.to(usable_device(device))
     if not (own or tables):
         raise ValueError("tables: expected some to measure without the model's own, got none")
     found = find_table(model) if tables else None
@@ -282,7 +282,7 @@ def _losses(
 # ---- the model -------------------------------------------------------------------------------------------
 
 
-def _device(name: str | torch.device | None) -> torch.device | None:
+def usable_device(name: str | torch.device | None) -> torch.device | None:
     """Return a device that can be used here, or raise ValueError."""
     try:
         return None if name is None else torch.empty(0, device=name).device
@@ -638,7 +638,7 @@ def measure_perplexity(
     """
     from ..api import load_model, load_tokenizer
 
-    _device(device)  # before a model is loaded
+    usable_device(device)  # before a model is loaded
     if against is None and len(models) != 1:
         raise ValueError(f"against: expected the dense model with {len(models)} models, got none")
     kept = getattr(torch, dtype or "float32", None)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from ..evaluate.perplexity import usable_device
 from ..methods import METHODS
 from ..methods.base import parse_options
 from ..recipe import Recipe
@@ -94,21 +94,13 @@ class Asked(BaseModel):
     def _once(cls, values: list) -> list:
         return list(dict.fromkeys(values))
 
-    @field_validator("device")
-    @classmethod
-    def _there(cls, name: str | None) -> str | None:
-        try:
-            torch.empty(0, device=name)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts
-            raise ValueError("expected one that is there") from error
-        return name
-
     @classmethod
     def parse(cls, **fields: Any) -> Asked:
         """Build one; a ValueError names each field, method or option that is wrong, and what was expected."""
         asked = parse_options(cls, fields, "compare")
         for spec, ratio in itertools.product(asked.specs(), asked.ratios):
             spec.recipe(ratio)
+        usable_device(asked.device)
         return asked
 
     @property
