@@ -349,9 +349,9 @@ def longest_input(model: PreTrainedModel) -> int:
 
 
 def _check_causal(model: PreTrainedModel) -> None:
-    """Raise if a token changes what is predicted from those before it: XLNet, or BERT with a causal head."""
+    """Raise if tokens change what is predicted from those before them: XLNet, or BERT with a causal head."""
     ids = torch.zeros(2, 6, dtype=torch.long, device=model.device)
-    ids[1, -1] = 1
+    ids[1, 1:] = 1
     first, second = model(input_ids=ids).logits[:, 0]
     if not _same(first, second):
         raise ValueError(
