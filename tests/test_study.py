@@ -77,6 +77,8 @@ def models(tmp_path_factory) -> Path:
         build().save_pretrained(root / name)
         tokenizer().save_pretrained(root / name)
     (root / "text.txt").write_text("\n".join(LINES * 4), encoding="utf-8")
+    (root / "empty.txt").touch()
+    (root / "binary.txt").write_bytes(bytes(range(256)))
     return root
 
 
@@ -285,6 +287,8 @@ def test_a_rows_command_measures_it_again(models, tmp_path, monkeypatch, capsys)
         (["--max-tokens", "0"], "compare: max_tokens: .* got 0"),
         (["--device", "abacus"], "device: expected one that is there, got 'abacus' "),
         (["--dataset", "./none.txt"], "text: expected a file, a directory or a data set, found none"),
+        (["--dataset", "{models}/empty.txt"], "text: expected some text, found none in .*empty.txt"),
+        (["--dataset", "{models}/binary.txt"], "text: .*binary.txt is not UTF-8 text"),
         (["--text", "./none.txt"], "text: expected a text file, found none"),
         (["-o", "{models}"], "output: .* is, or holds, the model to read"),
     ],
