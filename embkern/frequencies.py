@@ -36,10 +36,10 @@ SPECIAL_RANK = 1000.0  # in no text, but few, and read by those who mask, pad or
 UNREAD = 0.01  # of the last rank's frequency
 TEXT_TOKENS = 26  # of one text: a sentence
 STRENGTH = 5000.0  # of the prior, in tokens; see expected_frequencies
-# The same where rows are weighed to compress a table: a rare token moves a sentence more than its
-# likelihood says. Spearman of sentence similarities, all-MiniLM-L6-v2 at 16x, with 10,000 and with 100,000:
-# counts of 1.8 million tokens of docstrings .998 and .998 on held-out ones, .980 and .984 on another kind of
-# text; counts of 0.4 million tokens of Wikipedia .992 and .993, .971 and .982.
+# The same where rows are weighed to compress a table: a rare token moves a sentence more than its likelihood
+# says. Spearman of sentence similarities, all-MiniLM-L6-v2 at 16x and 32x: .998 and .993 on text of the kind
+# that was counted, .987 and .930 on another; with 10,000 (`python -m benchmarks quality --strength 10000`)
+# .999 and .995, .980 and .867.
 COMPRESSION_STRENGTH = 100_000.0
 
 _UNUSED = re.compile(r"[\[<]\|?(unused_?|extra_id_|reserved_(special_token_)?)\d+\|?[\]>]|madeupword\d+")

@@ -23,7 +23,8 @@ Capability best() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Capability::avx512_bf16;
+  const bool bits = __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("gfni");  // not Cooper Lake
+  if (avx512 && bits && __builtin_cpu_supports("avx512bf16")) return Capability::avx512_bf16;
   if (avx512) return Capability::avx512;
   if (avx2) return Capability::avx2;
 #endif

@@ -23,32 +23,56 @@ EMBKERN_INLINE void for_planes(const int32_t* words, Use use, std::integer_seque
   (use(BIT, selecting_plane<BITS, BIT>(words)), ...);
 }
 
+#if defined(EMBKERN_AVX512)
+// The COUNT bits that select each of 32 values.
+template <int BITS, int COUNT>
+EMBKERN_INLINE __m256i gathered_bits(const int32_t* words) {
+#if defined(EMBKERN_AVX512_BF16)
+  // A word per plane, the last first, turned round; then the bytes of 8 lanes side by side; then 8 x 8 bits
+  // are transposed, as a product over GF(2) with a matrix whose rows they are.
+  const auto place = [](int last_first) { return 7 - last_first < COUNT ? 7 - last_first : 0; };
+  const auto plane = [&](int at) { return COUNT == BITS ? place(at) : place(at) % BITS; };
+  const auto before = [&](int at) { return COUNT == BITS ? 0 : place(at) / BITS; };
+  const __m256i planes =
+      _mm256_setr_epi32(plane(0), plane(1), plane(2), plane(3), plane(4), plane(5), plane(6), plane(7));
+  const __m256i turns =
+      _mm256_setr_epi32(before(0), before(1), before(2), before(3), before(4), before(5), before(6), before(7));
+  const __m256i lanes_of_8 = _mm256_setr_epi8(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29, 2, 6,
+                                              10, 14, 18, 22, 26, 30, 3, 7, 11, 15, 19, 23, 27, 31);
+  const __m256i record = _mm256_maskz_loadu_epi32(static_cast<__mmask8>((1 << BITS) - 1), words);
+  const __mmask8 there = static_cast<__mmask8>(0xff << (8 - COUNT));
+  const __m256i turned = _mm256_rolv_epi32(_mm256_maskz_permutexvar_epi32(there, planes, record), turns);
+  return _mm256_gf2p8affine_epi64_epi8(_mm256_set1_epi64x(0x8040201008040201),
+                                       _mm256_permutexvar_epi8(lanes_of_8, turned), 0);
+#else
+  __m256i parts[2] = {};  // sums of half of the planes each: half as long a chain
+  for_planes<BITS>(
+      words,
+      [&](int plane, uint32_t word) {
+        __m256i& part = parts[plane % 2];
+        part = _mm256_mask_add_epi8(part, word, part, _mm256_set1_epi8(static_cast<char>(1 << plane)));
+      },
+      std::make_integer_sequence<int, COUNT>{});
+  return _mm256_or_si256(parts[0], parts[1]);
+#endif
+}
+#endif
+
 // The 32 values of a group of BITS bits.
 template <int BITS>
 EMBKERN_INLINE void decode_group(const int32_t* words, const int16_t* all_levels, Vector<float>* values) {
   constexpr bool kTrellis = BITS <= 4;
   constexpr float kMiddle = ((1 << BITS) - 1) / 2.0f;
-  using Planes = std::make_integer_sequence<int, kTrellis ? kStateBits : BITS>;
+  constexpr int kPlanes = kTrellis ? kStateBits : BITS;
   const int16_t* levels = all_levels + (kTrellis ? kTrellisStates * (BITS - 1) : 0);
 #if defined(EMBKERN_AVX512)
-  __m256i parts[2] = {};  // sums of half of the planes each: half as long a chain
-  __mmask32 upper = 0;
-  for_planes<BITS>(
-      words,
-      [&](int plane, uint32_t word) {
-        __m256i& part = parts[plane % 2];
-        if (kTrellis && plane == kStateBits - 1)
-          upper = word;
-        else
-          part = _mm256_mask_add_epi8(part, word, part, _mm256_set1_epi8(static_cast<char>(1 << plane)));
-      },
-      Planes{});
-  const __m256i bytes = _mm256_or_si256(parts[0], parts[1]);
+  const __m256i bytes = gathered_bits<BITS, kPlanes>(words);
   if constexpr (kTrellis) {
     const __m512i index = _mm512_cvtepu8_epi16(bytes);
     const auto lookup = [&](const int16_t* half) {
       return _mm512_permutex2var_epi16(_mm512_loadu_si512(half), index, _mm512_loadu_si512(half + 32));
     };
+    const __mmask32 upper = _mm256_movepi8_mask(_mm256_slli_epi16(bytes, 1));  // by bit 6
     const __m512i steps = _mm512_mask_blend_epi16(upper, lookup(levels), lookup(levels + 64));
     EMBKERN_UNROLL for (int half = 0; half < 2; ++half) {
       const __m256i own = half ? _mm512_extracti64x4_epi64(steps, 1) : _mm512_castsi512_si256(steps);
@@ -73,7 +97,7 @@ EMBKERN_INLINE void decode_group(const int32_t* words, const int16_t* all_levels
           const __m256i set = _mm256_cmpeq_epi32(bit, lane_bit);
           code = _mm256_or_si256(code, _mm256_and_si256(set, _mm256_set1_epi32(1 << plane)));
         },
-        Planes{});
+        std::make_integer_sequence<int, kPlanes>{});
     if constexpr (kTrellis) {
       const __m256i pair = _mm256_i32gather_epi32(reinterpret_cast<const int*>(levels), code, 2);
       const __m256i step = _mm256_srai_epi32(_mm256_slli_epi32(pair, 16), 16);
@@ -86,7 +110,9 @@ EMBKERN_INLINE void decode_group(const int32_t* words, const int16_t* all_levels
   float line[32];
   for (int i = 0; i < 32; ++i) {
     int code = 0;
-    for_planes<BITS>(words, [&](int plane, uint32_t word) { code |= (word >> i & 1) << plane; }, Planes{});
+    for_planes<BITS>(
+        words, [&](int plane, uint32_t word) { code |= (word >> i & 1) << plane; },
+        std::make_integer_sequence<int, kPlanes>{});
     line[i] = kTrellis ? kLevelStep * levels[code % kTrellisStates] : static_cast<float>(code) - kMiddle;
   }
   std::memcpy(values, line, sizeof(line));

@@ -315,6 +315,7 @@ class _Space:
 
     def _encoded(self, ids: Tensor, tier: Tier) -> tuple[Tensor, Tensor, Tensor]:
         wide = max(tier.bits, default=0) > LEVEL_BITS
+        assert not wide or min(tier.bits) > LEVEL_BITS, "one scale suits either uniform codes or a trellis"
         codes, scales, projections = self._scalar(ids, tier, FINE_SCALES, wide)
         if wide:
             return codes, scales, projections
