@@ -347,10 +347,10 @@ def vocabulary_prior(tokenizer: PreTrainedTokenizerBase | None, num_embeddings: 
       a sentence's length;
     - rows without a token, ``[unused0]``, ``<extra_id_0>`` and the like: a hundredth of the last token's.
 
-    Without a tokenizer the rank is the id. The constants were chosen with uncased BERT's vocabulary on English.
-    A token of docstrings costs 10.8 bits under it, one of general English 10.0 (uniform: 14.9; their own
-    frequencies: 8.8 and 7.5; `python -m benchmarks quality`). It knows less of BPE, whose first merges are
-    mostly merged further. Text in a language that is rare in the vocabulary is not foreseen.
+    Without a tokenizer the rank is the id. The constants were chosen with uncased BERT's vocabulary on
+    English. A token of docstrings costs 10.8 bits under it, one of general English 10.0 (uniform: 14.9; their
+    own frequencies: 8.8 and 7.5; `python -m benchmarks quality`). It knows less of BPE, whose first merges
+    are mostly merged further. Text in a language that is rare in the vocabulary is not foreseen.
 
     Args:
         tokenizer: of the model, or None.
