@@ -58,108 +58,136 @@ EMBKERN_INLINE __m256i gathered_bits(const int32_t* words) {
 }
 #endif
 
-// The 32 values of a group of BITS bits.
+// Groups of BITS bits to their values; what it looks up stays in registers from one group to the next.
 template <int BITS>
-EMBKERN_INLINE void decode_group(const int32_t* words, const int16_t* all_levels, Vector<float>* values) {
-  constexpr bool kTrellis = BITS <= 4;
-  constexpr float kMiddle = ((1 << BITS) - 1) / 2.0f;
-  constexpr int kPlanes = kTrellis ? kStateBits : BITS;
-  const int16_t* levels = all_levels + (kTrellis ? kTrellisStates * (BITS - 1) : 0);
+struct GroupDecoder {
+  static constexpr bool kTrellis = BITS <= 4;
+  static constexpr float kMiddle = ((1 << BITS) - 1) / 2.0f;
+  static constexpr int kPlanes = kTrellis ? kStateBits : BITS;
+
+  const int16_t* levels;
 #if defined(EMBKERN_AVX512)
-  const __m256i bytes = gathered_bits<BITS, kPlanes>(words);
-  if constexpr (kTrellis) {
-    const __m512i index = _mm512_cvtepu8_epi16(bytes);
-    const auto lookup = [&](const int16_t* half) {
-      return _mm512_permutex2var_epi16(_mm512_loadu_si512(half), index, _mm512_loadu_si512(half + 32));
-    };
-    const __mmask32 upper = _mm256_movepi8_mask(_mm256_slli_epi16(bytes, 1));  // by bit 6
-    const __m512i steps = _mm512_mask_blend_epi16(upper, lookup(levels), lookup(levels + 64));
-    EMBKERN_UNROLL for (int half = 0; half < 2; ++half) {
-      const __m256i own = half ? _mm512_extracti64x4_epi64(steps, 1) : _mm512_castsi512_si256(steps);
-      values[half] = kLevelStep * (Vector<float>)_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(own));
-    }
-  } else {
-    EMBKERN_UNROLL for (int half = 0; half < 2; ++half) {
-      const __m512i code =
-          _mm512_cvtepu8_epi32(half ? _mm256_extracti128_si256(bytes, 1) : _mm256_castsi256_si128(bytes));
-      values[half] = (Vector<float>)_mm512_sub_ps(_mm512_cvtepi32_ps(code), _mm512_set1_ps(kMiddle));
-    }
-  }
-#elif defined(EMBKERN_AVX2)
-  EMBKERN_UNROLL for (int quarter = 0; quarter < 4; ++quarter) {
-    const __m256i lane_bit =
-        _mm256_sllv_epi32(_mm256_set1_epi32(1 << (8 * quarter)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-    __m256i code = _mm256_setzero_si256();
-    for_planes<BITS>(
-        words,
-        [&](int plane, uint32_t word) {
-          const __m256i bit = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(word)), lane_bit);
-          const __m256i set = _mm256_cmpeq_epi32(bit, lane_bit);
-          code = _mm256_or_si256(code, _mm256_and_si256(set, _mm256_set1_epi32(1 << plane)));
-        },
-        std::make_integer_sequence<int, kPlanes>{});
-    if constexpr (kTrellis) {
-      const __m256i pair = _mm256_i32gather_epi32(reinterpret_cast<const int*>(levels), code, 2);
-      const __m256i step = _mm256_srai_epi32(_mm256_slli_epi32(pair, 16), 16);
-      values[quarter] = kLevelStep * (Vector<float>)_mm256_cvtepi32_ps(step);
-    } else {
-      values[quarter] = (Vector<float>)_mm256_sub_ps(_mm256_cvtepi32_ps(code), _mm256_set1_ps(kMiddle));
-    }
-  }
-#else
-  float line[32];
-  for (int i = 0; i < 32; ++i) {
-    int code = 0;
-    for_planes<BITS>(
-        words, [&](int plane, uint32_t word) { code |= (word >> i & 1) << plane; },
-        std::make_integer_sequence<int, kPlanes>{});
-    line[i] = kTrellis ? kLevelStep * levels[code % kTrellisStates] : static_cast<float>(code) - kMiddle;
-  }
-  std::memcpy(values, line, sizeof(line));
+  __m512i quarter[4];  // of the levels
 #endif
+
+  EMBKERN_INLINE explicit GroupDecoder(const int16_t* all_levels)
+      : levels(all_levels + (kTrellis ? kTrellisStates * (BITS - 1) : 0)) {
+#if defined(EMBKERN_AVX512)
+    if constexpr (kTrellis)
+      EMBKERN_UNROLL for (int i = 0; i < 4; ++i) quarter[i] = _mm512_loadu_si512(levels + 32 * i);
+#endif
+  }
+
+  // The 32 values of a group.
+  EMBKERN_INLINE void operator()(const int32_t* words, Vector<float>* values) const {
+#if defined(EMBKERN_AVX512)
+    const __m256i bytes = gathered_bits<BITS, kPlanes>(words);
+    if constexpr (kTrellis) {
+      const __m512i index = _mm512_cvtepu8_epi16(bytes);
+      const __mmask32 upper = _mm256_movepi8_mask(_mm256_slli_epi16(bytes, 1));  // by bit 6
+      const __m512i steps =
+          _mm512_mask_blend_epi16(upper, _mm512_permutex2var_epi16(quarter[0], index, quarter[1]),
+                                  _mm512_permutex2var_epi16(quarter[2], index, quarter[3]));
+      EMBKERN_UNROLL for (int half = 0; half < 2; ++half) {
+        const __m256i own = half ? _mm512_extracti64x4_epi64(steps, 1) : _mm512_castsi512_si256(steps);
+        values[half] = kLevelStep * (Vector<float>)_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(own));
+      }
+    } else {
+      EMBKERN_UNROLL for (int half = 0; half < 2; ++half) {
+        const __m512i code =
+            _mm512_cvtepu8_epi32(half ? _mm256_extracti128_si256(bytes, 1) : _mm256_castsi256_si128(bytes));
+        values[half] = (Vector<float>)_mm512_sub_ps(_mm512_cvtepi32_ps(code), _mm512_set1_ps(kMiddle));
+      }
+    }
+#elif defined(EMBKERN_AVX2)
+    EMBKERN_UNROLL for (int quarter = 0; quarter < 4; ++quarter) {
+      const __m256i lane_bit =
+          _mm256_sllv_epi32(_mm256_set1_epi32(1 << (8 * quarter)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+      __m256i code = _mm256_setzero_si256();
+      for_planes<BITS>(
+          words,
+          [&](int plane, uint32_t word) {
+            const __m256i bit = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(word)), lane_bit);
+            const __m256i set = _mm256_cmpeq_epi32(bit, lane_bit);
+            code = _mm256_or_si256(code, _mm256_and_si256(set, _mm256_set1_epi32(1 << plane)));
+          },
+          std::make_integer_sequence<int, kPlanes>{});
+      if constexpr (kTrellis) {
+        const __m256i pair = _mm256_i32gather_epi32(reinterpret_cast<const int*>(levels), code, 2);
+        const __m256i step = _mm256_srai_epi32(_mm256_slli_epi32(pair, 16), 16);
+        values[quarter] = kLevelStep * (Vector<float>)_mm256_cvtepi32_ps(step);
+      } else {
+        values[quarter] = (Vector<float>)_mm256_sub_ps(_mm256_cvtepi32_ps(code), _mm256_set1_ps(kMiddle));
+      }
+    }
+#else
+    float line[32];
+    for (int i = 0; i < 32; ++i) {
+      int code = 0;
+      for_planes<BITS>(
+          words, [&](int plane, uint32_t word) { code |= (word >> i & 1) << plane; },
+          std::make_integer_sequence<int, kPlanes>{});
+      line[i] = kTrellis ? kLevelStep * levels[code % kTrellisStates] : static_cast<float>(code) - kMiddle;
+    }
+    std::memcpy(values, line, sizeof(line));
+#endif
+  }
+};
+
+// Calls use(first, lanes of A) for 32 values from `first` on.
+template <class A, class Use>
+EMBKERN_INLINE void use_group(int64_t first, const Vector<float>* values, Use use) {
+  if constexpr (std::is_same_v<A, float>) {
+    EMBKERN_UNROLL for (int v = 0; v < kGroupVectors; ++v) use(first + v * kLanes<float>, values[v]);
+  } else {
+    float line[32];
+    std::memcpy(line, values, sizeof(line));
+    for (int i = 0; i < 32; i += kLanes<A>) {
+      Vector<A> wide;
+      for (int lane = 0; lane < kLanes<A>; ++lane) wide[lane] = line[i + lane];
+      use(first + i, wide);
+    }
+  }
 }
 
-EMBKERN_INLINE void decode_group(int bits, const int32_t* words, const int16_t* levels, Vector<float>* values) {
-  switch (bits) {
-    case 1:
-      return decode_group<1>(words, levels, values);
-    case 2:
-      return decode_group<2>(words, levels, values);
-    case 3:
-      return decode_group<3>(words, levels, values);
-    case 4:
-      return decode_group<4>(words, levels, values);
-    case 5:
-      return decode_group<5>(words, levels, values);
-    case 6:
-      return decode_group<6>(words, levels, values);
-    case 7:
-      return decode_group<7>(words, levels, values);
-    case 8:
-      return decode_group<8>(words, levels, values);
-    default:
-      for (int v = 0; v < kGroupVectors; ++v) values[v] = Vector<float>{};
+// The same for neighbouring groups of BITS bits each; returns the words after them.
+template <class A, int BITS, class Use>
+EMBKERN_INLINE const int32_t* use_groups(int64_t group, int64_t last, const int32_t* words,
+                                         const int16_t* levels, Use use) {
+  const GroupDecoder<BITS> decode(levels);
+  for (; group < last; ++group, words += BITS) {
+    Vector<float> values[kGroupVectors];
+    decode(words, values);
+    use_group<A>(group * 32, values, use);
   }
+  return words;
 }
 
 // Calls use(first, lanes of A) for all values of a row.
 template <class A, class T, class Use>
 EMBKERN_INLINE void for_values(const PackedRow<T>& row, Use use) {
   const int32_t* words = row.words;
-  for (int64_t group = 0; group * 32 < row.width; ++group) {
+  const int64_t groups = (row.width + 31) / 32;
+  for (int64_t group = 0, last; group < groups; group = last) {
     const int bits = group < row.groups ? row.bits[group] : 0;
-    Vector<float> values[kGroupVectors];
-    decode_group(bits, words, row.levels, values);
-    words += bits;
-    if constexpr (std::is_same_v<A, float>) {
-      EMBKERN_UNROLL for (int v = 0; v < kGroupVectors; ++v) use(group * 32 + v * kLanes<float>, values[v]);
-    } else {
-      float line[32];
-      std::memcpy(line, values, sizeof(line));
-      for (int first = 0; first < 32; first += kLanes<A>) {
-        Vector<A> wide;
-        for (int i = 0; i < kLanes<A>; ++i) wide[i] = line[first + i];
-        use(group * 32 + first, wide);
+    for (last = group + 1; last < groups && (last < row.groups ? row.bits[last] : 0) == bits;) ++last;
+    switch (bits) {
+#define EMBKERN_BITS(bits)                                            \
+  case bits:                                                          \
+    words = use_groups<A, bits>(group, last, words, row.levels, use); \
+    break;
+      EMBKERN_BITS(1)
+      EMBKERN_BITS(2)
+      EMBKERN_BITS(3)
+      EMBKERN_BITS(4)
+      EMBKERN_BITS(5)
+      EMBKERN_BITS(6)
+      EMBKERN_BITS(7)
+      EMBKERN_BITS(8)
+#undef EMBKERN_BITS
+      default: {
+        const Vector<float> zeros[kGroupVectors] = {};
+        for (int64_t each = group; each < last; ++each) use_group<A>(each * 32, zeros, use);
       }
     }
   }
