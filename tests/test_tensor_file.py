@@ -97,7 +97,7 @@ OLD = [
             records=torch.zeros(2, dtype=torch.int32),
             directory=torch.zeros(1, 5, dtype=torch.int32),
             tiers=torch.tensor([[0, 1]], dtype=torch.uint8),
-            levels=torch.zeros(2, 4, 16, dtype=torch.int16),
+            levels=torch.zeros(4, 128, dtype=torch.int16),
             scales=torch.ones(2),
             embedding_dim=32,
         ),
@@ -105,7 +105,7 @@ OLD = [
             "format": "embkern.packed/1",
             "embedding_dim": "32",
             "checksums": '{"records": "crc32:6522df69", "directory": "crc32:0fd59b8d", '
-            '"tiers": "crc32:36de2269", "levels": "crc32:0d968558", "scales": "crc32:d5065190", '
+            '"tiers": "crc32:36de2269", "levels": "crc32:efb5af2e", "scales": "crc32:d5065190", '
             '"embedding_dim": "crc32:9c54bd3f"}',
         },
     ),
