@@ -6,8 +6,10 @@ import copy
 import itertools
 import json
 import math
+import re
 import sys
 import types
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -32,21 +34,29 @@ VOCABULARY = 101  # of the models of tests.models
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
 
 
+def wordpieces(special: list[str]) -> dict[str, int]:
+    """The most frequent pieces of the words of TEXTS, letters first; WordPieceTrainer's differ from run to run."""
+    counts: Counter[str] = Counter()
+    for word in re.findall(r"\w+|[^\w\s]", " ".join(TEXTS)):
+        for start, end in itertools.combinations(range(min(len(word), 9) + 1), 2):
+            counts[("##" if start else "") + word[start:end]] += 1
+    ordered = sorted(counts, key=lambda piece: (len(piece.removeprefix("##")) > 1, -counts[piece], piece))
+    return {piece: number for number, piece in enumerate([*special, *ordered][:VOCABULARY])}
+
+
 def subwords(kind: str = "wordpiece"):
     """A tokenizer of the models' size with many words of several tokens."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     if kind == "wordpiece":
-        raw = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        raw = Tokenizer(models.WordPiece(wordpieces(special), unk_token="[UNK]"))
         raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        trainer = trainers.WordPieceTrainer(
-            vocab_size=VOCABULARY, special_tokens=special, show_progress=False
-        )
+        raw.add_special_tokens(special)
     else:
         raw = Tokenizer(models.BPE(unk_token="[UNK]"))
         spaces = {"byte level": pre_tokenizers.ByteLevel, "sentencepiece": pre_tokenizers.Metaspace}
         raw.pre_tokenizer = spaces[kind]()
         trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, show_progress=False)
-    raw.train_from_iterator(TEXTS, trainer)
+        raw.train_from_iterator(TEXTS, trainer)
     ids = [(token, raw.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     raw.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=ids)
     names = dict(zip(("pad", "unk", "cls", "sep", "mask"), special, strict=True))
@@ -302,14 +312,14 @@ def test_a_table_gives_the_figures_of_the_compressed_model(name, recipe, tokeniz
     alone = evaluate_perplexity(model, tokenizer, TEXTS, {"small": table}, own=False)
     assert (alone.model, alone.tables) == (None, [small])
     assert own.input_only == report.model
-    assert small.input_only.loss != pytest.approx(report.model.loss, rel=1e-4)
+    assert small.input_only.loss != report.model.loss, "a table that was not swapped has the same bits"
     for each in (small, decoded):
         assert each.input_only.loss == pytest.approx(expected["dense"].loss, rel=1e-5)
         if name == "llama-untied":
             assert each.tied is None
         else:
             assert each.tied.loss == pytest.approx(expected["factorized"].loss, rel=1e-5)
-            assert each.tied.loss != pytest.approx(each.input_only.loss, rel=1e-4)
+            assert each.tied.loss != each.input_only.loss
             assert own.tied == report.model
 
 
