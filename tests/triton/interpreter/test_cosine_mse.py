@@ -1,4 +1,4 @@
-"""The Triton kernels of cosine_mse_loss, run by Triton's interpreter on the CPU, as interpreted.py does.
+"""The Triton kernels of cosine_mse_loss, run by Triton's interpreter on the CPU.
 
 The oracle is autograd of the documented formula in float64; the error of plain torch is the reference's.
 """
@@ -6,7 +6,6 @@ The oracle is autograd of the documented formula in float64; the error of plain 
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import replace
 
 import pytest
@@ -14,15 +13,13 @@ import torch
 from torch.testing import assert_close
 from triton.runtime import interpreter
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_interpreter.py"
-
 from embkern.ops import cosine_mse_loss, reference
 from embkern.ops.reference import MEAN, NONE, SUM
 from embkern.triton import cosine_mse as cm
 from embkern.triton.launch import Launch
 from embkern.triton.tiles import RowTile, row_tile_of
 
-from ..conftest import assert_no_worse_than
+from ...conftest import assert_no_worse_than
 
 TERMS = (0.7, 0.9, 0.3, 0.2)
 REDUCTIONS = pytest.mark.parametrize("reduction", [NONE, MEAN, SUM], ids=["none", "mean", "sum"])

@@ -1,24 +1,19 @@
 """The Triton backend of autoencoder_loss, run by Triton's interpreter on the CPU: both forms against float64.
 
-Run by test_interpreter.py like interpreted.py. cuBLAS is torch's CPU product here. The interpreter does not
-round bf16; fp16 stands for it in the Gram form.
+cuBLAS is torch's CPU product here. The interpreter does not round bf16; fp16 stands for it in the Gram form.
 """
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_interpreter.py"
-
 from embkern.ops import autoencoder_loss, reference
 from embkern.triton import autoencoder as ae
 
-from ..conftest import assert_no_worse_than, relative_error
+from ...conftest import assert_no_worse_than, relative_error
 
 EPS = 1e-8
 # Cosine and squared error; the paper's with a root.

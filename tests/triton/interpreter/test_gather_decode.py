@@ -1,19 +1,11 @@
-"""The Triton kernels of gather_decode, run by Triton's interpreter on the CPU.
-
-Run by test_interpreter.py like interpreted.py. The interpreter's bf16 is not rounded as a device rounds it:
-bf16 is left to test_gpu_gather_decode.py.
-"""
+"""The Triton kernels of gather_decode, run by Triton's interpreter on the CPU."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
 from torch.testing import assert_close
 from triton.runtime import interpreter
-
-assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_interpreter.py"
 
 from embkern.ops import gather_decode
 from embkern.packed import Tier
@@ -21,8 +13,8 @@ from embkern.triton import gather_decode as gd
 from embkern.triton.launch import Launch
 from embkern.triton.tiles import GroupTile, Tile
 
-from ..conftest import assert_no_worse_than
-from ..ops.test_gather_decode import every_tier, guarded, problem, small
+from ...conftest import assert_no_worse_than
+from ...ops.test_gather_decode import every_tier, guarded, problem, small
 
 # (V, H, K, N): groups that fill the blocks; a basis that is not a power of two, odd rows; rows within one
 # group; one token; a table without a basis.

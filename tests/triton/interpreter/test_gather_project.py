@@ -1,26 +1,18 @@
-"""The Triton kernels of gather_project, run by Triton's interpreter on the CPU.
-
-TRITON_INTERPRET has to be set before Triton is imported, so test_interpreter.py runs this file in a process
-of its own. The interpreter's bf16 is not rounded as a device rounds it: bf16 is left to test_gpu.py.
-"""
+"""The Triton kernels of gather_project, run by Triton's interpreter on the CPU."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
 from torch.testing import assert_close
 from triton.runtime import interpreter
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_interpreter.py"
-
 from embkern.triton import gather_project as gp
 from embkern.triton.launch import Launch
 
-from ..conftest import assert_no_worse_than
-from ..ops.test_gather_project import plain as unscaled
-from ..ops.test_gather_project import problem
+from ...conftest import assert_no_worse_than
+from ...ops.test_gather_project import plain as unscaled
+from ...ops.test_gather_project import problem
 
 # (V, r, H, N). Even; odd everything; rank 1; one token; the paper's table; a full row block; one row more;
 # blocks without a rest; a batch; a rank that is walked in steps for every dtype.
