@@ -2,54 +2,91 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-STAMP  := $(VENV)/.installed
-# Packages are installed before embkern, whose extension is built against the torch that is there.
-PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Byte code is compiled when a module is first imported: most of what is installed never is.
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+# A file of tests stays with one process: what its tests share is made once.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
-CPP    := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := pyproject.toml setup.py constraints.txt embkern/_version.py
+NATIVE  := setup.py $(wildcard csrc/*.* csrc/*/*.*)
+CPP     := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test lint format sanitize bench clean
+.PHONY: help setup demo test test-slow test-interpreter test-all lint format sanitize bench clean
 
 help:
-	@echo "make demo      compress a real model, reload it, compare (about two minutes after the set-up)"
-	@echo "make test      lint and every test"
-	@echo "make lint      ruff, mypy, clang-format"
-	@echo "make format    let ruff and clang-format rewrite the sources"
-	@echo "make sanitize  the native kernels' tests under AddressSanitizer and UBSan"
-	@echo "make bench     the benchmarks, into benchmarks/results"
-	@echo "make clean     remove .venv and what was built"
+	@echo "make demo       compress a real model, reload it, compare (about two minutes after the set-up)"
+	@echo "make test       the tests, in minutes"
+	@echo "make lint       ruff, mypy, clang-format"
+	@echo "make test-all   the tests, and those that take longer: kernels under Triton's interpreter, compiled ahead"
+	@echo "                of time and under the CUDA emulator, installs, torchrun, benchmarks, faults"
+	@echo "make format     let ruff and clang-format rewrite the sources"
+	@echo "make sanitize   the native kernels' tests under AddressSanitizer and UBSan"
+	@echo "make bench      the benchmarks, into benchmarks/results"
+	@echo "make clean      remove .venv and what was built"
 
-setup: $(STAMP)
+# ---- set-up: what the demo needs first, the rest for those who test or lint ---------------------------------
 
-$(STAMP): pyproject.toml setup.py constraints.txt embkern/_version.py $(wildcard csrc/*.* csrc/*/*.*)
+# The extension is built against the torch that is there, while the other packages are installed.
+$(VENV)/.torch: constraints.txt
 	@echo "setting up $(VENV) (once; torch is the large part)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) --upgrade pip "setuptools>=77" wheel ninja
+	@$(PIP) --upgrade pip setuptools wheel ninja
 	@$(PIP) torch numpy
-	@PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --editable ".[demo,test,lint]"
+	@touch $@
+
+$(VENV)/.native: $(VENV)/.torch $(NATIVE)
+	@$(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
+
+$(VENV)/.packages: $(VENV)/.torch $(SOURCES)
+	@EMBKERN_NATIVE=0 $(PIP) --no-build-isolation --editable ".[demo]"
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch $(NATIVE) $(SOURCES)
+	@$(MAKE) --no-print-directory -j2 $(VENV)/.native $(VENV)/.packages
 	@$(BIN)/embkern env
 	@touch $@
 
-demo: $(STAMP)
+$(VENV)/.test: $(VENV)/.demo
+	@EMBKERN_NATIVE=0 $(PIP) --no-build-isolation --editable ".[test]"
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.test
+	@EMBKERN_NATIVE=0 $(PIP) --no-build-isolation --editable ".[test,lint]"
+	@touch $@
+
+setup: $(VENV)/.test $(VENV)/.lint
+
+# ---- what a user and a contributor run ----------------------------------------------------------------------
+
+demo: $(VENV)/.demo
 	@$(BIN)/embkern demo
 
-lint: $(STAMP)
+test: $(VENV)/.test
+	@$(PYTEST)
+
+test-slow: $(VENV)/.test
+	@$(PYTEST) -m slow
+
+# Triton decides when it is imported whether kernels are compiled or interpreted.
+test-interpreter: $(VENV)/.test
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --dist load tests/triton/interpreter
+
+test-all: test test-slow test-interpreter
+
+lint: $(VENV)/.lint
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/clang-format --dry-run --Werror $(CPP)
 
-format: $(STAMP)
+format: $(VENV)/.lint
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 	@$(BIN)/clang-format -i $(CPP)
 
-# A file of tests stays with one process: what its tests share is made once.
-test: lint
-	@$(BIN)/python -m pytest -n auto --dist loadfile
-
 # The checkout's tests of the native kernels, against a build with AddressSanitizer and UBSan.
-sanitize: $(STAMP)
+sanitize: $(VENV)/.test
 	@EMBKERN_NATIVE=1 EMBKERN_SANITIZE=1 $(BIN)/python setup.py -q build \
 	  --build-temp build/sanitize --build-lib build/sanitize/lib
 	@rm -rf build/sanitize/lib/tests && cp -r tests pyproject.toml build/sanitize/lib
@@ -58,8 +95,8 @@ sanitize: $(STAMP)
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(abspath $(BIN))/python -m pytest tests/ops -p no:cacheprovider --capture=sys
 
-bench: $(STAMP)
+bench: $(VENV)/.test
 	@for name in import_time cosine_mse methods direction quality gather_project gather_decode plots; do $(BIN)/python -m benchmarks $$name || exit 1; done
 
 clean:
-	rm -rf $(VENV) build demo-output *.egg-info embkern/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build demo-output *.egg-info embkern/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -55,32 +55,34 @@ def main(arguments: list[str]) -> None:
     files = options.files or [path for paths in found for path in sorted(paths)]
     if not files:
         parser.error(f"no gather_project_* or train_*.json in {options.results}: run the benchmark first")
-    for path in files:
-        results = json.loads(path.read_text())
-        if path.stem.startswith("train_"):
-            print("->", training(results["rows"], results, path.with_suffix(".png")))
-            continue
-        rows = [row for row in results["rows"] if row["mode"] == "forward"]
-        if not rows:
-            print(f"{path.name}: no forward rows, nothing to draw")
-            continue
-        model = options.model or rows[0]["model"]
-        ids = options.ids or rows[0]["ids"]
-        rows = [row for row in rows if row["ids"] == ids]
-        ranks = sorted({row["r"] for row in rows if row["model"] == model})
-        if not ranks:
-            parser.error(f"{path.name} has no forward rows of {model} with {ids} ids")
-        rank = options.rank or ranks[len(ranks) // 2]
-        chosen = [row for row in rows if (row["model"], row["r"]) == (model, rank)]
-        print("->", latency(chosen, results, path.with_name(f"{path.stem}_latency.png")))
-        print("->", speedup(rows, results, path.with_name(f"{path.stem}_speedup.png")))
+    import matplotlib
+
+    with matplotlib.rc_context({"font.size": 9, "legend.fontsize": 8}):
+        for path in files:
+            results = json.loads(path.read_text())
+            if path.stem.startswith("train_"):
+                print("->", training(results["rows"], results, path.with_suffix(".png")))
+                continue
+            rows = [row for row in results["rows"] if row["mode"] == "forward"]
+            if not rows:
+                print(f"{path.name}: no forward rows, nothing to draw")
+                continue
+            model = options.model or rows[0]["model"]
+            ids = options.ids or rows[0]["ids"]
+            rows = [row for row in rows if row["ids"] == ids]
+            ranks = sorted({row["r"] for row in rows if row["model"] == model})
+            if not ranks:
+                parser.error(f"{path.name} has no forward rows of {model} with {ids} ids")
+            rank = options.rank or ranks[len(ranks) // 2]
+            chosen = [row for row in rows if (row["model"], row["r"]) == (model, rank)]
+            print("->", latency(chosen, results, path.with_name(f"{path.stem}_latency.png")))
+            print("->", speedup(rows, results, path.with_name(f"{path.stem}_speedup.png")))
 
 
 def latency(rows: list[dict[str, Any]], results: dict[str, Any], path: Path) -> Path:
     """Draw time against N, a line per provider and a panel per dtype; the bands are p20 to p80."""
-    plt = _pyplot()
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    figure, axes = plt.subplots(1, len(dtypes), figsize=(5.2 * len(dtypes), 4.2), sharey=True, squeeze=False)
+    figure, axes = _subplots(1, len(dtypes), figsize=(5.2 * len(dtypes), 4.2), sharey=True)
     for axis, dtype in zip(axes[0], dtypes, strict=True):
         for name, (colour, line, marker) in STYLES.items():
             points = sorted(
@@ -114,19 +116,15 @@ def latency(rows: list[dict[str, Any]], results: dict[str, Any], path: Path) -> 
 
 def speedup(rows: list[dict[str, Any]], results: dict[str, Any], path: Path) -> Path:
     """Draw embkern over the faster of two-step eager and compiled: a bar per N, grouped by table."""
-    plt = _pyplot()
+    from matplotlib import colormaps
+
     ours = [row for row in rows if row["provider"] == "embkern" and row["speedup"] is not None]
     tables = list(dict.fromkeys((row["model"], row["r"]) for row in ours))
     counts = sorted({row["N"] for row in ours})
     dtypes = list(dict.fromkeys(row["dtype"] for row in ours))
-    figure, axes = plt.subplots(
-        len(dtypes) or 1,
-        1,
-        figsize=(max(7.0, 1.7 * len(tables)), 2.7 * len(dtypes) or 2.7),
-        sharex=True,
-        squeeze=False,
-    )
-    colours = plt.get_cmap("viridis")
+    size = (max(7.0, 1.7 * len(tables)), 2.7 * len(dtypes) or 2.7)
+    figure, axes = _subplots(len(dtypes) or 1, 1, figsize=size, sharex=True)
+    colours = colormaps["viridis"]
     for axis, dtype in zip(axes[:, 0], dtypes, strict=False):
         for k, count in enumerate(counts):
             found = {
@@ -153,12 +151,11 @@ def speedup(rows: list[dict[str, Any]], results: dict[str, Any], path: Path) -> 
 
 def training(rows: list[dict[str, Any]], results: dict[str, Any], path: Path) -> Path:
     """Draw rows per second, a bar per loop on its better number of threads, grouped by batch."""
-    plt = _pyplot()
     best: dict[tuple, dict[str, Any]] = {}
     for row in sorted((row for row in rows if row["op"] == "train"), key=lambda row: -row["p50"]):
         best[row["table"], row["terms"], row["batch"], row["provider"]] = row
     panels = list(dict.fromkeys((row["table"], row["terms"]) for row in rows if row["op"] == "train"))
-    figure, axes = plt.subplots(len(panels), 1, figsize=(7.2, 2.4 * len(panels)), squeeze=False)
+    figure, axes = _subplots(len(panels), 1, figsize=(7.2, 2.4 * len(panels)))
     names = [name for name in TRAINING if any(key[3] == name for key in best)]
     width = 0.8 / max(1, len(names))
     for axis, (table, terms) in zip(axes[:, 0], panels, strict=True):
@@ -185,14 +182,12 @@ def training(rows: list[dict[str, Any]], results: dict[str, Any], path: Path) ->
     return _save(figure, path)
 
 
-def _pyplot() -> Any:
-    import matplotlib
+def _subplots(rows: int, columns: int, **options: Any) -> tuple[Any, Any]:
+    """Return a figure that needs no display and its axes, (rows, columns)."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")  # no display
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"figure.constrained_layout.use": True, "font.size": 9, "legend.fontsize": 8})
-    return plt
+    figure = Figure(figsize=options.pop("figsize"), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def _machine(results: dict[str, Any]) -> str:
@@ -204,5 +199,4 @@ def _machine(results: dict[str, Any]) -> str:
 
 def _save(figure: Any, path: Path) -> Path:
     figure.savefig(path, dpi=200)
-    _pyplot().close(figure)
     return path

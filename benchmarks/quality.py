@@ -199,12 +199,10 @@ class Bench:
 
 def picture(rows: list[dict[str, Any]], path: Path) -> Path:
     """Draw what is lost of the sentence similarities, 1 - Spearman, against the ratio."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), sharey=True, layout="constrained")
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     names = list(dict.fromkeys(row["method"] for row in rows))
     panels = (("spearman", "text of the kind that was counted"), ("spearman_other", "text of another kind"))
     for axis, (key, title) in zip(axes, panels, strict=True):
@@ -224,5 +222,4 @@ def picture(rows: list[dict[str, Any]], path: Path) -> Path:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     figure.suptitle("all-MiniLM-L6-v2, input embeddings compressed", fontsize=10)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
     return path

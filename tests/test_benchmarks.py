@@ -16,6 +16,8 @@ from benchmarks import common, cosine_mse, gather_decode, gather_project, gpu_ch
 from benchmarks.peers import BOTH, FORWARD, PROVIDERS, Lookup, Problem, Provider
 from benchmarks.shapes import MAX_TEXT_REPEATS, MODELS, UnavailableError, id_sets
 
+pytestmark = pytest.mark.slow
+
 TINY = MODELS["tiny"]
 
 

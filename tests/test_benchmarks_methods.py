@@ -9,6 +9,8 @@ import torch
 
 from benchmarks import direction, gather_decode, quality, shapes, train
 
+pytestmark = pytest.mark.slow
+
 QUICK = ["--device", "cpu", "--threads", "1", "--cell-seconds", "0", "--ratios", "8"]
 
 

@@ -98,6 +98,7 @@ def test_train_writes_the_factors_of_a_table_in_a_file(table, tmp_path):
     assert torch.equal(Factors.load(out).codes, expected.codes)
 
 
+@pytest.mark.slow
 def test_train_under_torchrun_has_the_bits_of_one_process(table, tmp_path):
     launch = [
         "-m",

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 from benchmarks import installed_text, reference_models
 from benchmarks.installed_text import Document, installed_documents, split
 
+pytestmark = pytest.mark.slow
+
 LOADERS = {"bert": AutoModelForMaskedLM, "gpt": AutoModelForCausalLM}
 TINY = reference_models.Recipe(steps=30, batch=4, layers=1, width=32, vocabulary=400, learning_rate=1e-2)
 

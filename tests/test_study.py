@@ -176,6 +176,7 @@ def test_a_study_measures_what_is_new_and_nothing_else(models, tmp_path):
     assert study.compare(models / "causal", ratios=[2], overwrite=True, **asked).measured == len(first.rows)
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on(models, tmp_path):
     arguments = [models / "masked", "--ratios", 2, 3, 4, "--methods", "svd", "allocate", "direction"]
     command = [sys.executable, "-m", "embkern", "compare", *map(str, arguments), "-o", str(tmp_path)]
@@ -423,6 +424,17 @@ def test_a_line_that_is_lost_leaves_the_panel_and_one_without_points_is_not_draw
     assert {"svd ↑", "rtn", "dense", "one", "two"} <= named
     assert not {"svd", "none", "zero"} & named
     assert "1e" not in " ".join(named)
+
+
+def test_a_picture_does_not_depend_on_the_settings_of_whoever_draws():
+    matplotlib = pytest.importorskip("matplotlib")
+    panels = [Panel("one", {"svd": [(2.0, 11.0), (3.0, 12.0)]}, level=10.0)]
+    expected = draw(panels, ["svd"], [2, 3])
+    settings = {"figure.constrained_layout.use": True, "font.size": 20.0, "lines.linewidth": 9.0}
+    with matplotlib.rc_context(settings):
+        before = dict(matplotlib.rcParams)
+        assert draw(panels, ["svd"], [2, 3]) == expected
+        assert dict(matplotlib.rcParams) == before
 
 
 def test_names_of_lines_are_moved_apart_by_as_little_as_it_takes():

@@ -61,7 +61,9 @@ def draw(panels: Sequence[Panel], methods: Sequence[str], ratios: Sequence[float
     cell = _LEFT + _AXES[0] + _NAME + _LETTER * max(map(len, methods))
     width, height = cell * len(panels), _BOTTOM + _AXES[1] + _TOP
     styles = {method: _STYLES[i % len(_STYLES)] for i, method in enumerate(methods)}
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # neither a user's style nor another picture's changes this one
+        matplotlib.rcParams.update(_RC)
         figure = Figure(figsize=(width, height))
         for i, panel in enumerate(panels):
             left, bottom = (i * cell + _LEFT) / width, _BOTTOM / height

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = Path(__file__).parent / "emulator"
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 MARKS = [
+    pytest.mark.slow,
     pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler (g++, or CXX)"),
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the emulator uses ucontext"),
 ]

@@ -8,7 +8,10 @@ import pytest
 
 from benchmarks.nvcc_report import ARCHITECTURES, Kernel, find_cuobjdump, find_nvcc, report
 
-pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc (CUDA_HOME or PATH)")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc (CUDA_HOME or PATH)"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, interme
 
 
 def wordpieces(special: list[str]) -> dict[str, int]:
-    """The most frequent pieces of the words of TEXTS, letters first; WordPieceTrainer's differ from run to run."""
+    """The most frequent pieces of the words of TEXTS, letters first; a trainer's differ from run to run."""
     counts: Counter[str] = Counter()
     for word in re.findall(r"\w+|[^\w\s]", " ".join(TEXTS)):
         for start, end in itertools.combinations(range(min(len(word), 9) + 1), 2):

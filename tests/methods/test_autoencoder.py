@@ -146,6 +146,7 @@ def test_resume_after_any_epoch_ends_with_the_same_weights(table, tmp_path):
         assert len((tmp_path / "resumed.jsonl").read_text().splitlines()) == 3
 
 
+@pytest.mark.slow
 def test_resume_after_kills_at_any_step_ends_with_the_same_weights(tmp_path):
     table = torch.randn(400, 6) @ torch.randn(6, 10)
     torch.save(table, tmp_path / "table.pt")

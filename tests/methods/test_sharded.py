@@ -101,6 +101,7 @@ def equal(left: Factors, right: Factors) -> bool:
     return all(torch.equal(tensor, right.tensors()[name]) for name, tensor in left.tensors().items())
 
 
+@pytest.mark.slow
 def test_any_number_of_ranks_gives_the_same_bits(path, start, monkeypatch):
     started = [start(size, "-c", WORKER, path, SHARDS, list(RUNS.values())) for size in (2, 3)]
     expected = []
@@ -128,6 +129,7 @@ def test_any_number_of_ranks_gives_the_same_bits(path, start, monkeypatch):
                 assert equal(Factors.load(f"{path}.{size}.{rank}.{number}"), wanted), (size, rank, number)
 
 
+@pytest.mark.slow
 def test_a_lost_rank_ends_the_run_with_a_message_and_a_checkpoint(path, start, tmp_path):
     checkpoint = tmp_path / "c.pt"
     command = (

@@ -20,6 +20,8 @@ from embkern.triton import aot
 from embkern.triton.aot import LossShape, Shape, launches
 from embkern.triton.tiles import LENGTHS, REPRESENTATIVE, TILES, Device, shared_estimate, tile_of
 
+pytestmark = pytest.mark.slow
+
 MULTIPLIES = ("_gather_project_kernel", "_project_grad_kernel", "_grad_basis_kernel")
 TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 ALIGNED, UNALIGNED, FULL = (

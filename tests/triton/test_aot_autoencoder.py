@@ -10,6 +10,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 from embkern.triton import aot
 from embkern.triton.aot import AutoencoderShape, autoencoder_launches
 
+pytestmark = pytest.mark.slow
+
 FULL, ODD = AutoencoderShape(30522, 75, 768), AutoencoderShape(30522, 63, 77)
 # Each architecture with the paper's table; odd rows, whose loads take the most registers, and the other
 # dtypes on one.

@@ -17,6 +17,8 @@ from embkern.triton.tiles import REPRESENTATIVE
 
 from .test_aot import TENSOR_CORE
 
+pytestmark = pytest.mark.slow
+
 BASE, FULL = PackedShape(16384, 128, 768, torch.bfloat16), PackedShape(16384, 128, 768)
 WALKED, ODD = PackedShape(16384, 640, 2048, torch.bfloat16), PackedShape(16384, 96, 97, torch.float16)
 # Each architecture with a base model's table in bf16 and with odd rows, whose loads take the most registers;

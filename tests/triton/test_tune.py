@@ -10,6 +10,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 from benchmarks import tune_gather_project as tune
 from embkern.triton.tiles import REPRESENTATIVE, Tile, shared_estimate
 
+pytestmark = pytest.mark.slow
+
 
 def test_without_a_device_it_says_so(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
