@@ -7,7 +7,9 @@ from torch import Tensor
 UNIT = 2.0**-24  # roundoff of fp32
 
 
-def gradient_bounds(target: Tensor, codes: Tensor, basis: Tensor, exact: dict[str, Tensor]) -> dict[str, float]:
+def gradient_bounds(
+    target: Tensor, codes: Tensor, basis: Tensor, exact: dict[str, Tensor]
+) -> dict[str, float]:
     """Bounds of the norms of the errors of gradients in fp32, for the squared error alone: t is -2 / N.
 
     However it is ordered, an fp32 sum of n products has an error within sqrt(n) 2^-24 |a| |b|, in root mean
