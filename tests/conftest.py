@@ -25,9 +25,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+# What the tests draw. They have to pass whatever the seed: EMBKERN_TEST_SEED=7 runs them on other numbers.
+SEED = int(os.environ.get("EMBKERN_TEST_SEED", "0"))
+
+
+def seed_of(own: int) -> int:
+    """Return the seed of a test that has a generator of its own: ``own``, moved by EMBKERN_TEST_SEED."""
+    return own + 1_000_003 * SEED
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(seed_of(0))
 
 
 @pytest.fixture
@@ -87,6 +96,11 @@ def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def assert_no_worse_than(got, native, exact, tiny: float = 1e-7) -> None:
-    """The numerical contract: at most twice the error that plain torch makes in the same dtype."""
+    """The numerical contract: at most twice the error that plain torch makes in the same dtype.
+
+    Or what one rounding of the exact result may cost, half an eps: of few values plain torch may have less by
+    luck.
+    """
     ours, theirs = relative_error(got, exact), relative_error(native, exact)
-    assert ours <= 2 * theirs + tiny, f"error {ours:.2e}, plain torch makes {theirs:.2e}"
+    rounding = torch.finfo(got.dtype).eps / 2
+    assert ours <= max(2 * theirs, rounding) + tiny, f"error {ours:.2e}, plain torch makes {theirs:.2e}"
