@@ -186,8 +186,10 @@ class TokenCounts:
 
         def build(tensors: dict[str, Any], settings: dict[str, Any]) -> TokenCounts:
             facts = settings["facts"]
-            texts, size = int(facts["texts"]), int(facts["vocabulary_size"])
-            return cls(tensors["counts"], texts, str(facts["fingerprint"]), size)
+            texts, fingerprint, size = (facts[name] for name in ("texts", "fingerprint", "vocabulary_size"))
+            if type(texts) is not int or type(size) is not int or type(fingerprint) is not str:
+                raise TypeError(f"facts: expected whole numbers and a fingerprint, got {facts!r}")
+            return cls(tensors["counts"], texts, fingerprint, size)
 
         return FORMAT.load(path, build)
 
