@@ -1,6 +1,6 @@
 """Writing that leaves what was there whole: a temporary name first, then one rename.
 
-What is renamed is on the disk before, so that not even a power failure leaves a name with half of its content.
+What is renamed is on the disk before: not even a power failure leaves a name with half of its content.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 from tqdm import tqdm
 
+from .files import check_writable
 from .tensor_file import TensorFormat
 from .text import read_texts
 
@@ -273,14 +274,14 @@ def count_files(
         ValueError: a source is not text or has none, or the tokenizer is damaged; it names what.
         FileNotFoundError: the tokenizer, a source, or the directory of ``output`` does not exist.
         FileExistsError: ``output`` exists and may not be replaced.
+        OSError: ``output`` cannot be written.
     """
     from .api import load_tokenizer  # loads transformers
 
     sources, path = list(sources), Path(output).resolve()
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"output: expected a file in a directory that exists, got {output}")
-    if path.is_dir() or any(path == Path(source).resolve() for source in sources):
-        raise FileExistsError(f"output: {output} is a directory or the text to read; choose another name")
+    if any(path == Path(source).resolve() for source in sources):
+        raise FileExistsError(f"output: {output} is the text to read; choose another name")
+    check_writable(output, "output")
     if path.exists() and not overwrite:
         raise FileExistsError(f"output: {output} exists; choose another name, or pass --overwrite")
     tokenizer = load_tokenizer(model)

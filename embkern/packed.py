@@ -102,7 +102,7 @@ class PackedTable:
             self._check_ranges()
 
     def _check_width(self) -> None:
-        """Bound H by the tensors: without a basis and an offset, of H columns both, tiers alone describe it."""
+        """Bound H by the tensors: basis and offset have H columns; without both, tiers have H values."""
         if type(self.embedding_dim) is not int or self.embedding_dim < 1:
             raise ValueError(f"embedding_dim: expected a positive integer, got {self.embedding_dim!r}")
         widest = GROUP * (self.tiers.shape[1] - 1)

@@ -146,7 +146,7 @@ def _sort_metadata(path: Path) -> None:
 
 
 def disk_error(error: SafetensorError) -> Exception:
-    """Return the OSError that safetensors put into words, such as that of a full disk; else the error itself."""
+    """Return the OSError that safetensors put into words, such as that of a full disk; else the error."""
     found = re.search(r"\(os error (\d+)\)", str(error))
     return OSError(int(found[1]), os.strerror(int(found[1]))) if found else error
 
