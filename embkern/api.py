@@ -19,7 +19,7 @@ from torch import Tensor
 from ._version import __version__
 from .evaluate import compare_tables, embed_sentences, read_sentences, sentence_fidelity
 from .evaluate.sentences import pooling_of
-from .files import replacing_directory
+from .files import check_writable_directory, replacing_directory
 from .frequencies import (
     COMPRESSION_STRENGTH,
     TokenCounts,
@@ -344,13 +344,11 @@ def check_output(output: str | os.PathLike, overwrite: bool, source: Any = None)
             raise ValueError(
                 f"output: {output} is, or holds, the model to read ({source}); choose another name"
             )
-    folder = next(each for each in (path.parent, *path.parents) if each.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise PermissionError(f"output: {folder} is not a directory that can be written")
     if os.path.ismount(path):
         raise OSError(
             f"output: {path} is a mount point and cannot be replaced whole; name a directory inside it"
         )
+    check_writable_directory(path.parent, "output")
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not overwrite:

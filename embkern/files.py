@@ -28,14 +28,15 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         OSError: the disk refuses (it is full, for example); it names ``path``, which is as it was.
     """
     given, path = path, Path(path).resolve()  # a link stays a link
-    mode = path.stat().st_mode & 0o777 if path.exists() else None
+    mode = path.stat().st_mode & 0o777 if path.exists() else None  # what was there keeps its permissions
     with _naming(given):
         temporary = _new_file(path, 0o666 if mode is None else 0o600)
+    if mode is None:
+        mode = temporary.stat().st_mode & 0o777  # safetensors puts a file of its own, with 0600, in its place
     try:
         with _naming(given, temporary):
             yield temporary
-            if mode is not None:
-                os.chmod(temporary, mode)  # what was there keeps its permissions
+            os.chmod(temporary, mode)
             _sync(temporary)
             temporary.replace(path)
             _sync(path.parent)
@@ -76,7 +77,7 @@ def replacing_directory(path: str | os.PathLike) -> Iterator[Path]:
 def check_writable(path: str | os.PathLike, argument: str) -> None:
     """Raise unless a file can be written at ``path``: before the work whose result it is to hold.
 
-    Tried by making a file beside it, since permissions alone do not tell (a read-only mount, an ACL).
+    Tried by making a file beside it, since permissions alone do not tell (a read-only mount, root in /proc).
 
     Args:
         path: of the file.
@@ -94,8 +95,25 @@ def check_writable(path: str | os.PathLike, argument: str) -> None:
         raise IsADirectoryError(f"{argument}: expected a file, got the directory {path}")
     if os.path.ismount(resolved):
         raise OSError(errno.EBUSY, f"{argument}: a mount point cannot be replaced", str(path))
+    _try(resolved, path, argument)
+
+
+def check_writable_directory(path: str | os.PathLike, argument: str) -> None:
+    """Raise unless files can be written in a directory at ``path``, which may be made first.
+
+    Raises:
+        OSError: nothing can be written there, or a file is in the way.
+    """
+    resolved = Path(path).resolve()
+    folder = next(each for each in (resolved, *resolved.parents) if each.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{argument}: expected a directory, got {path}: {folder} is a file")
+    _try(folder / "new", path, argument)
+
+
+def _try(place: Path, path: str | os.PathLike, argument: str) -> None:
     try:
-        _new_file(resolved, 0o600).unlink()
+        _new_file(place, 0o600).unlink()
     except OSError as error:
         raise OSError(error.errno, f"{argument}: cannot be written ({error.strerror})", str(path)) from error
 

@@ -75,12 +75,7 @@ class TensorFormat:
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"path: expected a file of {self.content}, found none at {path}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, RuntimeError, KeyError) as error:  # the latter two of a dtype torch lacks
-            raise ValueError(f"{path} is not a readable safetensors file ({error})") from error
+        tensors, metadata = _read(path)
         if (got := metadata.get("format")) != self.name:
             raise ValueError(f"{path}: expected format {self.name!r}, got {got!r}")
         try:
@@ -116,6 +111,28 @@ class TensorFormat:
                 "the file is damaged or edited"
             )
         return settings
+
+
+def _read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of one version of a file, though a writer may replace it."""
+    while True:
+        before, failure = _identity(path), None
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, RuntimeError, KeyError) as error:  # the latter two of a dtype torch lacks
+            failure = error
+        if _identity(path) != before:  # safetensors opens a file twice: header and tensors may not be of one
+            continue
+        if failure is not None:
+            raise ValueError(f"{path} is not a readable safetensors file ({failure})") from failure
+        return tensors, metadata
+
+
+def _identity(path: str | os.PathLike) -> tuple[int, ...]:
+    found = os.stat(path)
+    return found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
 
 
 def _tensor(setting: Any) -> Tensor:

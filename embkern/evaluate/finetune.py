@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from .._version import __version__
 from ..api import load_tokenizer, save, token_frequencies
-from ..files import replacing
+from ..files import check_writable_directory, replacing
 from ..json_file import read_checked_json, to_checked_json
 from ..layer import CompressedEmbedding, Table
 from ..methods import METHODS
@@ -181,6 +181,7 @@ def fine_tune(
     Raises:
         ValueError: an argument, the model, its tokenizer or the data is not usable; it names what.
         FileNotFoundError: the model or the data cannot be had.
+        OSError: ``output`` cannot be written.
         ImportError: datasets, accelerate or scikit-learn is not installed.
     """
     _check_names(methods, ratio, seeds, freeze)
@@ -189,6 +190,7 @@ def fine_tune(
                    max_eval_samples=max_eval_samples)  # fmt: skip
     for module in ("datasets", "accelerate", "sklearn"):
         require(module)
+    check_writable_directory(output, "output")
     source = _Source(os.fspath(model), data, counts, count_text)
     grid = [
         Settings(
