@@ -366,7 +366,7 @@ def _foreign_files(directory: Path) -> list[str]:
         return [directory.name]
     try:
         known = set(json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         known = set()
     return sorted(_files(directory) - known - {MANIFEST_NAME})
 

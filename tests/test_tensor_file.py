@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from embkern import tensor_file
 from embkern.factors import Factors
 from embkern.frequencies import TokenCounts
 from embkern.packed import PackedTable
@@ -272,3 +273,20 @@ def test_facts_of_counts_are_of_their_types(tmp_path, facts):
 def test_factors_of_no_rows_or_no_rank_are_refused(codes):
     with pytest.raises(ValueError, match="expected V, r and H of at least 1"):
         Factors(torch.zeros(codes), torch.zeros(codes[1], 5))
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_anew(tmp_path, monkeypatch):
+    path, other = tmp_path / "f", Factors(torch.zeros(3, 2), torch.zeros(2, 5))
+    Factors(torch.ones(3, 2), torch.ones(2, 5)).save(path)
+    opened = []
+
+    def opening(*args, **kwargs):
+        """Open the header; safetensors opens the file again for the tensors."""
+        if not opened:
+            other.save(path)
+        opened.append(path)
+        return safe_open(*args, **kwargs)
+
+    monkeypatch.setattr(tensor_file, "safe_open", opening)
+    assert not Factors.load(path).codes.any()
+    assert len(opened) == 2
