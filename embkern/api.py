@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ._version import __version__
@@ -387,10 +386,12 @@ def save(
     with replacing_directory(output) as directory:
         try:
             model.save_pretrained(directory)
-        except SafetensorError as error:
-            raise disk_error(error) from error
-        if tokenizer is not None:
-            tokenizer.save_pretrained(directory)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(directory)
+        except Exception as error:  # a full disk is no OSError in safetensors, and an Exception in tokenizers
+            if refused := disk_error(error):
+                raise refused from error
+            raise
         if source is not None:
             _copy_sentence_files(source, directory)
         if report is not None:

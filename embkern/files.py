@@ -16,6 +16,11 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 # The medium's refusals: no space, a quota, the limit of a file's size, a read-only or a failing device.
 _REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
@@ -118,6 +123,31 @@ def _try(place: Path, path: str | os.PathLike, argument: str) -> None:
         raise OSError(error.errno, f"{argument}: cannot be written ({error.strerror})", str(path)) from error
 
 
+@contextlib.contextmanager
+def alone_in(directory: str | os.PathLike, argument: str) -> Iterator[None]:
+    """Keep other processes out of a directory that exists, as far as they ask here; a kill ends that, too.
+
+    Raises:
+        BlockingIOError: another process is in it.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            reason = f"{argument}: expected a directory for this process alone, another one writes there"
+            raise BlockingIOError(error.errno, reason, os.fspath(directory)) from error
+        except OSError as error:
+            if error.errno not in (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+                raise  # those are of file systems that know no locks
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def file_checksum(path: str | os.PathLike) -> str:
     """Return the CRC-32 of a file's bytes."""
     crc = 0
@@ -153,6 +183,8 @@ def _naming(path: str | os.PathLike, temporary: Path | None = None) -> Iterator[
 
 def _sync(path: Path) -> None:
     """Wait until a file's content, or a directory's names, are on the disk."""
+    if os.name == "nt":  # which opens no directories, and synchronises nothing that is open for reading
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -62,7 +62,9 @@ class TensorFormat:
             try:
                 save_file(stored, temporary, metadata)
             except SafetensorError as error:
-                raise disk_error(error) from error
+                if refused := disk_error(error):
+                    raise refused from error
+                raise
             _sort_metadata(temporary)
 
     def load(self, path: str | os.PathLike, build: Callable[[dict[str, Any], dict[str, Any]], T]) -> T:
@@ -162,10 +164,10 @@ def _sort_metadata(path: Path) -> None:
         file.write(text)
 
 
-def disk_error(error: SafetensorError) -> Exception:
-    """Return the OSError that safetensors put into words, such as that of a full disk; else the error."""
+def disk_error(error: Exception) -> OSError | None:
+    """Return the OSError that a library of Rust put into words, such as that of a full disk, if it is one."""
     found = re.search(r"\(os error (\d+)\)", str(error))
-    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else error
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
 
 
 def checksum(tensor: Tensor) -> str:

@@ -211,7 +211,7 @@ def edited(path, **metadata):
     tensors = load_file(path)
     with safe_open(path, "pt") as file:
         metadata = {**file.metadata(), **metadata}
-    metadata.pop("header")
+    metadata.pop("header", None)
     save_file(tensors, path, metadata)
 
 
