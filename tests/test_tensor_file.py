@@ -246,6 +246,23 @@ def test_a_width_that_the_tiers_do_not_describe_is_refused(tmp_path, value):
         PackedTable.load(path)
 
 
+def test_a_basis_without_rows_bounds_no_width(tmp_path):
+    path, H = tmp_path / "p", 2**40
+    PackedTable.load(DATA / "packed-1.safetensors").save(path)
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() | {"embedding_dim": str(H)}
+    metadata.pop("header", None)
+    tensors["basis"] = torch.zeros(0, H, dtype=tensors["scales"].dtype)  # of no bytes
+    checked = {**tensors, "embedding_dim": torch.tensor(H)}
+    metadata["checksums"] = json.dumps({name: checksum(tensor) for name, tensor in checked.items()})
+    save_file(tensors, path, metadata)
+    with pytest.raises(
+        ValueError, match="basis: expected .K, H. with K of at least 32, or None, got no rows"
+    ):
+        PackedTable.load(path)
+
+
 @pytest.mark.parametrize("value", ["[" * 10**5, '{"a":' * 10**5, '"' + "[" * 10**5 + '"', "9" * 5000, "NaN"])
 @pytest.mark.parametrize(
     ("name", "setting"), [("factors-1", "activation"), ("counts-1", "facts"), ("counts-1", "checksums")]
