@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ._version import __version__
 from .evaluate import compare_tables, embed_sentences, read_sentences, sentence_fidelity
 from .evaluate.sentences import pooling_of
-from .files import replacing_directory
+from .files import check_writable_directory, replacing_directory
 from .frequencies import (
     COMPRESSION_STRENGTH,
     TokenCounts,
@@ -27,10 +26,12 @@ from .frequencies import (
     expected_frequencies,
     vocabulary_prior,
 )
+from .json_file import read_checked_json, to_checked_json
 from .layer import CompressedEmbedding
 from .methods.base import check_table
 from .recipe import LMHead, Recipe
 from .report import REPORT_NAME, Report, model_card, public_name, tier_uses
+from .tensor_file import disk_error
 from .text import read_texts, reason_of
 
 try:
@@ -43,7 +44,7 @@ except ImportError as error:
     ) from error
 
 from .model_table import find_table, input_embeddings, other_tables
-from .transformers import check_installable, install, stored_table
+from .transformers import check_config, check_installable, install, stored_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -273,6 +274,7 @@ def load_model(name: str | os.PathLike) -> PreTrainedModel:
     if not Path(name).exists() and str(name).startswith((".", "/", "~")):
         raise FileNotFoundError(f"model: expected a directory or a name on the hub, found none at {name}")
     try:
+        check_config(name)
         config = AutoConfig.from_pretrained(name)
         architecture = getattr(transformers, (config.architectures or [""])[0], AutoModel)
         model, info = architecture.from_pretrained(name, output_loading_info=True)
@@ -341,13 +343,11 @@ def check_output(output: str | os.PathLike, overwrite: bool, source: Any = None)
             raise ValueError(
                 f"output: {output} is, or holds, the model to read ({source}); choose another name"
             )
-    folder = next(each for each in (path.parent, *path.parents) if each.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise PermissionError(f"output: {folder} is not a directory that can be written")
     if os.path.ismount(path):
         raise OSError(
             f"output: {path} is a mount point and cannot be replaced whole; name a directory inside it"
         )
+    check_writable_directory(path.parent, "output")
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not overwrite:
@@ -365,7 +365,7 @@ def _foreign_files(directory: Path) -> list[str]:
         return [directory.name]
     try:
         known = set(json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         known = set()
     return sorted(_files(directory) - known - {MANIFEST_NAME})
 
@@ -386,14 +386,16 @@ def save(
     with replacing_directory(output) as directory:
         try:
             model.save_pretrained(directory)
-        except SafetensorError as error:  # how safetensors reports a full disk
-            raise OSError(f"output: {output} could not be written: {error}") from error
-        if tokenizer is not None:
-            tokenizer.save_pretrained(directory)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(directory)
+        except Exception as error:  # a full disk is no OSError in safetensors, and an Exception in tokenizers
+            if refused := disk_error(error):
+                raise refused from error
+            raise
         if source is not None:
             _copy_sentence_files(source, directory)
         if report is not None:
-            (directory / REPORT_NAME).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            (directory / REPORT_NAME).write_text(to_checked_json(report, indent=2), encoding="utf-8")
             (directory / "README.md").write_text(model_card(report), encoding="utf-8")
         manifest = json.dumps(sorted(_files(directory)), indent=1)
         (directory / MANIFEST_NAME).write_text(manifest + "\n", encoding="utf-8")
@@ -418,7 +420,8 @@ def read_report(directory: str | os.PathLike) -> Report | None:
     path = Path(directory) / REPORT_NAME
     if not path.is_file():
         return None
+    content = read_checked_json(path)
     try:
-        return Report.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        return Report.model_validate(content)
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error

@@ -402,6 +402,8 @@ def test_a_table_that_the_checkpoint_lost_is_named(source, tmp_path):
     ):
         inspection.inspect(tmp_path / "small")
     quantization["table"]["head"] = "dense"
+    quantization["format_version"] = 1  # which has no checksum of the description
+    del quantization["checksum"]
     (tmp_path / "small" / "config.json").write_text(
         json.dumps({**config, "quantization_config": quantization})
     )
@@ -429,7 +431,14 @@ def test_a_head_that_cannot_work_is_refused_before_training(source, tmp_path):
 
 def test_a_damaged_report_is_named(tmp_path, source):
     embkern.compress(source, **SVD, output=tmp_path / "out")
-    (tmp_path / "out" / "embkern_report.json").write_text('{"rank": 5}')
-    with pytest.raises(ValueError, match="embkern_report.json is damaged"):
-        read_report(tmp_path / "out")
+    path = tmp_path / "out" / "embkern_report.json"
+    whole = path.read_text()
+    for content in ('{"rank": 5}', whole.replace('"rank": 5', '"rank": 4', 1), "[" * 10**5, "3"):
+        path.write_text(content)
+        with pytest.raises(ValueError, match="embkern_report.json is damaged"):
+            read_report(tmp_path / "out")
+    content = json.loads(whole)
+    assert content.pop("checksum").startswith("crc32:")
+    path.write_text(json.dumps(content))  # as reports were before they had checksums
+    assert read_report(tmp_path / "out").rank == 5
     assert read_report(source) is None

@@ -6,6 +6,7 @@ import gc
 import itertools
 import json
 import random
+import shutil
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -24,8 +25,11 @@ import embkern
 from embkern import cli
 from embkern.evaluate import GLUE, SQUAD, fine_tune, finetune, glue, squad, training
 from embkern.evaluate.finetune import Cell, summarize
+from embkern.files import alone_in
+from embkern.json_file import to_checked_json
 
 from ..tables import quantizing  # noqa: F401 (a fixture)
+from ..test_faults import largest_file
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = ["good", "bad", "what", "is", "the", "answer", *[f"w{i}" for i in range(94)]]
@@ -319,6 +323,10 @@ def test_an_interrupted_study_goes_on_and_ends_the_same(learned, bert, data, tmp
     assert left.name == "checkpoint-40", "only the last one is kept"
     torn = left.with_name("checkpoint-60")  # killed while it was written
     torn.mkdir()
+    flipped = shutil.copytree(left, left.with_name("checkpoint-50"))
+    weights = bytearray((flipped / "model.safetensors").read_bytes())
+    weights[len(weights) // 2] ^= 1
+    (flipped / "model.safetensors").write_bytes(weights)
 
     began = []
     begin = training._StepBar.on_train_begin
@@ -408,9 +416,28 @@ def test_finished_cells_are_not_run_again(bert, data, tmp_path, monkeypatch):
         assert len(runs) == 1, change
         runs.clear()
     assert not list(tmp_path.rglob("result.json")), "overwrite removes the cell before it runs again"
-    (tmp_path / first.cells[0].settings.folder).mkdir()
-    (tmp_path / first.cells[0].settings.folder / "result.json").write_text("{}")
-    with pytest.raises(ValueError, match="result.json is damaged; overwrite"):
+    path = tmp_path / first.cells[0].settings.folder / "result.json"
+    path.parent.mkdir()
+    edited = first.cells[0].model_copy(update={"seconds": 1.0})
+    for content in ("{}", "{", "[" * 10**5, to_checked_json(edited).replace('"seconds": 1', '"seconds": 2')):
+        path.write_text(content)
+        with pytest.raises(ValueError, match="result.json is damaged; overwrite"):
+            study(bert, data, tmp_path, **trial)
+
+
+def test_two_processes_are_not_at_one_cell(bert, data, tmp_path):
+    trial = dict(epochs=1, max_train_samples=8, max_eval_samples=8, methods=("dense",))
+    (cell,) = study(bert, data, tmp_path, **trial).cells
+    folder = tmp_path / cell.settings.folder
+    with alone_in(folder, "output"), pytest.raises(BlockingIOError, match="output: expected .* alone.*sst2"):
+        study(bert, data, tmp_path, **trial, overwrite=True)
+    assert finetune.read_cell(folder) == cell
+    study(bert, data, tmp_path, **trial)
+
+
+def test_a_full_disk_under_a_checkpoint_is_named(bert, data, tmp_path):
+    trial = dict(epochs=2, max_train_samples=32, max_eval_samples=8, methods=("dense",), save_steps=1)
+    with largest_file(20000), pytest.raises(OSError, match=f"output: no checkpoint could .* in {tmp_path}"):
         study(bert, data, tmp_path, **trial)
 
 
