@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 if not (ROOT / "pyproject.toml").exists() or not (ROOT / "csrc").exists():
     pytest.skip("needs the checkout", allow_module_level=True)
 
-# Every name that csrc takes from torch's headers. Each was compiled against torch 2.10's, the lower bound; add
-# a name only when it has been, for the macros and functions of newer headers compile here and not there.
+# Every name that csrc takes from torch's headers. Each was compiled against torch 2.10's, the lower bound;
+# add a name only when it has been, for the macros and functions of newer headers compile here and not there.
 NAMES_IN_TORCH_2_10 = {
     "AOTI_TORCH_SUCCESS",
     "STABLE_TORCH_LIBRARY_IMPL",
