@@ -21,6 +21,9 @@ help:
 	@echo "                of time and under the CUDA emulator, installs, torchrun, benchmarks, faults"
 	@echo "make format     let ruff and clang-format rewrite the sources"
 	@echo "make sanitize   the native kernels' tests under AddressSanitizer and UBSan"
+	@echo "make test-oldest, make test-latest"
+	@echo "                the tests with the oldest dependencies that are declared, and with the newest there are"
+	@echo "make constraints   pin the newest version of everything that make installs"
 	@echo "make bench      the benchmarks, into benchmarks/results"
 	@echo "make clean      remove .venv and what was built"
 
@@ -98,5 +101,7 @@ sanitize: $(VENV)/.test
 bench: $(VENV)/.test
 	@for name in import_time cosine_mse methods direction quality gather_project gather_decode plots; do $(BIN)/python -m benchmarks $$name || exit 1; done
 
+include environments.mk
+
 clean:
-	rm -rf $(VENV) build demo-output *.egg-info embkern/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-latest build demo-output *.egg-info embkern/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
