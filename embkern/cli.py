@@ -148,7 +148,7 @@ def train(
     engine: Annotated[str | None, typer.Option(help="what takes the steps: native, graph or torch")] = None,
     device: Annotated[str | None, typer.Option(help="such as cpu or cuda (default: cuda if there)")] = None,
     shards: Annotated[
-        int | None, typer.Option(help="cut the table into as many; the result depends on it (torchrun: 8)")
+        int | None, typer.Option(help="cut the table into as many; the last bits depend on it (torchrun: 8)")
     ] = None,
     timeout: Annotated[float, typer.Option(help="torchrun: seconds until a silent process is lost")] = 60.0,
     checkpoint: Annotated[Path | None, typer.Option(help="file to go on from after a kill")] = None,

@@ -75,7 +75,8 @@ def train(
         overwrite: replace a file that is there.
         device: such as ``cpu`` or ``cuda``; None takes a CUDA device if there is one, under torchrun that
             of ``LOCAL_RANK``.
-        shards: into which the table is cut; None means 8 under torchrun, and none in one process.
+        shards: into which the table is cut; None means 8 under torchrun, and none in one process, where sums
+            are then taken in another order: the last bits differ, unless one process is given the 8.
         timeout: under torchrun, seconds after which a process that does not answer counts as lost.
         log: file of JSON lines, one per epoch.
         run: ``checkpoint``, ``checkpoint_seconds``, ``engine`` and ``progress`` of ``autoencoder``.
