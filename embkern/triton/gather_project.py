@@ -399,11 +399,12 @@ def gather_project_backward(
     if nothing:
         return code_ids, grad_codes, grad_basis, grad_offset
     with torch.cuda.device_of(codes):
-        if needs_codes and sparse:
+        # What is not needed has no elements, nor have codes and basis at rank 0.
+        if grad_codes.numel() and sparse:
             project_grad_launch(grad, ids, codes, basis, scale, padding_idx, grad_codes).run()
-        elif needs_codes:
+        elif grad_codes.numel():
             _sum_grad_codes(grad, ids, codes, basis, scale, padding_idx, grad_codes)
-        if needs_basis or needs_offset:
+        if grad_basis.numel() or grad_offset.numel():
             for launch in grad_basis_launches(grad, ids, codes, scale, padding_idx, grad_basis, grad_offset):
                 launch.run()
     return code_ids, grad_codes, grad_basis, grad_offset

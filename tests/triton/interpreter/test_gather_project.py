@@ -202,6 +202,20 @@ def test_an_id_out_of_range_reads_and_writes_nothing(bad):
     assert_close(list(got), exact)
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.usefixtures("poisoned")
+def test_rank_zero_is_the_offset_and_has_its_gradient_alone(sparse):
+    ids, codes, basis, offset = torch.tensor([3, 0, 3]), torch.empty(7, 0), torch.empty(0, 6), torch.randn(6)
+    assert torch.equal(gp.gather_project_forward(ids, codes, basis, offset, 2.0), 2 * offset.repeat(3, 1))
+    upstream = torch.randn(3, 6)
+    for needs in ((True, True, True), (True, True, False), (False, True, False), (True, False, False)):
+        _, grad_codes, grad_basis, grad_offset = backward(
+            upstream, ids, codes, basis, needs=needs, sparse=sparse, scale=1.0
+        )
+        assert grad_codes.numel() == grad_basis.numel() == 0
+        assert_close(grad_offset, upstream.sum(0) if needs[2] else torch.empty(0))
+
+
 def lazy(V, r):
     """A table that takes memory only where it is touched."""
     return torch.empty(0, dtype=torch.float16).set_(torch.UntypedStorage(V * r * 2), 0, (V, r), (r, 1))
