@@ -17,6 +17,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from embkern.ops.reference import MEAN, NONE
 from embkern.triton import aot
+from embkern.triton import launch as launching
 from embkern.triton.aot import LossShape, Shape, launches
 from embkern.triton.tiles import LENGTHS, REPRESENTATIVE, TILES, Device, shared_estimate, tile_of
 
@@ -167,3 +168,12 @@ def test_importing_the_launchers_needs_no_device():
     modules = "embkern.triton.gather_project, embkern.triton.cosine_mse"
     code = f"import torch, {modules}; assert not torch.cuda.is_initialized()"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("num_warps", "registers"), [(1, 255), (4, 255), (8, 255), (16, 128)])
+def test_registers_are_bounded_by_what_a_program_can_have(monkeypatch, num_warps, registers):
+    """As on Triton 3.6: a program of more than 65536 registers would not launch."""
+    monkeypatch.setattr(launching, "_BOUND_REGISTERS", True)
+    bounded = launching.Launch(None, (1,), {}, num_warps)
+    assert bounded.options["maxnreg"] == registers
+    assert 32 * num_warps * registers <= 65536

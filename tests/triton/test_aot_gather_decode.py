@@ -26,6 +26,7 @@ WALKED, ODD = PackedShape(16384, 640, 2048, torch.bfloat16), PackedShape(16384, 
 CASES = [(capability, shape) for capability in REPRESENTATIVE for shape in (BASE, ODD)]
 CASES += [(90, FULL), (90, WALKED), (90, PackedShape(4, 128, 768, torch.bfloat16, torch.int32))]
 CASES += [(90, PackedShape(16384, 96, 97)), (80, PackedShape(16384, 96, 97, torch.float64))]
+CASES += [(90, PackedShape(4096, 96, 384))]
 
 
 @pytest.fixture(scope="module")
