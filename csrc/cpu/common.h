@@ -5,6 +5,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <atomic>
@@ -83,7 +84,9 @@ inline torch::stable::Tensor empty(const std::vector<int64_t>& sizes, ScalarType
   for (size_t dim = sizes.size(); dim-- > 1;)
     strides[dim - 1] = strides[dim] * std::max<int64_t>(sizes[dim], 1);
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  // Not STABLE_TORCH_ERROR_CODE_CHECK, which the headers of torch 2.10 and 2.11 lack; compiled for 2.10 it is
+  // the same.
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(),
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
                                aoti_torch_device_type_cpu(), 0, &handle));
