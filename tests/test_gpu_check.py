@@ -19,6 +19,7 @@ import torch
 from benchmarks import common, cosine_mse, gather_decode, gather_project, gpu_check, train
 from benchmarks.gpu_check import assertions, checklist, processes, smoke, table
 from benchmarks.gpu_check.kernels import KERNELS, cases
+from benchmarks.gpu_check.lines import append, read_lines
 from benchmarks.gpu_check.place import Device
 from benchmarks.gpu_check.processes import FAILED, PASSED, ROOT, SKIPPED, TAIL, TIMED_OUT, Result
 
@@ -108,15 +109,16 @@ def test_stages_pass_fail_and_end_in_time(tmp_path, monkeypatch, capsys):
 
 
 DEVICE_STUB = """
-import json, os, pathlib
+import os, pathlib
+from benchmarks.gpu_check.lines import append
 found = dict(device="NVIDIA Test-1 80GB", copy_gbps=1.0, gflops=dict(fp32=1.0))
-pathlib.Path(os.environ["EMBKERN_RESULTS"], "device.json").write_text(json.dumps(found))
+append(pathlib.Path(os.environ["EMBKERN_RESULTS"], "kernels.jsonl"), {"environment": found})
 """
 
 
 def writing(folder, line):
     """Code that writes a line about a kernel."""
-    return f"open('{folder}/kernels.jsonl', 'w').write({json.dumps(line)!r} + chr(10))"
+    return f"open('{folder}/kernels.jsonl', 'a').write({json.dumps(line)!r} + chr(10))"
 
 
 def stubs(*others):
@@ -132,7 +134,7 @@ def test_a_failed_stage_stops_only_those_that_need_it(tmp_path, monkeypatch, cap
     stages = stubs(
         (
             "1 kernels",
-            f"open('{tmp_path}/kernels.jsonl', 'w').write({json.dumps(line)!r} + chr(10))",
+            f"open('{tmp_path}/kernels.jsonl', 'a').write({json.dumps(line)!r} + chr(10))",
             ["0 device"],
         ),
         ("2 extension", "import sys; sys.exit(3)", ["0 device"]),
@@ -171,7 +173,7 @@ checklist.main(["--out", {str(tmp_path)!r}])
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     end = time.monotonic() + 60
-    while not smoke.read_lines(tmp_path / "kernels.jsonl") and time.monotonic() < end:
+    while not read_lines(tmp_path / "kernels.jsonl") and time.monotonic() < end:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=30)
@@ -270,13 +272,12 @@ def test_a_process_that_breaks_takes_no_other_kernel_with_it(tmp_path, monkeypat
     lines = {}
     while share.process:
         time.sleep(0.05)
-        if line := share.look(smoke.read_lines(results), None, deadline):
+        if line := share.look(read_lines(results), None, deadline):
             lines[line["case"]] = line
-            with results.open("a") as file:
-                smoke._write(file, line)
+            append(results, line)
     assert lines["crashes"]["why"] == "the process ended with status -11"
     assert lines["hangs"]["why"] == "no end after 2 s"
-    status = {line["case"]: line["status"] for line in smoke.read_lines(results)}
+    status = {line["case"]: line["status"] for line in read_lines(results)}
     assert status == {name: "right" if len(name) == 1 else "wrong" for name in names}
 
 

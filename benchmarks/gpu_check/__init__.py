@@ -8,7 +8,7 @@
 fails stops only those that need it. Whatever happens, the folder keeps what was found until then:
 
     gpu_check_DEVICE.json   stages, kernels, environment
-    kernels.jsonl           a line per kernel as it ends, right or wrong, then a line with its time
+    kernels.jsonl           what the device is, a line per kernel as it ends, a line with its time
     gpu_check.log           all output of all stages
 
 The exit status is 0 if every stage passed, 1 if one did not, 2 without a CUDA device. No network is needed.

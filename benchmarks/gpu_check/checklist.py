@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .lines import environment_of, read_lines
 from .processes import LIMIT, PASSED, ROOT, SKIPPED, Result, run_stage
-from .smoke import read_lines
 from .table import merged, table
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -45,7 +45,7 @@ class Stage:
 def checklist(options: argparse.Namespace) -> list[Stage]:
     """Return the stages: 0 to 2 are the smoke test."""
     out, python = options.out.resolve(), sys.executable
-    found, kernels = str(out / FOUND), str(out / KERNELS)
+    kernels = str(out / KERNELS)
     rehearse = ["--rehearse"] if options.rehearse else []
     slower = 12 if options.rehearse else 1  # the interpreter, on few cores
 
@@ -68,10 +68,10 @@ def checklist(options: argparse.Namespace) -> list[Stage]:
         ]
 
     carried = ["--extension", str(options.extension)] if options.extension else []
-    smoke = ["--results", kernels, "--ceilings", found, "--limit-seconds", LIMIT]
+    smoke = ["--results", kernels, "--limit-seconds", LIMIT]
     smoke += ["--only", options.only] if options.only else []
     stages = [
-        Stage("0 device", "versions, the device, its ceilings", module("device", "--results", found), 30),
+        Stage("0 device", "versions, the device, its ceilings", module("device", "--results", kernels), 30),
         Stage("0 extension", "load it, else build it", module("extension", *carried), 200, ["0 device"]),
         Stage("1 kernels", "every kernel, right and how fast", module("smoke", *smoke), 115, ["0 device"]),
         Stage("2 assertions", "what they must refuse", module("assertions"), 60, ["0 device"]),
@@ -96,7 +96,7 @@ def checklist(options: argparse.Namespace) -> list[Stage]:
 
 
 NO_DEVICE = 2  # exit status of the device stage
-FOUND, KERNELS, LOG = "device.json", "kernels.jsonl", "gpu_check.log"
+KERNELS, LOG = "kernels.jsonl", "gpu_check.log"
 
 
 def replace_seconds(stage: Stage, factor: float) -> Stage:
@@ -108,7 +108,7 @@ def main(arguments: list[str]) -> int:
     """Run the stages; return 0 if all passed, 1 if one did not, 2 without a CUDA device."""
     options = _parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    for name in (FOUND, KERNELS, LOG):  # of an earlier run
+    for name in (KERNELS, LOG):  # of an earlier run
         (options.out / name).unlink(missing_ok=True)
     signal.signal(signal.SIGTERM, _stop)
     run = Run(options, " ".join(["python -m benchmarks.gpu_check", *arguments]))
@@ -174,8 +174,7 @@ class Run:
 
     def found(self) -> dict[str, Any]:
         """What the device stage has found."""
-        path = self.options.out / FOUND
-        return json.loads(path.read_text()) if path.exists() else {}
+        return environment_of(self.options.out / KERNELS)
 
     def kernels(self) -> list[dict[str, Any]]:
         """A row per kernel."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import json
 import os
 import subprocess
 import sys
@@ -20,8 +19,9 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from .lines import append, environment_of, read_lines
 from .processes import ROOT
 
 PROCESSES = 8
@@ -47,16 +47,14 @@ def main(arguments: list[str]) -> int:
         names = [name for name in names if options.only in name]
     count = max(1, min(options.processes, len(names)))
     shares = [_Share(names[index::count]) for index in range(count)]
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    with options.results.open("a") as results:
+    for share in shares:
+        share.start(options, deadline)
+    while any(share.process for share in shares):
+        time.sleep(0.2)
+        seen = read_lines(options.results)
         for share in shares:
-            share.start(options, deadline)
-        while any(share.process for share in shares):
-            time.sleep(0.2)
-            seen = read_lines(options.results)
-            for share in shares:
-                if line := share.look(seen, options, deadline):
-                    _write(results, line)
+            if line := share.look(seen, options, deadline):
+                append(options.results, line)
     lines = [line for line in read_lines(options.results) if "status" in line]
     by_status = {
         status: [line for line in lines if line["status"] == status] for status in (RIGHT, WRONG, NOT_RUN)
@@ -75,7 +73,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--limit-seconds", type=float, default=100)
     parser.add_argument("--processes", type=int, default=min(PROCESSES, os.cpu_count() or 1))
     parser.add_argument("--only", help="a part of the names of the kernels to run")
-    parser.add_argument("--ceilings", type=Path, help="what the device stage measured; floors need it")
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--worker", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
@@ -84,7 +81,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 def _command(options: argparse.Namespace) -> list[str]:
     command = [sys.executable, "-u", "-m", "benchmarks.gpu_check.smoke", "--results", str(options.results)]
-    command += ["--ceilings", str(options.ceilings)] if options.ceilings else []
     return [*command, "--rehearse"] if options.rehearse else command
 
 
@@ -131,18 +127,6 @@ class _Share:
         return line
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a results file that are whole."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
-
-def _write(results: IO[str], line: dict[str, Any]) -> None:
-    results.write(json.dumps(line) + "\n")  # one write of a file opened to append: lines stay whole
-    results.flush()
-
-
 def _worker(options: argparse.Namespace) -> int:
     """Judge the named cases, then time the right ones alone on the device."""
     import torch
@@ -154,13 +138,13 @@ def _worker(options: argparse.Namespace) -> int:
     place = place_of(options.rehearse)
     found = {case.name: case for case in cases(place)}
     right = []
-    with options.results.open("a") as results, Turn(options.results.with_suffix(".lock")) as turn:
+    with Turn(options.results) as turn:
         for name in options.worker:
             if time.monotonic() > options.deadline:
-                _write(results, {"case": name, "status": NOT_RUN, "why": "no time was left"})
+                append(options.results, {"case": name, "status": NOT_RUN, "why": "no time was left"})
                 continue
             line, lost = judged_line(found[name], place)
-            _write(results, line)
+            append(options.results, line)
             print(f"{name}: {line['status']} {line.get('why', '')}".rstrip(), flush=True)
             if lost:
                 print(f"this process ends: its CUDA context is lost: {lost}", flush=True)
@@ -171,8 +155,8 @@ def _worker(options: argparse.Namespace) -> int:
         for name in right:
             if time.monotonic() > options.deadline:
                 break
-            line, lost = timed_line(found[name], place, options.ceilings, alone)
-            _write(results, line)
+            line, lost = timed_line(found[name], place, environment_of(options.results), alone)
+            append(options.results, line)
             if lost:
                 print(f"this process ends: its CUDA context is lost while timing {name}: {lost}", flush=True)
                 return LOST
@@ -245,7 +229,7 @@ def _equal(some: Iterable[Any], others: Iterable[Any]) -> bool:
 
 
 def timed_line(
-    case: Any, place: Any, ceilings: Path | None, alone: bool
+    case: Any, place: Any, ceilings: dict[str, Any], alone: bool
 ) -> tuple[dict[str, Any], str | None]:
     """Return the line with a case's time, its floor and their ratio."""
     from ..common import first_line, quantiles
@@ -256,10 +240,9 @@ def timed_line(
         times, timer = place.time(problem.timed or problem.call)
         figures = quantiles(times)
         line.update(p50=figures["median"], p20=figures["p20"], p80=figures["p80"], timer=timer, alone=alone)
-        if ceilings and ceilings.exists():
-            measured = json.loads(ceilings.read_text())
-            product = measured["gflops"].get(case.dtype) or measured["gflops"]["fp32"]
-            floor = max(problem.least_bytes / measured["copy_gbps"], problem.least_flops / product) / 1e3
+        if products := ceilings.get("gflops"):
+            product = products.get(case.dtype) or products["fp32"]
+            floor = max(problem.least_bytes / ceilings["copy_gbps"], problem.least_flops / product) / 1e3
             line.update(floor=round(floor, 3), ratio=round(figures["median"] / floor, 2))
     except Exception as error:  # a time that cannot be had spoils no other
         return {**line, "untimed": first_line(error)}, place.lost()
@@ -268,14 +251,14 @@ def timed_line(
 
 
 class Turn:
-    """A file's lock: processes that judge share it, one that times has it alone."""
+    """The lock of the results file: processes that judge share it, one that times has it alone."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def __enter__(self) -> Turn:
         """Judge beside others."""
-        self.file = self.path.open("w")
+        self.file = self.path.open("a")
         fcntl.flock(self.file, fcntl.LOCK_SH)
         return self
 
