@@ -22,6 +22,7 @@ from benchmarks.gpu_check.kernels import KERNELS, cases
 from benchmarks.gpu_check.lines import append, read_lines
 from benchmarks.gpu_check.place import Device
 from benchmarks.gpu_check.processes import FAILED, PASSED, ROOT, SKIPPED, TAIL, TIMED_OUT, Result
+from benchmarks.gpu_check.stand_in import StandIn
 
 NEEDED_BY_KERNELS = """
 import sys
@@ -244,6 +245,24 @@ def test_every_kernel_is_checked_in_bf16_and_fp32_aligned_and_odd():
     }
 
 
+def test_no_triton_kernel_is_left_out():
+    triton = pytest.importorskip("triton")
+    from benchmarks.gpu_check.prepare import recorded_launches
+    from embkern.triton import autoencoder, gather_decode, gather_project
+    from embkern.triton import cosine_mse as loss
+
+    place = StandIn()
+    mine = [case for case in cases(place) if case.kernel.backend == "triton" and case.dtype == "fp32"]
+    launched = {launch.kernel.__name__ for case in mine for launch in recorded_launches(case, place)}
+    defined = {
+        name
+        for module in (autoencoder, gather_decode, gather_project, loss)
+        for name, value in vars(module).items()
+        if name.endswith("_kernel") and isinstance(value, triton.JITFunction)
+    }
+    assert launched == defined
+
+
 # A worker in which one kernel hangs, one crashes and one loses the context; the others are right.
 BROKEN_WORKER = """
 import json, os, sys, time
@@ -268,11 +287,12 @@ def test_a_process_that_breaks_takes_no_other_kernel_with_it(tmp_path, monkeypat
     monkeypatch.setattr(smoke, "CASE_SECONDS", 2.0)
     names = ["a", "loses", "b", "crashes", "c", "hangs", "d"]
     share, deadline = smoke._Share(names), time.monotonic() + 60
-    share.start(None, deadline)
+    options = argparse.Namespace(rehearse=False)
+    share.start(options, deadline)
     lines = {}
     while share.process:
         time.sleep(0.05)
-        if line := share.look(read_lines(results), None, deadline):
+        if line := share.look(read_lines(results), options, deadline):
             lines[line["case"]] = line
             append(results, line)
     assert lines["crashes"]["why"] == "the process ended with status -11"

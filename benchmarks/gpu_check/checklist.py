@@ -17,6 +17,7 @@ from typing import Any
 
 from .lines import environment_of, read_lines
 from .processes import LIMIT, PASSED, ROOT, SKIPPED, Result, run_stage
+from .smoke import SLOWER
 from .table import merged, table
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -47,7 +48,7 @@ def checklist(options: argparse.Namespace) -> list[Stage]:
     out, python = options.out.resolve(), sys.executable
     kernels = str(out / KERNELS)
     rehearse = ["--rehearse"] if options.rehearse else []
-    slower = 12 if options.rehearse else 1  # the interpreter, on few cores
+    slower = SLOWER if options.rehearse else 1
 
     def module(name: str, *arguments: str) -> list[str]:
         return [python, "-u", "-m", f"benchmarks.gpu_check.{name}", *arguments, *rehearse]
@@ -68,13 +69,20 @@ def checklist(options: argparse.Namespace) -> list[Stage]:
         ]
 
     carried = ["--extension", str(options.extension)] if options.extension else []
-    smoke = ["--results", kernels, "--limit-seconds", LIMIT]
+    limit = ["--limit-seconds", LIMIT]
+    smoke = ["--results", kernels, *limit]
     smoke += ["--only", options.only] if options.only else []
     stages = [
         Stage("0 device", "versions, the device, its ceilings", module("device", "--results", kernels), 30),
         Stage("0 extension", "load it, else build it", module("extension", *carried), 200, ["0 device"]),
         Stage("1 kernels", "every kernel, right and how fast", module("smoke", *smoke), 115, ["0 device"]),
-        Stage("2 assertions", "what they must refuse", module("assertions"), 60, ["0 device"]),
+        Stage(
+            "2 assertions",
+            "what they must refuse",
+            module("assertions", "--limit-seconds", LIMIT),
+            60,
+            ["0 device"],
+        ),
     ]
     if options.smoke:
         return [replace_seconds(stage, slower) for stage in stages]

@@ -72,17 +72,28 @@ class Device:
 
 
 @contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """Fill every fresh tensor with NaN, so that an element that no kernel wrote shows."""
+def deterministic() -> Iterator[None]:
+    """Ask torch for the same bits in every run, which the ops promise then."""
     settings: Any = torch.utils.deterministic
     before = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    settings.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = False
     try:
         yield
     finally:
         settings.fill_uninitialized_memory = before
         torch.use_deterministic_algorithms(False)
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Within `deterministic`: fill fresh tensors with NaN, so that an element that no kernel wrote shows."""
+    settings: Any = torch.utils.deterministic
+    settings.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        settings.fill_uninitialized_memory = False
 
 
 def place_of(rehearse: bool) -> Device:

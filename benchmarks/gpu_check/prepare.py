@@ -95,15 +95,19 @@ class _Recorder(Device):
     type = "cpu"
 
 
-def recorded_launches(case: Case) -> list[Launch]:
-    """Return the launches of a case at its shape on a device, without running them.
+def recorded_launches(case: Case, place: Device | None = None) -> list[Launch]:
+    """Return the launches of a case, at its shape on a device unless another place says otherwise.
 
-    Nothing that is launched depends on the values of tensors, only on shapes, strides and addresses.
+    None of them runs. What is launched does not depend on the values of tensors, only on shapes, strides and
+    addresses.
     """
     launches: list[Launch] = []
-    with _set(Launch, "run", launches.append), _set(backends, "_triton_unavailable", lambda *_: None):
+    with (
+        _set(Launch, "run", lambda launch: launches.append(launch)),
+        _set(backends, "_triton_unavailable", lambda *_: None),
+    ):
         backends.forget()
-        case.problem(_Recorder()).call()
+        case.problem(place or _Recorder()).call()
     return launches
 
 

@@ -19,13 +19,14 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from .lines import append, environment_of, read_lines
 from .processes import ROOT
 
 PROCESSES = 8
 CASE_SECONDS = 45.0  # for one kernel, its compilation included; a process that is slower hangs
+SLOWER = 12  # times as long in a rehearsal, on few cores
 TIMING_SECONDS = 15.0  # at the end of the stage, for which a process no longer waits to be alone
 LOST = 9  # exit status of a process whose CUDA context is lost
 RIGHT, WRONG, NOT_RUN = "right", "wrong", "not run"
@@ -110,7 +111,8 @@ class _Share:
         if len(self.names) - len(left) != self.judged:
             self.judged, self.since = len(self.names) - len(left), time.monotonic()
         status = self.process.poll()
-        hangs = status is None and bool(left) and time.monotonic() - self.since > CASE_SECONDS
+        patience = CASE_SECONDS * (SLOWER if options.rehearse else 1)
+        hangs = status is None and bool(left) and time.monotonic() - self.since > patience
         if status is None and not hangs:
             return None
         if hangs:
@@ -119,7 +121,7 @@ class _Share:
         self.process = None
         line = None
         if left and status != LOST:
-            why = f"no end after {CASE_SECONDS:.0f} s" if hangs else f"the process ended with status {status}"
+            why = f"no end after {patience:.0f} s" if hangs else f"the process ended with status {status}"
             line = {"case": left.pop(0), "status": WRONG, "why": why}
         if left and time.monotonic() < deadline:
             self.names, self.judged = left, 0
@@ -147,8 +149,7 @@ def _worker(options: argparse.Namespace) -> int:
             append(options.results, line)
             print(f"{name}: {line['status']} {line.get('why', '')}".rstrip(), flush=True)
             if lost:
-                print(f"this process ends: its CUDA context is lost: {lost}", flush=True)
-                return LOST
+                _end(f"this process ends: its CUDA context is lost: {lost}")
             if line["status"] == RIGHT:
                 right.append(name)
         alone = turn.alone(options.deadline - TIMING_SECONDS)
@@ -158,9 +159,14 @@ def _worker(options: argparse.Namespace) -> int:
             line, lost = timed_line(found[name], place, environment_of(options.results), alone)
             append(options.results, line)
             if lost:
-                print(f"this process ends: its CUDA context is lost while timing {name}: {lost}", flush=True)
-                return LOST
+                _end(f"this process ends: its CUDA context is lost while timing {name}: {lost}")
     return 0
+
+
+def _end(why: str) -> NoReturn:
+    """End at once: what tears down a lost context may end the process in ways of its own."""
+    print(why, flush=True)
+    os._exit(LOST)
 
 
 def judged_line(case: Any, place: Any) -> tuple[dict[str, Any], str | None]:
@@ -170,8 +176,11 @@ def judged_line(case: Any, place: Any) -> tuple[dict[str, Any], str | None]:
     lost = None
     if reason := place.unavailable(case.kernel.op, case.kernel.backend):
         return {**line, "status": NOT_RUN, "why": reason}, None
+    from .place import deterministic
+
     try:
-        faults = judge(case, place, line)
+        with deterministic():
+            faults = judge(case, place, line)
     except Exception as error:  # whatever a kernel does, the others are judged too
         from ..common import first_line
 
