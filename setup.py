@@ -5,14 +5,27 @@ EMBKERN_NATIVE=1  fail if the extension cannot be built
 unset             build it if possible, else say why not once and install in pure Python
 EMBKERN_SANITIZE=1  build with AddressSanitizer and UBSan (see `make sanitize`)
 
-CUDA sources are compiled when torch itself is a CUDA build and a toolkit is found; no device is asked.
+CUDA sources are compiled when torch itself is a CUDA build and a toolkit of the same major version is found;
+no device is asked.
 """
 
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import setup
+
+# pyproject.toml asks for it, but pip does not look there with --no-build-isolation; an older setuptools fails
+# over the form of the license and does not say why.
+OLDEST_SETUPTOOLS = 77
+if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+    sys.exit(
+        f"embkern: expected setuptools>={OLDEST_SETUPTOOLS}, got {setuptools.__version__}; "
+        f'run: pip install "setuptools>={OLDEST_SETUPTOOLS}"'
+    )
 
 NATIVE = os.environ.get("EMBKERN_NATIVE", "")
 if NATIVE not in ("", "0", "1"):
@@ -40,6 +53,16 @@ def extension() -> dict:
     cuda_sources = sorted(Path("csrc/cuda").glob("*.cu"))
     use_cuda = bool(cuda_sources and torch.version.cuda and CUDA_HOME)
     if use_cuda:
+        toolkit = toolkit_version(CUDA_HOME)
+        if toolkit.split(".")[0] != torch.version.cuda.split(".")[0]:
+            # Torch refuses to build any extension then; the CPU's kernels do not depend on the toolkit.
+            use_cuda = False
+            print(
+                f"embkern: building without CUDA kernels (the toolkit in {CUDA_HOME} is CUDA {toolkit}, "
+                f"torch was built with CUDA {torch.version.cuda}); other kernels do not need it.",
+                file=sys.stderr,
+            )
+    if use_cuda:
         # Unset, torch asks the device that happens to be there, or targets sm_75, which has no cp.async.
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;8.6;8.9;9.0;10.0;12.0+PTX")
     # Torch 2.10 is the oldest stable ABI with parallel_for; one wheel then serves every torch >= 2.10.
@@ -63,6 +86,16 @@ def extension() -> dict:
         "cmdclass": {"build_ext": OptionalBuildExtension},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
+
+
+def toolkit_version(home: str) -> str:
+    """Return the release of the CUDA toolkit in ``home``, such as 13.0; "unknown" if nvcc does not say."""
+    try:
+        printed = subprocess.check_output([Path(home) / "bin" / "nvcc", "--version"], text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    release = re.search(r"release (\d+\.\d+)", printed)
+    return release[1] if release else "unknown"
 
 
 def without_native(reason: str) -> None:

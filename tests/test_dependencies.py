@@ -1,17 +1,30 @@
 """What the sources and files of the project ask of its dependencies, against the bounds that it declares."""
 
+from __future__ import annotations
+
+import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest needs it there
 
 ROOT = Path(__file__).parents[1]
 
 if not (ROOT / "pyproject.toml").exists() or not (ROOT / "csrc").exists():
     pytest.skip("needs the checkout", allow_module_level=True)
 
-# Every name that csrc takes from torch's headers. Each was compiled against torch 2.10's, the lower bound; add
-# a name only when it has been, for the macros and functions of newer headers compile here and not there.
+# Every name that csrc takes from torch's headers. Each was compiled against torch 2.10's, the lower bound;
+# add a name only when it has been, for the macros and functions of newer headers compile here and not there.
 NAMES_IN_TORCH_2_10 = {
     "AOTI_TORCH_SUCCESS",
     "STABLE_TORCH_LIBRARY_IMPL",
@@ -54,3 +67,92 @@ def test_sources_use_nothing_that_torch_2_10_lacks() -> None:
         )
     assert used - NAMES_IN_TORCH_2_10 == set()
     assert "torch::stable::Tensor" in used
+
+
+def run_setup(before: str) -> subprocess.CompletedProcess[str]:
+    """Run ``setup.py --name`` after some lines that change what it finds."""
+    lines = f"import runpy, sys\n{before}\nsys.argv = ['setup.py', '--name']\nrunpy.run_path('setup.py')"
+    return subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_an_older_setuptools_is_named() -> None:
+    ran = run_setup("import setuptools; setuptools.__version__ = '65.5.1'")
+    assert ran.returncode != 0
+    assert ran.stderr.strip() == (
+        'embkern: expected setuptools>=77, got 65.5.1; run: pip install "setuptools>=77"'
+    )
+
+
+@pytest.mark.parametrize("built_with", ["12.8", "13.2"])
+def test_a_toolkit_of_another_major_version_costs_the_cuda_kernels_alone(tmp_path, built_with) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
+    nvcc.chmod(0o755)
+    ran = run_setup(
+        "import setuptools, torch; from torch.utils import cpp_extension\n"
+        f"torch.version.cuda = {built_with!r}; cpp_extension.CUDA_HOME = {str(tmp_path)!r}\n"
+        "cpp_extension.CUDAExtension = lambda *_, **__: sys.exit('CUDA sources')"
+    )
+    if built_with == "13.2":
+        assert "CUDA sources" in ran.stderr
+        return
+    assert ran.returncode == 0, ran.stderr
+    assert "building without CUDA kernels" in ran.stderr
+    assert "CUDA 13.0, torch was built with CUDA 12.8" in ran.stderr
+
+
+def test_constants_are_not_the_left_factor_of_a_tensor() -> None:
+    """The interpreters of Triton 3.7 and 3.8 raise TypeError for ``constexpr * tensor``."""
+    for path in (ROOT / "embkern" / "triton").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        constants = {
+            node.targets[0].id
+            for node in tree.body
+            if isinstance(node, ast.Assign)
+            and isinstance(node.targets[0], ast.Name)
+            and ast.unparse(node.value).startswith("tl.constexpr(")
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.BinOp) and isinstance(node.left, ast.Name) and node.left.id in constants:
+                assert isinstance(node.right, ast.Constant), f"{path}:{node.lineno}: {ast.unparse(node)}"
+
+
+def requirements(extras: bool) -> list[Requirement]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    optional = project["optional-dependencies"]
+    asked = project["dependencies"] + [each for name in optional if extras for each in optional[name]]
+    return [each for each in map(Requirement, asked) if each.name != "embkern"]
+
+
+# Not part of the tests' environments: the harnesses are optional there, and linting pins its tools exactly.
+WITHOUT_A_BOUND = {"lm-eval", "mteb", "clang-format", "mypy", "ruff", "types-PyYAML", "types-setuptools"}
+WITHOUT_A_BOUND |= {"types-tqdm"}
+
+
+def test_every_dependency_of_the_tests_has_a_lower_bound() -> None:
+    for requirement in requirements(extras=True):
+        bounded = any(each.operator == ">=" for each in requirement.specifier)
+        assert bounded != (requirement.name in WITHOUT_A_BOUND), requirement
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+def test_constraints_pin_every_dependency_on_every_python(python) -> None:
+    environment = {**default_environment(), "python_version": python, "python_full_version": f"{python}.9"}
+    environment |= {"sys_platform": "linux", "platform_machine": "x86_64", "extra": ""}
+    pins: dict[str, list[Requirement]] = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            pin = Requirement(line)
+            assert [each.operator for each in pin.specifier] == ["=="], line
+            if pin.marker is None or pin.marker.evaluate(environment):
+                pins.setdefault(canonicalize_name(pin.name), []).append(pin)
+    assert all(len(each) == 1 for each in pins.values()), "a package has two versions"
+    tools = [Requirement(each) for each in ("pip", "setuptools>=77", "wheel", "ninja", "uv")]
+    for requirement in [*requirements(extras=True), *tools]:
+        if requirement.name in {"lm-eval", "mteb"}:
+            continue
+        name = canonicalize_name(requirement.name)
+        assert name in pins, f"{requirement}: run make constraints"
+        (version,) = (each.version for each in pins[name][0].specifier)
+        assert requirement.specifier.contains(version), f"{requirement}, but constraints.txt has {version}"

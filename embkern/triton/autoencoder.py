@@ -125,7 +125,8 @@ def _gram_sums_kernel(
         norm = tl.load(target_norm_ptr + n, mask=inside, other=0.0).to(tl.float64)
         xx = norm * norm
     ee = xx - 2 * dot + yy
-    safe = (ee >= _SAFE_SHARE * (xx + parts)) & (yy >= _SAFE_SHARE * parts)
+    # The tensor is the left factor: the interpreters of Triton 3.7 and 3.8 do not multiply the other way.
+    safe = (ee >= (xx + parts) * _SAFE_SHARE) & (yy >= parts * _SAFE_SHARE)
     rows = rows_ptr + 4 * n
     tl.store(rows, xx, mask=inside)
     tl.store(rows + 1, dot, mask=inside)

@@ -208,8 +208,20 @@ def _coefficients(
     group = first + tl.arange(0, BLOCK_R // _GROUP)
     bits = _group_bits(tiers_ptr, tier, group, present, G, K // _GROUP)
     place = start[:, None] + tl.cumsum(bits, 1) - bits
-    values = _values(records_ptr, levels_ptr, place, bits)
-    return tl.reshape(values, (tier.shape[0], BLOCK_R)), start + tl.sum(bits, 1)
+    values = tl.reshape(_values(records_ptr, levels_ptr, place, bits), (tier.shape[0], BLOCK_R))
+    return values, start + tl.sum(bits, 1)
+
+
+@triton.jit
+def _operands(values, element: tl.constexpr):
+    """The factors that sum to values: ``high`` in the dtype of the basis, and what that rounds off."""
+    high = values.to(element)
+    low = (values - high.to(tl.float32)).to(element)
+    if element == tl.float64:
+        # Triton 3.6 lays an operand out for the narrowest load that it was computed from, here a tier's byte,
+        # and has no such layout for fp64. It does not look behind a sum, which is over one value here.
+        high = tl.sum(high[:, :, None], 2)
+    return high, low
 
 
 @triton.jit
@@ -269,8 +281,7 @@ def _products_kernel(
     k = tl.arange(0, BLOCK_R)
     if RESIDENT:
         values, _ = _coefficients(records_ptr, tiers_ptr, levels_ptr, tier, start, present, 0, K, G, BLOCK_R)
-        high = values.to(element)
-        low = (values - high.to(tl.float32)).to(element)
+        high, low = _operands(values, element)
 
     first = (tl.program_id(0) % chunks) * tiles_per_program
     count = tiles_per_program * tl.max(present.to(tl.int32), 0)
@@ -285,8 +296,7 @@ def _products_kernel(
                 values, place = _coefficients(
                     records_ptr, tiers_ptr, levels_ptr, tier, place, present, step // _GROUP, K, G, BLOCK_R
                 )
-                high = values.to(element)
-                low = (values - high.to(tl.float32)).to(element)
+                high, low = _operands(values, element)
                 sums = _add_product(sums, high, low, basis_ptr, step + k, h, K, H)
         sums *= factor
         if offset_ptr is not None:

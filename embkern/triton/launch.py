@@ -23,6 +23,9 @@ _TYPES = {
 }
 # Assertions on ids are compiled in only with `debug`; with it Triton would check every integer sum as well.
 _OPTIONS = {"debug": True, "sanitize_overflow": False, "enable_fp_fusion": True}
+# The ptxas of Triton 3.6 spills a register or two where that makes room for one more block on a
+# multiprocessor. It does not where it is told a bound, so it is told the hardware's own.
+_BOUND_REGISTERS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Launch:
     def __post_init__(self) -> None:
         """Complete the options."""
         options = {**_OPTIONS, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        if _BOUND_REGISTERS:
+            options["maxnreg"] = min(255, 65536 // (32 * self.num_warps))
         object.__setattr__(self, "options", options)
 
     def run(self) -> None:
