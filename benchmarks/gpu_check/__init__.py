@@ -13,3 +13,10 @@ fails stops only those that need it. Whatever happens, the folder keeps what was
 
 The exit status is 0 if every stage passed, 1 if one did not, 2 without a CUDA device. No network is needed.
 """
+
+
+def main(arguments: list[str]) -> int:
+    """Run the checklist; return its exit status."""
+    from . import checklist  # which imports this package
+
+    return checklist.main(arguments)

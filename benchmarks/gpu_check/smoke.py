@@ -48,15 +48,17 @@ def main(arguments: list[str]) -> int:
         names = [name for name in names if options.only in name]
     count = max(1, min(options.processes, len(names)))
     shares = [_Share(names[index::count]) for index in range(count)]
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    earlier = len(read_lines(options.results))  # lines of another run
     for share in shares:
         share.start(options, deadline)
     while any(share.process for share in shares):
         time.sleep(0.2)
-        seen = read_lines(options.results)
+        seen = read_lines(options.results)[earlier:]
         for share in shares:
             if line := share.look(seen, options, deadline):
                 append(options.results, line)
-    lines = [line for line in read_lines(options.results) if "status" in line]
+    lines = [line for line in read_lines(options.results)[earlier:] if "status" in line]
     by_status = {
         status: [line for line in lines if line["status"] == status] for status in (RIGHT, WRONG, NOT_RUN)
     }
