@@ -29,7 +29,7 @@ import sys
 class Blocked:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in ("pydantic", "pydantic_core", "annotated_types", "typing_inspection"):
-            raise ImportError(f"{name} is blocked")
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
 sys.meta_path.insert(0, Blocked())
 import embkern.ops, embkern.factors, embkern.layer, embkern.packed
 import benchmarks.cosine_mse, benchmarks.gather_decode, benchmarks.gather_project
