@@ -51,15 +51,15 @@ def extension() -> dict:
 
     sources = [Path("csrc/registration.cpp"), *sorted(Path("csrc/cpu").glob("*.cpp"))]
     cuda_sources = sorted(Path("csrc/cuda").glob("*.cu"))
-    use_cuda = bool(cuda_sources and torch.version.cuda and CUDA_HOME)
-    if use_cuda:
+    built_with = torch.version.cuda
+    use_cuda = False
+    if cuda_sources and built_with and CUDA_HOME:
         toolkit = toolkit_version(CUDA_HOME)
-        if toolkit.split(".")[0] != torch.version.cuda.split(".")[0]:
-            # Torch refuses to build any extension then; the CPU's kernels do not depend on the toolkit.
-            use_cuda = False
+        use_cuda = toolkit.split(".")[0] == built_with.split(".")[0]
+        if not use_cuda:  # torch would refuse to build anything; the CPU's kernels do not need the toolkit
             print(
                 f"embkern: building without CUDA kernels (the toolkit in {CUDA_HOME} is CUDA {toolkit}, "
-                f"torch was built with CUDA {torch.version.cuda}); other kernels do not need it.",
+                f"torch was built with CUDA {built_with}); other kernels do not need it.",
                 file=sys.stderr,
             )
     if use_cuda:

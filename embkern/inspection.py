@@ -8,7 +8,7 @@ from importlib import metadata
 from typing import Any
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from ._version import __version__
 from .api import load_model, load_tokenizer, model_bytes
@@ -25,6 +25,7 @@ from .transformers import stored_table
 class RankSaving(BaseModel):
     """What compressing to a rank would save."""
 
+    model_config = ConfigDict(protected_namespaces=())
     rank: int
     factors_bytes: int
     ratio: float
@@ -34,6 +35,7 @@ class RankSaving(BaseModel):
 class Summary(BaseModel):
     """A model's embedding table, dense or compressed."""
 
+    model_config = ConfigDict(protected_namespaces=())
     architecture: str
     num_embeddings: int
     embedding_dim: int

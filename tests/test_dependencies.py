@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from pydantic import BaseModel
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -116,6 +118,21 @@ def test_constants_are_not_the_left_factor_of_a_tensor() -> None:
         for node in ast.walk(tree):
             if isinstance(node, ast.BinOp) and isinstance(node.left, ast.Name) and node.left.id in constants:
                 assert isinstance(node.right, ast.Constant), f"{path}:{node.lineno}: {ast.unparse(node)}"
+
+
+def test_fields_named_after_the_model_are_allowed() -> None:
+    """Before 2.10 pydantic warns of every field whose name begins with ``model_``."""
+    for module in ("report", "inspection", "recipe", "train", "frequencies", "study", "evaluate"):
+        importlib.import_module(f"embkern.{module}")
+    kinds, found = [BaseModel], set()
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        names = [name for name in kind.model_fields if name.startswith("model_")]
+        if kind.__module__.startswith("embkern") and names:
+            found.add(kind.__name__)
+            assert kind.model_config.get("protected_namespaces") == (), f"{kind}: {names}"
+    assert found >= {"Summary", "Comparison"}
 
 
 def requirements(extras: bool) -> list[Requirement]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from markdown_it import MarkdownIt  # of rich
+from markdown_it import MarkdownIt
 
 T = pytest.importorskip("transformers")
 for package in ("jinja2", "matplotlib", "scipy"):

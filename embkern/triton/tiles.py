@@ -175,6 +175,9 @@ def _tile_of(kernel: str, device: Device, itemsize: int, length: str, r: int, al
         if kernel == "packed_product":
             bound = 32 if itemsize == 2 else 16
         tile = replace(tile, BLOCK_N=min(tile.BLOCK_N, bound))
+        if kernel == "grad_basis" and itemsize == 4:
+            # Its BLOCK_N is at the least already: Triton 3.6 took 255 registers of 4 warps and spilled.
+            tile = replace(tile, num_warps=8)
     return shrink(kernel, fit_rank(kernel, tile, r), r, itemsize, device.shared_bytes)
 
 

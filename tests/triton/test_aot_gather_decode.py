@@ -55,9 +55,10 @@ def test_products_of_16_bits_run_on_tensor_cores_and_fp32_is_not_cut_to_tf32(row
 
 
 def test_rows_of_values_need_no_shared_memory_but_for_sums(rows):
+    """Never so much that it decides how many run: a multiprocessor takes 32 programs, of A100's 163 KiB."""
     for row in rows:
         if row.kernel == "_rows_kernel":
-            assert row.shared_bytes <= 1024, row
+            assert row.shared_bytes <= 2048, row  # Triton 3.6 takes all of it, later ones 1024
 
 
 def test_a_table_without_a_basis_is_one_launch():
