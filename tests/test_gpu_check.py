@@ -302,7 +302,7 @@ def test_a_process_that_breaks_takes_no_other_kernel_with_it(tmp_path, monkeypat
     lines = {}
     while share.process:
         time.sleep(0.05)
-        if line := share.look(read_lines(results), options, deadline):
+        if line := share.look(lambda: read_lines(results), options, deadline):
             lines[line["case"]] = line
             append(results, line)
     assert lines["crashes"]["why"] == "the process ended with status -11"

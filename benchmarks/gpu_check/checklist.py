@@ -48,28 +48,16 @@ def checklist(options: argparse.Namespace) -> list[Stage]:
     out, python = options.out.resolve(), sys.executable
     kernels = str(out / KERNELS)
     rehearse = ["--rehearse"] if options.rehearse else []
-    slower = SLOWER if options.rehearse else 1
+    limit = ["--limit-seconds", LIMIT]
 
     def module(name: str, *arguments: str) -> list[str]:
         return [python, "-u", "-m", f"benchmarks.gpu_check.{name}", *arguments, *rehearse]
 
     def benchmark(name: str) -> list[str]:
-        # It ends by itself before its time is over.
-        return [
-            python,
-            "-u",
-            "-m",
-            "benchmarks",
-            name,
-            "--device",
-            "cuda",
-            "--quick",
-            "--limit-seconds",
-            LIMIT,
-        ]
+        options = ["--device", "cuda", "--quick", *limit]  # it ends by itself before its time is over
+        return [python, "-u", "-m", "benchmarks", name, *options]
 
     carried = ["--extension", str(options.extension)] if options.extension else []
-    limit = ["--limit-seconds", LIMIT]
     most = 180 if options.smoke else 115  # it ends sooner where compiling is quick
     smoke = ["--results", kernels, *limit]
     smoke += ["--only", options.only] if options.only else []
@@ -77,18 +65,12 @@ def checklist(options: argparse.Namespace) -> list[Stage]:
         Stage("0 device", "versions, the device, its ceilings", module("device", "--results", kernels), 30),
         Stage("0 extension", "load it, else build it", module("extension", *carried), 200, ["0 device"]),
         Stage("1 kernels", "every kernel, right and how fast", module("smoke", *smoke), most, ["0 device"]),
-        Stage(
-            "2 assertions",
-            "what they must refuse",
-            module("assertions", "--limit-seconds", LIMIT),
-            60,
-            ["0 device"],
-        ),
+        Stage("2 assertions", "what they must refuse", module("assertions", *limit), 60, ["0 device"]),
     ]
     if options.smoke:
-        return [replace_seconds(stage, slower) for stage in stages]
+        return [replace_seconds(stage, SLOWER if options.rehearse else 1) for stage in stages]
     tests = ["-m", "gpu", "--tb=short", "--durations=5", "-p", "no:cacheprovider", *_workers()]
-    where = [*GPU_TESTS, *(GPU_TESTS_OF_METHODS if _installed("pydantic") else ())]
+    tests += [*GPU_TESTS, *(GPU_TESTS_OF_METHODS if _installed("pydantic") else ())]
     tuner = [python, "-u", "-m", "benchmarks", "tune_gather_project"]
     device = ["0 device"]
     later = [
@@ -97,9 +79,7 @@ def checklist(options: argparse.Namespace) -> list[Stage]:
         Stage("3 loss", "cosine_mse beside plain torch", benchmark("cosine_mse"), 170, device, 0.25),
         Stage("3 training", "its steps", benchmark("train"), 170, device, 0.3, ["pydantic"]),
         Stage("4 tuner", "tiles of gather_project", tuner, 170, device, 0.3),
-        Stage(
-            "5 tests", "all that are marked gpu", [python, "-m", "pytest", *tests, *where], 300, device, 1.0
-        ),
+        Stage("5 tests", "all that are marked gpu", [python, "-m", "pytest", *tests], 300, device),
     ]
     return stages + later
 

@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -54,9 +54,8 @@ def main(arguments: list[str]) -> int:
         share.start(options, deadline)
     while any(share.process for share in shares):
         time.sleep(0.2)
-        seen = read_lines(options.results)[earlier:]
         for share in shares:
-            if line := share.look(seen, options, deadline):
+            if line := share.look(lambda: read_lines(options.results)[earlier:], options, deadline):
                 append(options.results, line)
     lines = [line for line in read_lines(options.results)[earlier:] if "status" in line]
     by_status = {
@@ -103,16 +102,16 @@ class _Share:
         self.since = time.monotonic()
 
     def look(
-        self, seen: list[dict[str, Any]], options: argparse.Namespace, deadline: float
+        self, read: Callable[[], list[dict[str, Any]]], options: argparse.Namespace, deadline: float
     ) -> dict[str, Any] | None:
         """See how the process does; return a line about the case that it broke on, if it did."""
         if self.process is None:
             return None
-        judged = {line["case"] for line in seen if "status" in line}
+        status = self.process.poll()  # before its lines are read: what has ended writes no more
+        judged = {line["case"] for line in read() if "status" in line}
         left = [name for name in self.names if name not in judged]
         if len(self.names) - len(left) != self.judged:
             self.judged, self.since = len(self.names) - len(left), time.monotonic()
-        status = self.process.poll()
         patience = CASE_SECONDS * (SLOWER if options.rehearse else 1)
         hangs = status is None and bool(left) and time.monotonic() - self.since > patience
         if status is None and not hangs:
