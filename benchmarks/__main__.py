@@ -17,7 +17,7 @@ BENCHMARKS = {
     "import_time": "what `import embkern` costs beyond torch",
     "offline_tasks": "writes two small tasks in the formats of GLUE and SQuAD, made of installed docstrings",
     "plots": "pictures of the figures of gather_project and train",
-    "gpu_check": "on a CUDA machine: build, GPU tests, GPU benchmarks, tuner, in one results file",
+    "gpu_check": "on a CUDA machine: every kernel checked, GPU benchmarks, tuner, GPU tests, in one table",
     "nvcc_report": "registers, spills and shared memory of the CUDA kernels, by nvcc and without a GPU",
     "trellis_levels": "finds the levels of the trellises of packed tables, and tells their error",
     "tune_gather_project": "on a CUDA machine: the tile sizes of the Triton kernels",

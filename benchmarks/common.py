@@ -26,6 +26,7 @@ from torch import Tensor
 from embkern import __version__
 from embkern.files import replacing
 
+ROOT = Path(__file__).parents[1]
 RESULTS = Path(os.environ.get("EMBKERN_RESULTS") or Path(__file__).parent / "results")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -191,6 +192,31 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
     return error if error == error else float("inf")
 
 
+def first_line(error: BaseException) -> str:
+    """Return an error's type and the first line of its message."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+def lost_context() -> str | None:
+    """Return why no CUDA call of this process can succeed any more, or None where they can.
+
+    A device assertion, an access out of bounds and their like stay with the process ("sticky errors"); an
+    error that the first synchronisation reports and clears is not one of them.
+    """
+    if not torch.cuda.is_initialized():
+        return None
+    try:
+        torch.cuda.synchronize()
+        return None
+    except RuntimeError:
+        try:
+            torch.cuda.synchronize()
+            return None
+        except RuntimeError as error:
+            return first_line(error)
+
+
 def peak_bytes(call: Callable[[], Any], device: str) -> int | None:
     """Return how far memory rises during one call, its result included; None where that cannot be measured.
 
@@ -295,12 +321,21 @@ def _cpu_name() -> str:
 
 
 def write_results(
-    name: str, command: str, rows: list[dict[str, Any]], *, directory: Path = RESULTS, **more: Any
+    name: str,
+    command: str,
+    rows: list[dict[str, Any]],
+    *,
+    directory: Path = RESULTS,
+    machine: dict[str, Any] | None = None,
+    **more: Any,
 ) -> Path:
-    """Write rows with the command and the environment, and what else is given, to ``directory/NAME.json``."""
+    """Write rows with the command and the environment, and what else is given, to ``directory/NAME.json``.
+
+    ``machine`` is an environment that was read earlier, or in another process.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.json"
-    head = json.dumps({"command": command, "environment": environment(), **more}, indent=1)
+    head = json.dumps({"command": command, "environment": machine or environment(), **more}, indent=1)
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)  # a row per line reads and diffs well
     with replacing(path) as temporary:
         temporary.write_text(f'{head[:-2]},\n "rows": [\n{lines}\n ]\n}}\n')
@@ -345,6 +380,7 @@ class Report:
 
     def __init__(self, name: str, command: str, options: argparse.Namespace) -> None:
         self.name, self.command, self.options = name, command, options
+        self.environment = environment()  # now, while the device can still be asked
         self.deadline = time.monotonic() + options.limit_seconds
         self.rows: list[dict[str, Any]] = []
         self.failures: list[dict[str, str]] = []
@@ -363,14 +399,20 @@ class Report:
 
     @contextlib.contextmanager
     def recorded(self, name: str, where: str) -> Iterator[None]:
-        """Go on with the other providers when one fails; the failure is reported and fails the run."""
+        """Go on with the other providers when one fails; the failure is reported and fails the run.
+
+        After an error that CUDA keeps (`lost_context`) every later figure would be a failure too: the run
+        writes what it has and ends.
+        """
         try:
             yield
         except Exception as error:
-            lines = str(error).strip().splitlines() or [""]
-            message = f"{type(error).__name__}: {lines[0]}"
+            message = first_line(error)
             self.failures.append({"provider": name, "where": where, "error": message})
             print(f"FAILED {name}: {message}")
+            if reason := lost_context():
+                print(f"the run ends here, its CUDA context is lost: {reason}")
+                self.finish()
 
     def write(self) -> Path:
         """Write what there is so far."""
@@ -379,6 +421,7 @@ class Report:
             self.command,
             self.rows,
             directory=self.options.results,
+            machine=self.environment,
             device=self.options.device,
             **self.facts,
             unavailable=self.unavailable,

@@ -24,20 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from embkern.frequencies import (
-    COMPRESSION_STRENGTH,
-    count_tokens,
-    expected_frequencies,
-    vocabulary_prior,
-)
 from embkern.layer import PackedEmbedding
-from embkern.methods import allocate, rank_for_ratio, svd
 from embkern.ops import gather_decode
 from embkern.ops.backends import BACKENDS, unavailable
+from embkern.ops.reference import GROUP
 from embkern.packed import TENSORS, PackedTable
 
 from . import common
 from .common import Report, cpu_sampler, cuda_sampler, paired_rounds, quantiles, relative_error, table_line
+from .packed_tables import random_packed_table
 from .peers import PROVIDERS as PEERS
 from .peers import Problem
 from .shapes import Model, id_sets, zipf_probabilities
@@ -132,6 +127,13 @@ class Bench(Report):
         from safetensors.torch import load_file
         from transformers import AutoTokenizer
 
+        from embkern.frequencies import (
+            COMPRESSION_STRENGTH,
+            count_tokens,
+            expected_frequencies,
+            vocabulary_prior,
+        )
+
         tokenizer = AutoTokenizer.from_pretrained(get_model_path())
         self.dense = load_file(get_model_path() / "model.safetensors")["embeddings.word_embeddings.weight"]
         text = self.options.text
@@ -145,12 +147,12 @@ class Bench(Report):
 
     def run(self, ratio: float) -> None:
         """Measure every cell at one ratio; the results file is written after each kind of them."""
-        table = allocate(self.dense, ratio=ratio, counts=self.counts)
+        table, factors = self._compressed(ratio)
         tiers = dict(
             zip(map(str, table.described_tiers()), table.tier_of_rows().bincount().tolist(), strict=False)
         )
         print(f"\n{ratio:g}x: {table.nbytes:,} bytes, rows by tier: {tiers}")
-        lookups = self._lookups(table, ratio)
+        lookups = self._lookups(table, factors, ratio)
         for kind in self.kinds:
             print(table_line(f"median us, {kind}", {name: name for name in lookups}, lookups))
             for count in self.options.counts:
@@ -166,11 +168,28 @@ class Bench(Report):
             self._run_head(table, ratio, count, heads)
         self.write()
 
-    def _lookups(self, table: PackedTable, ratio: float) -> dict[str, Callable[[Tensor], Tensor]]:
+    def _compressed(self, ratio: float) -> tuple[PackedTable, tuple[Tensor, Tensor]]:
+        """The packed table, and codes and basis of as many bytes; of random values without the methods."""
+        V, H = self.dense.shape
+        try:
+            from embkern.methods import allocate, rank_for_ratio, svd
+        except ImportError as error:
+            self.missing("allocate and svd (the table's codes are random)", str(error))
+            self.facts["table"] = "random codes"
+            bits, r = max(1, round(32 / ratio)), max(1, int(V * H / ratio / (V + H)))
+            generator = torch.Generator().manual_seed(0)
+            factors = [torch.randn(size, generator=generator) for size in ((V, r), (r, H))]
+            return random_packed_table(V, H, 4 * GROUP, bits=(bits, bits + 1)), (factors[0], factors[1])
+        reduced = svd(self.dense, rank_for_ratio(V, H, ratio, offset=False))
+        return allocate(self.dense, ratio=ratio, counts=self.counts), (reduced.codes, reduced.basis)
+
+    def _lookups(
+        self, table: PackedTable, factors: tuple[Tensor, Tensor], ratio: float
+    ) -> dict[str, Callable[[Tensor], Tensor]]:
         device = self.options.device
         (V, H), dense = self.dense.shape, self.dense.to(device)
         problem = _Table(Model(V, H, ()), 0, torch.float32, device, real=dense)
-        factors = svd(self.dense, rank_for_ratio(V, H, ratio, offset=False)).to(device)
+        codes, basis = (each.to(device) for each in factors)
         packed = {dtype: table.to(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
         half = dense.bfloat16()
 
@@ -184,7 +203,7 @@ class Bench(Report):
         made: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
             "dense-fp32": lambda: lambda ids: F.embedding(ids, dense),
             "dense-bf16": lambda: lambda ids: F.embedding(ids, half),
-            "two-step": lambda: lambda ids: F.embedding(ids, factors.codes) @ factors.basis,
+            "two-step": lambda: lambda ids: F.embedding(ids, codes) @ basis,
             "embkern": lambda: decoded(torch.float32),
             "embkern-bf16": lambda: decoded(torch.bfloat16),
             "embkern-torch": lambda: decoded(torch.float32, "torch"),

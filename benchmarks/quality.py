@@ -133,7 +133,7 @@ class Bench:
         self.prior = vocabulary_prior(self.tokenizer, len(self.table))
         self.counts = expected_frequencies(count, self.prior, strength=strength)
         self.before = [self._embed(self.same), self._embed(self.other)]
-        self.facts = {
+        self.facts: dict[str, Any] = {
             "text": "docstrings" if text is None else text.name,
             "other": (other or SENTENCES).name,
             "counted_sentences": len(counted),

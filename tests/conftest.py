@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ from embkern.ops.library import load_native
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
-            if "gpu" in item.keywords:
+            if item.get_closest_marker("gpu"):  # keywords have the names of folders too
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
@@ -32,6 +33,30 @@ SEED = int(os.environ.get("EMBKERN_TEST_SEED", "0"))
 def seed_of(own: int) -> int:
     """Return the seed of a test that has a generator of its own: ``own``, moved by EMBKERN_TEST_SEED."""
     return own + 1_000_003 * SEED
+
+
+_lost: list[str] = []  # why this process can run nothing on its device any more
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Generator[None, Any, Any]:
+    """After an error that CUDA keeps, say so: every later test of this process would fail for it."""
+    report = yield
+    if report.failed and torch.cuda.is_initialized() and not _lost:
+        from benchmarks.common import lost_context
+
+        if reason := lost_context():
+            _lost.append(reason)
+            report.sections.append(("the CUDA context of this process is lost", reason))
+            if "PYTEST_XDIST_WORKER" not in os.environ:
+                item.session.shouldstop = f"the CUDA context is lost: {reason}"
+    return report
+
+
+def pytest_runtest_logfinish() -> None:
+    """End a worker whose context is lost: xdist starts another one for the tests that are left."""
+    if _lost and "PYTEST_XDIST_WORKER" in os.environ:
+        os._exit(1)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import common, cosine_mse, gather_decode, gather_project, gpu_check, plots, train
+from benchmarks import common, cosine_mse, gather_project, plots, train
 from benchmarks.peers import BOTH, FORWARD, PROVIDERS, Lookup, Problem, Provider
 from benchmarks.shapes import MAX_TEXT_REPEATS, MODELS, UnavailableError, id_sets
 
@@ -164,7 +164,7 @@ def results(tmp_path_factory):
     ]
     run = subprocess.run(
         [sys.executable, *command, "--results", str(directory)],
-        cwd=gpu_check.ROOT,
+        cwd=common.ROOT,
         capture_output=True,
         text=True,
     )
@@ -254,101 +254,6 @@ def test_every_default_plan_names_known_shapes():
             assert tables
             assert all(cells for _, cells in tables)
             assert all(table.r in MODELS[table.model].ranks for table, _ in tables)
-
-
-def test_gpu_check_without_a_device_says_so(tmp_path, capsys):
-    if torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
-    assert gpu_check.main(["--out", str(tmp_path / "out")]) == 2
-    assert "sees no CUDA device" in capsys.readouterr().out
-    assert not (tmp_path / "out").exists()
-
-
-def test_stages_pass_fail_and_end_in_time(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_check, "SHORTEST", 0.5)
-    monkeypatch.setattr(gpu_check, "PATIENCE", 0.2)
-
-    def python(code, limit=60.0):
-        return gpu_check.run_stage("stub", [sys.executable, "-c", code], limit, {"PYTHONUNBUFFERED": "1"})
-
-    passed = python("print('x' * 20000 + 'done')")
-    assert (passed.status, passed.returncode) == (gpu_check.PASSED, 0)
-    assert passed.tail.endswith("done\n")
-    assert len(passed.tail) <= gpu_check.TAIL
-    failed = python("import sys; print('why'); sys.exit(3)")
-    assert (failed.status, failed.returncode, failed.tail) == (gpu_check.FAILED, 3, "why\n")
-    assert python("pass", limit=0.4).status == gpu_check.SKIPPED
-
-    # A stage that ignores the interrupt, and its child that would outlive it.
-    alive = tmp_path / "alive"
-    child = f"import time, pathlib; time.sleep(2.5); pathlib.Path({str(alive)!r}).touch()"
-    code = (
-        "import signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "
-        f"subprocess.Popen([sys.executable, '-c', {child!r}]); print('started'); time.sleep(60)"
-    )
-    start = time.monotonic()
-    late = python(code, limit=1.0)
-    assert (late.status, late.tail) == (gpu_check.TIMED_OUT, "started\n")
-    time.sleep(max(0.0, start + 4 - time.monotonic()))
-    assert not alive.exists()
-    gpu_check.summary([passed, failed, late])
-    last = capsys.readouterr().out.splitlines()[-3:]
-    assert [line.split()[1] for line in last] == ["passed", "failed", "timed"]
-
-
-def test_a_failed_stage_does_not_stop_the_next(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test-1 80GB")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    stubs = [
-        ("build", "import os, sys; sys.exit(os.environ['TORCH_CUDA_ARCH_LIST'] == '9.0' and 3)"),
-        ("tests", "print('=== 2 passed, 1 skipped in 1.00s ===')"),
-        ("benchmark", "import os, sys; print(sys.argv[1], os.environ['EMBKERN_RESULTS'])"),
-    ]
-    plan = [(name, [sys.executable, "-c", code, "LIMIT"], 0.5) for name, code in stubs]
-    monkeypatch.setattr(gpu_check, "plan", lambda: plan)
-    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    assert gpu_check.main(["--out", str(tmp_path), "--limit-seconds", "100"]) == 1
-    contents = json.loads((tmp_path / "gpu_check_nvidia_test_1_80gb.json").read_text())
-    assert [row["status"] for row in contents["rows"]] == ["passed", "failed", "passed", "passed"]
-    assert contents["rows"][1]["returncode"] == 3
-    assert contents["tests"] == {"passed": 2, "skipped": 1}
-    assert contents["environment"]["cuda"] == "NVIDIA Test-1 80GB"
-    limit, results = contents["rows"][3]["tail"].split()
-    assert 30 < int(limit) < 43, "85 % of half the time that was left"
-    assert results == str(tmp_path)
-    assert "build      failed" in capsys.readouterr().out
-
-
-def test_the_stages_run_what_exists():
-    for name, command, share in gpu_check.plan():
-        assert 0 < share < 1
-        if name in ("lookup", "loss", "training"):
-            module = {"lookup": gather_project, "loss": cosine_mse, "training": train}[name]
-            given = command[command.index(module.__name__.rpartition(".")[2]) + 1 :]
-            options = module._parse(["9" if part == "LIMIT" else part for part in given])
-            assert (options.device, options.limit_seconds) == ("cuda", 9)
-            assert module.plan(options)
-        elif name == "packed":
-            given = command[command.index("gather_decode") + 1 :]
-            options = gather_decode._parse(["9" if part == "LIMIT" else part for part in given])
-            assert (options.device, options.limit_seconds, options.ratios) == ("cuda", 9, [16.0])
-        elif name == "build":
-            assert (gpu_check.ROOT / command[1]).is_file()
-        elif name == "tuner":
-            assert (gpu_check.ROOT / "benchmarks" / f"{command[-1]}.py").is_file()
-
-
-def test_missing_modules_are_named():
-    stage = gpu_check.check_modules({"embkern": ("torch",), "the tests": ("pytest", "no_such_module")})
-    assert (stage.status, stage.tail) == (gpu_check.PASSED, "missing for the tests: no_such_module")
-    assert gpu_check.check_modules({"embkern": ("no_such_module",)}).status == gpu_check.FAILED
-
-
-def test_counts_of_the_tests_are_read_from_the_last_line():
-    tail = "tests/a.py::b PASSED\n=== 1 failed, 20 passed, 3 skipped, 900 deselected in 12.34s ===\n"
-    counts = gpu_check._test_counts([gpu_check.Stage("tests", [], gpu_check.FAILED, tail=tail)])
-    assert counts == {"failed": 1, "passed": 20, "skipped": 3, "deselected": 900}
 
 
 def test_every_loss_is_right_in_every_dtype():

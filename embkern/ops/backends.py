@@ -80,6 +80,8 @@ def _triton_unavailable(device_type: str, dtype: torch.dtype) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device_type == "cuda":
+        if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+            return "the Triton kernels need compute capability 8.0 or more"
         return None
     if device_type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
         return f"Triton runs on {device_type} tensors only in its interpreter (TRITON_INTERPRET=1, CPU)"

@@ -131,9 +131,11 @@ class GatherProject(Function):
             if sparse and needs[0]:
                 # The native CPU kernel returns each id once, in order; the others one row per position.
                 coalesced = backend == "native" and device_type == "cpu"
-                grads[0] = torch.sparse_coo_tensor(
-                    code_ids[None], grads[0], codes.shape, is_coalesced=coalesced, check_invariants=False
-                )
+                # Not the argument check_invariants: torch 2.11 warns, whatever it is, that it was not given.
+                with torch.sparse.check_sparse_tensor_invariants(False):
+                    grads[0] = torch.sparse_coo_tensor(
+                        code_ids[None], grads[0], codes.shape, is_coalesced=coalesced
+                    )
         wanted = [
             differentiable_once(each, grad, codes, basis) if needed else None
             for each, needed in zip(grads, needs, strict=True)

@@ -22,13 +22,21 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _autocast_is_known(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+# The compiler of torch 2.11 does not trace that call; a device's answer is a constant of the graph.
+_autocast_is_known._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _autocast_off(function: Callable) -> Callable:
     """Keep autocast from narrowing the products: the result has the factors' dtype, like F.embedding's."""
 
     @functools.wraps(function)
     def call(first: Tensor, *args: Any) -> Any:
         device_type = first.device.type
-        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        if _autocast_is_known(device_type) and torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
                 return function(first, *args)
         return function(first, *args)

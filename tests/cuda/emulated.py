@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils.cpp_extension import include_paths
+
+from embkern.ops import reference
 
 ROOT = Path(__file__).parents[2]
 SOURCES = Path(__file__).parent / "emulator"
@@ -24,10 +27,12 @@ MARKS = [
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
+HOPPER_SHARED, HOPPER_MULTIPROCESSORS = 227 * 1024, 132
 
 
 def build(op: str, folder: Path, *flags: str) -> Path:
     """Compile the program of ``op``."""
+    assert COMPILER is not None
     program = folder / op
     includes = [SOURCES, ROOT / "csrc", *include_paths()]
     command = [COMPILER, "-std=c++17", "-Wall", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-O1", *flags]
@@ -69,3 +74,64 @@ class Outputs:
         size = torch.Size(shape).numel() * dtype.itemsize
         taken, self.data = self.data[:size], self.data[size:]
         return torch.frombuffer(taken, dtype=dtype).view(shape) if size else torch.empty(shape, dtype=dtype)
+
+
+def gather_project_call(
+    ids: torch.Tensor,
+    codes: torch.Tensor,
+    basis: torch.Tensor,
+    offset: torch.Tensor | None,
+    scale: float,
+    *,
+    misaligned: int = 0,
+    multiprocessors: int = HOPPER_MULTIPROCESSORS,
+    shared: int = HOPPER_SHARED,
+    order: str = "ascending",
+) -> bytes:
+    """Return a call of gather_project as its program reads it (emulator/gather_project.cpp)."""
+    (V, r), H = codes.shape, basis.shape[1]
+    header = (
+        *(DTYPES[codes.dtype], ids.dtype == torch.int64, len(ids), V, r, H, offset is not None),
+        *(misaligned, multiprocessors, shared, ORDERS[order]),
+    )
+    return struct.pack("<11qd", *map(int, header), scale) + serialised(ids, codes, basis, offset)
+
+
+def cosine_mse_call(
+    output: torch.Tensor,
+    target: torch.Tensor,
+    row_weight: torch.Tensor | None,
+    target_norm: torch.Tensor | None,
+    grad_loss: torch.Tensor | None,
+    reduction: int,
+    cosine_weight: float,
+    mse_weight: float,
+    rmse_weight: float,
+    power_weight: float,
+    alpha: float,
+    eps: float,
+    needs_output: bool,
+    needs_target: bool,
+    *,
+    misaligned: int = 0,
+    multiprocessors: int = HOPPER_MULTIPROCESSORS,
+    order: str = "ascending",
+) -> bytes:
+    """Return a call of cosine_mse as its program reads it (emulator/cosine_mse.cpp)."""
+    header = (
+        *(DTYPES[output.dtype], *output.shape, reduction, row_weight is not None, target_norm is not None),
+        *(0 if grad_loss is None else grad_loss.numel(), needs_output, needs_target),
+        *(misaligned, multiprocessors, ORDERS[order]),
+    )
+    scalars = (cosine_weight, mse_weight, rmse_weight, power_weight, alpha, eps)
+    tensors = serialised(output, target, row_weight, target_norm, grad_loss)
+    return struct.pack("<12q6d", *map(int, header), *scalars) + tensors
+
+
+def cosine_mse_results(
+    output: torch.Tensor, reduction: int, needs: tuple[bool, bool]
+) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+    """Return dtype and shape of what a call of cosine_mse writes: the loss, and the gradients asked for."""
+    loss = (len(output),) if reduction == reference.NONE else ()
+    matrices = [(output.dtype, tuple(output.shape) if needed else (0,)) for needed in needs]
+    return [(reference.accumulation_dtype(output.dtype), loss), *matrices]

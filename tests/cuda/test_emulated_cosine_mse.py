@@ -6,7 +6,6 @@ emulated at its worst: every approximation is off by its bound.
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +15,16 @@ import torch
 from embkern.ops import reference
 
 from ..conftest import assert_no_worse_than, seed_of
-from .emulated import DTYPES, MARKS, ORDERS, Outputs, build, build_sanitized, serialised
+from .emulated import (
+    DTYPES,
+    MARKS,
+    ORDERS,
+    Outputs,
+    build,
+    build_sanitized,
+    cosine_mse_call,
+    cosine_mse_results,
+)
 
 pytestmark = MARKS
 NAMES = ("loss", "grad_output", "grad_target")
@@ -52,19 +60,19 @@ class Call:
         self.grad_loss = torch.rand(shape).to(accumulation) + 0.5 if self.upstream else None
 
     def shapes(self) -> list[tuple[torch.dtype, tuple[int, ...]]]:
-        loss = (reference.accumulation_dtype(self.dtype), (self.N,) if self.reduction == "none" else ())
-        matrix = [(self.dtype, (self.N, self.H) if needed else (0,)) for needed in self.needs]
-        return [loss, *matrix]
+        return cosine_mse_results(self.output, reference.REDUCTIONS.index(self.reduction), self.needs)
 
     def serialised(self) -> bytes:
-        header = (
-            *(DTYPES[self.dtype], self.N, self.H, reference.REDUCTIONS.index(self.reduction)),
-            *(self.weighted, self.known_norms, 0 if self.grad_loss is None else self.grad_loss.numel()),
-            *(*self.needs, self.misaligned, self.multiprocessors, ORDERS[self.order]),
-        )
         tensors = (self.output, self.target, self.row_weight, self.target_norm, self.grad_loss)
-        scalars = (*self.weights, self.alpha, self.eps)
-        return struct.pack("<12q6d", *map(int, header), *scalars) + serialised(*tensors)
+        options = (
+            reference.REDUCTIONS.index(self.reduction),
+            *self.weights,
+            self.alpha,
+            self.eps,
+            *self.needs,
+        )
+        device = dict(multiprocessors=self.multiprocessors, order=self.order)
+        return cosine_mse_call(*tensors, *options, misaligned=self.misaligned, **device)
 
     def plain(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         wide = reference.accumulation_dtype(dtype)

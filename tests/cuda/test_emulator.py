@@ -7,7 +7,6 @@ What only a GPU can show (nvcc's code, timing) they do not.
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +15,19 @@ import torch
 import torch.nn.functional as F
 
 from ..conftest import assert_no_worse_than, seed_of
-from .emulated import DTYPES, MARKS, ORDERS, Outputs, build, build_sanitized, serialised, start
+from .emulated import (
+    DTYPES,
+    HOPPER_SHARED,
+    MARKS,
+    ORDERS,
+    Outputs,
+    build,
+    build_sanitized,
+    gather_project_call,
+    start,
+)
 
 pytestmark = MARKS
-HOPPER_SHARED, SMALL_SHARED = 227 * 1024, 48 * 1024
 
 
 @dataclass
@@ -49,12 +57,9 @@ class Call:
         self.shift = torch.randn(self.H).to(self.dtype) if self.offset else None
 
     def serialised(self) -> bytes:
-        header = (
-            *(DTYPES[self.dtype], self.ids_dtype == torch.int64, self.N, self.V, self.r, self.H, self.offset),
-            *(self.misaligned, self.multiprocessors, self.shared, ORDERS[self.order]),
-        )
-        tensors = serialised(self.ids, self.codes, self.basis, self.shift)
-        return struct.pack("<11qd", *map(int, header), self.scale) + tensors
+        tensors = (self.ids, self.codes, self.basis, self.shift)
+        device = dict(multiprocessors=self.multiprocessors, shared=self.shared, order=self.order)
+        return gather_project_call(*tensors, self.scale, misaligned=self.misaligned, **device)
 
     def plain(self, dtype: torch.dtype) -> torch.Tensor:
         rows = F.embedding(self.ids, self.codes.to(dtype)) @ self.basis.to(dtype)

@@ -69,3 +69,15 @@ def test_every_refusal_has_a_reason(monkeypatch):
     for backend in (None, "torch"):
         with pytest.raises(TypeError, match="gather_project: dtype torch.int32 is not supported"):
             select("gather_project", "cpu", torch.int32, backend)
+
+
+@pytest.mark.parametrize("name", ["triton", "native"])
+def test_a_device_that_is_too_old_is_named(monkeypatch, name):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(backends, "load_native", lambda: None)
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, expected in (((7, 5), "need compute capability 8.0 or more"), ((8, 0), None)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        reason = unavailable(name, "cosine_mse", "cuda", torch.bfloat16)
+        assert reason is None if expected is None else expected in reason

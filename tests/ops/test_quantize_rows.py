@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+pytest.importorskip("pydantic", reason="the methods need pydantic")
+
 from embkern.methods.allocate import scalar_levels, uniform_steps
 from embkern.ops.backends import unavailable
 from embkern.ops.library import CPU_CAPABILITIES, cpu_capability
