@@ -111,6 +111,7 @@ class CosineMSE(Function):
         if grad_loss is None:
             return None, None, *nothing
         if ctx.later:
+            grad_loss = grad_loss.contiguous()  # that of a sum is one number, expanded
             grads = apply(_Later, grad_loss, *ctx.saved_tensors, ctx.options, ctx.needs, ctx.backend)
         else:
             grads = [

@@ -11,7 +11,7 @@ from torch.autograd import Function
 
 from . import reference
 from .backends import Backend, select
-from .library import apply, define, differentiable_once, needs_autograd, overload
+from .library import apply, check_ids, define, differentiable_once, needs_autograd, overload
 
 _NO_PADDING = -1
 
@@ -159,6 +159,7 @@ def gather_decode(
         return _FORWARD[chosen](*arguments, embedding_dim, scale)
     except Exception:
         _check(ids, records, directory, tiers, levels, scales, basis, offset, embedding_dim)
+        check_ids(ids, len(scales))
         raise
 
 
