@@ -50,6 +50,11 @@ class Factors:
                 "codes, basis: expected shapes (V, r) and (r, H), "
                 f"got {tuple(self.codes.shape)} and {tuple(self.basis.shape)}"
             )
+        if 0 in (*self.codes.shape, *self.basis.shape):
+            raise ValueError(
+                "codes, basis: expected V, r and H of at least 1, "
+                f"got shapes {tuple(self.codes.shape)} and {tuple(self.basis.shape)}"
+            )
         if self.offset is not None and self.offset.shape != self.basis.shape[1:]:
             raise ValueError(
                 f"offset: expected shape ({self.basis.shape[1]},), got {tuple(self.offset.shape)}"

@@ -1,29 +1,43 @@
-"""Writing that leaves what was there whole: a temporary name first, then one rename."""
+"""Writing that leaves what was there whole: a temporary name first, then one rename.
+
+What is renamed is on the disk before: not even a power failure leaves a name with half of its content.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
+import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+# The medium's refusals: no space, a quota, the limit of a file's size, a read-only or a failing device.
+_REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary file name beside ``path``, renamed onto it if the block succeeds, else removed."""
-    path = Path(path).resolve()  # a link stays a link
-    mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    """Yield a temporary file name beside ``path``, renamed onto it if the block succeeds, else removed.
+
+    Raises:
+        OSError: the disk refuses (it is full, for example); it names ``path``, which is as it was.
+    """
+    given, path = path, Path(path).resolve()  # a link stays a link
+    mode = path.stat().st_mode & 0o777 if path.exists() else None
+    with _naming(given):
+        temporary = _new_file(path, 0o666 if mode is None else 0o600)
     try:
-        yield temporary
-        os.chmod(temporary, mode)  # mkstemp's 0600 is for secrets
-        temporary.replace(path)
+        with _naming(given, temporary):
+            yield temporary
+            if mode is not None:
+                os.chmod(temporary, mode)  # what was there keeps its permissions
+            _sync(temporary)
+            temporary.replace(path)
+            _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -36,21 +50,109 @@ def replacing_directory(path: str | os.PathLike) -> Iterator[Path]:
 
     Raises:
         NotADirectoryError: ``path`` is a file.
+        OSError: the disk refuses (it is full, for example); it names ``path``, which is as it was.
     """
-    path = Path(path).resolve()
+    given, path = path, Path(path).resolve()
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path} is a file, expected a directory or nothing")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    os.chmod(temporary, 0o777 & ~_umask())
+    with _naming(given):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _new_name(path)
+        os.mkdir(temporary, 0o777)
     try:
-        yield temporary
-        if path.exists():
-            _exchange(temporary, path)
-        else:
-            temporary.rename(path)
+        with _naming(given, temporary):
+            yield temporary
+            for folder, _, names in os.walk(temporary):
+                for name in names:
+                    _sync(Path(folder, name))
+                _sync(Path(folder))
+            _put_in_place(temporary, path)
+            _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_writable(path: str | os.PathLike, argument: str) -> None:
+    """Raise unless a file can be written at ``path``: before the work whose result it is to hold.
+
+    Tried by making a file beside it, since permissions alone do not tell (a read-only mount, an ACL).
+
+    Args:
+        path: of the file.
+        argument: what the error calls it.
+
+    Raises:
+        FileNotFoundError: its directory does not exist.
+        IsADirectoryError: it is a directory.
+        OSError: no file can be made in its directory, or it is a mount point, which cannot be replaced.
+    """
+    resolved = Path(path).resolve()
+    if not resolved.parent.is_dir():
+        raise FileNotFoundError(f"{argument}: expected a file in a directory that exists, got {path}")
+    if resolved.is_dir():
+        raise IsADirectoryError(f"{argument}: expected a file, got the directory {path}")
+    if os.path.ismount(resolved):
+        raise OSError(errno.EBUSY, f"{argument}: a mount point cannot be replaced", str(path))
+    try:
+        _new_file(resolved, 0o600).unlink()
+    except OSError as error:
+        raise OSError(error.errno, f"{argument}: cannot be written ({error.strerror})", str(path)) from error
+
+
+def _new_name(path: Path) -> Path:
+    return path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+
+
+def _new_file(path: Path, mode: int) -> Path:
+    """Make an empty file beside a path; from its mode the kernel takes the umask, which only it can read."""
+    name = _new_name(path)
+    os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
+    return name
+
+
+@contextlib.contextmanager
+def _naming(path: str | os.PathLike, temporary: Path | None = None) -> Iterator[None]:
+    """Let the medium's refusals name the file that was to be written, not the temporary one or none."""
+    try:
+        yield
+    except OSError as error:
+        ours = error.filename is None or temporary is None or Path(error.filename).is_relative_to(temporary)
+        if error.errno not in _REFUSED or not ours:
+            raise
+        reason = f"could not be written ({os.strerror(error.errno)})"
+        raise OSError(error.errno, reason, os.fspath(path)) from error
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or a directory's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of file systems that cannot
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _put_in_place(new: Path, old: Path) -> None:
+    """Rename a directory onto another or onto nothing; ``new`` then holds what is to be removed, if anything.
+
+    Between the question and the rename another process may put a directory there, or take it away.
+    """
+    while True:
+        try:
+            if old.exists():
+                _exchange(new, old)
+            else:
+                new.rename(old)
+            return
+        except FileNotFoundError:
+            if not new.exists():
+                raise
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
 
 
 def _exchange(new: Path, old: Path) -> None:
@@ -65,11 +167,12 @@ def _exchange(new: Path, old: Path) -> None:
     # Two renames: killed between them, the old directory is whole under its temporary name.
     aside = Path(f"{new}.old")
     old.rename(aside)
-    new.rename(old)
+    try:
+        new.rename(old)
+    except OSError:
+        if old.exists():  # another process was faster
+            shutil.rmtree(aside)
+        else:
+            aside.rename(old)
+        raise
     aside.rename(new)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

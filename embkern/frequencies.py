@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 from tqdm import tqdm
 
+from .files import check_writable
 from .tensor_file import TensorFormat
 from .text import read_texts
 
@@ -186,8 +187,10 @@ class TokenCounts:
 
         def build(tensors: dict[str, Any], settings: dict[str, Any]) -> TokenCounts:
             facts = settings["facts"]
-            texts, size = int(facts["texts"]), int(facts["vocabulary_size"])
-            return cls(tensors["counts"], texts, str(facts["fingerprint"]), size)
+            texts, fingerprint, size = (facts[name] for name in ("texts", "fingerprint", "vocabulary_size"))
+            if type(texts) is not int or type(size) is not int or type(fingerprint) is not str:
+                raise TypeError(f"facts: expected whole numbers and a fingerprint, got {facts!r}")
+            return cls(tensors["counts"], texts, fingerprint, size)
 
         return FORMAT.load(path, build)
 
@@ -271,14 +274,14 @@ def count_files(
         ValueError: a source is not text or has none, or the tokenizer is damaged; it names what.
         FileNotFoundError: the tokenizer, a source, or the directory of ``output`` does not exist.
         FileExistsError: ``output`` exists and may not be replaced.
+        OSError: ``output`` cannot be written.
     """
     from .api import load_tokenizer  # loads transformers
 
     sources, path = list(sources), Path(output).resolve()
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"output: expected a file in a directory that exists, got {output}")
-    if path.is_dir() or any(path == Path(source).resolve() for source in sources):
-        raise FileExistsError(f"output: {output} is a directory or the text to read; choose another name")
+    if any(path == Path(source).resolve() for source in sources):
+        raise FileExistsError(f"output: {output} is the text to read; choose another name")
+    check_writable(output, "output")
     if path.exists() and not overwrite:
         raise FileExistsError(f"output: {output} exists; choose another name, or pass --overwrite")
     tokenizer = load_tokenizer(model)

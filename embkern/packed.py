@@ -97,8 +97,20 @@ class PackedTable:
         )
         if not self.scales.is_floating_point():
             raise TypeError(f"scales: expected a floating-point dtype, got {self.scales.dtype}")
+        self._check_width()
         if not self.scales.is_meta:
             self._check_ranges()
+
+    def _check_width(self) -> None:
+        """Bound H by the tensors: basis and offset have H columns; without both, tiers have H values."""
+        if type(self.embedding_dim) is not int or self.embedding_dim < 1:
+            raise ValueError(f"embedding_dim: expected a positive integer, got {self.embedding_dim!r}")
+        widest = GROUP * (self.tiers.shape[1] - 1)
+        if self.basis is None and self.offset is None and self.embedding_dim > widest:
+            raise ValueError(
+                f"embedding_dim: expected at most {widest}, the values that tiers describe, "
+                f"got {self.embedding_dim}"
+            )
 
     def _check_ranges(self) -> None:
         if int(self.tiers[:, 1:].max()) > MAX_BITS or int(self.tiers[:, 0].max()) > 1:

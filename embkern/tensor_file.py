@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import operator
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -25,6 +25,9 @@ T = TypeVar("T")
 class TensorFormat:
     """A kind of safetensors file, whose metadata has its name, settings and checksums.
 
+    Every tensor has a checksum, and so has the header: names, dtypes, shapes and the metadata itself (files
+    of the first release do without). Equal content gives equal bytes.
+
     Attributes:
         name: of the format and its version, such as ``embkern.factors/1``.
         content: what a file holds, in a few words.
@@ -42,7 +45,11 @@ class TensorFormat:
     checked: tuple[str, ...] = ()
 
     def save(self, path: str | os.PathLike, tensors: Mapping[str, Tensor], **settings: Any) -> None:
-        """Write one file; a file already there is replaced whole or not at all."""
+        """Write one file; a file already there is replaced whole or not at all.
+
+        Raises:
+            OSError: the disk refuses (it is full, for example).
+        """
         stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         checked = {**stored, **{name: _tensor(settings[name]) for name in self.checked}}
         metadata = {
@@ -50,8 +57,13 @@ class TensorFormat:
             **{name: json.dumps(settings[name]) for name in self.settings},
             "checksums": json.dumps({name: checksum(tensor) for name, tensor in checked.items()}),
         }
+        metadata["header"] = _header_checksum(stored, metadata)
         with replacing(path) as temporary:
-            save_file(stored, temporary, metadata)
+            try:
+                save_file(stored, temporary, metadata)
+            except SafetensorError as error:
+                raise disk_error(error) from error
+            _sort_metadata(temporary)
 
     def load(self, path: str | os.PathLike, build: Callable[[dict[str, Any], dict[str, Any]], T]) -> T:
         """Return ``build(tensors, settings)`` of a file that ``save`` wrote.
@@ -67,34 +79,76 @@ class TensorFormat:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
+        except (SafetensorError, RuntimeError, KeyError) as error:  # the latter two of a dtype torch lacks
             raise ValueError(f"{path} is not a readable safetensors file ({error})") from error
         if (got := metadata.get("format")) != self.name:
             raise ValueError(f"{path}: expected format {self.name!r}, got {got!r}")
+        try:
+            return build(tensors, self._settings(tensors, metadata))
+        except KeyError as error:
+            raise ValueError(f"{path}: its metadata is damaged ({error!r})") from error
+        except RecursionError as error:
+            raise ValueError(f"{path}: its metadata is damaged (nested too deep)") from error
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def _settings(self, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Any]:
+        """Return the settings of a file once every checksum holds."""
         try:
             settings = {name: json.loads(metadata[name]) for name in self.settings}
             checked = {**tensors, **{name: _tensor(settings[name]) for name in self.checked}}
             checksums = json.loads(metadata["checksums"])
             if not isinstance(checksums, dict):
                 raise TypeError(f"checksums: expected those of tensors by name, got {checksums!r}")
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: its metadata is damaged ({error!r})") from error
+            if unknown := set(metadata) - {"format", *self.settings, "checksums", "header"}:
+                raise TypeError(f"unknown {', '.join(sorted(unknown))}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"its metadata is damaged ({error!r})") from error
         known = set(self.required) <= set(tensors) <= {*self.required, *self.optional}
         if not known or set(checked) != set(checksums):
             perhaps = f" and perhaps {', '.join(self.optional)}" if self.optional else ""
-            raise ValueError(f"{path}: expected {', '.join(self.required)}{perhaps}, got {sorted(tensors)}")
-        verify_checksums(checked, checksums, str(path))
-        try:
-            return build(tensors, settings)
-        except KeyError as error:
-            raise ValueError(f"{path}: its metadata is damaged ({error!r})") from error
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"expected {', '.join(self.required)}{perhaps}, got {sorted(tensors)}")
+        verify_checksums(checked, checksums)
+        header = metadata.pop("header", None)  # files of the first release have none
+        if header is not None and header != (got := _header_checksum(tensors, metadata)):
+            raise ValueError(
+                f"the header was changed after it was saved (expected {header}, got {got}); "
+                "the file is damaged or edited"
+            )
+        return settings
 
 
 def _tensor(setting: Any) -> Tensor:
     """A whole number as its checksum takes it."""
-    return torch.tensor(operator.index(setting))
+    if type(setting) is not int or not -(2**63) <= setting < 2**63:
+        raise TypeError(f"expected a whole number of 64 bits, got {setting!r}")
+    return torch.tensor(setting)
+
+
+def _header_checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Return the CRC-32 of what a header says: of the metadata, and of each tensor but where it lies."""
+    shapes = {name: [str(tensor.dtype), *tensor.shape] for name, tensor in tensors.items()}
+    text = json.dumps([dict(metadata), shapes], sort_keys=True)
+    return f"crc32:{zlib.crc32(text.encode()):08x}"
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata of a safetensors file in place: safetensors writes them in a random order."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        if len(text) != length:
+            raise RuntimeError(f"{path}: expected a header of {length} bytes once sorted, got {len(text)}")
+        file.seek(8)
+        file.write(text)
+
+
+def disk_error(error: SafetensorError) -> Exception:
+    """Return the OSError that safetensors put into words, such as that of a full disk; else the error."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else error
 
 
 def checksum(tensor: Tensor) -> str:
@@ -111,11 +165,11 @@ def checksum_of_parts(parts: Iterable[Tensor]) -> str:
     return f"crc32:{crc:08x}"
 
 
-def verify_checksums(tensors: dict[str, Tensor], checksums: dict[str, str], source: str) -> None:
+def verify_checksums(tensors: Mapping[str, Tensor], checksums: Mapping[str, str]) -> None:
     """Raise ValueError if a tensor is not the one that was saved."""
     for name, expected in checksums.items():
         if (got := checksum(tensors[name])) != expected:
             raise ValueError(
-                f"{source}: {name} was changed after it was saved (expected {expected}, got {got}); "
+                f"{name} was changed after it was saved (expected {expected}, got {got}); "
                 "the file is damaged or edited"
             )

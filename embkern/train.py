@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, Field
 
+from .files import check_writable
 from .methods.sharded import SHARDS, TIMEOUT, World, joined, launched
 from .recipe import Recipe
 from .table_file import TableFile
@@ -88,6 +87,8 @@ def train(
         ValueError, TypeError: an argument is wrong, or the table is not usable; it names what.
         FileNotFoundError: the table, or the directory of ``output``, does not exist.
         FileExistsError: ``output`` exists and may not be replaced.
+        OSError: ``output``, the checkpoint or the log cannot be written; found before training where the
+            directory shows it.
         RankLostError: another process ended; the message says what is kept.
     """
     started = time.perf_counter()
@@ -104,14 +105,11 @@ def train(
             world = stack.enter_context(joined(shards or SHARDS, timeout, place.type))
         world.on_first(lambda: _check_output(output, overwrite, path))
         table = TableFile(path, tensor, place)
-        if log is None:
-            log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "log"
         factors = recipe.factorize(table, log=log, world=world, **run)
         world.on_first(lambda: factors.save(output))
         if world.rank:
             return None
-        lines = [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines()]
-        best = min(lines, key=lambda line: line["score"])
+    best = factors.facts
     return Trained(
         output=os.fspath(output),
         num_embeddings=factors.num_embeddings,
@@ -155,9 +153,6 @@ def _check_output(output: str | os.PathLike, overwrite: bool, table: str | os.Pa
     path = Path(output).resolve()
     if path == Path(table).resolve():
         raise ValueError(f"output: {output} is the table to read; choose another name")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"output: expected a file in a directory that exists, got {output}")
-    if path.is_dir():
-        raise IsADirectoryError(f"output: expected a file, got the directory {output}")
+    check_writable(output, "output")
     if path.exists() and not overwrite:
         raise FileExistsError(f"output: {output} exists; choose another name, or pass --overwrite")

@@ -569,8 +569,8 @@ def _verify(root: CompressedEmbedding, state: TableState) -> None:
     else:
         tensors = {name: tensor for name, tensor in tensors.items() if not tensor.is_floating_point()}
     known = {name: value for name, value in state.checksums.items() if name in tensors}
-    verify_checksums(tensors, known, "the saved embedding")
     try:
+        verify_checksums(tensors, known)
         _ = root.table
     except ValueError as error:
         raise ValueError(f"the saved embedding is damaged: {error}") from error

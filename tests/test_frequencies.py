@@ -233,6 +233,7 @@ def test_edited_files_are_refused(tmp_path, counts, change, message):
     tensors = load_file(path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
+    metadata.pop("header", None)  # its checksum would be the first to notice
     change(tensors, metadata)
     save_file(tensors, path, metadata)
     with pytest.raises(ValueError, match=message):

@@ -275,6 +275,7 @@ def test_a_changed_bit_of_every_tensor_is_noticed(tmp_path, name):
     tensors = load_file(path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
+    metadata.pop("header", None)  # its checksum would be the first to notice
     tensors[name].view(torch.uint8).flatten()[-1] ^= 1
     save_file(tensors, path, metadata)
     with pytest.raises(ValueError, match=f"{name} was changed after it was saved"):
@@ -303,6 +304,7 @@ def test_edited_files_are_refused(tmp_path, change, message):
     tensors = load_file(path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
+    metadata.pop("header", None)  # its checksum would be the first to notice
     change(tensors, metadata)
     save_file(tensors, path, metadata)
     with pytest.raises(ValueError, match=message):

@@ -1,5 +1,10 @@
 """Files of tensors: those written before are read for ever, and damage is named."""
 
+import json
+import random
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -10,6 +15,7 @@ from embkern.frequencies import TokenCounts
 from embkern.packed import PackedTable
 from embkern.tensor_file import TensorFormat, checksum, checksum_of_parts
 
+DATA = Path(__file__).parent / "data"
 FORMAT = TensorFormat("test/1", "a test", ("a",), ("b",), settings=("width", "note"), checked=("width",))
 
 
@@ -25,6 +31,7 @@ def edit(path, change):
     tensors = load_file(path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
+    metadata.pop("header", None)  # its checksum would be the first to notice
     change(tensors, metadata)
     save_file(tensors, path, metadata)
 
@@ -43,7 +50,10 @@ def test_what_is_saved_is_loaded(tmp_path, optional):
     [
         (lambda t, m: m.update(format="test/2"), "expected format 'test/1', got 'test/2'"),
         (lambda t, m: m.pop("width"), "its metadata is damaged .*width"),
-        (lambda t, m: m.update(width='"7"'), "its metadata is damaged .*str"),
+        (
+            lambda t, m: m.update(width='"7"'),
+            "its metadata is damaged .*expected a whole number of 64 bits, got '7'",
+        ),
         (lambda t, m: m.update(width="8"), "width was changed after it was saved"),
         (lambda t, m: m.update(note="{"), "its metadata is damaged"),
         (lambda t, m: m.update(checksums="3"), "its metadata is damaged .*checksums: expected .*got 3"),
@@ -124,7 +134,9 @@ OLD = [
 def test_the_formats_of_the_first_release_are_kept(tmp_path, saved, metadata):
     saved.save(tmp_path / "new")
     with safe_open(tmp_path / "new", "pt") as file:
-        assert file.metadata() == metadata
+        written = file.metadata()
+    assert written.pop("header").startswith("crc32:"), "what readers of the first release do not look at"
+    assert written == metadata
     tensors = load_file(tmp_path / "new")
     save_file(tensors, tmp_path / "old", metadata)
     loaded = type(saved).load(tmp_path / "old")
@@ -132,3 +144,131 @@ def test_the_formats_of_the_first_release_are_kept(tmp_path, saved, metadata):
     assert [value for value in vars(loaded).values() if not isinstance(value, torch.Tensor)] == [
         value for value in vars(saved).values() if not isinstance(value, torch.Tensor)
     ]
+
+
+# Files that were written before there was a checksum of the header, each with that of its tensors by name.
+BEFORE = {
+    "packed-1": (PackedTable, "crc32:5d9f0b56", {"embedding_dim": 40}),
+    "packed-1-basis": (PackedTable, "crc32:b9db7420", {"embedding_dim": 40}),
+    "factors-1": (Factors, "crc32:e069da17", {"activation": None}),
+    "factors-1-elu": (Factors, "crc32:b1ea9849", {"activation": "elu"}),
+    "counts-1": (
+        TokenCounts,
+        "crc32:c40174da",
+        {"texts": 12, "fingerprint": "sha256:0123456789abcdef0123456789abcdef", "vocabulary_size": 68},
+    ),
+}
+
+
+def tensors_of(loaded):
+    return {name: value for name, value in vars(loaded).items() if isinstance(value, torch.Tensor)}
+
+
+def checksum_of(loaded):
+    return checksum_of_parts(tensor for _, tensor in sorted(tensors_of(loaded).items()))
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_files_written_before_hold_what_they_held(tmp_path, name):
+    kind, expected, settings = BEFORE[name]
+    loaded = kind.load(DATA / f"{name}.safetensors")
+    assert checksum_of(loaded) == expected
+    assert {key: getattr(loaded, key) for key in settings} == settings
+    loaded.save(tmp_path / "again")
+    again = kind.load(tmp_path / "again")
+    assert checksum_of(again) == expected
+    assert {key: getattr(again, key) for key in settings} == settings
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_equal_content_gives_equal_bytes(tmp_path, name):
+    loaded = BEFORE[name][0].load(DATA / f"{name}.safetensors")
+    files = set()
+    for number in range(8):  # two orders of four entries are the same by chance once in 24
+        loaded.save(tmp_path / str(number))
+        files.add((tmp_path / str(number)).read_bytes())
+    assert len(files) == 1
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_a_flipped_bit_is_noticed_wherever_it_is(tmp_path, name):
+    kind, path = BEFORE[name][0], tmp_path / "f"
+    kind.load(DATA / f"{name}.safetensors").save(path)
+    whole, draw = path.read_bytes(), random.Random(0)
+    header = 8 + int.from_bytes(whole[:8], "little")
+    # More in the header, whose bits mean different things.
+    for at in [*draw.sample(range(header), 300), *draw.sample(range(header, len(whole)), 60)]:
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            kind.load(path)
+
+
+def edited(path, **metadata):
+    """Change the metadata of a saved file and let every checksum hold again."""
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = {**file.metadata(), **metadata}
+    metadata.pop("header")
+    save_file(tensors, path, metadata)
+
+
+HOSTILE = [
+    "true",
+    "1.0",
+    '"32"',
+    "null",
+    "[32]",
+    "0",
+    "-32",
+    "1e3",
+    "Infinity",
+    str(2**40),
+    str(2**70),
+    "9" * 5000,
+]
+
+
+@pytest.mark.parametrize("value", [*HOSTILE, str(2**31), "65", "[" * 10**5])
+def test_a_width_that_the_tiers_do_not_describe_is_refused(tmp_path, value):
+    path = tmp_path / "p"
+    PackedTable.load(DATA / "packed-1.safetensors").save(path)  # two groups: 64 values at most
+    with safe_open(path, "pt") as file:
+        checksums = json.loads(file.metadata()["checksums"])
+    if value.lstrip("-").isdigit() and abs(int(value[:30])) < 2**63:
+        checksums["embedding_dim"] = checksum(torch.tensor(int(value)))
+    edited(path, embedding_dim=value, checksums=json.dumps(checksums))
+    with pytest.raises(
+        ValueError, match=re.escape(str(path)) + ".*(metadata is damaged|embedding_dim: expected)"
+    ):
+        PackedTable.load(path)
+
+
+@pytest.mark.parametrize("value", ["[" * 10**5, '{"a":' * 10**5, '"' + "[" * 10**5 + '"', "9" * 5000, "NaN"])
+@pytest.mark.parametrize(
+    ("name", "setting"), [("factors-1", "activation"), ("counts-1", "facts"), ("counts-1", "checksums")]
+)
+def test_metadata_of_any_depth_and_size_is_refused(tmp_path, name, setting, value):
+    path, kind = tmp_path / "f", BEFORE[name][0]
+    kind.load(DATA / f"{name}.safetensors").save(path)
+    edited(path, **{setting: value})
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        kind.load(path)
+
+
+@pytest.mark.parametrize(
+    "facts", [dict(texts=True), dict(texts=1.5), dict(vocabulary_size="68"), dict(fingerprint=3)]
+)
+def test_facts_of_counts_are_of_their_types(tmp_path, facts):
+    path = tmp_path / "c"
+    TokenCounts(torch.ones(3).long(), 1, "sha256:ab", 3).save(path)
+    edited(path, facts=json.dumps({"texts": 1, "fingerprint": "sha256:ab", "vocabulary_size": 3, **facts}))
+    with pytest.raises(ValueError, match="facts: expected whole numbers and a fingerprint"):
+        TokenCounts.load(path)
+
+
+@pytest.mark.parametrize("codes", [(0, 2), (3, 0)], ids=str)
+def test_factors_of_no_rows_or_no_rank_are_refused(codes):
+    with pytest.raises(ValueError, match="expected V, r and H of at least 1"):
+        Factors(torch.zeros(codes), torch.zeros(codes[1], 5))

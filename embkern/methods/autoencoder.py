@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import math
 import os
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..factors import Factors
-from ..files import replacing
+from ..files import check_writable, replacing
 from ..layer import check_rank
+from ..tensor_file import TensorFormat
 from .base import (
     Options,
     Rows,
@@ -39,9 +43,17 @@ from .sharded import SummedSteps, World
 from .steps import Objective, Weights
 from .svd import gram, principal_vectors
 
-FORMAT = "embkern.autoencoder/2"  # of checkpoints
+FORMAT = TensorFormat(
+    "embkern.autoencoder/3",
+    "a checkpoint",
+    required=("parameters", "first_moment", "second_moment", "best"),
+    settings=("identity", "step", "epoch", "best_score", "history"),
+)
 CHUNK_SECONDS = 0.1  # of steps between two looks at the progress bar and at Ctrl-C
 LARGEST_BATCH = {"cpu": 1, "cuda": 8}  # in blocks of rows; a larger batch is summed block by block
+KEPT = ("epoch", "loss", "direction_error", "rmse")  # of the best epoch, in the facts of the result
+
+_log = logging.getLogger(__name__)
 
 
 class AutoencoderOptions(Options):
@@ -85,17 +97,24 @@ class _Run:
     best_score: float = float("inf")
     best: Tensor | None = None
 
-    def state(self) -> dict[str, Any]:
-        return {
-            "weights": self.weights.state(),
-            "epoch": self.epoch,
-            "history": self.history,
-            "best_score": self.best_score,
-            "best": self.best,
-        }
+    def save(self, path: str | os.PathLike, identity: dict[str, Any]) -> None:
+        """Write a checkpoint."""
+        assert self.best is not None, "an epoch was the best so far"
+        state = self.weights.state()
+        step = state.pop("step")
+        FORMAT.save(
+            path,
+            {**state, "best": self.best},
+            identity=identity,
+            step=step,
+            epoch=self.epoch,
+            best_score=self.best_score,
+            history=self.history,
+        )
 
     def load(self, state: dict[str, Any]) -> None:
-        self.weights.load(state["weights"])
+        """Go on from what ``_read`` returned."""
+        self.weights.load(state)
         self.epoch, self.history = state["epoch"], state["history"]
         self.best_score = state["best_score"]
         self.best = state["best"].to(self.weights.parameters.device)
@@ -147,12 +166,15 @@ def autoencoder(
         options: the fields of ``AutoencoderOptions``.
 
     Returns:
-        Factors in the table's dtype, with an offset, of the best epoch.
+        Factors in the table's dtype, with an offset, of the best epoch; ``facts`` has its number, loss,
+        direction error and RMSE.
 
     Raises:
         ValueError, TypeError: the rank or an option is out of range, the table is not usable, or the
             checkpoint belongs to another run or is damaged, or ``validate`` returns no finite number.
         FileNotFoundError: the directory of ``checkpoint`` or ``log`` does not exist.
+        OSError: one of them cannot be written; found before training where the directory shows it, and
+            after an epoch where the disk is full. What was there is whole.
         RuntimeError: the loss is no longer finite, or the engine asked for cannot serve.
 
     Source: arXiv 2106.08181, section 3, and its authors' released configuration.
@@ -180,8 +202,8 @@ def autoencoder(
 
 def _check_places(**files: str | os.PathLike | None) -> None:
     for name, path in files.items():
-        if path is not None and not Path(path).resolve().parent.is_dir():
-            raise FileNotFoundError(f"{name}: expected a file in a directory that exists, got {path}")
+        if path is not None:
+            check_writable(path, name)
 
 
 class _Files:
@@ -195,12 +217,12 @@ class _Files:
         self.written = time.monotonic()
         self.epoch = 0  # of the checkpoint
 
-    def resume(self, identity: dict[str, Any], epochs: int) -> dict[str, Any] | None:
-        """Return the state of the run to go on with; None if there is none."""
+    def resume(self, identity: dict[str, Any], epochs: int, weights: Weights) -> dict[str, Any] | None:
+        """Return the state of the run to go on with, for weights like these; None if there is none."""
         self.identity = identity
         if self.checkpoint is None or not Path(self.checkpoint).exists():
             return None
-        state = _read(self.checkpoint, identity, epochs)
+        state = _read(self.checkpoint, identity, epochs, weights)
         self.epoch = state["epoch"]
         return state
 
@@ -208,8 +230,7 @@ class _Files:
         """Write both, if it is time; return the epoch that the checkpoint holds."""
         if last or time.monotonic() - self.written >= self.seconds:
             if self.checkpoint is not None:
-                with replacing(self.checkpoint) as temporary:
-                    torch.save({"identity": self.identity, **run.state()}, temporary)
+                run.save(self.checkpoint, self.identity)
                 self.epoch = run.epoch
             self.keep_log(run)
             self.written = time.monotonic()
@@ -287,10 +308,11 @@ class _Trainer:
         """Run the epochs that are left and return the factors of the best."""
         options, run = self.options, _Run(self.weights)
         identity = self._identity() if files.checkpoint is not None else {}
-        state = self.world.on_first(lambda: files.resume(identity, options.epochs))
+        state = self.world.on_first(lambda: files.resume(identity, options.epochs, self.weights))
         self._tell(files, state["epoch"] if state else 0)
         if state is not None:
             run.load(state)
+            self.world.on_first(lambda: files.keep_log(run))  # a finished run writes it nowhere else
         elif options.init == "svd":
             self._start_at_svd()
         steps = -(-len(self.rows) // self.batch_size)
@@ -308,11 +330,15 @@ class _Trainer:
                     self._keep(run, files)
         except BaseException:
             if self.world.rank == 0:
-                files.keep_log(run)
+                try:
+                    files.keep_log(run)
+                except OSError as error:  # what ended the run is the one to report
+                    _log.warning("the log is not up to date: %s", error)
             raise
         assert run.best is not None
         self.weights.parameters.copy_(run.best)
-        return self._factors()
+        best = min(run.history, key=lambda entry: entry["score"])
+        return dataclasses.replace(self._factors(), facts={name: best[name] for name in KEPT})
 
     def _next_epoch(self, run: _Run, validate: Callable[[Factors], float] | None, bar: tqdm) -> None:
         """Take an epoch's steps, and keep its weights if they are the best."""
@@ -428,30 +454,61 @@ class _Trainer:
         checksums = [table_checksum(section.rows) for section in self.world.sections(self.table)]
         checksums = [each for checksums in self.world.all(checksums) for each in checksums]  # one per shard
         return {
-            "format": FORMAT,
             "table": [*checksums, str(self.table.dtype), *self.table.shape],
             "rank": self.weights.rank,
             "options": self.options.model_dump(exclude={"epochs"}),
         }
 
 
-def _read(path: str | os.PathLike, identity: dict[str, Any], epochs: int) -> dict[str, Any]:
+def _read(path: str | os.PathLike, identity: dict[str, Any], epochs: int, weights: Weights) -> dict[str, Any]:
     """Read a checkpoint of the run with this identity.
 
     Raises:
         ValueError: it is damaged, of another run, or of more epochs.
     """
+    if zipfile.is_zipfile(path):
+        raise ValueError(
+            f"checkpoint: {path} is of an earlier version of embkern, without checksums; "
+            "finish its run with that version, or delete it to start anew"
+        )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = state["identity"]
-    except Exception as error:  # torch.load raises many kinds for a damaged file
-        raise ValueError(f"checkpoint: {path} cannot be read ({error}); delete it to start anew") from error
+        state = FORMAT.load(path, _state)
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"checkpoint: {error}; delete it to start anew") from error
+    saved = state["identity"]
     if saved != identity:
         different = [name for name in identity if saved.get(name) != identity[name]]
         raise ValueError(
             f"checkpoint: {path} belongs to another run (different {', '.join(different)}); "
             "delete it or name another file"
         )
+    for name in FORMAT.required:
+        got, expected = state[name], weights.parameters
+        if got.shape != expected.shape or got.dtype != expected.dtype:
+            raise ValueError(
+                f"checkpoint: {path}: {name}: expected {expected.dtype} of shape {tuple(expected.shape)}, "
+                f"got {got.dtype} of {tuple(got.shape)}"
+            )
     if state["epoch"] > epochs:
         raise ValueError(f"epochs: expected at least the checkpoint's {state['epoch']}, got {epochs}")
     return state
+
+
+def _state(tensors: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint holds, once it is what ``_Run.save`` may have written."""
+    history, epoch, step = (settings[name] for name in ("history", "epoch", "step"))
+    if type(epoch) is not int or type(step) is not int or min(epoch, step) < 1:
+        raise ValueError(f"epoch, step: expected positive integers, got {epoch!r} and {step!r}")
+    if type(settings["best_score"]) is not float or not isinstance(settings["identity"], dict):
+        raise ValueError("best_score, identity: expected a float and a mapping")
+    numbers = {"score", *KEPT}
+    if (
+        not isinstance(history, list)
+        or len(history) != epoch
+        or not all(
+            isinstance(entry, dict) and all(type(entry.get(name)) in (int, float) for name in numbers)
+            for entry in history
+        )
+    ):
+        raise ValueError(f"history: expected {epoch} epochs, each with {', '.join(sorted(numbers))}")
+    return {**tensors, **settings}

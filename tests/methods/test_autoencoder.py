@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -13,10 +14,12 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch.testing import assert_close
 
 from embkern.methods import autoencoder, svd
 from embkern.methods.autoencoder import AutoencoderOptions
+from embkern.tensor_file import TensorFormat
 
 QUICK = dict(epochs=3, batch_size=16, progress=False)
 
@@ -146,6 +149,11 @@ def test_resume_after_any_epoch_ends_with_the_same_weights(table, tmp_path):
         assert len((tmp_path / "resumed.jsonl").read_text().splitlines()) == 3
 
 
+def epoch_of(path):
+    with safe_open(path, "pt") as file:
+        return int(file.metadata()["epoch"])
+
+
 def test_resume_after_kills_at_any_step_ends_with_the_same_weights(tmp_path):
     table = torch.randn(400, 6) @ torch.randn(6, 10)
     torch.save(table, tmp_path / "table.pt")
@@ -168,15 +176,15 @@ def test_resume_after_kills_at_any_step_ends_with_the_same_weights(tmp_path):
         time.sleep(0.1 * random.random())
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-        assert torch.load(path)["epoch"] > done
-        done = torch.load(path)["epoch"]
+        assert epoch_of(path) > done
+        done = epoch_of(path)
     resumed = autoencoder(table, 3, **options, epochs=done + 2, checkpoint=path)
     assert same(resumed, autoencoder(table, 3, **options, epochs=done + 2))
 
 
 def test_short_epochs_are_not_all_checkpoints(table, tmp_path, monkeypatch):
     saved = []
-    monkeypatch.setattr(torch, "save", lambda state, path: saved.append(state["epoch"]))
+    monkeypatch.setattr(TensorFormat, "save", lambda *args, epoch, **rest: saved.append(epoch))
     autoencoder(table, 3, **QUICK, checkpoint=tmp_path / "c.pt", checkpoint_seconds=1e9)
     assert saved == [3]
     autoencoder(table, 3, **QUICK, checkpoint=tmp_path / "d.pt", checkpoint_seconds=0)
@@ -216,8 +224,45 @@ def test_a_foreign_or_damaged_checkpoint_is_refused(table, tmp_path):
         with pytest.raises(ValueError, match="checkpoint: .* belongs to another run"):
             autoencoder(*arguments[:2], **arguments[2], checkpoint=path)
     path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(ValueError, match="checkpoint: .* cannot be read"):
+    with pytest.raises(ValueError, match="checkpoint: .* is not a readable safetensors file .* delete it"):
         autoencoder(table, 3, **QUICK, checkpoint=path)
+    torch.save({"identity": {}, "epoch": 1}, path)  # as checkpoints once were
+    with pytest.raises(ValueError, match=f"checkpoint: {path} is of an earlier version of embkern"):
+        autoencoder(table, 3, **QUICK, checkpoint=path)
+
+
+def test_a_flipped_bit_of_a_checkpoint_is_noticed_wherever_it_is(table, tmp_path):
+    path, draw = tmp_path / "c", random.Random(0)
+    autoencoder(table, 3, **QUICK, checkpoint=path)
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for at in [*draw.sample(range(header), 120), *draw.sample(range(header, len(whole)), 60)]:
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"checkpoint: {path}.*delete it to start anew"):
+            autoencoder(table, 3, **QUICK, checkpoint=path)
+
+
+def test_equal_checkpoints_have_equal_bytes(table, tmp_path, monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))  # the history has how long epochs took
+    files = set()
+    for number in range(4):
+        autoencoder(table, 3, **QUICK, checkpoint=tmp_path / str(number))
+        files.add((tmp_path / str(number)).read_bytes())
+    assert len(files) == 1
+
+
+def test_the_facts_are_those_of_the_best_epoch(table, tmp_path):
+    scores = iter([2.0, 1.0, 3.0])
+    log, run = tmp_path / "log", dict(**QUICK, checkpoint=tmp_path / "c")
+    done = autoencoder(table, 3, **run, log=log, validate=lambda factors: next(scores))
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert done.facts == {name: lines[1][name] for name in ("epoch", "loss", "direction_error", "rmse")}
+    log.unlink()
+    assert autoencoder(table, 3, **run, log=log).facts == done.facts
+    assert [json.loads(line) for line in log.read_text().splitlines()] == lines, "a finished run has a log"
 
 
 def test_divergence_is_an_error(table):
