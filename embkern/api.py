@@ -31,6 +31,7 @@ from .layer import CompressedEmbedding
 from .methods.base import check_table
 from .recipe import LMHead, Recipe
 from .report import REPORT_NAME, Report, model_card, public_name, tier_uses
+from .tensor_file import disk_error
 from .text import read_texts, reason_of
 
 try:
@@ -43,7 +44,7 @@ except ImportError as error:
     ) from error
 
 from .model_table import find_table, input_embeddings, other_tables
-from .transformers import check_installable, install, stored_table
+from .transformers import check_config, check_installable, install, stored_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -273,6 +274,7 @@ def load_model(name: str | os.PathLike) -> PreTrainedModel:
     if not Path(name).exists() and str(name).startswith((".", "/", "~")):
         raise FileNotFoundError(f"model: expected a directory or a name on the hub, found none at {name}")
     try:
+        check_config(name)
         config = AutoConfig.from_pretrained(name)
         architecture = getattr(transformers, (config.architectures or [""])[0], AutoModel)
         model, info = architecture.from_pretrained(name, output_loading_info=True)
@@ -386,8 +388,8 @@ def save(
     with replacing_directory(output) as directory:
         try:
             model.save_pretrained(directory)
-        except SafetensorError as error:  # how safetensors reports a full disk
-            raise OSError(f"output: {output} could not be written: {error}") from error
+        except SafetensorError as error:
+            raise disk_error(error) from error
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
         if source is not None:

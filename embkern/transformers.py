@@ -12,8 +12,12 @@ work as for every quantiser of transformers' own. ``install`` does the same to a
 from __future__ import annotations
 
 import copy
+import json
 import math
+import os
+import zlib
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,14 +31,17 @@ from .frequencies import vocabulary_prior
 from .layer import KINDS, CompressedEmbedding, CompressedHead, Table, layer_of
 from .methods import METHODS
 from .model_table import ModelTable, UnsupportedModelError, find_table, input_embeddings
+from .ops.backends import DTYPES
 from .recipe import DEFAULT_METHOD, LMHead, Recipe
 from .resizing import resized
+from .table_file import DTYPES as FLOAT_DTYPES
 from .tensor_file import checksum, verify_checksums
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_VERSIONS = (1, 2)  # that are read; the first has no checksum of the description
 
 
 @dataclass
@@ -91,7 +98,7 @@ class EmbkernConfig(QuantizationConfigMixin):
         method, ratio, rank, lm_head, options: as in ``embkern.Recipe``. A model that is compressed while it
             is loaded has no tokenizer at hand: methods that weigh rows by how often tokens are read go by
             the order of the ids. ``embkern.compress`` counts text.
-        table: written by embkern when a model is compressed; not for callers.
+        table, checksum: written by embkern when a model is compressed; not for callers.
 
     Raises:
         ValueError: a field is unknown, out of range, or damaged.
@@ -107,32 +114,70 @@ class EmbkernConfig(QuantizationConfigMixin):
         table: dict[str, Any] | None = None,
         quant_method: str = "embkern",
         format_version: int = FORMAT_VERSION,
+        checksum: str | None = None,
         **unknown: Any,
     ) -> None:
         if quant_method != "embkern":
             raise ValueError(f"quantization_config: expected quant_method 'embkern', got {quant_method!r}")
-        if format_version != FORMAT_VERSION:
+        if type(format_version) is not int or format_version not in _VERSIONS:
             raise ValueError(
-                f"quantization_config.format_version: expected {FORMAT_VERSION}, got {format_version!r}; "
-                "install the embkern that wrote the model, or a newer one"
+                f"quantization_config.format_version: expected {' or '.join(map(str, _VERSIONS))}, "
+                f"got {format_version!r}; install the embkern that wrote the model, or a newer one"
             )
         if unknown:
             raise ValueError(f"quantization_config: unknown field(s) {', '.join(sorted(unknown))}")
         self.quant_method = quant_method
-        self.format_version = format_version
+        self.format_version = FORMAT_VERSION  # it is saved as
         self.recipe = Recipe.parse(
             method=method, ratio=ratio, rank=rank, lm_head=lm_head, options=options or {}
         )
         self.table = None if table is None else _parse_state(table)
+        if table is not None and (checksum is not None or format_version > 1):
+            described = {
+                "method": method,
+                "ratio": ratio,
+                "rank": rank,
+                "lm_head": lm_head,
+                "options": options,
+            }
+            if (got := _checksum_of({**described, "table": table})) != checksum:
+                raise ValueError(
+                    f"quantization_config was changed after it was saved (expected {checksum}, got {got}); "
+                    "config.json is damaged or edited"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form, as in ``config.json``."""
-        return {
-            "quant_method": self.quant_method,
-            "format_version": self.format_version,
+        described = {
             **self.recipe.model_dump(),
             "table": None if self.table is None else asdict(self.table),
         }
+        form = {"quant_method": self.quant_method, "format_version": self.format_version, **described}
+        return form if self.table is None else {**form, "checksum": _checksum_of(described)}
+
+
+def check_config(directory: str | os.PathLike) -> None:
+    """Raise ValueError if what a model directory's config says of a compressed table is damaged.
+
+    transformers prints a config before anyone parses it, and fails there at what it does not expect.
+    """
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        return
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+        described = described.get("quantization_config") if isinstance(described, dict) else None
+        if isinstance(described, dict) and described.get("quant_method") == "embkern":
+            EmbkernConfig(**described)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is damaged: nested too deep") from error
+
+
+def _checksum_of(described: dict[str, Any]) -> str:
+    text = json.dumps(described, sort_keys=True, default=str)
+    return f"crc32:{zlib.crc32(text.encode()):08x}"
 
 
 def _parse_state(table: dict[str, Any]) -> TableState:
@@ -140,23 +185,28 @@ def _parse_state(table: dict[str, Any]) -> TableState:
         state = TableState(**(_of_first_models(**table) if "rank" in table else table))
         if state.head not in (None, "factorized", "dense"):
             raise ValueError(f"head: expected factorized, dense or null, got {state.head!r}")
-        dtype = getattr(torch, str(state.dtype), None)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ValueError(f"dtype: expected a floating-point torch dtype, got {state.dtype!r}")
+        dtype = next((each for each in DTYPES if _dtype_name(each) == state.dtype), None)
+        if dtype is None:
+            known = ", ".join(map(_dtype_name, DTYPES))
+            raise ValueError(f"dtype: expected a floating-point torch dtype ({known}), got {state.dtype!r}")
         if not all(type(scale) in (int, float) and math.isfinite(scale) for scale in state.scales.values()):
             raise ValueError(f"scales: expected finite numbers, got {state.scales!r}")
         if state.kind not in KINDS:
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {state.kind!r}")
         for name, shape in state.shapes.items():
-            if not all(type(size) is int and size > 0 for size in shape):
+            if not isinstance(shape, list) or not all(type(size) is int and size > 0 for size in shape):
                 raise ValueError(f"shapes: expected positive integers, got {shape} of {name}")
+            if len(shape) > 2 or math.prod(shape) >= 2**60:
+                raise ValueError(f"shapes: expected those of a vector or a matrix, got {shape} of {name}")
         if not set(state.checksums) <= set(state.shapes) or not all(map(str, state.checksums.values())):
             raise ValueError(
                 f"checksums: expected them of {', '.join(state.shapes)}, got {state.checksums!r}"
             )
         state.skeleton(dtype)
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"quantization_config.table is damaged: {error}") from error
+    except RecursionError as error:
+        raise ValueError("quantization_config.table is damaged: nested too deep") from error
     return state
 
 
@@ -590,27 +640,44 @@ def _check_files(files: list[str], root: str, state: TableState) -> dict[str, li
     transformers would only log that they are missing and go on with random ones.
     """
     leaf = root.rpartition(".")[2]
-    found: dict[str, list[int]] = {}
-    shapes = {key: shape for path in files for key, shape in _shapes(path).items()}
-    for key, shape in shapes.items():
-        for name in KINDS[state.kind].tensor_names:
-            if f".{key}".endswith(f".{leaf}.{name}"):
-                found[name] = shape
+    layer, found = KINDS[state.kind], dict[str, list[int]]()
+    stored = {key: each for path in files for key, each in _stored(path).items()}
+    for key, (shape, dtype) in stored.items():
+        for name in layer.tensor_names:
+            if not f".{key}".endswith(f".{leaf}.{name}"):
+                continue
+            found[name] = shape
+            # transformers would cast them without a word.
+            expected = layer.code_dtypes.get(name)
+            if dtype != expected if expected else dtype not in DTYPES:
+                raise ValueError(
+                    f"the checkpoint does not hold the compressed table its config describes: {key} is of "
+                    f"{dtype or 'a dtype that torch does not know'}, expected {expected or 'floating point'}"
+                )
     if found != state.shapes:
         raise ValueError(
             f"the checkpoint does not hold the compressed table its config describes: expected {leaf} with "
             f"shapes {state.shapes}, found {found or 'none'}"
         )
-    return shapes
+    return {key: shape for key, (shape, _) in stored.items()}
 
 
-def _shapes(path: str) -> dict[str, list[int]]:
-    """Names and shapes in a checkpoint file."""
+# Of safetensors' names for dtypes, those of a table's tensors.
+_STORED_DTYPES = {**FLOAT_DTYPES, "I32": torch.int32, "I16": torch.int16, "U8": torch.uint8}
+
+
+def _stored(path: str) -> dict[str, tuple[list[int], torch.dtype | None]]:
+    """Names, shapes and dtypes in a checkpoint file."""
     if not path.endswith(".safetensors"):
-        return {key: list(each.shape) for key, each in torch.load(path, map_location="meta").items()}
+        tensors = torch.load(path, map_location="meta", weights_only=True)
+        return {key: (list(each.shape), each.dtype) for key, each in tensors.items()}
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            return {
+                key: (list(each.get_shape()), _STORED_DTYPES.get(each.get_dtype()))
+                for key, each in slices.items()
+            }
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error
 

@@ -402,6 +402,8 @@ def test_a_table_that_the_checkpoint_lost_is_named(source, tmp_path):
     ):
         inspection.inspect(tmp_path / "small")
     quantization["table"]["head"] = "dense"
+    quantization["format_version"] = 1  # which has no checksum of the description
+    del quantization["checksum"]
     (tmp_path / "small" / "config.json").write_text(
         json.dumps({**config, "quantization_config": quantization})
     )

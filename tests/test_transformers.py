@@ -17,6 +17,7 @@ T = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file
 
 from embkern import EmbkernConfig, Recipe, resize_token_embeddings
+from embkern.api import load_model
 from embkern.layer import CompressedEmbedding, CompressedHead
 from embkern.model_table import UnsupportedModelError, find_table, other_tables, probe_scale
 from embkern.transformers import install, stored_table
@@ -506,7 +507,10 @@ def saved_packed(tmp_path) -> Path:
 
 
 def edit(path: Path, change) -> None:
+    """Change a saved config, as the first version has it: later ones notice any change by their checksum."""
     config = json.loads(path.read_text())
+    config["quantization_config"].pop("checksum", None)
+    config["quantization_config"]["format_version"] = 1
     change(config["quantization_config"])
     path.write_text(json.dumps(config))
 
@@ -537,7 +541,7 @@ def of_table(**fields):
         (of_table(kind="folded"), "kind: expected one of factors, packed, got 'folded'"),
         (of_table(settings={"depth": 3}), "quantization_config.table is damaged: .*depth"),
         (lambda c: c["table"].pop("dtype"), "quantization_config.table is damaged"),
-        (of_table(dtype="float31"), "dtype: expected a floating-point torch dtype, got 'float31'"),
+        (of_table(dtype="float31"), "dtype: expected a floating-point torch dtype .*, got 'float31'"),
         (of_table(settings={"activation": "relu"}), "activation"),
         (of_table(head="half"), "head: expected factorized, dense or null"),
         (of_table(scales={"x": "a"}), "scales: expected finite numbers"),
@@ -548,7 +552,11 @@ def of_table(**fields):
         (of_table(checksums=None), "quantization_config.table is damaged"),
         (lambda c: c.pop("table"), "quantization_config.table: expected what embkern saved"),
         (lambda c: c.update(surprise=1), "unknown field.s. surprise"),
-        (lambda c: c.update(format_version=2), "format_version: expected 1, got 2"),
+        (lambda c: c.update(format_version=3), "format_version: expected 1 or 2, got 3"),
+        (
+            lambda c: c.update(format_version=2),
+            "quantization_config was changed after it was saved .expected None",
+        ),
         (lambda c: c.update(method="magic"), "method: .* got 'magic'"),
     ],
 )
@@ -556,6 +564,51 @@ def test_an_edited_config_is_refused(saved, change, message):
     edit(saved / "config.json", change)
     with pytest.raises(ValueError, match=message):
         T.BertModel.from_pretrained(saved)
+
+
+def test_a_changed_value_of_a_saved_config_is_noticed(saved):
+    path = saved / "config.json"
+    whole = path.read_text()
+    for old, new in (
+        ('"embeddings.word_embeddings": 1.0', '"embeddings.word_embeddings": 3.0'),
+        ('"lm_head": "factorized"', '"lm_head": "dense"'),
+        ('"rank": 7', '"rank": 6'),
+        ('"checksum": "crc32:', '"checksum": "crc32:0'),
+        ('"checksum"', '"checksun"'),
+    ):
+        assert old in whole
+        path.write_text(whole.replace(old, new))
+        for load in (T.BertModel.from_pretrained, load_model):
+            with pytest.raises(ValueError, match="quantization_config was changed|unknown field.s. checksun"):
+                load(saved)
+    path.write_text(whole)
+    load_model(saved)
+
+
+@pytest.mark.parametrize(
+    "value", [[[[]]], "[" * 10**5 + "]" * 10**5, 2**62, None, {"a": {}}], ids=lambda v: str(v)[:9]
+)
+def test_what_transformers_cannot_print_is_refused_by_name(saved, value):
+    path = saved / "config.json"
+    edit(path, of_table(dtype="here"))
+    text = value if isinstance(value, str) else json.dumps(value)
+    path.write_text(path.read_text().replace('"here"', text))
+    with pytest.raises(ValueError, match=f"{path}.*(dtype: expected|nested too deep)"):
+        load_model(saved)
+
+
+def test_what_is_saved_twice_has_the_same_bytes(tmp_path, kind):
+    model = compressed(build("bert"), kind)
+    for name in ("first", "second"):
+        model.save_pretrained(tmp_path / name)
+    reload_ = T.BertForMaskedLM.from_pretrained(tmp_path / "first")
+    reload_.save_pretrained(tmp_path / "again")
+    names = {path.name for path in (tmp_path / "first").iterdir()}
+    assert {"config.json", "model.safetensors"} <= names
+    for name in names:
+        first = (tmp_path / "first" / name).read_bytes()
+        assert first == (tmp_path / "second" / name).read_bytes()
+        assert first == (tmp_path / "again" / name).read_bytes()
 
 
 def test_models_saved_before_there_were_kinds_of_tables_load(saved):
@@ -617,6 +670,21 @@ def test_corrupt_packed_tables_are_refused(saved_packed, name, change, message):
     else:
         with pytest.raises(ValueError, match=f"the saved embedding is damaged: .*{message}"):
             T.BertModel.from_pretrained(saved_packed)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("records", torch.float32), ("records", torch.int64), ("tiers", torch.int32), ("scales", torch.int32)],
+)
+def test_tensors_of_another_dtype_are_not_cast(saved_packed, name, dtype):
+    edit(saved_packed / "config.json", of_table(checksums={}))
+    rewrite(saved_packed / "model.safetensors", lambda at: cast(*at[name], dtype))
+    with pytest.raises(ValueError, match=f"{name} is of .*, expected (torch|floating)"):
+        T.BertModel.from_pretrained(saved_packed)
+
+
+def cast(tensors, key, dtype):
+    tensors[key] = tensors[key].to(dtype)
 
 
 def test_a_neighbour_cannot_be_installed():

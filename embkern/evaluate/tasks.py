@@ -106,8 +106,10 @@ def load_with_head(kind: str, name: str, **config: Any) -> PreTrainedModel:
 
     from ..api import not_loaded
     from ..model_table import input_embeddings
+    from ..transformers import check_config
 
     try:
+        check_config(name)
         auto = getattr(transformers, kind)
         model, info = auto.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **config)
     except Exception as error:  # transformers and safetensors raise many kinds; all mean the same here
