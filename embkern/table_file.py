@@ -158,6 +158,6 @@ def _read_header(file: BinaryIO, path: str | os.PathLike) -> tuple[int, dict[str
                 isinstance(n, int) and n >= 0 for n in (first, last, *entry["shape"])
             ):
                 raise ValueError("a tensor without dtype, shape or offsets")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error})") from error
     return 8 + length, header

@@ -88,7 +88,7 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="path: expected a safetensors file, found none at .*none"):
         TableFile(tmp_path / "none", "t")
     path = tmp_path / "t"
-    for content in (b"", b"\1\2", b"not json", [1, 2], {"t": 3}):
+    for content in (b"", b"\1\2", b"not json", [1, 2], {"t": 3}, b"[" * 100_000):
         write(path, content)
         with pytest.raises(ValueError, match="is not a readable safetensors file"):
             TableFile(path, "t")

@@ -253,7 +253,7 @@ def answers_of(answers: Any, place: str) -> tuple[list[str], list[int]]:
         if isinstance(answers, list):  # of records, where the hub has a record of lists
             answers = {key: [each[key] for each in answers] for key in ("text", "answer_start")}
         texts, starts = list(answers["text"]), [int(each) for each in answers["answer_start"]]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(
             f"data: {place}: expected answers with text and answer_start, got {answers!r}"
         ) from error
@@ -285,7 +285,7 @@ def read_official(path: Path) -> Dataset:
             for paragraph in article["paragraphs"]
             for each in paragraph["qas"]
         ]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"data: {path} is not JSON of SQuAD's form: {error!r}") from error
     if not records:
         raise ValueError(f"data: expected records, found none in {path}")

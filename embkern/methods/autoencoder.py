@@ -466,7 +466,7 @@ def _read(path: str | os.PathLike, identity: dict[str, Any], epochs: int, weight
     Raises:
         ValueError: it is damaged, of another run, or of more epochs.
     """
-    if zipfile.is_zipfile(path):
+    if Path(path).is_file() and zipfile.is_zipfile(path):  # it would wait at a named pipe
         raise ValueError(
             f"checkpoint: {path} is of an earlier version of embkern, without checksums; "
             "finish its run with that version, or delete it to start anew"

@@ -231,6 +231,18 @@ def test_a_foreign_or_damaged_checkpoint_is_refused(table, tmp_path):
         autoencoder(table, 3, **QUICK, checkpoint=path)
 
 
+def test_a_checkpoint_that_is_a_pipe_is_not_waited_for(table, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("waits for somebody to write"))
+    signal.alarm(20)
+    try:
+        with pytest.raises(ValueError, match="checkpoint: .* found none at .*pipe"):
+            autoencoder(table, 3, **QUICK, checkpoint=tmp_path / "pipe")
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def test_a_flipped_bit_of_a_checkpoint_is_noticed_wherever_it_is(table, tmp_path):
     path, draw = tmp_path / "c", random.Random(0)
     autoencoder(table, 3, **QUICK, checkpoint=path)
