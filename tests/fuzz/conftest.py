@@ -1,4 +1,4 @@
-"""How long a property is checked: a few cases under ``make test``, for its share of a time under ``make fuzz``.
+"""How long properties are checked: a few cases under ``make test``, for a given time under ``make fuzz``.
 
 ``EMBKERN_FUZZ_SECONDS`` is that time, for all properties together. The number of distinct cases is printed at
 the end. ``EMBKERN_FUZZ_LAST`` names a file that holds the case under way, in case it ends the process;
@@ -113,5 +113,5 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             terminalreporter.write_line(f"{name}: {count:,} cases, {count / _spent[name]:,.0f} a second")
     failures = len(terminalreporter.stats.get("failed", []))
     terminalreporter.write_line(
-        f"{sum(counts.values()):,} cases over {len(counts)} properties, {failures} failures (first seed {SEED})"
+        f"{sum(counts.values()):,} cases over {len(counts)} properties, {failures} failures, seed {SEED}"
     )

@@ -143,14 +143,15 @@ def outcome(call: Callable[[], Any], names: Iterable[str] = ()) -> Any:
     """
     try:
         return call()
-    except Exception as error:
-        kind = type(error)
-        # torch raises its own subclasses of RuntimeError, and a RecursionError is one of Python's.
-        assert kind in DOCUMENTED or kind.__module__.startswith("torch"), f"{kind.__name__}: {error}"
-        names = list(names)
-        words = set(re.findall(r"\w+", str(error)))
-        assert not names or words & set(names), f"{kind.__name__} names no argument: {error}"
-        return Refused(kind, str(error))
+    except Exception as raised:
+        error = raised
+    kind = type(error)
+    # torch raises its own subclasses of RuntimeError, and a RecursionError is one of Python's.
+    assert kind in DOCUMENTED or kind.__module__.startswith("torch"), f"{kind.__name__}: {error}"
+    names = list(names)
+    words = set(re.findall(r"\w+", str(error)))
+    assert not names or words & set(names), f"{kind.__name__} names no argument: {error}"
+    return Refused(kind, str(error))
 
 
 def spoiled(tensor: Tensor | None, how: dict[str, Any]) -> Tensor | None:
@@ -187,24 +188,22 @@ def spoiled(tensor: Tensor | None, how: dict[str, Any]) -> Tensor | None:
         changed = tensor.clone(memory_format=torch.contiguous_format).resolve_neg()
         if changed.numel():
             flat = changed.view(-1)
-            info = torch.iinfo if not (changed.is_floating_point() or changed.is_complex()) else torch.finfo
             if changed.dtype == torch.bool:
-                flat[at % len(flat)] = True
+                extremes: list[Any] = [True]
+            elif changed.is_floating_point() or changed.is_complex():
+                most = torch.finfo(changed.dtype).max
+                extremes = [-most, most, float("nan"), float("inf")]
             else:
-                low, high = info(changed.dtype).min, info(changed.dtype).max
-                extremes = [
-                    low,
-                    high,
-                    -1 if low else high - 1,
-                    high // 2 if info is torch.iinfo else float("nan"),
-                ]
-                flat[at % len(flat)] = extremes[at % 4]
+                limits = torch.iinfo(changed.dtype)
+                extremes = [limits.min, limits.max, max(limits.min, -1), limits.max // 2]
+            flat[at % len(flat)] = extremes[at // 64 % len(extremes)]
         return changed
     raise AssertionError(kind)
 
 
 _KINDS = (
-    "none", "dtype", "meta", "layout", "dim", "flat", "longer", "shorter", "empty", "selected", "swapped", "value",
+    "none", "dtype", "meta", "layout", "dim", "flat", "longer", "shorter", "empty", "selected", "swapped",
+    "value",
 )  # fmt: skip
 
 
@@ -236,7 +235,8 @@ def assert_within(
     if bool(wrong.any()):
         at = tuple(wrong.nonzero()[0].tolist())
         raise AssertionError(
-            f"{what}: got {got[at].item()!r} at {at}, expected {exact[at].item()!r} within {bound[at].item():.3g}"
+            f"{what}: got {got[at].item()!r} at {at}, expected {exact[at].item()!r} "
+            f"within {bound[at].item():.3g}"
         )
     lost = exact.isnan() & got.isfinite() & undefined
     assert not bool(lost.any()), f"{what}: a NaN was lost at {tuple(lost.nonzero()[0].tolist())}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from random import Random
@@ -773,9 +774,8 @@ def test_autoencoder_loss(case):
     scales = {"loss": sum(case["weights"]), **gradient_scales(case, given, rest)}
     for backend in backends_of(case):
         with Unchanged(*parameters.values(), *rest.values()):
-            ours, again = (
-                run(lambda **k: autoencoder_loss(**k, **options, backend=backend), dtype) for _ in "12"
-            )
+            function = functools.partial(autoencoder_loss, **options, backend=backend)
+            ours, again = run(function, dtype), run(function, dtype)
         assert same_bits(ours, again)
         for name, got, native, want in zip(("loss", *names), ours, plain, exact, strict=True):
             assert got.shape == want.shape
