@@ -13,8 +13,10 @@
 //           |y|^2 = c G c + 2 c D b + |b|^2 and |x|^2, where P = D x and G = D D^T. Hence grad_c = s D y + t P
 //           and grad_[D; b] = (sum s [c, 1]^T [c, 1]) [D; b] + sum t [c, 1]^T x: four products, or two, and N
 //           r^2. For cosine and squared error only. |x - y|^2 = |x|^2 - 2 <x, y> + |y|^2 cancels where the fit
-//           is good: a block with a row below kSafeError of |x|^2 + |y|^2, or with norms near the ends of fp32,
-//           is computed in the direct form.
+//           is good, and |y|^2 where codes undo each other or the offset, for its rounding errors are those of
+//           p = sum_j c_j^2 G_jj + |b|^2. A block with a row whose |x - y|^2 is below kSafeError of |x|^2 +
+//           |y|^2 or |x|^2 + p, whose |y|^2 is below kSafeError of p, or with norms near the ends of fp32 is
+//           computed in the direct form.
 //
 // Large batches are cut into chunks by the shapes alone. Each sums its gradients by itself, and the sums are
 // added in order: the bits do not depend on the number of threads. Memory: chunks x parameters.
@@ -122,6 +124,7 @@ struct Operands {
   Buffer<T> both, gram, both_offset;               // of x [W; D; b]^T and c G; bias of the former
   std::vector<T> gram_rows;                        // (r, r + 1): D [D; b]^T
   std::vector<T> basis_offset;                     // (r,): D b
+  std::vector<T> basis_squares;                    // (r,): the diagonal of G
   double offset_square = 0;
 
   template <class Tasks>
@@ -171,7 +174,11 @@ struct Operands {
       }
       training.project_packed({m, p.width, 0, r + 1, 0, left, nullptr, nullptr, T(1), out}, transposed.get());
     }
-    for (int64_t i = 0; i < r; ++i) basis_offset[i] = gram_rows[i * (r + 1) + r];
+    basis_squares.resize(r);
+    for (int64_t i = 0; i < r; ++i) {
+      basis_offset[i] = gram_rows[i * (r + 1) + r];
+      basis_squares[i] = gram_rows[i * (r + 1) + i];
+    }
     const auto lines = rows_of(gram_rows.data(), r, r + 1);
     training.pack(lines.data(), r, r, gram.resize(training.packed_size(r, r)));
     offset_square = p.offset ? table.row_sums(p.offset, p.offset, p.width).target_square : 0;
@@ -441,6 +448,8 @@ class Step {
                              operands_.gram.get());
 
     RowLoss rows[kBlockRows];
+    T* ones = scaled + m * stride_;
+    T* weighted = ones;  // not in use yet
     for (int64_t i = 0; i < m; ++i) {
       const T *c = code_rows[i], *projection = out[i] + codes, *decoded = from_gram[i];
       RowSums sums;
@@ -454,14 +463,17 @@ class Step {
       } else {
         sums.target_square = table_.row_sums(block.rows[i], block.rows[i], width).target_square;
       }
-      const double squares = sums.target_square + sums.output_square;
-      sums.error_square = squares - 2 * sums.dot;
-      if (!(sums.error_square > kSafeError * squares && sums.output_square > 1e-20 &&
-            sums.target_square > 1e-20 && squares < 1e20))
+      sums.error_square = sums.target_square + sums.output_square - 2 * sums.dot;
+      for (int64_t j = 0; j < r; ++j) weighted[j] = c[j] * operands_.basis_squares[j];
+      const double parts = table_.row_sums(c, weighted, r).dot + operands_.offset_square;
+      const double squares = sums.target_square + std::max(sums.output_square, parts);
+      // Where a product left fp32's range, the comparisons with infinity and NaN have to fail.
+      if (!(sums.error_square > kSafeError * squares && sums.output_square > kSafeError * parts &&
+            sums.output_square > 1e-20 && sums.target_square > 1e-20 && squares < 1e20 &&
+            std::isfinite(sums.dot)))
         return false;
       rows[i] = loss_of(batch, block.first + i, sums);
     }
-    T* ones = scaled + m * stride_;
     for (int64_t i = 0; i < m; ++i) {
       const double factor = factor_ * batch.weight_of(block.first + i);
       const RowGradient<T> to = output_gradient<T>(rows[i], options_, width, factor, 0, nullptr);
@@ -566,7 +578,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> autoencoder_forward(
   check_tensor("target", target, 2, type);
   check_tensor("basis", basis, 2, type);
   const int64_t count = target.size(0), width = target.size(1), rank = basis.size(0);
-  check(width > 0 && rank > 0, "basis: expected at least one row and column");
+  check(width > 0, "target: expected rows of at least 1 element, got 0");
   check_size("basis", basis, 1, width);
   check(codes.has_value() != encoder_weight.has_value(), "codes: expected either these or encoder_weight");
   check(encoder_weight || !encoder_bias, "encoder_bias: expected none without encoder_weight");
@@ -642,7 +654,9 @@ Tensor autoencoder_train(const Tensor& rows, const Tensor& order, int64_t batch_
     check_shape(name, *tensor, type, {layout.size()});
   const LossOptions options{kMean, cosine_weight, mse_weight, rmse_weight, power_weight, alpha, eps};
   const int64_t count = order.numel(), steps = (count + batch_size - 1) / batch_size;
-  const auto* ids = static_cast<const int64_t*>(order.const_data_ptr());
+  // A copy: another thread may write to the tensor after the check.
+  const auto* all = static_cast<const int64_t*>(order.const_data_ptr());
+  const std::vector<int64_t> ids(all, all + count);
   for (int64_t n = 0; n < count; ++n)
     if (ids[n] < 0 || ids[n] >= rows.size(0))
       throw std::out_of_range(

@@ -24,21 +24,23 @@ constexpr int64_t kGroup = 32, kMaxTiers = 16, kLevelBits = 4;
 constexpr int64_t kDirectRows = 16;  // rows of values that a thread takes at a time
 constexpr int64_t kProductRows = 48;
 
+// What bounds the reads is copied once, and then checked: another thread may write to the tensors meanwhile.
 struct PackedTable {
   const int32_t *records, *directory;
-  const uint8_t* tiers;
+  std::vector<uint8_t> tiers;
   int64_t count, vocabulary, groups, words;  // of tiers, rows, groups of a tier, the records
   int64_t basis_rows, width;
   std::array<int64_t, kMaxTiers> size{}, used{};  // words and groups of a tier's record
   std::array<int32_t, 256> pair;                  // words of two records, by the byte of their tiers
   std::array<int16_t, kLevelBits * kTrellisStates + 2> levels{};
 
-  const uint8_t* bits(int64_t tier) const { return tiers + tier * (1 + groups) + 1; }
+  const uint8_t* bits(int64_t tier) const { return tiers.data() + tier * (1 + groups) + 1; }
   bool transform(int64_t tier) const { return tiers[tier * (1 + groups)] != 0; }
 
   // The tier of a row, and where its record begins.
   int64_t locate(int64_t id, const int32_t** record) const {
-    const int32_t* entry = directory + id / kGroup * 5;
+    std::array<int32_t, 5> entry;
+    std::memcpy(entry.data(), directory + id / kGroup * 5, sizeof(entry));
     int64_t start = entry[0];
     const int64_t lane = id % kGroup;
     const auto two = [&](int64_t i) { return static_cast<uint32_t>(entry[1 + i / 4]) >> 8 * (i % 4) & 255; };
@@ -66,18 +68,22 @@ PackedTable checked_table(const Tensor& records, const Tensor& directory, const 
   check_size("directory", directory, 1, 5);
   check_size("levels", levels, 0, kLevelBits);
   check_size("levels", levels, 1, kTrellisStates);
+  check(scales.size(0) > 0, "scales: expected at least 1, got 0");
+  check(records.size(0) > 0, "records: expected at least 1 word, got 0");
   check(tiers.size(0) >= 1 && tiers.size(0) <= kMaxTiers && tiers.size(1) >= 2,
         "tiers: expected shape (T, 1 + G) with T up to 16 and G >= 1");
   check(width > 0, "embedding_dim: expected at least 1, got ", width);
   PackedTable table;
   table.records = static_cast<const int32_t*>(records.const_data_ptr());
   table.directory = static_cast<const int32_t*>(directory.const_data_ptr());
-  table.tiers = static_cast<const uint8_t*>(tiers.const_data_ptr());
+  const auto* all_tiers = static_cast<const uint8_t*>(tiers.const_data_ptr());
+  table.tiers.assign(all_tiers, all_tiers + tiers.numel());
   table.count = tiers.size(0), table.vocabulary = scales.size(0), table.groups = tiers.size(1) - 1;
   table.words = records.numel(), table.width = width, table.basis_rows = 0;
   if (basis) {
     check_tensor("basis", *basis, 2, type);
     check_size("basis", *basis, 1, width);
+    check(basis->size(0) % kGroup == 0, "basis: expected a multiple of 32 rows, got ", basis->size(0));
     table.basis_rows = basis->size(0);
   }
   if (offset) {
@@ -215,6 +221,7 @@ Tensor gather_decode_forward(const Tensor& ids_, const Tensor& records_, const T
                              const std::optional<Tensor>& basis_, const std::optional<Tensor>& offset_,
                              int64_t embedding_dim, double scale) {
   check(ids_.is_cpu(), "ids: expected a CPU tensor");
+  dispatch_index(ids_.scalar_type(), "ids", [](auto) {});
   const Tensor ids = whole(ids_), records = whole(records_), directory = whole(directory_);
   const Tensor tiers = whole(tiers_), levels = whole(levels_), scales = whole(scales_);
   const std::optional<Tensor> basis = whole(basis_), offset = whole(offset_);

@@ -337,13 +337,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_project_backward(const Tensor&
       grad_basis = empty(needs_basis ? std::vector<int64_t>{rank, width} : std::vector<int64_t>{0}, type);
       grad_offset = empty({needs_offset ? width : 0}, type);
       if (!sparse) zero<T>(grad_codes);
+      if (needs_codes && sparse) {
+        distinct.sort();
+        auto* to = static_cast<int64_t*>(code_ids.mutable_data_ptr());
+        for (int64_t u = 0; u < count; ++u) to[u] = distinct.id(u);
+      }
       if (count == 0 || width == 0) {
         zero<T>(grad_codes);
         zero<T>(grad_basis);
         zero<T>(grad_offset);
         return;
       }
-      if (sparse) distinct.sort();
       Backward<T> run(arguments, distinct, static_cast<const T*>(grad.const_data_ptr()), scale);
       if (needs_codes || needs_basis) run.sum_rows();
       if (needs_codes) {
@@ -351,10 +355,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_project_backward(const Tensor&
         std::vector<T*> rows(count);
         for (int64_t u = 0; u < count; ++u) rows[u] = data + (sparse ? u : distinct.id(u)) * rank;
         run.codes(rows);
-        if (sparse) {
-          auto* to = static_cast<int64_t*>(code_ids.mutable_data_ptr());
-          for (int64_t u = 0; u < count; ++u) to[u] = distinct.id(u);
-        }
       }
       if (needs_basis) run.basis(static_cast<T*>(grad_basis.mutable_data_ptr()));
       if (needs_offset) run.offset(static_cast<T*>(grad_offset.mutable_data_ptr()));

@@ -11,6 +11,7 @@
 #include <array>
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "cpu/kernels.h"
 #include "cpu/ops.h"
@@ -44,7 +45,9 @@ std::tuple<Tensor, Tensor, Tensor> quantize_rows(const Tensor& values, const std
     const float* each = static_cast<const float*>(spread->const_data_ptr());
     for (int64_t j = 0; j < width; ++j) squares.push_back(each[j] * each[j]);
   }
-  const uint8_t* bits_of = static_cast<const uint8_t*>(bits.const_data_ptr());
+  // A copy: another thread may write to the tensor after the check.
+  const auto* all_bits = static_cast<const uint8_t*>(bits.const_data_ptr());
+  const std::vector<uint8_t> bits_of(all_bits, all_bits + groups);
   for (int64_t group = 0; group < groups; ++group)
     check(bits_of[group] <= 8, "bits: expected up to 8, got ", static_cast<int>(bits_of[group]));
   std::array<float, 64> level{}, edge{};
@@ -63,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_rows(const Tensor& values, const std
   const PackingKernels& kernel = packing_kernels();
   const RowToPack row{static_cast<const float*>(values.const_data_ptr()),
                       spread ? squares.data() : nullptr,
-                      bits_of,
+                      bits_of.data(),
                       groups,
                       level.data(),
                       edge.data(),

@@ -44,7 +44,9 @@ std::tuple<Tensor, Tensor, Tensor> quantize_trellis(const Tensor& values, const 
     const float* each = static_cast<const float*>(spread->const_data_ptr());
     for (int64_t j = 0; j < width; ++j) squares.push_back(each[j] * each[j]);
   }
-  const uint8_t* bits_of = static_cast<const uint8_t*>(bits.const_data_ptr());
+  // A copy: another thread may write to the tensor after the check.
+  const auto* all_bits = static_cast<const uint8_t*>(bits.const_data_ptr());
+  const std::vector<uint8_t> bits_of(all_bits, all_bits + groups);
   for (int64_t group = 0; group < groups; ++group)
     check(bits_of[group] <= 4, "bits: expected up to 4, got ", static_cast<int>(bits_of[group]));
   alignas(64) std::array<float, 4 * kTrellisStates> level{};
@@ -59,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_trellis(const Tensor& values, const 
   const PackingKernels& kernel = packing_kernels();
   const TrellisRow row{static_cast<const float*>(values.const_data_ptr()),
                        spread ? squares.data() : nullptr,
-                       bits_of,
+                       bits_of.data(),
                        groups,
                        level.data(),
                        static_cast<const float*>(scales.const_data_ptr()),

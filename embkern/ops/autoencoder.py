@@ -151,10 +151,14 @@ def autoencoder_loss(
     where the fit is good.
     On CUDA a row whose error falls below a hundredth of what is subtracted is summed over H again, so the
     loss stays right at any fit; the gradients keep that form, and their relative error grows as the inverse
-    of ``|x - y| / |x|`` as plain torch's does, two to eight times as great for a well-conditioned basis and
-    no greater for an ill-conditioned one (embkern/triton/autoencoder.py has figures). Large batches on CPU
-    take this form block by block, and a block with a row whose error is below 1/16 of ``|x|^2 + |y|^2``, or
-    whose norms are near the ends of fp32, in the direct form, whose y stays in cache.
+    of ``|x - y| / |x|`` as plain torch's does. It is at most that of the products with the table, ``sqrt(H)
+    2^-24 |t| |target| |basis|`` for codes and ``(sqrt(N) + 1) 2^-24 |t codes| |target|`` for the basis: for a
+    well-conditioned basis 2 to 16 times plain torch's, by the order in which a processor adds, and no greater
+    for an ill-conditioned one (embkern/triton/autoencoder.py). Large batches on CPU take this form block by
+    block. A block with a row whose error is below 1/16 of what is subtracted, ``|x|^2`` and the larger of
+    ``|y|^2`` and ``p = sum_j c_j^2 G_jj + |offset|^2``, whose ``|y|^2`` is below p / 16 (codes that undo each
+    other or the offset), or whose norms are near the ends of fp32 is computed in the direct form, whose y
+    stays in cache.
 
     Args:
         target: (N, H), the rows; take no gradient.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import reference
 from .backends import Backend, select
-from .library import define, overload
+from .library import define, needs_autograd, overload
 
 
 def _fake(
@@ -74,6 +74,55 @@ def quantize_rows(
     Returns:
         codes (N, 32 G) uint8, empty unless wanted; scales (N,); projections (N,). A row of zeros has
         projection 0.
+
+    Raises:
+        TypeError: a dtype is not the one above.
+        ValueError: shapes or devices do not fit, there is no group or no factor, bits are above 8, values or
+            spread require a gradient, or ``backend`` is unknown.
+        RuntimeError: the backend asked for cannot serve this call.
     """
+    check_rows_to_quantize(values, spread, bits, most_bits=8)
+    width = reference.GROUP * len(bits)
+    for name, tensor, dtype, shape in (
+        ("levels", levels, torch.int16, (reference.LEVEL_BITS, 2**reference.LEVEL_BITS)),
+        ("steps", steps, torch.float32, (9,)),
+        ("factors", factors, torch.float32, (max(1, factors.numel()),)),
+        ("spread", spread, torch.float32, (width,)),
+    ):
+        check_tensor(name, tensor, dtype, shape, values.device)
     chosen = select("quantize_rows", values.device.type, values.dtype, backend)
-    return _FORWARD[chosen](values.contiguous(), spread, bits, levels, steps, factors, needs_codes)
+    contiguous = (
+        None if each is None else each.contiguous() for each in (values, spread, bits, levels, steps, factors)
+    )
+    return _FORWARD[chosen](*contiguous, needs_codes)
+
+
+def check_rows_to_quantize(values: Tensor, spread: Tensor | None, bits: Tensor, most_bits: int) -> None:
+    """Raise unless values (N, 32 G) and bits (G,) fit each other and no gradient is asked for."""
+    if values.dtype != torch.float32:
+        raise TypeError(f"values: expected dtype torch.float32, got {values.dtype}")
+    check_tensor("bits", bits, torch.uint8, (max(1, bits.numel()),), values.device)
+    width = reference.GROUP * len(bits)
+    if values.dim() != 2 or values.shape[1] != width:
+        raise ValueError(
+            f"values: expected shape (N, {width}), 32 columns for each of {len(bits)} groups in bits, "
+            f"got {tuple(values.shape)}"
+        )
+    if needs_autograd(values, spread):
+        raise ValueError("values, spread: expected tensors without gradient, got one that requires it")
+    if int(bits.max()) > most_bits:
+        raise ValueError(f"bits: expected up to {most_bits}, got {int(bits.max())}")
+
+
+def check_tensor(
+    name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
+) -> None:
+    """Raise unless a tensor, if there is one, has this dtype, shape and device."""
+    if tensor is None:
+        return
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected device {device} as in values, got {tensor.device}")

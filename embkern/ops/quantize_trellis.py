@@ -10,6 +10,7 @@ from torch import Tensor
 from . import reference
 from .backends import Backend, select
 from .library import define, overload
+from .quantize_rows import check_rows_to_quantize, check_tensor
 
 
 def _fake(
@@ -68,8 +69,23 @@ def quantize_trellis(
     Returns:
         codes (N, 32 G) uint8, empty unless wanted; scales (N,); projections (N,). A row of zeros has
         projection 0. Where two paths are as near as each other, backends may choose either.
+
+    Raises:
+        TypeError: a dtype is not the one above.
+        ValueError: shapes or devices do not fit, there is no group or no scale, bits are above 4, values or
+            spread require a gradient, or ``backend`` is unknown.
+        RuntimeError: the backend asked for cannot serve this call.
     """
+    check_rows_to_quantize(values, spread, bits, most_bits=reference.LEVEL_BITS)
+    count, tries = len(values), max(1, scales.shape[-1] if scales.dim() else 1)
+    for name, tensor, dtype, shape in (
+        ("levels", levels, torch.int16, (reference.LEVEL_BITS, reference.STATES)),
+        ("scales", scales, torch.float32, (count, tries)),
+        ("spread", spread, torch.float32, (values.shape[1],)),
+    ):
+        check_tensor(name, tensor, dtype, shape, values.device)
     chosen = select("quantize_trellis", values.device.type, values.dtype, backend)
-    return _FORWARD[chosen](
-        values.contiguous(), spread, bits, levels.contiguous(), scales.contiguous(), needs_codes
+    contiguous = (
+        None if each is None else each.contiguous() for each in (values, spread, bits, levels, scales)
     )
+    return _FORWARD[chosen](*contiguous, needs_codes)

@@ -15,6 +15,8 @@ from embkern.methods.sharded import SummedSteps, World
 from embkern.methods.steps import Objective, TorchSteps, Weights
 from embkern.ops.reference import MEAN, SUM
 
+from ..conftest import seed_of
+
 AUTHORS = Objective(0.9975 / 5, 0.0, 0.0, 0.0025, 1e-6)
 EVERY_TERM = Objective(0.7, 0.5, 0.3, 0.2, 1e-6)
 
@@ -45,7 +47,7 @@ def formula(objective: Objective, x, y, alpha, reduction=MEAN):
 
 def plain_loop(rows, rank, order, batch_size, objective, alpha, lr, activation=None):
     """The loop as one would write it; returns its losses and its modules."""
-    torch.manual_seed(7)
+    torch.manual_seed(seed_of(7))
     encoder, decoder = nn.Linear(rows.shape[1], rank), nn.Linear(rank, rows.shape[1])
     encoder.to(rows.dtype), decoder.to(rows.dtype)
     bend = F.elu if activation else nn.Identity()
@@ -62,9 +64,9 @@ def plain_loop(rows, rank, order, batch_size, objective, alpha, lr, activation=N
 
 
 def test_the_weights_start_like_nn_linear():
-    torch.manual_seed(3)
+    torch.manual_seed(seed_of(3))
     weights = Weights.random(4, 10)
-    torch.manual_seed(3)
+    torch.manual_seed(seed_of(3))
     encoder, decoder = nn.Linear(10, 4), nn.Linear(4, 10)
     expected = (encoder.weight, encoder.bias, decoder.weight.t(), decoder.bias)
     assert all(torch.equal(part, e) for part, e in zip(weights.parts(), expected, strict=True))
@@ -109,11 +111,11 @@ def test_sums_are_the_terms_and_make_the_loss(activation):
     "objective", [AUTHORS, Objective(0.7, 0.5, 0.3, 0.0025, 1e-6)], ids=["authors", "every term"]
 )
 def test_a_thousand_steps_have_the_losses_of_a_plain_loop(engine, objective):
-    torch.manual_seed(1)
+    torch.manual_seed(seed_of(1))
     rows = torch.randn(997, 16) @ torch.randn(16, 40) / 4 + 0.1 * torch.randn(997, 40)
     order = torch.cat([torch.randperm(997) for _ in range(33)])[: 32 * 1000 - 5]  # the last step is short
     plain, *modules = plain_loop(rows, 8, order, 32, objective, 0.7, 1e-3)
-    torch.manual_seed(7)
+    torch.manual_seed(seed_of(7))
     weights = Weights.random(8, 40)
     losses = ENGINES[engine](weights, objective).run(rows, order, 32, 0.7, 1e-3)
     assert (len(losses), weights.step) == (1000, 1000)
@@ -130,7 +132,7 @@ def test_a_thousand_steps_have_the_losses_of_a_plain_loop(engine, objective):
 def test_elu_steps_have_the_losses_of_a_plain_loop():
     rows, order = torch.randn(50, 12), torch.arange(50).repeat(4)
     plain = plain_loop(rows, 5, order, 16, EVERY_TERM, 0.7, 1e-2, "elu")[0]
-    torch.manual_seed(7)
+    torch.manual_seed(seed_of(7))
     losses = TorchSteps(Weights.random(5, 12, "elu"), EVERY_TERM).run(rows, order, 16, 0.7, 1e-2)
     assert_close(losses, plain, rtol=1e-5, atol=0)
 
@@ -150,7 +152,7 @@ def test_cutting_an_order_into_runs_changes_no_bit(engine):
 @pytest.mark.parametrize("activation", [None, "elu"])
 @pytest.mark.parametrize("shards", [1, 3])
 def test_summed_steps_are_the_steps_of_the_whole_batch(activation, shards):
-    torch.manual_seed(7)
+    torch.manual_seed(seed_of(7))
     rows, order = torch.randn(50, 12, dtype=torch.float64), torch.randperm(50)
     expected, weights = (weights_of(5, 12, activation, torch.float64) for _ in range(2))
     weights.parameters.copy_(expected.parameters)

@@ -8,6 +8,8 @@ from embkern.ops.backends import unavailable
 from embkern.ops.library import CPU_CAPABILITIES, cpu_capability
 from embkern.ops.quantize_rows import quantize_rows
 
+from ..conftest import seed_of
+
 STEPS = uniform_steps()
 FACTORS = torch.tensor([0.8, 0.9, 1.0, 1.15])
 native = pytest.mark.skipif(
@@ -29,7 +31,7 @@ def level(request: pytest.FixtureRequest):
 
 
 def _arguments(profile: tuple[int, ...], spread: bool, rows: int = 301):
-    generator = torch.Generator().manual_seed(sum(profile))
+    generator = torch.Generator().manual_seed(seed_of(sum(profile)))
     width = 32 * len(profile)
     values = torch.randn(rows, width, generator=generator)
     values[3] = 0
@@ -106,10 +108,13 @@ def test_more_factors_are_never_worse_and_zero_rows_are_zero(kernel) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"values": torch.zeros(4, 95)}, "values: expected 32 columns per group"),
+        (
+            {"values": torch.zeros(4, 95)},
+            r"values: expected shape \(N, 96\), 32 columns for each",
+        ),
         ({"bits": torch.tensor([9, 1, 1], dtype=torch.uint8)}, "bits: expected up to 8, got 9"),
-        ({"factors": torch.zeros(0)}, "factors: expected at least 1"),
-        ({"spread": torch.ones(5)}, "spread: expected size 96"),
+        ({"factors": torch.zeros(0)}, r"factors: expected shape \(1,\), got \(0,\)"),
+        ({"spread": torch.ones(5)}, r"spread: expected shape \(96,\), got \(5,\)"),
     ],
 )
 def test_wrong_arguments_are_named(change, message) -> None:
