@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
+import io
 import json
 import math
 import platform
@@ -32,7 +34,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from embkern.cache import cache_directory
-from embkern.files import replacing, replacing_directory
+from embkern.files import file_checksum, replacing, replacing_directory
+from embkern.json_file import read_checked_json, to_checked_json
 
 from .installed_text import Document, installed_documents, split
 
@@ -203,12 +206,20 @@ def write_text(directory: Path, documents: Iterable[Document] | None = None, **s
         for name, texts in splits.named().items():
             path = temporary / f"{name}.txt"
             path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
-            facts[name] = {"texts": len(texts), "bytes": path.stat().st_size}
-        (temporary / "text.json").write_text(json.dumps(facts, indent=1) + "\n")
+            facts[name] = {
+                "texts": len(texts), "bytes": path.stat().st_size, "checksum": file_checksum(path)
+            }  # fmt: skip
+        (temporary / "text.json").write_text(to_checked_json(facts))
 
 
-def read_lines(path: Path) -> list[str]:
-    """Return the texts of a file of one text a line."""
+def read_lines(path: Path, checksum: str | None = None) -> list[str]:
+    """Return the texts of a file of one text a line.
+
+    Raises:
+        ValueError: its checksum is another.
+    """
+    if checksum is not None and (got := file_checksum(path)) != checksum:
+        raise ValueError(f"{path} is damaged or edited: expected checksum {checksum}, got {got}")
     return path.read_text(encoding="utf-8").split("\n")[:-1]
 
 
@@ -317,14 +328,24 @@ class Training:
             "model": self.model.state_dict(),
             "optimizers": [each.state_dict() for each in self.optimizers],
         }
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
         with replacing(path) as temporary:
-            torch.save(state, temporary)
+            temporary.write_bytes(hashlib.sha256(buffer.getbuffer()).digest() + buffer.getbuffer())
 
     def resume(self, path: Path, asked: dict[str, Any]) -> None:
-        """Continue from a checkpoint, if there is one of what is asked for."""
+        """Continue from a checkpoint, if there is one of what is asked for.
+
+        Raises:
+            ValueError: it is damaged, or from before there were checksums.
+        """
         if not path.exists():
             return
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        content = path.read_bytes()
+        digest, saved = content[:32], memoryview(content)[32:]
+        if hashlib.sha256(saved).digest() != digest:
+            raise ValueError(f"{path} is damaged, or of an earlier version; delete it to start anew")
+        state = torch.load(io.BytesIO(saved), map_location=self.device, weights_only=True)
         if state["asked"] != asked:
             return
         self.model.load_state_dict(state["model"])
@@ -359,13 +380,16 @@ def train(name: str, root: Path, recipe: Recipe, *, device: str = "cpu", command
         command: to be noted among the facts.
     """
     kind, text, checkpoint = KINDS[name], root / "text", root / f"{name}.checkpoint"
-    lines, valid_lines = (read_lines(text / f"{each}.txt") for each in ("train", "valid"))
+    of_text = read_checked_json(text / "text.json")
+    lines, valid_lines = (
+        read_lines(text / f"{each}.txt", of_text[each].get("checksum")) for each in ("train", "valid")
+    )
     tokenizer = kind.tokenizer(list(_head(lines, TOKENIZER_CHARS)), recipe.vocabulary)
     blocks = blocks_of(lines, tokenizer, kind, most=recipe.steps * recipe.batch)
     valid = blocks_of(valid_lines, tokenizer, kind)
 
     training = Training(kind, recipe, tokenizer, device)
-    asked = {"recipe": dataclasses.asdict(recipe), "text": json.loads((text / "text.json").read_text())}
+    asked = {"recipe": dataclasses.asdict(recipe), "text": of_text}
     training.resume(checkpoint, asked)
     progress, every = training.progress, max(1, recipe.steps // CHECKPOINTS)
     begun = time.monotonic() - progress["seconds"], time.process_time() - progress["cpu_seconds"]
@@ -397,7 +421,7 @@ def train(name: str, root: Path, recipe: Recipe, *, device: str = "cpu", command
     with replacing_directory(root / name) as temporary:
         training.model.cpu().save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        (temporary / "reference.json").write_text(json.dumps(facts, indent=1) + "\n")
+        (temporary / "reference.json").write_text(to_checked_json(facts))
     checkpoint.unlink(missing_ok=True)
     return facts
 

@@ -28,6 +28,7 @@ from .frequencies import (
     expected_frequencies,
     vocabulary_prior,
 )
+from .json_file import read_checked_json, to_checked_json
 from .layer import CompressedEmbedding
 from .methods.base import check_table
 from .recipe import LMHead, Recipe
@@ -397,7 +398,7 @@ def save(
         if source is not None:
             _copy_sentence_files(source, directory)
         if report is not None:
-            (directory / REPORT_NAME).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            (directory / REPORT_NAME).write_text(to_checked_json(report, indent=2), encoding="utf-8")
             (directory / "README.md").write_text(model_card(report), encoding="utf-8")
         manifest = json.dumps(sorted(_files(directory)), indent=1)
         (directory / MANIFEST_NAME).write_text(manifest + "\n", encoding="utf-8")
@@ -422,7 +423,8 @@ def read_report(directory: str | os.PathLike) -> Report | None:
     path = Path(directory) / REPORT_NAME
     if not path.is_file():
         return None
+    content = read_checked_json(path)
     try:
-        return Report.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        return Report.model_validate(content)
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error

@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -97,6 +98,15 @@ def check_writable(path: str | os.PathLike, argument: str) -> None:
         _new_file(resolved, 0o600).unlink()
     except OSError as error:
         raise OSError(error.errno, f"{argument}: cannot be written ({error.strerror})", str(path)) from error
+
+
+def file_checksum(path: str | os.PathLike) -> str:
+    """Return the CRC-32 of a file's bytes."""
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return f"crc32:{crc:08x}"
 
 
 def _new_name(path: Path) -> Path:

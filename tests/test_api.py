@@ -448,7 +448,14 @@ def test_a_head_that_cannot_work_is_refused_before_training(source, tmp_path):
 
 def test_a_damaged_report_is_named(tmp_path, source):
     embkern.compress(source, **SVD, output=tmp_path / "out")
-    (tmp_path / "out" / "embkern_report.json").write_text('{"rank": 5}')
-    with pytest.raises(ValueError, match="embkern_report.json is damaged"):
-        read_report(tmp_path / "out")
+    path = tmp_path / "out" / "embkern_report.json"
+    whole = path.read_text()
+    for content in ('{"rank": 5}', whole.replace('"rank": 5', '"rank": 4', 1), "[" * 10**5, "3"):
+        path.write_text(content)
+        with pytest.raises(ValueError, match="embkern_report.json is damaged"):
+            read_report(tmp_path / "out")
+    content = json.loads(whole)
+    assert content.pop("checksum").startswith("crc32:")
+    path.write_text(json.dumps(content))  # as reports were before they had checksums
+    assert read_report(tmp_path / "out").rank == 5
     assert read_report(source) is None

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 
 from benchmarks import installed_text, reference_models
 from benchmarks.installed_text import Document, installed_documents, split
+from embkern.json_file import read_checked_json
 
 LOADERS = {"bert": AutoModelForMaskedLM, "gpt": AutoModelForCausalLM}
 TINY = reference_models.Recipe(steps=30, batch=4, layers=1, width=32, vocabulary=400, learning_rate=1e-2)
@@ -57,7 +58,7 @@ def test_a_trained_model_is_one_that_transformers_loads(root, name):
     facts = reference_models.train(name, root, TINY, command="the command")
     assert facts["valid_losses"][-1][1] < facts["valid_losses"][0][1] - 0.3
     assert facts["valid_perplexity"] < facts["unigram_perplexity"] * 1.5
-    assert json.loads((root / name / "reference.json").read_text()) == facts
+    assert read_checked_json(root / name / "reference.json") == facts
     assert not (root / f"{name}.checkpoint").exists()
 
     model, loading = LOADERS[name].from_pretrained(root / name, output_loading_info=True)
@@ -118,6 +119,25 @@ def test_a_checkpoint_of_another_recipe_is_not_continued(root):
     training.progress = {"step": 5}
     training.resume(root / "checkpoint", {"recipe": 2})
     assert training.progress == {"step": 5}
+    training.resume(root / "checkpoint", {"recipe": 1})
+    assert training.progress["step"] == 0
+    whole, draw = (root / "checkpoint").read_bytes(), random.Random(0)
+    for at in draw.sample(range(len(whole)), 20):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << draw.randrange(8)
+        (root / "checkpoint").write_bytes(damaged)
+        with pytest.raises(ValueError, match="checkpoint is damaged, or of an earlier version"):
+            training.resume(root / "checkpoint", {"recipe": 1})
+
+
+def test_a_damaged_text_is_not_learned_from(root):
+    for name, change in (("train.txt", ("a", "b")), ("text.json", ('"texts": ', '"texts": 1'))):
+        path = root / "text" / name
+        whole = path.read_text()
+        path.write_text(whole.replace(*change, 1))
+        with pytest.raises(ValueError, match=f"{name} is damaged or edited"):
+            reference_models.train("gpt", root, TINY)
+        path.write_text(whole)
 
 
 def test_masks_spare_special_tokens_and_hit_the_share_that_is_meant():

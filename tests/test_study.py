@@ -25,6 +25,7 @@ for package in ("jinja2", "matplotlib", "scipy"):
 from embkern import study
 from embkern.api import load_model, model_bytes
 from embkern.evaluate.perplexity import perplexity
+from embkern.json_file import read_checked_json
 from embkern.methods import METHODS
 from embkern.study.asked import Asked
 from embkern.study.document import value_at
@@ -171,8 +172,13 @@ def test_a_study_measures_what_is_new_and_nothing_else(models, tmp_path):
     told = study.compare(models / "causal", ratios=[2, 3], dataset=text, **asked)
     assert told.measured == 3, "perplexity: of the dense model and at two ratios"
     damaged = tmp_path / "rows" / f"{first.rows[0].id}.json"
-    damaged.write_text("{")
-    assert study.compare(models / "causal", ratios=[2], **asked).measured == 1
+    whole = damaged.read_text()
+    number = re.search(r"\d(?=\.\d+)", whole[whole.index('"result"') :])
+    assert number is not None
+    at = whole.index('"result"') + number.start()
+    for content in ("{", "[" * 10**5, f"{whole[:at]}{9 - int(whole[at])}{whole[at + 1 :]}"):
+        damaged.write_text(content)
+        assert study.compare(models / "causal", ratios=[2], **asked).measured == 1
     assert study.compare(models / "causal", ratios=[2], overwrite=True, **asked).measured == len(first.rows)
 
 
@@ -359,8 +365,8 @@ def test_every_number_is_one_of_a_row(page, done):
     saved = json.loads((done.asked.output / "rows.json").read_text(encoding="utf-8"))
     rows = {row["id"]: Row.model_validate(row) for row in saved["rows"]}
     for row in rows.values():
-        kept = (done.asked.output / "rows" / f"{row.id}.json").read_text(encoding="utf-8")
-        assert Row.model_validate_json(kept) == row
+        kept = read_checked_json(done.asked.output / "rows" / f"{row.id}.json")
+        assert Row.model_validate(kept) == row
     shown: dict[str, set[str]] = {}
     for attributes, text in page.numbers:
         value = value_at(rows[attributes["data-row"]], attributes["data-key"])

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from .._version import __version__
 from ..api import load_tokenizer, save, token_frequencies
 from ..files import replacing
+from ..json_file import read_checked_json, to_checked_json
 from ..layer import CompressedEmbedding, Table
 from ..methods import METHODS
 from ..methods.base import parse_options
@@ -401,7 +402,7 @@ def _run(
         command=command,
     )
     with replacing(folder / RESULT_NAME) as path:
-        path.write_text(cell.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        path.write_text(to_checked_json(cell, indent=2), encoding="utf-8")
     return cell
 
 
@@ -415,7 +416,7 @@ def read_cell(folder: Path) -> Cell | None:
     if not path.is_file():
         return None
     try:
-        return Cell.model_validate_json(path.read_text(encoding="utf-8"))
+        return Cell.model_validate(read_checked_json(path))
     except ValueError as error:
         raise ValueError(
             f"{path} is damaged; overwrite (--overwrite) runs the cell again: {error}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import shutil
 import time
 from collections.abc import Iterator
@@ -23,12 +23,18 @@ from transformers import (
 )
 from transformers.trainer_callback import ProgressCallback
 
+from ..files import file_checksum, replacing
+from ..json_file import read_checked_json, to_checked_json
 from ..layer import CompressedEmbedding
 from ..model_table import input_embeddings
 from ..transformers import stored_table
 from .tasks import Prepared, Training
 
 Freeze = Literal["none", "codes", "table"]
+
+CHECKSUMS_NAME = "embkern_checksums.json"  # in a checkpoint
+
+_log = logging.getLogger(__name__)
 
 _SHARED_BY_ALL_TOKENS = ("basis", "offset")
 
@@ -92,7 +98,7 @@ def train_and_score(
         arguments,
         train_dataset=prepared.train,
         data_collator=DataCollatorWithPadding(tokenizer),
-        callbacks=[_StepBar(quiet)],
+        callbacks=[_StepBar(quiet), _Checksums()],
     )
     for printing in (PrinterCallback, ProgressCallback):  # they write to stdout, which is for results
         trainer.remove_callback(printing)
@@ -125,18 +131,43 @@ class _StepBar(TrainerCallback):
 # ---- checkpoints -----------------------------------------------------------------------------------------
 
 
+class _Checksums(TrainerCallback):
+    """Notes the checksum of every file of a checkpoint once Trainer has written them all."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        with replacing(folder / CHECKSUMS_NAME) as temporary:
+            temporary.write_text(to_checked_json(_checksums_in(folder)), encoding="utf-8")
+
+
+def _checksums_in(folder: Path) -> dict[str, str]:
+    """Checksums of the files in a checkpoint, by name."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".tmp")
+    return {
+        path.relative_to(folder).as_posix(): file_checksum(path)
+        for path in paths
+        if path.name != CHECKSUMS_NAME
+    }
+
+
 def last_checkpoint(folder: Path) -> str | None:
-    """Return the last whole checkpoint in a folder; Trainer writes the state last."""
-    whole = [path for path in folder.glob("checkpoint-*") if _is_json(path / "trainer_state.json")]
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+    """Return the last checkpoint in a folder that is whole: every file has the checksum noted when written.
 
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
+    Later ones are removed with a warning: Trainer keeps the highest number, it would delete new ones instead.
+    """
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for path in reversed(found):
+        try:
+            if read_checked_json(path / CHECKSUMS_NAME) == _checksums_in(path):
+                return str(path)
+            reason = "a file was changed after it was written"
+        except (FileNotFoundError, ValueError) as error:
+            reason = str(error)
+        _log.warning("%s is not whole and is removed: %s", path, reason)
+        shutil.rmtree(path)
+    return None
 
 
 def remove_checkpoints(folder: Path) -> None:

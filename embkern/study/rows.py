@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .._version import __version__
 from ..files import replacing
+from ..json_file import read_checked_json, to_checked_json
 
 DENSE = "dense"  # the method of rows about the model as it is
 _MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model", "*_Pooling/*.json")
@@ -97,7 +98,7 @@ class RowFiles:
         if not path.is_file():
             return None
         try:
-            row = Row.model_validate_json(path.read_bytes())
+            row = Row.model_validate(read_checked_json(path))
         except ValueError:
             _log.warning("%s is damaged and is measured again", path)
             return None
@@ -109,7 +110,7 @@ class RowFiles:
         """Write a row."""
         self.directory.mkdir(parents=True, exist_ok=True)
         with replacing(self._path(row.id)) as temporary:
-            temporary.write_text(row.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(to_checked_json(row), encoding="utf-8")
 
     def _path(self, name: str) -> Path:
         return self.directory / f"{name}.json"

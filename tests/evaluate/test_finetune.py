@@ -6,6 +6,7 @@ import gc
 import itertools
 import json
 import random
+import shutil
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ import embkern
 from embkern import cli
 from embkern.evaluate import GLUE, SQUAD, fine_tune, finetune, glue, squad, training
 from embkern.evaluate.finetune import Cell, summarize
+from embkern.json_file import to_checked_json
 
 from ..tables import quantizing  # noqa: F401 (a fixture)
 
@@ -319,6 +321,10 @@ def test_an_interrupted_study_goes_on_and_ends_the_same(learned, bert, data, tmp
     assert left.name == "checkpoint-40", "only the last one is kept"
     torn = left.with_name("checkpoint-60")  # killed while it was written
     torn.mkdir()
+    flipped = shutil.copytree(left, left.with_name("checkpoint-50"))
+    weights = bytearray((flipped / "model.safetensors").read_bytes())
+    weights[len(weights) // 2] ^= 1
+    (flipped / "model.safetensors").write_bytes(weights)
 
     began = []
     begin = training._StepBar.on_train_begin
@@ -408,10 +414,13 @@ def test_finished_cells_are_not_run_again(bert, data, tmp_path, monkeypatch):
         assert len(runs) == 1, change
         runs.clear()
     assert not list(tmp_path.rglob("result.json")), "overwrite removes the cell before it runs again"
-    (tmp_path / first.cells[0].settings.folder).mkdir()
-    (tmp_path / first.cells[0].settings.folder / "result.json").write_text("{}")
-    with pytest.raises(ValueError, match="result.json is damaged; overwrite"):
-        study(bert, data, tmp_path, **trial)
+    path = tmp_path / first.cells[0].settings.folder / "result.json"
+    path.parent.mkdir()
+    edited = first.cells[0].model_copy(update={"seconds": 1.0})
+    for content in ("{}", "{", "[" * 10**5, to_checked_json(edited).replace('"seconds": 1', '"seconds": 2')):
+        path.write_text(content)
+        with pytest.raises(ValueError, match="result.json is damaged; overwrite"):
+            study(bert, data, tmp_path, **trial)
 
 
 def test_cells_follow_the_files_they_come_from(bert, data, tmp_path):
