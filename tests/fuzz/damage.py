@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from embkern.json_file import to_checked_json
+
 SECONDS, MEMORY = 5, 200 << 20  # that reading a file of some kilobytes may take at most
 _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -143,6 +145,15 @@ def damaged_json(value: Any, changes: list[tuple]) -> str:
 
 def _plain(value: Any) -> bool:
     return not isinstance(value, Raw) and not any(isinstance(c[k], Raw) for c, k in _places(value))
+
+
+def rechecked(text: str) -> str:
+    """A JSON object with the checksum that belongs to it; what is none as it is."""
+    try:
+        content = json.loads(text)
+        return to_checked_json(content) if isinstance(content, dict) else text
+    except (ValueError, RecursionError):
+        return text
 
 
 # ---- safetensors -------------------------------------------------------------------------------------

@@ -52,7 +52,8 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
             return tensor
         return tensor.new_empty(0).set_(_window(tensor)).as_strided(tensor.shape, (1, 1), 1)
     if layout == "negated":
-        return torch._neg_view(-tensor) if tensor.dtype != torch.uint8 else tensor
+        # Only what is imaginary in conjugated numbers has that bit, no whole number.
+        return torch._neg_view(-tensor) if tensor.is_floating_point() else tensor
     if tensor.dim() == 0:
         return tensor
     if layout == "narrowed":

@@ -17,6 +17,7 @@ from embkern import factors as factors_module
 from embkern import frequencies, packed
 from embkern.factors import Factors
 from embkern.frequencies import TokenCounts
+from embkern.json_file import to_checked_json
 from embkern.methods.autoencoder import FORMAT as CHECKPOINT
 from embkern.methods.autoencoder import _read, autoencoder
 from embkern.methods.steps import Weights
@@ -40,6 +41,7 @@ from .damage import (
     json_text,
     place,
     read,
+    rechecked,
     safetensors_bytes,
     with_header,
 )
@@ -207,7 +209,8 @@ def rewritten_case(random: Random) -> Case:
 def test_files_with_checksums_that_hold_are_valid_or_refused(case):
     kind, several = KINDS[case["kind"]], examples(case["kind"])
     data, saved = several[case["example"] % len(several)]
-    metadata = dict(header_of(data)[0]["__metadata__"])
+    first = header_of(data)[0]["__metadata__"]
+    metadata = dict(first)
     tensors = dict(kind.tensors(saved))
     for edit, at, text, how in case["edits"]:
         if edit in ("tensor", "value"):
@@ -222,8 +225,8 @@ def test_files_with_checksums_that_hold_are_valid_or_refused(case):
                 del tensors[how["name"]]
         elif edit == "setting" and kind.format.settings:
             name = kind.format.settings[at % len(kind.format.settings)]
-            if name in metadata:
-                metadata[name] = damaged_json(json.loads(metadata[name]), case["changes"])
+            if name in first and name in metadata:
+                metadata[name] = damaged_json(json.loads(first[name]), case["changes"])
         elif edit in ("key", "drop"):
             name = sorted(metadata)[at % len(metadata)]
             metadata[name] = json_text(text)
@@ -323,7 +326,8 @@ def study_row() -> dict[str, Any]:
 
 
 def study_case(random: Random) -> Case:
-    return dict(changes=json_damage(random) if random.random() < 0.6 else None, bytes=byte_damage(random))
+    changes = json_damage(random) if random.random() < 0.6 else None
+    return dict(changes=changes, bytes=byte_damage(random), checked=random.random() < 0.8)
 
 
 @fuzz(study_case)
@@ -333,9 +337,10 @@ def test_rows_of_a_study(case):
     directory.mkdir(exist_ok=True)
     path = directory / f"{PLAN.id}.json"
     if case["changes"] is None:
-        path.write_bytes(damaged(json.dumps(study_row()).encode(), case["bytes"]))
+        path.write_bytes(damaged(to_checked_json(study_row()).encode(), case["bytes"]))
     else:
-        path.write_bytes(damaged_json(study_row(), case["changes"]).encode("utf-8", "surrogatepass"))
+        text = damaged_json(study_row(), case["changes"])
+        path.write_bytes((rechecked(text) if case["checked"] else text).encode("utf-8", "surrogatepass"))
     with bounded():
         row = RowFiles(directory).get(PLAN)
     assert row is None or (row.depends == PLAN.depends and not row.passing)

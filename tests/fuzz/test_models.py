@@ -37,6 +37,7 @@ from .damage import (
     json_damage,
     place,
     read,
+    rechecked,
     with_header,
 )
 
@@ -167,6 +168,7 @@ def document_case(random: Random) -> Case:
         changes=json_damage(random),
         bytes=byte_damage(random),
         place=random.choice(HOSTILE_PLACES[:-1]),
+        checked=random.random() < 0.8,
     )
 
 
@@ -196,7 +198,8 @@ def test_documents(case):
     elif case["how"] == "bytes":
         path.write_bytes(damaged(json.dumps(document).encode(), case["bytes"]))
     else:
-        path.write_bytes(damaged_json(document, case["changes"]).encode("utf-8", "surrogatepass"))
+        text = damaged_json(document, case["changes"])
+        path.write_bytes((rechecked(text) if case["checked"] else text).encode("utf-8", "surrogatepass"))
     with bounded():
         if case["kind"] == "manifest":  # one that cannot be read lists nothing, so that nothing is replaced
             (directory / "config.json").touch()
