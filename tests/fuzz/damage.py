@@ -163,7 +163,8 @@ def safetensors_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> b
     header: dict[str, Any] = {"__metadata__": metadata}
     parts, at = [], 0
     for name, tensor in tensors.items():
-        data = tensor.contiguous().resolve_neg().reshape(-1).view(torch.uint8).numpy().tobytes()
+        flat = tensor.contiguous().reshape(-1)
+        data = flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy().tobytes()
         dtype = _NAMES[tensor.dtype]
         header[name] = dict(dtype=dtype, shape=list(tensor.shape), data_offsets=[at, at + len(data)])
         parts.append(data)

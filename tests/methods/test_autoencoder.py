@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -18,7 +19,7 @@ from safetensors import safe_open
 from torch.testing import assert_close
 
 from embkern.methods import autoencoder, svd
-from embkern.methods.autoencoder import AutoencoderOptions
+from embkern.methods.autoencoder import FORMAT, AutoencoderOptions
 from embkern.tensor_file import TensorFormat
 
 QUICK = dict(epochs=3, batch_size=16, progress=False)
@@ -228,6 +229,18 @@ def test_a_foreign_or_damaged_checkpoint_is_refused(table, tmp_path):
         autoencoder(table, 3, **QUICK, checkpoint=path)
     torch.save({"identity": {}, "epoch": 1}, path)  # as checkpoints once were
     with pytest.raises(ValueError, match=f"checkpoint: {path} is of an earlier version of embkern"):
+        autoencoder(table, 3, **QUICK, checkpoint=path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("best_score", math.nan), ("best_score", math.inf), ("step", 2**60), ("epoch", 0)]
+)
+def test_a_checkpoint_that_no_run_wrote_is_refused(table, tmp_path, name, value):
+    path = tmp_path / "c"
+    autoencoder(table, 3, **QUICK, checkpoint=path)
+    tensors, settings = FORMAT.load(path, lambda *each: each)
+    FORMAT.save(path, tensors, **{**settings, name: value})
+    with pytest.raises(ValueError, match=f"checkpoint: {path}: .*{name}"):
         autoencoder(table, 3, **QUICK, checkpoint=path)
 
 

@@ -255,6 +255,7 @@ def test_non_contiguous_arguments(backend, device):
         (dict(target=torch.zeros(3, 4, device="meta")), ValueError, "target: expected device cpu"),
         (dict(row_weight=torch.ones(4)), ValueError, r"row_weight: expected shape \(3,\), got \(4,\)"),
         (dict(row_weight=torch.ones(3, requires_grad=True)), ValueError, "row_weight: .* without gradient"),
+        (dict(row_weight=torch.ones(3).cfloat()), TypeError, "row_weight: expected a real dtype"),
         (dict(output=torch.zeros(3, 0), target=torch.zeros(3, 0)), ValueError, "H >= 1"),
         (dict(eps=0.0), ValueError, "eps: expected at least 1.18e-38, got 0.0"),
         (dict(alpha=0.0), ValueError, "alpha: expected a positive number, got 0.0"),
