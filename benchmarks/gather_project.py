@@ -51,9 +51,9 @@ from .shapes import COUNTS, MODELS, SENTENCES, STREAMS, UnavailableError, id_set
 
 CHECKED_ROWS = 512
 # Values of the smallest result that a check compares at least, over several batches where one has fewer. Two
-# kernels as good as each other differ by their draw of rounding errors: the ratio of the root mean squares of n
-# errors each has a standard deviation of about n^-1/2. One row of 24 values fails a factor of 2 in one run of a
-# hundred; at 256 values the factor is seven standard deviations away, even for errors a third larger.
+# kernels as good as each other differ by their draw of rounding errors: the ratio of the root mean squares of
+# n errors each has a standard deviation of about n^-1/2. One row of 24 values fails a factor of 2 in one run
+# of a hundred; at 256 values the factor is seven standard deviations away, even for errors a third larger.
 CHECKED_VALUES = 256
 ID_SETS = 8
 KEPT_BYTES = 2**28  # of outputs that the backward mode may keep alive per provider
@@ -329,7 +329,7 @@ def mode_call(mode: str, lookup: Lookup, ids: Tensor, upstream: Tensor | None) -
 
 
 class Check:
-    """Whether a provider is right, against float64: for one batch of ids, or more of its size if it is small."""
+    """Whether a provider is right, against float64: for a batch of ids, or several if they are small."""
 
     def __init__(self, problem: Problem, ids: Tensor, mode: str) -> None:
         self.problem, self.mode = problem, mode
@@ -337,14 +337,16 @@ class Check:
         if mode != FORWARD:  # of the gradient of the codes, or of the offset
             values = min(len(ids.unique()) * problem.codes.shape[1], problem.model.H)
         batches = -(-CHECKED_VALUES // values)
-        self.batches = [(ids + k) % problem.model.V for k in range(batches)]
         shape = (len(ids), problem.model.H)
         self.output_bytes = shape[0] * shape[1] * problem.dtype.itemsize
         self.upstream = None
+        upstreams: list[Tensor | None] = [None] * batches
         if mode != FORWARD:
             generator = torch.Generator(problem.device).manual_seed(1)
             upstream = torch.randn(shape, generator=generator, device=problem.device)
             self.upstream = upstream.to(problem.dtype)
+            upstreams = [self.upstream.roll(k, 1) for k in range(batches)]
+        self.batches = [((ids + k) % problem.model.V, each) for k, each in enumerate(upstreams)]
         picked = torch.linspace(0, len(ids) - 1, min(len(ids), CHECKED_ROWS), dtype=torch.float64)
         self.picked = picked.round().long().to(ids.device)
         self.plain: list[float] | None = None
@@ -370,13 +372,13 @@ class Check:
 
     def _errors(self, lookup: Lookup) -> list[float]:
         """The relative error of each result, of all batches together."""
-        of_batches = [self._results(lookup, ids) for ids in self.batches]
+        of_batches = [self._results(lookup, ids, upstream) for ids, upstream in self.batches]
         return [
             relative_error(torch.cat([got for got, _ in each]), torch.cat([exact for _, exact in each]))
             for each in zip(*of_batches, strict=True)
         ]
 
-    def _results(self, lookup: Lookup, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _results(self, lookup: Lookup, ids: Tensor, upstream: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         """What a provider makes of a batch, each beside the exact result."""
         if self.mode == FORWARD:
             rows = lookup.call(ids)
@@ -384,8 +386,9 @@ class Check:
             picked = ids[self.picked]
             exact = lookup.own_rows(picked) if lookup.own_rows else self._exact_rows(picked)
             return [(rows[self.picked], exact)]
-        grads = mode_call(self.mode, lookup, ids, self.upstream)()
-        return list(self._pairs(grads, ids, dense=lookup.own_rows is not None))
+        assert upstream is not None
+        grads = mode_call(self.mode, lookup, ids, upstream)()
+        return list(self._pairs(grads, ids, upstream.double(), dense=lookup.own_rows is not None))
 
     def _exact_rows(self, ids: Tensor) -> Tensor:
         with torch.no_grad():
@@ -396,10 +399,10 @@ class Check:
         codes, basis, offset = self.problem.factors
         return codes.detach()[ids], basis.detach(), offset.detach()
 
-    def _pairs(self, grads: tuple[Tensor, ...], ids: Tensor, dense: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    def _pairs(
+        self, grads: tuple[Tensor, ...], ids: Tensor, upstream: Tensor, dense: bool
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Each gradient beside the exact one; of a table only the rows that occur, the rest is zero."""
-        assert self.upstream is not None
-        upstream = self.upstream.double()
         distinct, position = ids.unique(return_inverse=True)
         codes, basis, _ = (factor.double() for factor in self._gathered(ids))
         per_position = upstream if dense else upstream @ basis.t()

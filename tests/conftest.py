@@ -96,6 +96,11 @@ def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def assert_no_worse_than(got, native, exact, tiny: float = 1e-7) -> None:
-    """The numerical contract: at most twice the error that plain torch makes in the same dtype."""
+    """The numerical contract: at most twice the error that plain torch makes in the same dtype.
+
+    Or what one rounding of the exact result may cost, half an eps: of few values plain torch may have less by
+    luck.
+    """
     ours, theirs = relative_error(got, exact), relative_error(native, exact)
-    assert ours <= 2 * theirs + tiny, f"error {ours:.2e}, plain torch makes {theirs:.2e}"
+    rounding = torch.finfo(got.dtype).eps / 2
+    assert ours <= max(2 * theirs, rounding) + tiny, f"error {ours:.2e}, plain torch makes {theirs:.2e}"

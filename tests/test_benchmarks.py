@@ -16,6 +16,8 @@ from benchmarks import common, cosine_mse, gather_decode, gather_project, gpu_ch
 from benchmarks.peers import BOTH, FORWARD, PROVIDERS, Lookup, Problem, Provider
 from benchmarks.shapes import MAX_TEXT_REPEATS, MODELS, UnavailableError, id_sets
 
+from .conftest import seed_of
+
 TINY = MODELS["tiny"]
 
 
@@ -32,6 +34,17 @@ def test_every_provider_is_right(name, dtype):
     for mode in provider.modes:
         with torch.set_grad_enabled(mode != FORWARD):
             gather_project.Check(problem, ids, mode)(lookup)
+
+
+@pytest.mark.parametrize("mode", gather_project.MODES)
+def test_the_check_of_one_token_compares_enough_values(mode):
+    """Two kernels as good as each other differ by more than 2 in one row of 24 values now and then."""
+    for seed in range(40):
+        problem = Problem(TINY, TINY.ranks[0], torch.float32, "cpu", seed_of(seed))
+        check = gather_project.Check(problem, torch.tensor([17 * seed % TINY.V]), mode)
+        for first, second in (("two-step", "embkern"), ("embkern", "two-step")):
+            errors, plain = (check._errors(PROVIDERS[name].build(problem)) for name in (first, second))
+            assert all(error <= 2 * each + 1e-7 for error, each in zip(errors, plain, strict=True))
 
 
 def test_the_check_refuses_what_is_wrong():

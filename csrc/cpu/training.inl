@@ -125,9 +125,7 @@ RowSums row_sums(const T* output, const T* target, int64_t width) {
   const RowSums sums{total(dot), total(yy), total(xx), total(ee), false};
   if constexpr (std::is_same_v<A, double>) return sums;
   const auto inside = [](double square) { return square > kSmallSquare && square < kLargeSquare; };
-  // The error of a good fit may be too small where the rows are not; a row and itself have none.
-  const bool error_inside = sums.error_square > kSmallSquare || output == target;
-  if (inside(sums.output_square) && inside(sums.target_square) && error_inside) return sums;
+  if (inside(sums.output_square) && inside(sums.target_square)) return sums;
   return wide_row_sums(output, target, width);
 }
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -153,6 +156,50 @@ def test_zero_and_extreme_rows_fall_back(backend, device):
         assert_no_worse_than(got, native, expected, tiny=1e-6)
 
 
+@pytest.mark.parametrize("size", [10.0, 1e3])
+@pytest.mark.parametrize("cancels", ["codes", "offset"])
+def test_codes_that_undo_each_other_or_the_offset_fall_back(backend, device, cancels, size):
+    """|y|^2 is small against the squares that it is made of: in r dimensions their rounding would remain."""
+    target, parameters = problem(1031, 80, 19, torch.float64)
+    codes, basis = parameters["codes"], parameters["basis"]
+    if cancels == "codes":
+        basis[1] = basis[0] + basis[1] / size
+        codes[:, 0] = size * codes[:, 1]
+        codes[:, 1] = torch.randn(1031) - codes[:, 0]
+    else:
+        parameters["offset"] = size * basis[0]
+        codes[:, 0] -= size
+    target, parameters = target.to(device).float(), {k: v.to(device).float() for k, v in parameters.items()}
+    ours, plain, exact = (
+        loss_and_gradients(loss_of, target, parameters, FORMS["codes"], dtype)
+        for loss_of, dtype in (
+            (lambda x, **p: autoencoder_loss(x, **p, backend=backend), torch.float32),
+            (composed, torch.float32),
+            (composed, torch.float64),
+        )
+    )
+    for got, native, expected in zip(ours, plain, exact, strict=True):
+        assert_no_worse_than(got, native, expected, tiny=1e-6)
+
+
+def test_products_beyond_fp32_fall_back(backend, device):
+    """<x, d> and <d, d> are infinite for a d of 1e30, where its codes make y an ordinary row."""
+    target, parameters = problem(1031, 80, 19, device=device)
+    target *= 1e9
+    parameters["basis"] *= 1e30
+    parameters["codes"] *= 1e-21
+    for sign in (1, -1):
+        parameters["offset"] = sign * 1e9 * parameters["offset"].sign()
+        results = [
+            loss_and_gradients(
+                lambda x, chosen=chosen, **p: autoencoder_loss(x, **p, mse_weight=0.0, backend=chosen),
+                target, parameters, ("codes", "basis", "offset"), dtype,
+            )
+            for chosen, dtype in ((backend, torch.float32), ("torch", torch.float64))
+        ]  # fmt: skip
+        assert relative_error(results[0][0], results[1][0]) < 1e-5
+
+
 @pytest.mark.parametrize("N", [45, 1031])
 def test_the_same_bits_for_any_number_of_threads(native, N):
     target, parameters = problem(N, 80, 37)
@@ -279,6 +326,38 @@ def test_training_refuses_an_id_out_of_range_untouched(native):
     with pytest.raises(IndexError, match="order: expected 0 <= id < 10, got 10 at position 1"):
         train(rows, torch.tensor([0, 10]), 2, parameters, 0, 3)
     assert torch.equal(parameters, start)
+
+
+def test_another_thread_that_writes_the_order_makes_no_read_beyond_the_rows(native):
+    """The ids of all steps are read once, and checked, before the first step."""
+    script = """
+import threading, time, torch
+from embkern.ops.library import load_native
+assert load_native() is None
+rows, order, done = torch.randn(64, 8), torch.arange(6400) % 64, False
+def write():
+    while not done:
+        order[-1:].fill_(2**40)
+        order[-1:].fill_(63)
+writer = threading.Thread(target=write)
+writer.start()
+trained, end = 0, time.monotonic() + 1
+while time.monotonic() < end:
+    state = [torch.zeros(2 * 3 * 8 + 3 + 8) for _ in range(3)]
+    try:
+        torch.ops.embkern.autoencoder_train.native(
+            rows, order, 16, *state, 3, 0, 1e-3, 0.9, 0.999, 1e-8, 1.0, 1.0, 0.0, 0.0, 1.0, 1e-8
+        )
+        trained += 1
+    except IndexError as error:
+        assert "order: expected 0 <= id < 64" in str(error)
+done = True
+writer.join()
+assert trained > 0
+print("read nothing beyond")
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.stdout.strip() == "read nothing beyond", f"exit code {run.returncode}\n{run.stderr}"
 
 
 def test_raw_op_passes_opcheck(native):

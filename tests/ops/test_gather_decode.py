@@ -434,6 +434,49 @@ def test_bad_arguments_are_named(change, error, message):
         gather_decode(**dict(ids=p.ids, embedding_dim=p.H) | arguments | change)
 
 
+def test_another_thread_that_writes_the_table_makes_no_read_beyond_it(native):
+    """Tiers, directory and ids are written while rows are decoded; the records end before a page that is not.
+
+    A lookup reads what bounds its reads once. A table that is not right when it is read is refused.
+    """
+    script = """
+import ctypes, mmap, threading, time, torch
+from embkern.ops import gather_decode
+V = 32 * 416
+memory = mmap.mmap(-1, V * 4 + mmap.PAGESIZE)
+start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+assert V * 4 % mmap.PAGESIZE == 0
+assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + V * 4), mmap.PAGESIZE, 0) == 0
+records = torch.frombuffer(memory, dtype=torch.int32, count=V)  # a word, one group of one bit, for every row
+directory = torch.zeros(V // 32, 5, dtype=torch.int32)
+directory[:, 0] = torch.arange(V // 32) * 32
+tiers, ids = torch.tensor([[0, 1]], dtype=torch.uint8), torch.arange(V - 1, -1, -1)
+levels, scales = torch.zeros(4, 128, dtype=torch.int16), torch.ones(V)
+changed = [(tiers[0, 1:], 8), (directory[-1], 2**30), (ids[-1:], 2**40)]
+before, done = [part.clone() for part, _ in changed], False
+def write():
+    while not done:
+        for (part, wrong), right in zip(changed, before):
+            part.fill_(wrong)
+            part.copy_(right)
+writer = threading.Thread(target=write)
+writer.start()
+decoded, end = 0, time.monotonic() + 1
+while time.monotonic() < end:
+    try:
+        gather_decode(ids, records, directory, tiers, levels, scales, embedding_dim=32, backend="native")
+        decoded += 1
+    except (ValueError, IndexError) as error:
+        assert "expected" in str(error)
+done = True
+writer.join()
+assert decoded > 0
+print("read nothing beyond")
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.stdout.strip() == "read nothing beyond", f"exit code {run.returncode}\n{run.stderr}"
+
+
 def test_no_dtype_change_under_autocast(backend, device):
     p = small(device=device)
     leaves = [f.requires_grad_() for f in p.factors]
