@@ -421,9 +421,21 @@ def train(name: str, root: Path, recipe: Recipe, *, device: str = "cpu", command
     with replacing_directory(root / name) as temporary:
         training.model.cpu().save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        facts["files"] = {path.name: file_checksum(path) for path in sorted(temporary.iterdir())}
         (temporary / "reference.json").write_text(to_checked_json(facts))
     checkpoint.unlink(missing_ok=True)
     return facts
+
+
+def damaged(directory: Path) -> str | None:
+    """Return what is wrong with a model that `train` wrote, None if every file is as it was."""
+    try:
+        for name, expected in read_checked_json(directory / "reference.json").get("files", {}).items():
+            if (got := file_checksum(directory / name)) != expected:
+                return f"{name} was changed (expected {expected}, got {got})"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def _head(texts: Sequence[str], most: int) -> Iterator[str]:
@@ -452,6 +464,8 @@ def main(arguments: list[str]) -> None:
     for name in options.models:
         if name not in wanted:
             print(f"{name}: is in {root / name} already (--overwrite trains it again)")
+            if reason := damaged(root / name):
+                raise ValueError(f"{root / name} is damaged: {reason}; --overwrite trains it again")
     if wanted and not (root / "text").exists():
         print("collecting text of this installation: a minute or two", flush=True)
         write_text(root / "text")

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ._version import __version__
 from .evaluate import compare_tables, embed_sentences, read_sentences, sentence_fidelity
 from .evaluate.sentences import pooling_of
-from .files import replacing_directory
+from .files import check_writable_directory, replacing_directory
 from .frequencies import (
     COMPRESSION_STRENGTH,
     TokenCounts,
@@ -345,13 +344,11 @@ def check_output(output: str | os.PathLike, overwrite: bool, source: Any = None)
             raise ValueError(
                 f"output: {output} is, or holds, the model to read ({source}); choose another name"
             )
-    folder = next(each for each in (path.parent, *path.parents) if each.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise PermissionError(f"output: {folder} is not a directory that can be written")
     if os.path.ismount(path):
         raise OSError(
             f"output: {path} is a mount point and cannot be replaced whole; name a directory inside it"
         )
+    check_writable_directory(path.parent, "output")
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not overwrite:
@@ -391,10 +388,12 @@ def save(
     with replacing_directory(output) as directory:
         try:
             model.save_pretrained(directory)
-        except SafetensorError as error:
-            raise disk_error(error) from error
-        if tokenizer is not None:
-            tokenizer.save_pretrained(directory)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(directory)
+        except Exception as error:  # a full disk is no OSError in safetensors, and an Exception in tokenizers
+            if refused := disk_error(error):
+                raise refused from error
+            raise
         if source is not None:
             _copy_sentence_files(source, directory)
         if report is not None:

@@ -16,6 +16,11 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 # The medium's refusals: no space, a quota, the limit of a file's size, a read-only or a failing device.
 _REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
@@ -28,14 +33,15 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         OSError: the disk refuses (it is full, for example); it names ``path``, which is as it was.
     """
     given, path = path, Path(path).resolve()  # a link stays a link
-    mode = path.stat().st_mode & 0o777 if path.exists() else None
+    mode = path.stat().st_mode & 0o777 if path.exists() else None  # what was there keeps its permissions
     with _naming(given):
         temporary = _new_file(path, 0o666 if mode is None else 0o600)
+    if mode is None:
+        mode = temporary.stat().st_mode & 0o777  # safetensors puts a file of its own, with 0600, in its place
     try:
         with _naming(given, temporary):
             yield temporary
-            if mode is not None:
-                os.chmod(temporary, mode)  # what was there keeps its permissions
+            os.chmod(temporary, mode)
             _sync(temporary)
             temporary.replace(path)
             _sync(path.parent)
@@ -76,7 +82,7 @@ def replacing_directory(path: str | os.PathLike) -> Iterator[Path]:
 def check_writable(path: str | os.PathLike, argument: str) -> None:
     """Raise unless a file can be written at ``path``: before the work whose result it is to hold.
 
-    Tried by making a file beside it, since permissions alone do not tell (a read-only mount, an ACL).
+    Tried by making a file beside it, since permissions alone do not tell (a read-only mount, root in /proc).
 
     Args:
         path: of the file.
@@ -94,10 +100,52 @@ def check_writable(path: str | os.PathLike, argument: str) -> None:
         raise IsADirectoryError(f"{argument}: expected a file, got the directory {path}")
     if os.path.ismount(resolved):
         raise OSError(errno.EBUSY, f"{argument}: a mount point cannot be replaced", str(path))
+    _try(resolved, path, argument)
+
+
+def check_writable_directory(path: str | os.PathLike, argument: str) -> None:
+    """Raise unless files can be written in a directory at ``path``, which may be made first.
+
+    Raises:
+        OSError: nothing can be written there, or a file is in the way.
+    """
+    resolved = Path(path).resolve()
+    folder = next(each for each in (resolved, *resolved.parents) if each.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{argument}: expected a directory, got {path}: {folder} is a file")
+    _try(folder / "new", path, argument)
+
+
+def _try(place: Path, path: str | os.PathLike, argument: str) -> None:
     try:
-        _new_file(resolved, 0o600).unlink()
+        _new_file(place, 0o600).unlink()
     except OSError as error:
         raise OSError(error.errno, f"{argument}: cannot be written ({error.strerror})", str(path)) from error
+
+
+@contextlib.contextmanager
+def alone_in(directory: str | os.PathLike, argument: str) -> Iterator[None]:
+    """Keep other processes out of a directory that exists, as far as they ask here; a kill ends that, too.
+
+    Raises:
+        BlockingIOError: another process is in it.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            reason = f"{argument}: expected a directory for this process alone, another one writes there"
+            raise BlockingIOError(error.errno, reason, os.fspath(directory)) from error
+        except OSError as error:
+            if error.errno not in (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+                raise  # those are of file systems that know no locks
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def file_checksum(path: str | os.PathLike) -> str:
@@ -135,6 +183,8 @@ def _naming(path: str | os.PathLike, temporary: Path | None = None) -> Iterator[
 
 def _sync(path: Path) -> None:
     """Wait until a file's content, or a directory's names, are on the disk."""
+    if os.name == "nt":  # which opens no directories, and synchronises nothing that is open for reading
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -105,6 +105,8 @@ class PackedTable:
         """Bound H by the tensors: basis and offset have H columns; without both, tiers have H values."""
         if type(self.embedding_dim) is not int or self.embedding_dim < 1:
             raise ValueError(f"embedding_dim: expected a positive integer, got {self.embedding_dim!r}")
+        if self.basis is not None and self.basis.shape[0] == 0:
+            raise ValueError("basis: expected (K, H) with K of at least 32, or None, got no rows")
         widest = GROUP * (self.tiers.shape[1] - 1)
         if self.basis is None and self.offset is None and self.embedding_dim > widest:
             raise ValueError(

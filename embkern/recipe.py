@@ -85,7 +85,9 @@ class Recipe(BaseModel):
             raise FileNotFoundError(f"recipe: expected a YAML file, found none at {path}")
         try:
             fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
+        except RecursionError as error:
+            raise ValueError(f"recipe: {path} is not readable YAML (nested too deep)") from error
+        except (yaml.YAMLError, ValueError) as error:
             raise ValueError(f"recipe: {path} is not readable YAML ({error})") from error
         if not isinstance(fields, dict) or not all(isinstance(name, str) for name in fields):
             raise ValueError(f"recipe: expected a mapping of names in {path}, got {fields!r}")

@@ -155,9 +155,11 @@ def _read_header(file: BinaryIO, path: str | os.PathLike) -> tuple[int, dict[str
         for entry in header.values():
             first, last = entry["data_offsets"]
             if not isinstance(entry["dtype"], str) or not all(
-                isinstance(n, int) and n >= 0 for n in (first, last, *entry["shape"])
+                type(n) is int and 0 <= n < 2**63 for n in (first, last, *entry["shape"])
             ):
                 raise ValueError("a tensor without dtype, shape or offsets")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except RecursionError as error:
+        raise ValueError(f"{path} is not a readable safetensors file (nested too deep)") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error})") from error
     return 8 + length, header

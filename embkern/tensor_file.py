@@ -63,7 +63,9 @@ class TensorFormat:
             try:
                 save_file(stored, temporary, metadata)
             except SafetensorError as error:
-                raise disk_error(error) from error
+                if refused := disk_error(error):
+                    raise refused from error
+                raise
             _sort_metadata(temporary)
 
     def load(self, path: str | os.PathLike, build: Callable[[dict[str, Any], dict[str, Any]], T]) -> T:
@@ -76,12 +78,7 @@ class TensorFormat:
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"path: expected a file of {self.content}, found none at {path}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, RuntimeError, KeyError) as error:  # the latter two of a dtype torch lacks
-            raise ValueError(f"{path} is not a readable safetensors file ({error})") from error
+        tensors, metadata = _read(path)
         if (got := metadata.get("format")) != self.name:
             raise ValueError(f"{path}: expected format {self.name!r}, got {got!r}")
         try:
@@ -119,6 +116,28 @@ class TensorFormat:
         return settings
 
 
+def _read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of one version of a file, though a writer may replace it."""
+    while True:
+        before, failure = _identity(path), None
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, RuntimeError, KeyError) as error:  # the latter two of a dtype torch lacks
+            failure = error
+        if _identity(path) != before:  # safetensors opens a file twice: header and tensors may not be of one
+            continue
+        if failure is not None:
+            raise ValueError(f"{path} is not a readable safetensors file ({failure})") from failure
+        return tensors, metadata
+
+
+def _identity(path: str | os.PathLike) -> tuple[int, ...]:
+    found = os.stat(path)
+    return found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
+
+
 def _tensor(setting: Any) -> Tensor:
     """A whole number as its checksum takes it."""
     if type(setting) is not int or not -(2**63) <= setting < 2**63:
@@ -146,10 +165,10 @@ def _sort_metadata(path: Path) -> None:
         file.write(text)
 
 
-def disk_error(error: SafetensorError) -> Exception:
-    """Return the OSError that safetensors put into words, such as that of a full disk; else the error."""
+def disk_error(error: Exception) -> OSError | None:
+    """Return the OSError that a library of Rust put into words, such as that of a full disk, if it is one."""
     found = re.search(r"\(os error (\d+)\)", str(error))
-    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else error
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
 
 
 def checksum(tensor: Tensor) -> str:

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from embkern import files
 from embkern.files import replacing, replacing_directory
@@ -103,11 +105,23 @@ def test_permissions_follow_the_umask(tmp_path):
             temporary.write_text("x")
         with replacing_directory(tmp_path / "d"):
             pass
+        with replacing(tmp_path / "s") as temporary:
+            save_file({"a": torch.ones(1)}, temporary)
     finally:
         os.umask(before)
     assert (tmp_path / "f").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "s").stat().st_mode & 0o777 == 0o640, "whatever safetensors does"
     (tmp_path / "f").chmod(0o600)
     with replacing(tmp_path / "f") as temporary:
         temporary.write_text("y")
     assert (tmp_path / "f").stat().st_mode & 0o777 == 0o600, "what was there keeps its mode"
     assert (tmp_path / "d").stat().st_mode & 0o777 == 0o750
+
+
+def test_the_umask_is_never_set(tmp_path, monkeypatch):
+    """It is one for all threads: a file that another makes meanwhile would have no protection."""
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("set the umask of the whole process"))
+    with replacing(tmp_path / "f") as temporary:
+        temporary.write_text("x")
+    with replacing_directory(tmp_path / "d"):
+        pass

@@ -112,3 +112,9 @@ def test_counts_reach_methods_that_weigh_rows_and_no_other(monkeypatch):
     Recipe.parse(method="quantize", rank=1).factorize(torch.randn(90, 24), counts)
     Recipe.parse(method="light", rank=2).factorize(torch.randn(90, 24), counts)
     assert given == {1: {"counts": counts}, 2: {}}
+
+
+def test_a_recipe_of_any_depth_is_refused(tmp_path):
+    (tmp_path / "r").write_text("a: " + "[" * 3000)
+    with pytest.raises(ValueError, match="recipe: .* is not readable YAML"):
+        Recipe.from_yaml(tmp_path / "r")

@@ -212,6 +212,12 @@ def test_the_command_trains_what_is_not_there(root, capsys, monkeypatch):
     reference_models.main(arguments)
     assert "is in" in capsys.readouterr().out
     assert (root / "reference" / "gpt" / "reference.json").read_text() == written
+    weights = root / "reference" / "gpt" / "model.safetensors"
+    flipped = bytearray(weights.read_bytes())
+    flipped[-1] ^= 1
+    weights.write_bytes(flipped)
+    with pytest.raises(ValueError, match=r"gpt is damaged: model.safetensors was changed .* --overwrite"):
+        reference_models.main(arguments)
     reference_models.main([*arguments, "--overwrite"])
     assert (root / "reference" / "gpt" / "reference.json").read_text() != written
 

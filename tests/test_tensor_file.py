@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from embkern import tensor_file
 from embkern.factors import Factors
 from embkern.frequencies import TokenCounts
 from embkern.packed import PackedTable
@@ -226,7 +227,7 @@ def edited(path, **metadata):
     tensors = load_file(path)
     with safe_open(path, "pt") as file:
         metadata = {**file.metadata(), **metadata}
-    metadata.pop("header")
+    metadata.pop("header", None)
     save_file(tensors, path, metadata)
 
 
@@ -261,6 +262,23 @@ def test_a_width_that_the_tiers_do_not_describe_is_refused(tmp_path, value):
         PackedTable.load(path)
 
 
+def test_a_basis_without_rows_bounds_no_width(tmp_path):
+    path, H = tmp_path / "p", 2**40
+    PackedTable.load(DATA / "packed-1.safetensors").save(path)
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() | {"embedding_dim": str(H)}
+    metadata.pop("header", None)
+    tensors["basis"] = torch.zeros(0, H, dtype=tensors["scales"].dtype)  # of no bytes
+    checked = {**tensors, "embedding_dim": torch.tensor(H)}
+    metadata["checksums"] = json.dumps({name: checksum(tensor) for name, tensor in checked.items()})
+    save_file(tensors, path, metadata)
+    with pytest.raises(
+        ValueError, match="basis: expected .K, H. with K of at least 32, or None, got no rows"
+    ):
+        PackedTable.load(path)
+
+
 @pytest.mark.parametrize("value", ["[" * 10**5, '{"a":' * 10**5, '"' + "[" * 10**5 + '"', "9" * 5000, "NaN"])
 @pytest.mark.parametrize(
     ("name", "setting"), [("factors-1", "activation"), ("counts-1", "facts"), ("counts-1", "checksums")]
@@ -288,3 +306,20 @@ def test_facts_of_counts_are_of_their_types(tmp_path, facts):
 def test_factors_of_no_rows_or_no_rank_are_refused(codes):
     with pytest.raises(ValueError, match="expected V, r and H of at least 1"):
         Factors(torch.zeros(codes), torch.zeros(codes[1], 5))
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_anew(tmp_path, monkeypatch):
+    path, other = tmp_path / "f", Factors(torch.zeros(3, 2), torch.zeros(2, 5))
+    Factors(torch.ones(3, 2), torch.ones(2, 5)).save(path)
+    opened = []
+
+    def opening(*args, **kwargs):
+        """Open the header; safetensors opens the file again for the tensors."""
+        if not opened:
+            other.save(path)
+        opened.append(path)
+        return safe_open(*args, **kwargs)
+
+    monkeypatch.setattr(tensor_file, "safe_open", opening)
+    assert not Factors.load(path).codes.any()
+    assert len(opened) == 2

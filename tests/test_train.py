@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from embkern.factors import Factors
+from embkern.methods.sharded import SHARDS
 from embkern.recipe import Recipe
 from embkern.train import train
 from tests.methods.test_sharded import environments
@@ -62,3 +63,11 @@ def test_what_cannot_be_written_is_refused_before_training(table, tmp_path, monk
     with pytest.raises(error, match=f"{argument}: {message}"):
         train(table, "t", RECIPE, **places, progress=False)
     assert os.listdir(tmp_path) == ["table"]
+
+
+def test_torchrun_has_the_bytes_of_one_process_with_as_many_shards(table, tmp_path, monkeypatch):
+    train(table, "t", RECIPE, tmp_path / "one", shards=SHARDS, progress=False)
+    for name, value in environments(1)[0].items():
+        monkeypatch.setenv(name, value)
+    train(table, "t", RECIPE, tmp_path / "torchrun", progress=False)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "torchrun").read_bytes()

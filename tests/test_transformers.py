@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import random
 from pathlib import Path
 
 import pytest
@@ -584,6 +585,19 @@ def test_a_changed_value_of_a_saved_config_is_noticed(saved):
                 load(saved)
     path.write_text(whole)
     load_model(saved)
+
+
+def test_a_flipped_bit_of_a_description_is_noticed(saved):
+    path, draw = saved / "config.json", random.Random(0)
+    whole = path.read_bytes()
+    start = whole.index(b'"quantization_config"')
+    stop = whole.index(b'"shapes"', start)
+    for at in draw.sample(range(start, stop), 40):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="model: .* cannot be loaded: "):
+            load_model(saved)
 
 
 @pytest.mark.parametrize(

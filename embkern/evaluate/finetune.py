@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from .._version import __version__
 from ..api import load_tokenizer, save, token_frequencies
-from ..files import replacing
+from ..files import alone_in, check_writable_directory, replacing
 from ..json_file import read_checked_json, to_checked_json
 from ..layer import CompressedEmbedding, Table
 from ..methods import METHODS
@@ -181,6 +181,7 @@ def fine_tune(
     Raises:
         ValueError: an argument, the model, its tokenizer or the data is not usable; it names what.
         FileNotFoundError: the model or the data cannot be had.
+        OSError: ``output`` cannot be written, or another process is at one of its cells.
         ImportError: datasets, accelerate or scikit-learn is not installed.
     """
     _check_names(methods, ratio, seeds, freeze)
@@ -189,6 +190,7 @@ def fine_tune(
                    max_eval_samples=max_eval_samples)  # fmt: skip
     for module in ("datasets", "accelerate", "sklearn"):
         require(module)
+    check_writable_directory(output, "output")
     source = _Source(os.fspath(model), data, counts, count_text)
     grid = [
         Settings(
@@ -214,14 +216,17 @@ def fine_tune(
         for settings in bar:
             bar.set_postfix_str(f"{settings.task} {settings.method} seed {settings.seed}")
             folder = Path(output) / settings.folder
-            if overwrite:
-                shutil.rmtree(folder, ignore_errors=True)
+            if overwrite and folder.exists():
+                with alone_in(folder, "output"):
+                    shutil.rmtree(folder)
             cell = read_cell(folder)
             if cell is None:
                 task = by_name[settings.task]
                 options = {"eval_batch_size": eval_batch_size, "save_steps": save_steps, "quiet": quiet}
                 cell = _run(source, task, settings, folder, keep_models, command, **options)
-            remove_checkpoints(folder)
+            elif any(folder.glob("checkpoint-*")):  # killed before they were removed
+                with alone_in(folder, "output"):
+                    remove_checkpoints(folder)
             cells.append(cell)
     return FineTuned(
         model=public_name(source.name),
@@ -371,38 +376,40 @@ def _run(
     prepared = source.prepared(task, settings)
     model, dense_bytes = source.model(task, settings)
     folder.mkdir(parents=True, exist_ok=True)
-    done = train_and_score(
-        model,
-        prepared,
-        source.tokenizer,
-        settings.training,
-        folder,
-        seed=settings.seed,
-        **options,
-    )
-    compressed = isinstance(input_embeddings(model), CompressedEmbedding)
-    table_bytes = stored_table(model).nbytes if compressed else dense_bytes
-    if keep_models:
-        save(model, folder / "model", tokenizer=source.tokenizer)
-    cell = Cell(
-        settings=settings,
-        scores=done.scores,
-        table_bytes=table_bytes,
-        ratio=dense_bytes / table_bytes,
-        trained_parameters=sum(each.numel() for each in model.parameters() if each.requires_grad),
-        train_records=prepared.train_records,
-        eval_records=prepared.eval_records,
-        steps=done.steps,
-        seconds=done.seconds,
-        versions={
-            "embkern": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        command=command,
-    )
-    with replacing(folder / RESULT_NAME) as path:
-        path.write_text(to_checked_json(cell, indent=2), encoding="utf-8")
+    with alone_in(folder, "output"):
+        done = train_and_score(
+            model,
+            prepared,
+            source.tokenizer,
+            settings.training,
+            folder,
+            seed=settings.seed,
+            **options,
+        )
+        compressed = isinstance(input_embeddings(model), CompressedEmbedding)
+        table_bytes = stored_table(model).nbytes if compressed else dense_bytes
+        if keep_models:
+            save(model, folder / "model", tokenizer=source.tokenizer)
+        cell = Cell(
+            settings=settings,
+            scores=done.scores,
+            table_bytes=table_bytes,
+            ratio=dense_bytes / table_bytes,
+            trained_parameters=sum(each.numel() for each in model.parameters() if each.requires_grad),
+            train_records=prepared.train_records,
+            eval_records=prepared.eval_records,
+            steps=done.steps,
+            seconds=done.seconds,
+            versions={
+                "embkern": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+            command=command,
+        )
+        with replacing(folder / RESULT_NAME) as path:
+            path.write_text(to_checked_json(cell, indent=2), encoding="utf-8")
+        remove_checkpoints(folder)
     return cell
 
 

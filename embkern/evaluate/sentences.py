@@ -56,14 +56,14 @@ def pooling_of(source: str | os.PathLike | None) -> Pooling:
     """How a sentence-transformers model (a directory or hub name) pools its tokens; mean if nothing is said.
 
     Raises:
-        ValueError: it pools in another way than mean and cls.
+        ValueError: it pools in another way than mean and cls, or what says how is damaged.
     """
     config = _pooling_config(source)
     # One key with the mode's name since sentence-transformers 5, a flag per mode before.
     modes = [name.removeprefix("pooling_mode_") for name, value in config.items() if value is True]
     mode = config.get("pooling_mode") or next((each for each in modes if each != "include_prompt"), "mean")
     known: dict[str, Pooling] = {"mean": "mean", "mean_tokens": "mean", "cls": "cls", "cls_token": "cls"}
-    if mode not in known:
+    if not isinstance(mode, str) or mode not in known:
         raise ValueError(
             f"text: the model pools its tokens by {mode!r}; sentences are compared for mean and cls"
         )
@@ -82,7 +82,15 @@ def _pooling_config(source: str | os.PathLike | None) -> dict[str, Any]:
             path = Path(hf_hub_download(os.fspath(source), "1_Pooling/config.json"))
         except EntryNotFoundError:
             return {}
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"text: {path} is damaged: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"text: {path} is damaged: expected an object, got {type(config).__name__}")
+    return config
 
 
 @torch.no_grad()

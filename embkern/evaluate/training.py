@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import (
     DataCollatorWithPadding,
@@ -70,6 +71,7 @@ def train_and_score(
 
     Raises:
         ValueError: the batch cannot be divided as asked, or training diverged.
+        OSError: a checkpoint cannot be written.
     """
     parts = training.accumulation * max(1, torch.cuda.device_count())
     if training.batch_size % parts:
@@ -104,7 +106,15 @@ def train_and_score(
         trainer.remove_callback(printing)
     started = time.perf_counter()
     with _whole_checkpoints(model):
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+        try:
+            trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+        except (
+            SafetensorError,
+            RuntimeError,
+        ) as error:  # of a full disk
+            if isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error):
+                raise OSError(f"output: no checkpoint could be written in {folder}: {error}") from error
+            raise
     seconds = time.perf_counter() - started
     _round_as_stored(model)
     return Trained(prepared.score(trainer), trainer.state.global_step, round(seconds, 1))

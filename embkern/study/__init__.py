@@ -20,7 +20,7 @@ from tqdm import tqdm
 from .._version import __version__
 from ..api import load_model, load_tokenizer, token_frequencies
 from ..evaluate import read_sentences
-from ..files import replacing
+from ..files import check_writable_directory, replacing
 from ..methods.base import check_table
 from ..model_table import UnsupportedModelError, find_table
 from ..report import public_name
@@ -147,8 +147,7 @@ def _parse(model: str | os.PathLike, output: str | os.PathLike, asked: dict[str,
     path, source = question.output.resolve(), Path(question.model)
     if source.exists() and (path == source.resolve() or path in source.resolve().parents):
         raise ValueError(f"output: {question.output} is, or holds, the model to read; choose another name")
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"output: expected a directory, got the file {question.output}")
+    check_writable_directory(question.output, "output")
     return question
 
 

@@ -25,9 +25,11 @@ import embkern
 from embkern import cli
 from embkern.evaluate import GLUE, SQUAD, fine_tune, finetune, glue, squad, training
 from embkern.evaluate.finetune import Cell, summarize
+from embkern.files import alone_in
 from embkern.json_file import to_checked_json
 
 from ..tables import quantizing  # noqa: F401 (a fixture)
+from ..test_faults import largest_file
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = ["good", "bad", "what", "is", "the", "answer", *[f"w{i}" for i in range(94)]]
@@ -421,6 +423,22 @@ def test_finished_cells_are_not_run_again(bert, data, tmp_path, monkeypatch):
         path.write_text(content)
         with pytest.raises(ValueError, match="result.json is damaged; overwrite"):
             study(bert, data, tmp_path, **trial)
+
+
+def test_two_processes_are_not_at_one_cell(bert, data, tmp_path):
+    trial = dict(epochs=1, max_train_samples=8, max_eval_samples=8, methods=("dense",))
+    (cell,) = study(bert, data, tmp_path, **trial).cells
+    folder = tmp_path / cell.settings.folder
+    with alone_in(folder, "output"), pytest.raises(BlockingIOError, match="output: expected .* alone.*sst2"):
+        study(bert, data, tmp_path, **trial, overwrite=True)
+    assert finetune.read_cell(folder) == cell
+    study(bert, data, tmp_path, **trial)
+
+
+def test_a_full_disk_under_a_checkpoint_is_named(bert, data, tmp_path):
+    trial = dict(epochs=2, max_train_samples=32, max_eval_samples=8, methods=("dense",), save_steps=1)
+    with largest_file(20000), pytest.raises(OSError, match=f"output: no checkpoint could .* in {tmp_path}"):
+        study(bert, data, tmp_path, **trial)
 
 
 def test_cells_follow_the_files_they_come_from(bert, data, tmp_path):
