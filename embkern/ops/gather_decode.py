@@ -180,6 +180,8 @@ def _check(
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"ids: expected dtype torch.int32 or torch.int64, got {ids.dtype}")
     check_packed(records, directory, tiers, levels, scales, basis, offset, embedding_dim)
+    if embedding_dim < 1:
+        raise ValueError(f"embedding_dim: expected at least 1, got {embedding_dim}")
     if ids.device != scales.device:
         raise ValueError(f"ids: expected device {scales.device} as in scales, got {ids.device}")
 

@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, settings
 
 CASES = 200  # of all properties together, under `make test`
 DRAWN = 100  # of each property, by hypothesis, before the seeded generators take over
+EXHAUSTED = 1000  # cases in a row that were there before: a property of a few dozen has no more
 SECONDS = float(os.environ.get("EMBKERN_FUZZ_SECONDS", 0))
 SEED = int(os.environ.get("EMBKERN_FUZZ_SEED", secrets.randbits(48)))
 
@@ -89,8 +90,9 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Any:
     name, check = pyfuncitem.name, pyfuncitem.obj.hypothesis.inner_test
     started = time.monotonic()
     result = yield
-    seed = SEED
-    while time.monotonic() < started + SECONDS / _properties:
+    seed, known = SEED, 0
+    while time.monotonic() < started + SECONDS / _properties and known < EXHAUSTED:
+        before = len(_distinct[name])
         case = generate(Random(seed))
         try:
             check(case)
@@ -100,6 +102,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Any:
         finally:
             _spent[name] = time.monotonic() - started
         seed += 1
+        known = known + 1 if len(_distinct[name]) == before else 0
     return result
 
 

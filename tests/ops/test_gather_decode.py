@@ -434,6 +434,13 @@ def test_bad_arguments_are_named(change, error, message):
         gather_decode(**dict(ids=p.ids, embedding_dim=p.H) | arguments | change)
 
 
+@pytest.mark.parametrize("width", [0, -1, -(2**63)])
+def test_rows_have_a_width(backend, device, width):
+    p = small(device=device)
+    with pytest.raises(ValueError, match=f"embedding_dim: expected at least 1, got {width}"):
+        gather_decode(p.ids, *p.codes, p.scales, embedding_dim=width, backend=backend)
+
+
 def test_another_thread_that_writes_the_table_makes_no_read_beyond_it(native):
     """Tiers, directory and ids are written while rows are decoded; the records end before a page that is not.
 
