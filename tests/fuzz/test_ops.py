@@ -131,7 +131,7 @@ def test_gather_project(case):
     ids, codes, basis, offset, generator = projected(case)
     dtype, scale, padding = codes.dtype, case["scale"], case["padding"]
     out_unit, unit, flush = rounding(dtype)
-    flat, C, B = ids.resolve_neg().reshape(-1).long(), codes.double(), basis.double()
+    flat, C, B = ids.reshape(-1).long(), codes.double(), basis.double()
     b = torch.zeros(case["H"], dtype=torch.float64) if offset is None else offset.double()
     rows = C[flat]
     exact = scale * (rows @ B + b)
@@ -166,8 +166,10 @@ def test_gather_project(case):
             leaves = leaves_of(codes, basis, offset)
             again = gather_project(ids, *leaves, **options)
             assert same_bits(got, again.detach())
-            grads = torch.autograd.grad(again, [each for each in leaves if each is not None], grad)
+            inputs = [each for each in leaves if each is not None]
+            grads = torch.autograd.grad(again, inputs, grad, retain_graph=True)
             if backend == "native":
+                assert all(map(same_bits, grads, torch.autograd.grad(again, inputs, grad)))
                 out = torch.full(shape, float("nan"), dtype=dtype)
                 assert gather_project(ids, codes, basis, offset, scale=scale, out=out, backend=backend) is out
                 assert same_bits(got, out)
@@ -198,7 +200,7 @@ def gather_project_refused_case(random: Random) -> Case:
             {},
             dict(padding_idx=random.choice((case["V"], -case["V"] - 1, 2**70, 0))),
             dict(scale=random.choice((math.nan, math.inf))),
-            dict(out=random.choice(("wrong dtype", "wrong shape", "strided", "right", "overlapping codes"))),
+            dict(out=random.choice(("wrong dtype", "wrong shape", "strided", "right"))),
         )
     )
     case["grad"] = random.random() < 0.5
@@ -216,9 +218,8 @@ def refused_alike(calls: dict[str, Callable[[], Any]], names: tuple[str, ...]) -
     }
     assert len(set(kinds.values())) == 1, f"backends differ: {results}"
     for backend, result in results.items():
-        # torch says "index out of range in self" where its embedding is the definition.
-        if isinstance(result, Refused) and not (backend == "torch" and result.kind is IndexError):
-            assert any(f"{name}" in result.message for name in names), f"{backend} names nothing: {result}"
+        if isinstance(result, Refused):
+            assert any(name in result.message for name in names), f"{backend} names nothing: {result}"
     return results
 
 
@@ -244,7 +245,6 @@ def test_gather_project_refuses_alike(case):
             "wrong shape": lambda: torch.zeros(*shape, 1, dtype=codes.dtype),
             "strided": lambda: wide[..., ::2],
             "right": lambda: torch.zeros(shape, dtype=codes.dtype),
-            "overlapping codes": lambda: codes.reshape(-1)[: math.prod(shape)].view(-1),
         }[out]()
     if case["grad"]:
         arguments = {
@@ -333,7 +333,7 @@ def test_gather_decode(case):
     scales, basis, offset = (tensors[name] for name in ("scales", "basis", "offset"))
     dtype, scale, padding, H = scales.dtype, case["scale"], case["padding"], case["H"]
     out_unit, unit, flush = rounding(dtype)
-    flat = ids.resolve_neg().reshape(-1).long()
+    flat = ids.reshape(-1).long()
     codes = [tensors[name].contiguous() for name in ("records", "directory", "tiers", "levels")]
     transform, values = reference.packed_values(flat, *codes)
     values = values.double()
