@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
@@ -363,10 +364,11 @@ def _foreign_files(directory: Path) -> list[str]:
     """Files in a directory that are not in the list ``save`` left there."""
     if not directory.is_dir():
         return [directory.name]
-    try:
-        known = set(json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):
-        known = set()
+    known: set[str] = set()
+    manifest = directory / MANIFEST_NAME
+    if manifest.is_file():
+        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+            known = set(json.loads(manifest.read_text(encoding="utf-8")))
     return sorted(_files(directory) - known - {MANIFEST_NAME})
 
 

@@ -106,6 +106,8 @@ class TokenCounts:
             raise ValueError(f"counts: expected shape (V,) with V >= 1, got {tuple(self.counts.shape)}")
         if self.texts < 0 or self.vocabulary_size < 0 or int(self.counts.min()) < 0:
             raise ValueError("counts, texts, vocabulary_size: expected at least 0, got less")
+        if (total := _sum(self.counts)) >= 2**63:
+            raise ValueError(f"counts: expected fewer than 2^63 tokens all together, got {total:,}")
 
     @property
     def tokens(self) -> int:
@@ -193,6 +195,11 @@ class TokenCounts:
             return cls(tensors["counts"], texts, fingerprint, size)
 
         return FORMAT.load(path, build)
+
+
+def _sum(counts: Tensor) -> int:
+    """The sum of counts, which int64 need not hold."""
+    return (int((counts >> 32).sum()) << 32) + int((counts & 0xFFFFFFFF).sum())
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

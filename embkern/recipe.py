@@ -87,7 +87,7 @@ class Recipe(BaseModel):
             fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except RecursionError as error:
             raise ValueError(f"recipe: {path} is not readable YAML (nested too deep)") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise ValueError(f"recipe: {path} is not readable YAML ({error})") from error
         if not isinstance(fields, dict) or not all(isinstance(name, str) for name in fields):
             raise ValueError(f"recipe: expected a mapping of names in {path}, got {fields!r}")

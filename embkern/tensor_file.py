@@ -50,7 +50,8 @@ class TensorFormat:
         Raises:
             OSError: the disk refuses (it is full, for example).
         """
-        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        # safetensors writes what lies in memory, whatever a view's negative bit says of it.
+        stored = {name: tensor.detach().cpu().resolve_neg().contiguous() for name, tensor in tensors.items()}
         checked = {**stored, **{name: _tensor(settings[name]) for name in self.checked}}
         metadata = {
             "format": self.name,
@@ -179,7 +180,9 @@ def checksum_of_parts(parts: Iterable[Tensor]) -> str:
     """Return the CRC-32 of the bytes of tensors, one after the other."""
     crc = 0
     for part in parts:
-        data: Any = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        flat = part.detach().cpu().resolve_neg().contiguous().reshape(-1)
+        flat = flat.as_strided(flat.shape, (1,))  # a single element may have any stride
+        data: Any = flat.view(torch.uint8).numpy()
         crc = zlib.crc32(data, crc)
     return f"crc32:{crc:08x}"
 

@@ -198,7 +198,8 @@ def _parse_state(table: dict[str, Any]) -> TableState:
                 raise ValueError(f"shapes: expected positive integers, got {shape} of {name}")
             if len(shape) > 2 or math.prod(shape) >= 2**60:
                 raise ValueError(f"shapes: expected those of a vector or a matrix, got {shape} of {name}")
-        if not set(state.checksums) <= set(state.shapes) or not all(map(str, state.checksums.values())):
+        texts = all(type(value) is str for value in state.checksums.values())
+        if not set(state.checksums) <= set(state.shapes) or not texts:
             raise ValueError(
                 f"checksums: expected them of {', '.join(state.shapes)}, got {state.checksums!r}"
             )

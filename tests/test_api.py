@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ T = pytest.importorskip("transformers")
 
 import embkern
 from embkern import Report, api, cli, inspection
-from embkern.api import read_report, token_frequencies
+from embkern.api import check_output, read_report, token_frequencies
 from embkern.frequencies import count_tokens, expected_frequencies, vocabulary_prior
 from embkern.layer import CompressedEmbedding
 from embkern.transformers import stored_table
@@ -311,6 +312,22 @@ def test_an_existing_directory_is_never_lost(source, tmp_path):
     with pytest.raises((FileExistsError, PermissionError), match="output"):
         embkern.compress(source, **SVD, output=source / "config.json", overwrite=True)
     assert {"config.json", "model.safetensors"} <= set(os.listdir(source))
+
+
+def test_a_list_of_files_that_cannot_be_read_lists_nothing(tmp_path):
+    (tmp_path / "config.json").touch()
+    listed = tmp_path / "embkern_files.json"
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("waits for somebody to write"))
+    try:
+        for content in ("[" * 100_000, "[[]]", "{", None):
+            listed.unlink(missing_ok=True)
+            os.mkfifo(listed) if content is None else listed.write_text(content)
+            signal.alarm(20)
+            with pytest.raises(FileExistsError, match=r"did not write \(config.json\)"):
+                check_output(tmp_path, overwrite=True)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_full_disk_while_saving_leaves_the_old_model_whole(source, tmp_path, monkeypatch):

@@ -173,6 +173,7 @@ def test_counts_of_one_tokenizer_add_up():
         ({"counts": torch.zeros(0).long()}, ValueError, r"V >= 1, got \(0,\)"),
         ({"counts": torch.tensor([1, -1])}, ValueError, "expected at least 0, got less"),
         ({"texts": -1}, ValueError, "expected at least 0, got less"),
+        ({"counts": torch.tensor([2**62, 2**62])}, ValueError, r"counts: expected fewer than 2\^63 tokens"),
     ],
 )
 def test_bad_counts_are_refused(fields, error, message):

@@ -66,6 +66,8 @@ def test_yaml_and_overrides(tmp_path):
         ("ratio: 5\nspeed: 3\n", "recipe: speed: Extra inputs"),
         ("ratio: 5\noptions: 3\n", "recipe: options: expected a mapping in .*, got 3"),
         ("ratio: 5\n1: 2\n", "expected a mapping of names"),
+        ("[" * 10_000 + "]" * 10_000, "recipe: .* is not readable YAML"),
+        ("ratio: " + "1" * 5_000, "recipe: .* is not readable YAML"),
     ],
 )
 def test_bad_yaml_is_named(tmp_path, content, message):

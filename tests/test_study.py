@@ -25,7 +25,7 @@ for package in ("jinja2", "matplotlib", "scipy"):
 from embkern import study
 from embkern.api import load_model, model_bytes
 from embkern.evaluate.perplexity import perplexity
-from embkern.json_file import read_checked_json
+from embkern.json_file import read_checked_json, to_checked_json
 from embkern.methods import METHODS
 from embkern.study.asked import Asked
 from embkern.study.document import value_at
@@ -176,7 +176,8 @@ def test_a_study_measures_what_is_new_and_nothing_else(models, tmp_path):
     number = re.search(r"\d(?=\.\d+)", whole[whole.index('"result"') :])
     assert number is not None
     at = whole.index('"result"') + number.start()
-    for content in ("{", "[" * 10**5, f"{whole[:at]}{9 - int(whole[at])}{whole[at + 1 :]}"):
+    unprintable = to_checked_json({**read_checked_json(damaged), "command": "\ud800"})
+    for content in ("{", "[" * 10**5, f"{whole[:at]}{9 - int(whole[at])}{whole[at + 1 :]}", unprintable):
         damaged.write_text(content)
         assert study.compare(models / "causal", ratios=[2], **asked).measured == 1
     assert study.compare(models / "causal", ratios=[2], overwrite=True, **asked).measured == len(first.rows)

@@ -47,6 +47,22 @@ def test_what_is_saved_is_loaded(tmp_path, optional):
 
 
 @pytest.mark.parametrize(
+    "view",
+    [
+        torch.arange(10.0)[3:4:2],  # one element has any stride, and is contiguous
+        torch.arange(10.0).view(2, 5).t()[:1, :1],
+        torch.complex(torch.ones(3), torch.arange(3.0)).conj().imag,  # the sign of its bits is another
+        torch.zeros(0, 4)[:, ::2],
+    ],
+    ids=["one element", "one of a matrix", "negative bit", "empty"],
+)
+def test_views_are_saved_as_what_they_show(tmp_path, view):
+    save(tmp_path / "t", b=view)
+    assert torch.equal(load(tmp_path / "t")[0]["b"], view)
+    assert checksum(view) == checksum(torch.tensor(view.tolist()))
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda t, m: m.update(format="test/2"), "expected format 'test/1', got 'test/2'"),

@@ -550,6 +550,7 @@ def of_table(**fields):
         (of_table(scales={"x": float("nan")}), "scales: expected finite numbers"),
         (of_table(dtype="int64"), "dtype: expected a floating-point torch dtype"),
         (of_table(checksums={"decoder": "x"}), "checksums: expected them of basis, codes, offset"),
+        (of_table(checksums={"codes": ["crc32:0"]}), "checksums: expected them of basis, codes, offset"),
         (of_table(checksums=None), "quantization_config.table is damaged"),
         (lambda c: c.pop("table"), "quantization_config.table: expected what embkern saved"),
         (lambda c: c.update(surprise=1), "unknown field.s. surprise"),

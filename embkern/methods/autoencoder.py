@@ -466,7 +466,7 @@ def _read(path: str | os.PathLike, identity: dict[str, Any], epochs: int, weight
     Raises:
         ValueError: it is damaged, of another run, or of more epochs.
     """
-    if zipfile.is_zipfile(path):
+    if Path(path).is_file() and zipfile.is_zipfile(path):  # it would wait at a named pipe
         raise ValueError(
             f"checkpoint: {path} is of an earlier version of embkern, without checksums; "
             "finish its run with that version, or delete it to start anew"
@@ -497,10 +497,11 @@ def _read(path: str | os.PathLike, identity: dict[str, Any], epochs: int, weight
 def _state(tensors: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Any]:
     """Return what a checkpoint holds, once it is what ``_Run.save`` may have written."""
     history, epoch, step = (settings[name] for name in ("history", "epoch", "step"))
-    if type(epoch) is not int or type(step) is not int or min(epoch, step) < 1:
+    if type(epoch) is not int or type(step) is not int or min(epoch, step) < 1 or step > 2**53:
         raise ValueError(f"epoch, step: expected positive integers, got {epoch!r} and {step!r}")
-    if type(settings["best_score"]) is not float or not isinstance(settings["identity"], dict):
-        raise ValueError("best_score, identity: expected a float and a mapping")
+    best = settings["best_score"]
+    if type(best) is not float or not math.isfinite(best) or not isinstance(settings["identity"], dict):
+        raise ValueError("best_score, identity: expected a finite float and a mapping")
     numbers = {"score", *KEPT}
     if (
         not isinstance(history, list)

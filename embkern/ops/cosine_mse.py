@@ -111,6 +111,7 @@ class CosineMSE(Function):
         if grad_loss is None:
             return None, None, *nothing
         if ctx.later:
+            grad_loss = grad_loss.contiguous()  # that of a sum is one number, expanded
             grads = apply(_Later, grad_loss, *ctx.saved_tensors, ctx.options, ctx.needs, ctx.backend)
         else:
             grads = [
@@ -270,6 +271,8 @@ def check_row_values(name: str, values: Tensor | None, rows: Tensor) -> None:
         return
     if values.shape != rows.shape[:-1]:
         raise ValueError(f"{name}: expected shape {tuple(rows.shape[:-1])}, got {tuple(values.shape)}")
+    if values.is_complex():
+        raise TypeError(f"{name}: expected a real dtype, got {values.dtype}")
     if values.device != rows.device:
         raise ValueError(f"{name}: expected device {rows.device} as the rows', got {values.device}")
     if values.requires_grad:

@@ -11,7 +11,7 @@ from torch.autograd import Function
 
 from . import reference
 from .backends import Backend, select
-from .library import apply, define, differentiable_once, needs_autograd, overload
+from .library import apply, check_ids, define, differentiable_once, needs_autograd, overload
 
 _NO_PADDING = -1
 
@@ -159,6 +159,7 @@ def gather_decode(
         return _FORWARD[chosen](*arguments, embedding_dim, scale)
     except Exception:
         _check(ids, records, directory, tiers, levels, scales, basis, offset, embedding_dim)
+        check_ids(ids, len(scales))
         raise
 
 
@@ -179,6 +180,8 @@ def _check(
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"ids: expected dtype torch.int32 or torch.int64, got {ids.dtype}")
     check_packed(records, directory, tiers, levels, scales, basis, offset, embedding_dim)
+    if embedding_dim < 1:
+        raise ValueError(f"embedding_dim: expected at least 1, got {embedding_dim}")
     if ids.device != scales.device:
         raise ValueError(f"ids: expected device {scales.device} as in scales, got {ids.device}")
 

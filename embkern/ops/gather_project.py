@@ -11,7 +11,7 @@ from torch.autograd import Function
 
 from . import reference
 from .backends import Backend, select, select_backward
-from .library import apply, define, differentiable_once, needs_autograd, overload
+from .library import apply, check_ids, define, differentiable_once, needs_autograd, overload
 
 _NO_PADDING = -1
 # Ids up to this many count as decoding: launches and the basis decide there, not the tensor cores.
@@ -215,6 +215,7 @@ def gather_project(
         return out
     except Exception:
         _check(ids, codes, basis, offset, out)
+        check_ids(ids, codes.shape[0])
         raise
 
 

@@ -50,6 +50,21 @@ def overload(name: str, backend: str) -> torch._ops.OpOverload:
     return getattr(getattr(getattr(torch.ops, NAMESPACE), name), backend)
 
 
+def check_ids(ids: torch.Tensor, count: int) -> None:
+    """Raise IndexError if an id is out of range, where a backend that noticed did not say which.
+
+    For the path of errors: it reads all ids. Those of a device that has its own assertion are left alone.
+    """
+    if not ids.is_cpu or torch.compiler.is_compiling():
+        return
+    wrong = ((ids < 0) | (ids >= count)).reshape(-1).nonzero()
+    if len(wrong):
+        place = int(wrong[0])
+        raise IndexError(
+            f"ids: expected 0 <= id < {count}, got {int(ids.reshape(-1)[place])} at flat position {place}"
+        )
+
+
 def needs_autograd(*tensors: torch.Tensor | None) -> bool:
     """Whether a call must go through its autograd.Function; the raw op alone is faster but has no gradient.
 

@@ -584,7 +584,7 @@ def test_unusable_data_is_named(bert, tmp_path, task, train, message):
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "{]", '{"data": [{"paragraphs": [{"context": "a"}]}]}', '{"data": []}']
+    "text", ["[]", "{]", "[" * 100_000, '{"data": [{"paragraphs": [{"context": "a"}]}]}', '{"data": []}']
 )
 def test_json_that_is_not_squads_is_named(tmp_path, text):
     (tmp_path / "train.json").write_text(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -18,7 +19,7 @@ from safetensors import safe_open
 from torch.testing import assert_close
 
 from embkern.methods import autoencoder, svd
-from embkern.methods.autoencoder import AutoencoderOptions
+from embkern.methods.autoencoder import FORMAT, AutoencoderOptions
 from embkern.tensor_file import TensorFormat
 
 QUICK = dict(epochs=3, batch_size=16, progress=False)
@@ -230,6 +231,30 @@ def test_a_foreign_or_damaged_checkpoint_is_refused(table, tmp_path):
     torch.save({"identity": {}, "epoch": 1}, path)  # as checkpoints once were
     with pytest.raises(ValueError, match=f"checkpoint: {path} is of an earlier version of embkern"):
         autoencoder(table, 3, **QUICK, checkpoint=path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("best_score", math.nan), ("best_score", math.inf), ("step", 2**60), ("epoch", 0)]
+)
+def test_a_checkpoint_that_no_run_wrote_is_refused(table, tmp_path, name, value):
+    path = tmp_path / "c"
+    autoencoder(table, 3, **QUICK, checkpoint=path)
+    tensors, settings = FORMAT.load(path, lambda *each: each)
+    FORMAT.save(path, tensors, **{**settings, name: value})
+    with pytest.raises(ValueError, match=f"checkpoint: {path}: .*{name}"):
+        autoencoder(table, 3, **QUICK, checkpoint=path)
+
+
+def test_a_checkpoint_that_is_a_pipe_is_not_waited_for(table, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("waits for somebody to write"))
+    signal.alarm(20)
+    try:
+        with pytest.raises(ValueError, match="checkpoint: .* found none at .*pipe"):
+            autoencoder(table, 3, **QUICK, checkpoint=tmp_path / "pipe")
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_flipped_bit_of_a_checkpoint_is_noticed_wherever_it_is(table, tmp_path):

@@ -407,6 +407,7 @@ def test_a_second_derivative_is_refused_not_dropped(backend, device):
         (dict(target=torch.zeros(5, 4, 1)), ValueError, r"target: expected shape \(N, H\)"),
         (dict(reduction="none"), ValueError, "reduction: expected mean or sum, got 'none'"),
         (dict(row_weight=torch.ones(4)), ValueError, r"row_weight: expected shape \(5,\)"),
+        (dict(target_norm=torch.ones(5).cfloat()), TypeError, "target_norm: expected a real dtype"),
         (dict(alpha=-1.0), ValueError, "alpha: expected a positive number"),
         (dict(backend="eager"), ValueError, "backend: expected one of"),
     ],

@@ -129,6 +129,21 @@ def test_the_gradient_of_the_mean_survives_fp16(backend, device):
     assert_close(got.double(), exact, rtol=2e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_sum_of_the_rows_losses_has_the_gradient_of_the_sum(backend, device, dtype):
+    """The gradient of each row's loss is then one number, expanded to all rows."""
+    pair = rows(5, 8, dtype, device)
+    grads = []
+    for loss_of in (
+        lambda *pair: cosine_mse_loss(*pair, reduction="none", backend=backend).sum(),
+        lambda *pair: cosine_mse_loss(*pair, reduction="sum", backend=backend),
+    ):
+        leaves = [each.clone().requires_grad_() for each in pair]
+        grads.append(torch.autograd.grad(loss_of(*leaves), leaves))
+    for ours, expected in zip(*grads, strict=True):
+        assert_close(ours, expected)
+
+
 def test_a_kept_graph_gives_the_same_gradient_twice(backend, device):
     output, target = rows(6, 8, device=device)
     output.requires_grad_()
@@ -240,6 +255,7 @@ def test_non_contiguous_arguments(backend, device):
         (dict(target=torch.zeros(3, 4, device="meta")), ValueError, "target: expected device cpu"),
         (dict(row_weight=torch.ones(4)), ValueError, r"row_weight: expected shape \(3,\), got \(4,\)"),
         (dict(row_weight=torch.ones(3, requires_grad=True)), ValueError, "row_weight: .* without gradient"),
+        (dict(row_weight=torch.ones(3).cfloat()), TypeError, "row_weight: expected a real dtype"),
         (dict(output=torch.zeros(3, 0), target=torch.zeros(3, 0)), ValueError, "H >= 1"),
         (dict(eps=0.0), ValueError, "eps: expected at least 1.18e-38, got 0.0"),
         (dict(alpha=0.0), ValueError, "alpha: expected a positive number, got 0.0"),

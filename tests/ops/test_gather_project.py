@@ -312,11 +312,17 @@ def test_an_id_out_of_range_is_an_index_error(backend, device, bad):
         gather_project(ids, *factors, backend=backend)
 
 
-def test_the_error_of_the_native_kernel_names_the_id(native):
-    ids = torch.tensor([[0, 1], [2, 99]])
-    _, *factors = problem((12, 4, 6, 1))
-    with pytest.raises(IndexError, match="0 <= id < 12, got 99 at flat position 3"):
-        gather_project(ids, *factors, backend=native)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_error_names_the_id(backend, device, dtype):
+    if device != "cpu":
+        pytest.skip("a device-side assertion ends the process")
+    _, codes, *others = problem((12, 4, 6, 1), dtype)
+    for ids in (torch.tensor([[0, 1], [2, 99]]), torch.arange(400).view(100, 4).clamp(max=99) // 99 * 99):
+        place = int((ids.flatten() == 99).nonzero()[0])
+        with pytest.raises(IndexError, match=f"ids: expected 0 <= id < 12, got 99 at flat position {place}"):
+            gather_project(ids, codes, *others, backend=backend)
+    with pytest.raises(IndexError, match="ids: expected 0 <= id < 0, got 0 at flat position 0"):
+        gather_project(torch.tensor([0]), codes[:0], *others, backend=backend)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,370 @@
+"""Every file format, damaged: each file is read right or refused by name, in little time and memory."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from embkern import factors as factors_module
+from embkern import frequencies, packed
+from embkern.factors import Factors
+from embkern.frequencies import TokenCounts
+from embkern.json_file import to_checked_json
+from embkern.methods.autoencoder import FORMAT as CHECKPOINT
+from embkern.methods.autoencoder import _read, autoencoder
+from embkern.methods.steps import Weights
+from embkern.packed import PackedTable, Tier, pack
+from embkern.study.rows import Plan, Row, RowFiles
+from embkern.table_file import DTYPES, TableFile
+from embkern.tensor_file import TensorFormat, _header_checksum, checksum
+
+from ..tables import packed_of, uniform_levels
+from . import Case, fuzz
+from .damage import (
+    HOSTILE,
+    HOSTILE_PLACES,
+    bounded,
+    byte_damage,
+    damaged,
+    damaged_json,
+    header_of,
+    hostile_place,
+    json_damage,
+    json_text,
+    place,
+    read,
+    rechecked,
+    safetensors_bytes,
+    with_header,
+)
+from .tensors import same_bits, spoiled, spoiling
+
+V, H, R = 40, 33, 5
+EPOCHS = 2
+
+
+class Kind(NamedTuple):
+    """A format: how to write its examples, read a file, and check what was read."""
+
+    format: TensorFormat
+    examples: Callable[[], list[Path]]
+    load: Callable[[Path], Any]
+    check: Callable[[Any], None]
+    tensors: Callable[[Any], dict[str, Tensor]]
+
+
+def _packed_examples() -> list[Path]:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(V, H, generator=generator)
+    codes = {0: torch.randint(256, (3, 32), generator=generator).to(torch.uint8)}
+    tables = [
+        packed_of(weight),
+        packed_of(weight, torch.float32, offset=False),
+        pack(
+            torch.zeros(3).long(), codes, [Tier(False, (8,))], uniform_levels(), torch.ones(3), None, None, 31
+        ),
+    ]
+    return _saved("packed", tables)
+
+
+def _factor_examples() -> list[Path]:
+    generator = torch.Generator().manual_seed(0)
+    codes, basis = torch.randn(V, R, generator=generator), torch.randn(R, H, generator=generator)
+    return _saved(
+        "factors",
+        [Factors(codes, basis), Factors(codes.bfloat16(), basis.bfloat16(), basis[0].bfloat16(), "elu")],
+    )
+
+
+def _count_examples() -> list[Path]:
+    return _saved("counts", [TokenCounts(torch.arange(V) * 7, 11, "sha256:" + "0" * 32, V - 1)])
+
+
+def _saved(name: str, things: list[Any]) -> list[Path]:
+    paths = [place() / f"{name}-{index}" for index in range(len(things))]
+    for path, thing in zip(paths, things, strict=True):
+        thing.save(path)
+    return paths
+
+
+def _check_packed(table: PackedTable) -> None:
+    ids = torch.arange(table.num_embeddings)[:: max(1, table.num_embeddings // 1000)]
+    rows = table.decode(ids)
+    assert rows.shape == (len(ids), table.embedding_dim)
+    assert len(table.decode(torch.tensor([table.num_embeddings - 1]))) == 1
+
+
+def _check_factors(factors: Factors) -> None:
+    assert factors.decode(torch.arange(factors.num_embeddings)).shape[-1] == factors.embedding_dim
+
+
+def _check_counts(counts: TokenCounts) -> None:
+    assert counts.tokens >= int(counts.counts.max()), "the sum of counts overflows"
+    assert counts.tokens >= 2**62 or (counts + counts).texts == 2 * counts.texts
+    json.dumps([counts.texts, counts.vocabulary_size, counts.fingerprint])
+
+
+@functools.cache
+def _table() -> Tensor:
+    return torch.randn(V, H, generator=torch.Generator().manual_seed(0))
+
+
+@functools.cache
+def _checkpoint_examples_once() -> tuple[Path, ...]:
+    path = place() / "checkpoint-0"
+    options = dict(epochs=EPOCHS, batch_size=16, progress=False, checkpoint_seconds=0)
+    autoencoder(_table(), R, checkpoint=path, **options)
+    return (path,)
+
+
+@functools.cache
+def _identity() -> dict[str, Any]:
+    header, _ = header_of(_checkpoint_examples_once()[0].read_bytes())
+    return json.loads(header["__metadata__"]["identity"])
+
+
+def _load_checkpoint(path: Path) -> Any:
+    weights = Weights(torch.zeros(2 * R * H + R + H), R, H)
+    state = _read(path, _identity(), 100, weights)
+    weights.load(state)
+    return state
+
+
+def _check_checkpoint(state: dict[str, Any]) -> None:
+    assert len(state["history"]) == state["epoch"] <= 100
+    assert min(state["history"], key=lambda entry: entry["score"])
+    assert math.isfinite(state["best_score"]), "no later epoch can be better than a score that is not finite"
+    assert 0 < state["step"] < 2**53, "Adam counts steps in floating point"
+
+
+KINDS: dict[str, Kind] = {
+    "packed": Kind(packed.FORMAT, _packed_examples, PackedTable.load, _check_packed, PackedTable.tensors),
+    "factors": Kind(factors_module.FORMAT, _factor_examples, Factors.load, _check_factors, Factors.tensors),
+    "counts": Kind(
+        frequencies.FORMAT,
+        _count_examples,
+        TokenCounts.load,
+        _check_counts,
+        lambda each: {"counts": each.counts},
+    ),
+    "checkpoint": Kind(
+        CHECKPOINT,
+        lambda: list(_checkpoint_examples_once()),
+        _load_checkpoint,
+        _check_checkpoint,
+        lambda state: {name: state[name] for name in CHECKPOINT.required},
+    ),
+}
+
+
+@functools.cache
+def examples(kind: str) -> list[tuple[bytes, Any]]:
+    """The bytes of each example, and what they are read as."""
+    return [(path.read_bytes(), KINDS[kind].load(path)) for path in KINDS[kind].examples()]
+
+
+def bytes_case(random: Random) -> Case:
+    return dict(
+        kind=random.choice(("packed", "factors", "counts", "checkpoint")),
+        example=random.randrange(6),
+        changes=byte_damage(random),
+    )
+
+
+@fuzz(bytes_case)
+def test_damaged_bytes_are_noticed(case):
+    """All of a file has a checksum: what loads is what was saved."""
+    kind, several = KINDS[case["kind"]], examples(case["kind"])
+    data, saved = several[case["example"] % len(several)]
+    path = place() / "damaged"
+    path.write_bytes(damaged(data, case["changes"]))
+    with bounded():
+        got = read(path, lambda: kind.load(path))
+    if got is not None:
+        expected, found = kind.tensors(saved), kind.tensors(got)
+        assert expected.keys() == found.keys()
+        assert all(same_bits(tensor, found[name]) for name, tensor in expected.items())
+        kind.check(got)
+
+
+def rewritten_case(random: Random) -> Case:
+    case = bytes_case(random)
+    names = (*KINDS[case["kind"]].format.required, *KINDS[case["kind"]].format.optional)
+    edits = []
+    for _ in range(random.choice((1, 1, 2))):
+        edit = random.choice(("tensor", "tensor", "value", "setting", "setting", "key", "drop", "add"))
+        edits.append((edit, random.randrange(1 << 20), random.choice(HOSTILE), spoiling(random, names)))
+    return {**case, "changes": json_damage(random), "edits": edits, "checked": random.random() < 0.9}
+
+
+@fuzz(rewritten_case)
+def test_files_with_checksums_that_hold_are_valid_or_refused(case):
+    kind, several = KINDS[case["kind"]], examples(case["kind"])
+    data, saved = several[case["example"] % len(several)]
+    first = header_of(data)[0]["__metadata__"]
+    metadata = dict(first)
+    tensors = dict(kind.tensors(saved))
+    for edit, at, text, how in case["edits"]:
+        if edit in ("tensor", "value"):
+            # A tensor is dropped, added, or has another dtype, shape or values.
+            how = (
+                {**how, "kind": "value"} if edit == "value" and tensors.get(how["name"]) is not None else how
+            )
+            how = {**how, "kind": "dim"} if how["kind"] in ("meta", "layout") else how  # a file has neither
+            changed = spoiled(tensors.get(how["name"]), how)
+            tensors = {**tensors, how["name"]: changed}
+            if changed is None:
+                del tensors[how["name"]]
+        elif edit == "setting" and kind.format.settings:
+            name = kind.format.settings[at % len(kind.format.settings)]
+            if name in first and name in metadata:
+                metadata[name] = damaged_json(json.loads(first[name]), case["changes"])
+        elif edit in ("key", "drop"):
+            name = sorted(metadata)[at % len(metadata)]
+            metadata[name] = json_text(text)
+            if edit == "drop":
+                del metadata[name]
+        elif edit == "add":
+            metadata["more"] = json_text(text)
+    if case["checked"]:
+        metadata.update(checksums_of(kind.format, tensors, metadata))
+    path = place() / "rewritten"
+    path.write_bytes(safetensors_bytes(tensors, metadata))
+    with bounded():
+        got = read(path, lambda: kind.load(path))
+        if got is not None:
+            kind.check(got)
+
+
+def checksums_of(
+    format: TensorFormat, tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> dict[str, str]:
+    """The checksums that belong to a file, as far as its settings have any."""
+    checked = dict(tensors)
+    for name in format.checked:
+        try:
+            checked[name] = torch.tensor(int(json.loads(metadata[name])))
+        except (ValueError, TypeError, KeyError, OverflowError, RuntimeError, RecursionError):
+            checked[name] = torch.tensor(0)
+    texts = {
+        **metadata,
+        "checksums": json.dumps({name: checksum(tensor) for name, tensor in checked.items()}),
+    }
+    header = texts.pop("header", None)
+    if header is None:
+        return {"checksums": texts["checksums"]}
+    return {"checksums": texts["checksums"], "header": _header_checksum(tensors, texts)}
+
+
+# ---- tables larger than memory -----------------------------------------------------------------------
+
+
+@functools.cache
+def table_examples() -> list[bytes]:
+    files = []
+    for dtype in DTYPES.values():
+        tensors = {"other": torch.arange(3), "table": _table().to(dtype)}
+        files.append(safetensors_bytes(tensors, {"format": "pt"}))
+    return files
+
+
+def table_case(random: Random) -> Case:
+    return dict(
+        example=random.randrange(len(DTYPES)),
+        changes=json_damage(random) if random.random() < 0.6 else None,
+        bytes=byte_damage(random),
+        ids=random.randrange(1 << 30),
+    )
+
+
+@fuzz(table_case)
+def test_table_files(case):
+    data = table_examples()[case["example"]]
+    if case["changes"] is None:
+        data = damaged(data, case["bytes"])
+    else:
+        header, rest = header_of(data)
+        data = with_header(damaged_json(header, case["changes"]), rest)
+    path = place() / "table"
+    path.write_bytes(data)
+    with bounded():
+        table = read(path, lambda: TableFile(path, "table"), (TypeError,))
+        if table is None:
+            return
+        assert 0 < table.nbytes <= len(data)
+        assert table.read().shape == table.shape
+        ids = torch.tensor([0, len(table) - 1, case["ids"] % len(table)])
+        rows = table.gather(ids)
+        assert rows.shape == (3, table.shape[1])
+        assert same_bits(rows[0], table.read(0, 1)[0].to(rows.dtype))
+        assert sum(map(len, table.blocks(7))) == len(table)
+
+
+# ---- rows of a study ---------------------------------------------------------------------------------
+
+PLAN = Plan(
+    "table", "svd:center=true", 5.0, {"model": "sha256:00", "options": {"center": True}, "seeds": [1, 2]}
+)
+
+
+@functools.cache
+def study_row() -> dict[str, Any]:
+    row = Row(
+        id=PLAN.id, measure=PLAN.measure, method=PLAN.method, ratio=PLAN.ratio, depends=PLAN.depends,
+        command="embkern study", result={"rmse": 0.5, "tiers": [1, 2]}, seconds=1.5,
+        environment={"embkern": "1", "torch": "2"},
+    )  # fmt: skip
+    return row.model_dump()
+
+
+def study_case(random: Random) -> Case:
+    changes = json_damage(random) if random.random() < 0.6 else None
+    return dict(changes=changes, bytes=byte_damage(random), checked=random.random() < 0.8)
+
+
+@fuzz(study_case)
+def test_rows_of_a_study(case):
+    """A row that cannot be read is measured again, so that nothing is raised."""
+    directory = place() / "study"
+    directory.mkdir(exist_ok=True)
+    path = directory / f"{PLAN.id}.json"
+    if case["changes"] is None:
+        path.write_bytes(damaged(to_checked_json(study_row()).encode(), case["bytes"]))
+    else:
+        text = damaged_json(study_row(), case["changes"])
+        path.write_bytes((rechecked(text) if case["checked"] else text).encode("utf-8", "surrogatepass"))
+    with bounded():
+        row = RowFiles(directory).get(PLAN)
+    assert row is None or (row.depends == PLAN.depends and not row.passing)
+    if row is not None:
+        row.model_dump_json()
+
+
+# ---- what is no file ---------------------------------------------------------------------------------
+
+
+def place_case(random: Random) -> Case:
+    return dict(kind=random.choice((*KINDS, "table", "study")), place=random.choice(HOSTILE_PLACES))
+
+
+@fuzz(place_case)
+def test_what_is_no_file_is_refused(case):
+    if case["kind"] == "study":
+        directory = place() / "hostile-study"
+        directory.mkdir(exist_ok=True)
+        hostile_place(case["place"], directory / f"{PLAN.id}.json")
+        with bounded():
+            assert RowFiles(directory).get(PLAN) is None
+        return
+    path = hostile_place(case["place"], place() / "hostile")
+    load = KINDS[case["kind"]].load if case["kind"] in KINDS else lambda path: TableFile(path, "table")
+    with bounded():
+        assert read(path, lambda: load(path)) is None
