@@ -235,6 +235,8 @@ def test_the_file_of_the_worked_example_is_what_the_pages_say(tmp_path):
     for name, entry in header.items():
         first, last = entry["data_offsets"]
         raw = data[8 + length + first : 8 + length + last]
+        if name not in ("levels", "basis"):  # the page has formulas of these
+            assert bytes.fromhex(named_block("text", name)) == raw
         code, dtype = formats[entry["dtype"]]
         values = struct.unpack(f"<{len(raw) // struct.calcsize(code)}{code}", raw)
         tensors[name] = shaped(values, entry["shape"])
