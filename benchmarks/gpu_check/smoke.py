@@ -183,7 +183,7 @@ def judged_line(case: Any, place: Any) -> tuple[dict[str, Any], str | None]:
         with deterministic():
             faults = judge(case, place, line)
     except Exception as error:  # whatever a kernel does, the others are judged too
-        from ..common import first_line
+        from ..machine import first_line
 
         faults, lost = [first_line(error)], place.lost()
     if faults:
@@ -243,7 +243,8 @@ def timed_line(
     case: Any, place: Any, ceilings: dict[str, Any], alone: bool
 ) -> tuple[dict[str, Any], str | None]:
     """Return the line with a case's time, its floor and their ratio."""
-    from ..common import first_line, quantiles
+    from ..common import quantiles
+    from ..machine import first_line
 
     line: dict[str, Any] = {"case": case.name}
     try:
