@@ -43,7 +43,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Gener
     """After an error that CUDA keeps, say so: every later test of this process would fail for it."""
     report = yield
     if report.failed and torch.cuda.is_initialized() and not _lost:
-        from benchmarks.common import lost_context
+        from benchmarks.machine import lost_context
 
         if reason := lost_context():
             _lost.append(reason)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import common, cosine_mse, gather_decode, gather_project, gpu_check, train
+from benchmarks import common, cosine_mse, gather_decode, gather_project, gpu_check, machine, train
 from benchmarks.gpu_check import assertions, checklist, processes, smoke, table
 from benchmarks.gpu_check.kernels import KERNELS, cases
 from benchmarks.gpu_check.lines import append, read_lines
@@ -420,13 +420,13 @@ class LostDevice:
 
 
 def test_a_lost_context_is_told_from_an_error_that_is_cleared(monkeypatch):
-    assert common.lost_context() is None, "nothing ran on a device"
+    assert machine.lost_context() is None, "nothing ran on a device"
     LostDevice(monkeypatch, errors=0)
-    assert common.lost_context() is None
+    assert machine.lost_context() is None
     LostDevice(monkeypatch, errors=1)
-    assert common.lost_context() is None
+    assert machine.lost_context() is None
     LostDevice(monkeypatch, errors=2)
-    assert common.lost_context() == "RuntimeError: CUDA error: device-side assert triggered"
+    assert machine.lost_context() == "RuntimeError: CUDA error: device-side assert triggered"
 
 
 def test_a_run_ends_with_its_context_and_keeps_what_it_has(tmp_path, monkeypatch, capsys):
@@ -446,10 +446,10 @@ def test_a_run_ends_with_its_context_and_keeps_what_it_has(tmp_path, monkeypatch
 
 BREAKING_TESTS = """
 import pytest, torch
-from benchmarks import common
+from benchmarks import machine
 from tests.conftest import pytest_runtest_logfinish, pytest_runtest_makereport
 broken = []
-common.lost_context = lambda: broken and broken[0] or None
+machine.lost_context = lambda: broken and broken[0] or None
 torch.cuda.is_initialized = lambda: True
 """
 TESTS = """

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import sys
 from pathlib import Path
 
 import torch
 
-from ..common import DTYPES, copy_bandwidth, environment, gemm_peak
+from ..common import DTYPES, copy_bandwidth, gemm_peak
+from ..machine import environment, version_of
 from .lines import append
 
 NO_DEVICE = 2  # exit status
@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
         print(f"torch {torch.__version__} sees no CUDA device; run this on a machine that has one")
         return NO_DEVICE
     found = environment()
-    found["packages"] = {name: _version(name) for name in PACKAGES}
+    found["packages"] = {name: version_of(name) for name in PACKAGES}
     found["device"] = "rehearsal" if options.rehearse else torch.cuda.get_device_name()
     for name, value in found.items():
         print(f"{name:16} {value}", flush=True)
@@ -41,13 +41,6 @@ def main(arguments: list[str]) -> int:
         print(f"product {name:8} {found['gflops'][name] / 1e3:.1f} TFLOP/s", flush=True)
     append(options.results, {"environment": found})
     return 0
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from torch import Tensor
 from embkern.ops.backends import unavailable
 from embkern.ops.library import overload
 
-from ..common import cuda_sampler, lost_context, side_stream
+from ..common import cuda_sampler, side_stream
+from ..machine import lost_context
 
 Call = Callable[[], tuple[Tensor, ...]]
 

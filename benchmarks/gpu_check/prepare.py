@@ -26,7 +26,7 @@ from embkern.ops import backends
 from embkern.triton.launch import Launch
 from embkern.triton.tiles import REPRESENTATIVE
 
-from ..common import first_line
+from ..machine import first_line
 from .kernels import Case, cases
 from .place import Device
 from .processes import ROOT

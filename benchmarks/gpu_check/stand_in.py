@@ -22,7 +22,7 @@ from torch import Tensor
 
 from embkern.ops.library import overload
 
-from ..common import _version
+from ..machine import version_of
 from .place import Call, Device
 from .processes import ROOT
 
@@ -31,7 +31,7 @@ PROGRAMS = ("gather_project", "cosine_mse")
 
 def interpreter_fails() -> str | None:
     """Return why Triton's interpreter cannot be used here, or None if it can."""
-    triton, numpy = _version("triton"), _version("numpy")
+    triton, numpy = version_of("triton"), version_of("numpy")
     if triton is None:
         return "triton is not installed"
     if _release(triton) <= (3, 6) and _release(numpy or "0.0") >= (2, 4):
