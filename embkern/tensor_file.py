@@ -123,7 +123,7 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors = {name: _aligned(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, RuntimeError, KeyError) as error:  # the latter two of a dtype torch lacks
             failure = error
         if _identity(path) != before:  # safetensors opens a file twice: header and tensors may not be of one
@@ -136,6 +136,14 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _identity(path: str | os.PathLike) -> tuple[int, ...]:
     found = os.stat(path)
     return found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """A tensor in whose place the kernels may read: one of a file lies where the file has it.
+
+    safetensors aligns what it writes, but the format lets others write at any byte.
+    """
+    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
 
 def _tensor(setting: Any) -> Tensor:

@@ -46,6 +46,19 @@ def test_what_is_saved_is_loaded(tmp_path, optional):
     assert settings == {"width": 7, "note": {"of": [1, None]}}
 
 
+@pytest.mark.parametrize("spaces", range(1, 8))
+def test_tensors_that_a_file_does_not_align_are_aligned(tmp_path, spaces):
+    save(tmp_path / "t", b=torch.arange(3))
+    data = (tmp_path / "t").read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = data[8:end] + b" " * spaces
+    (tmp_path / "t").write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
+    tensors = load(tmp_path / "t")[0]
+    assert torch.equal(tensors["a"], torch.arange(6.0))
+    assert torch.equal(tensors["b"], torch.arange(3))
+    assert all(tensor.data_ptr() % tensor.element_size() == 0 for tensor in tensors.values())
+
+
 @pytest.mark.parametrize(
     "view",
     [

@@ -221,7 +221,7 @@ struct Pair {
     return raw;
   }
   static EMBKERN_INLINE void along(const BFloat16* row, int64_t k, Scalar* to) {
-    std::memcpy(to, row, k / 2 * sizeof(Scalar));
+    if (k > 1) std::memcpy(to, row, k / 2 * sizeof(Scalar));  // rows of rank 0 may be nowhere
     if (k % 2) to[k / 2] = bits(row + k - 1);
   }
   template <int SIZE>

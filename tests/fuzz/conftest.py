@@ -8,7 +8,6 @@ the end. ``EMBKERN_FUZZ_LAST`` names a file that holds the case under way, in ca
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import mmap
 import os
 import secrets
@@ -86,7 +85,6 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Any:
     generate = getattr(pyfuncitem.obj, "generate", None)
     if not SECONDS or generate is None:
         return (yield)
-    faulthandler.enable()
     name, check = pyfuncitem.name, pyfuncitem.obj.hypothesis.inner_test
     started = time.monotonic()
     result = yield
