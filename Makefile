@@ -11,7 +11,7 @@ SOURCES := pyproject.toml setup.py constraints.txt embkern/_version.py
 NATIVE  := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 CPP     := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test test-slow test-interpreter test-all lint format sanitize bench clean
+.PHONY: help setup demo test test-slow test-interpreter test-all lint format sanitize docs bench clean
 
 help:
 	@echo "make demo       compress a real model, reload it, compare (about two minutes after the set-up)"
@@ -24,6 +24,7 @@ help:
 	@echo "make test-oldest, make test-latest"
 	@echo "                the tests with the oldest dependencies that are declared, and with the newest there are"
 	@echo "make constraints   pin the newest version of everything that make installs"
+	@echo "make docs       the documentation, into build/docs"
 	@echo "make bench      the benchmarks, into benchmarks/results"
 	@echo "make clean      remove .venv and what was built"
 
@@ -100,6 +101,15 @@ sanitize: $(VENV)/.test
 
 bench: $(VENV)/.test
 	@for name in import_time cosine_mse methods direction quality gather_project gather_decode plots; do $(BIN)/python -m benchmarks $$name || exit 1; done
+
+$(VENV)/.docs: $(VENV)/.torch $(SOURCES)
+	@EMBKERN_NATIVE=0 $(PIP) --no-build-isolation --editable ".[docs]"
+	@touch $@
+
+# The notice that is silenced is about a later major version of mkdocs.
+docs: $(VENV)/.docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/docs/index.html"
 
 include environments.mk
 
