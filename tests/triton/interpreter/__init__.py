@@ -7,21 +7,9 @@ The interpreter does not round bf16 as a device does: bf16 is left to the tests 
 
 from __future__ import annotations
 
-import os
-
-import numpy
 import pytest
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
+from benchmarks.gpu_check.stand_in import interpreter_fails
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("Triton interprets kernels only with TRITON_INTERPRET=1", allow_module_level=True)
-
-
-def _version(package: object) -> tuple[int, ...]:
-    return tuple(map(int, package.__version__.split(".")[:2]))
-
-
-if _version(triton) <= (3, 6) and _version(numpy) >= (2, 4):
-    # It takes ``int`` of an array with one element, which NumPy 2.4 refuses.
-    pytest.skip("the interpreter of Triton 3.6 does not run with NumPy 2.4", allow_module_level=True)
+if reason := interpreter_fails():
+    pytest.skip(reason, allow_module_level=True)
