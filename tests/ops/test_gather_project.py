@@ -15,7 +15,7 @@ from embkern.ops import gather_project, reference
 from embkern.ops.backends import unavailable
 from embkern.ops.library import CPU_CAPABILITIES, cpu_capability
 
-from ..conftest import assert_no_worse_than, compile_counting
+from ..conftest import assert_no_worse_over_draws, assert_no_worse_than, compile_counting
 
 OP = "gather_project"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -34,6 +34,24 @@ def problem(shape, dtype=torch.float32, device="cpu", offset=True, ids_dtype=tor
 def plain(ids, codes, basis, offset):
     rows = F.embedding(ids, codes) @ basis
     return rows if offset is None else rows + offset
+
+
+def draw(shape, dtype, backend=None, device="cpu"):
+    """Rows and gradients of a new problem: ours, plain torch's and those of float64."""
+    ids, *factors = problem(shape, dtype, device)
+    upstream = torch.randn(len(ids), shape[2], device=device).to(dtype)
+    results = []
+    for function, cast in (
+        (lambda *a: gather_project(*a, backend=backend), dtype),
+        (plain, dtype),
+        (plain, torch.float64),
+    ):
+        leaves = [f.to(cast, copy=True).requires_grad_() for f in factors]
+        out = function(ids, *leaves)
+        out.backward(upstream.to(cast))
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    assert all(each.dtype == dtype for each in results[0])
+    return results
 
 
 def skip_without_float64(backend, device):
@@ -57,16 +75,7 @@ def test_every_instruction_set_keeps_the_numerical_contract(level, dtype):
     assert cpu_capability() == level
     # ... and more rows than are packed, few rows in wide tiles, long sums, a rank beyond one block of sums.
     for shape in [*SHAPES, (500, 130, 95, 25), (500, 19, 300, 4), (40, 300, 33, 700), (30, 600, 40, 20)]:
-        ids, *factors = problem(shape, dtype)
-        upstream = torch.randn(len(ids), shape[2]).to(dtype)
-        results = []
-        for function, cast in ((gather_project, dtype), (plain, dtype), (plain, torch.float64)):
-            leaves = [f.to(cast, copy=True).requires_grad_() for f in factors]
-            out = function(ids, *leaves)
-            out.backward(upstream.to(cast))
-            results.append([out.detach(), *(leaf.grad for leaf in leaves)])
-        for ours, native, exact in zip(*results, strict=True):
-            assert_no_worse_than(ours, native, exact)
+        assert_no_worse_over_draws(lambda: draw(shape, dtype))  # noqa: B023
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -106,21 +115,7 @@ def test_narrow_outputs_round_like_torch(level, special):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("poisoned")
 def test_forward_and_gradients_are_no_worse_than_plain_torch(backend, device, shape, dtype):
-    ids, *factors = problem(shape, dtype, device)
-    upstream = torch.randn(len(ids), shape[2], device=device).to(dtype)
-    results = []
-    for function, cast in (
-        (lambda *a: gather_project(*a, backend=backend), dtype),
-        (plain, dtype),
-        (plain, torch.float64),
-    ):
-        leaves = [f.to(cast, copy=True).requires_grad_() for f in factors]
-        out = function(ids, *leaves)
-        out.backward(upstream.to(cast))
-        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
-    assert results[0][0].dtype == dtype
-    for ours, native, exact in zip(*results, strict=True):
-        assert_no_worse_than(ours, native, exact)
+    assert_no_worse_over_draws(lambda: draw(shape, dtype, backend, device))
 
 
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=str)

@@ -61,8 +61,11 @@ def test_the_kernel_finds_what_the_definition_finds(profile, spread, level) -> N
     codes, scales, projections = quantize_rows(*arguments, needs_codes=True, backend="native")
     expected = quantize_rows(*arguments, needs_codes=True, backend="torch")
     assert (projections - expected[2]).abs().max() <= 1e-4 * expected[2].abs().max() + 1e-6
-    # A value between two levels, or two factors as good as each other, may round either way.
-    assert (codes != expected[0]).float().mean() < 0.01
+    # Two factors may be as good as each other to fp32: scales, a tenth apart, tell which one a row has taken. A
+    # value between two levels may round either way.
+    same = (scales - expected[1]).abs() <= 1e-3 * expected[1]
+    assert same.float().mean() > 0.9
+    assert (codes != expected[0])[same].float().mean() < 0.001
     values, each = arguments[0], arguments[1]
     decoded = _decoded(codes, profile) * (1 if each is None else each)
     x = values * (1 if each is None else each)
