@@ -158,6 +158,12 @@ void forward(const Arguments& arguments, const std::optional<Tensor>& offset, do
 }
 
 void forward_into(const Arguments& arguments, const std::optional<Tensor>& offset, double scale, Tensor& out) {
+  if (arguments.width == 0) {  // nothing to compute, but an id may be out of range
+    dispatch_index(arguments.ids.scalar_type(), "ids", [&](auto index) {
+      const auto* ids = static_cast<const decltype(index)*>(arguments.ids.const_data_ptr());
+      for (int64_t n = 0; n < arguments.count; ++n) checked(ids, n, arguments.vocabulary);
+    });
+  }
   if (arguments.count == 0 || arguments.width == 0) return;
   dispatch_floating(arguments.codes.scalar_type(), "codes",
                     [&](auto element) { forward<decltype(element)>(arguments, offset, scale, out); });

@@ -165,9 +165,10 @@ def cosine_mse_forward(
     # Per row: d loss / d row of each term, the vectors divided by their scales.
     row = weight if grad_loss is None else weight * grad_loss
     from_error = row * (2 * mse_weight / width)
-    if rmse_weight:
-        from_error = from_error + torch.where(rmse == 0, 0.0, row * (rmse_weight / width) / rmse)
     error = from_error.unsqueeze(1) * e
+    if rmse_weight:  # 1 / rmse may leave the range where e / rmse does not
+        of_root = torch.where(rmse == 0, 0.0, e.t() / rmse).t()
+        error = error + (row * (rmse_weight / width)).unsqueeze(1) * of_root
     if power_weight:
         slope = (row * (power_weight * alpha / width)).unsqueeze(1) * magnitude.pow(alpha - 1)
         error = error + slope * e.sign()

@@ -88,6 +88,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Any:
     name, check = pyfuncitem.name, pyfuncitem.obj.hypothesis.inner_test
     started = time.monotonic()
     result = yield
+    _spent[name] = time.monotonic() - started
     seed, known = SEED, 0
     while time.monotonic() < started + SECONDS / _properties and known < EXHAUSTED:
         before = len(_distinct[name])

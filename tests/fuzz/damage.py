@@ -20,7 +20,7 @@ from torch import Tensor
 
 from embkern.json_file import to_checked_json
 
-SECONDS, MEMORY = 5, 200 << 20  # that reading a file of some kilobytes may take at most
+SECONDS, MEMORY = 60, 200 << 20  # that reading a file of some kilobytes may take at most
 _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.uint8: "U8", torch.bool: "BOOL",

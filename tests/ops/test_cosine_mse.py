@@ -129,6 +129,15 @@ def test_the_gradient_of_the_mean_survives_fp16(backend, device):
     assert_close(got.double(), exact, rtol=2e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_slope_of_a_root_of_subnormal_numbers(backend, device, reduction):
+    output = torch.tensor([[3e-40, -4e-40]], device=device, requires_grad=True)
+    options = dict(cosine_weight=0.0, mse_weight=0.0, rmse_weight=1.0, reduction=reduction)
+    loss = cosine_mse_loss(output, torch.zeros(1, 2, device=device), **options, backend=backend)
+    (got,) = torch.autograd.grad(loss.sum(), output)
+    assert_close(got, torch.tensor([[0.6, -0.8]], device=device) / 2**0.5, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_the_sum_of_the_rows_losses_has_the_gradient_of_the_sum(backend, device, dtype):
     """The gradient of each row's loss is then one number, expanded to all rows."""

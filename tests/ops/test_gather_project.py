@@ -307,6 +307,14 @@ def test_an_id_out_of_range_is_an_index_error(backend, device, bad):
         gather_project(ids, *factors, backend=backend)
 
 
+def test_an_id_out_of_range_is_noticed_where_rows_have_no_columns(backend, device):
+    if device != "cpu":
+        pytest.skip("a device-side assertion ends the process")
+    for ids in (torch.tensor([0, 12]), torch.tensor(12, dtype=torch.int32)):
+        with pytest.raises(IndexError, match="ids: expected 0 <= id < 12, got 12 at flat position"):
+            gather_project(ids, torch.zeros(12, 4), torch.zeros(4, 0), backend=backend)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_the_error_names_the_id(backend, device, dtype):
     if device != "cpu":
