@@ -42,7 +42,7 @@ def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     script = folder / "page.py"
     script.write_text(code, encoding="utf-8")
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
+    environment = {**os.environ, "PYTHONPATH": paths}
     return subprocess.run(
         [sys.executable, script], cwd=folder, env=environment, capture_output=True, text=True, timeout=900
     )
