@@ -11,7 +11,15 @@ from torch.autograd import Function
 
 from . import reference
 from .backends import Backend, select
-from .library import apply, check_ids, define, differentiable_once, needs_autograd, overload
+from .library import (
+    apply,
+    check_ids,
+    define,
+    differentiable_once,
+    needs_autograd,
+    overload,
+    reraise_refusal,
+)
 
 _NO_PADDING = -1
 
@@ -157,9 +165,10 @@ def gather_decode(
             padding = _NO_PADDING if padding_idx is None else padding_idx % len(scales)
             return apply(GatherDecode, *arguments, embedding_dim, scale, padding, chosen)
         return _FORWARD[chosen](*arguments, embedding_dim, scale)
-    except Exception:
+    except Exception as error:
         _check(ids, records, directory, tiers, levels, scales, basis, offset, embedding_dim)
         check_ids(ids, len(scales))
+        reraise_refusal(error)
         raise
 
 

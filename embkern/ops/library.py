@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,19 @@ def apply(function: type[Function], *args: Any) -> Any:
     if torch.compiler.is_compiling() or _functorch_active():
         return function.apply(*args)
     return super(Function, function).apply(*_unwrap_dead_wrappers(args))  # type: ignore[misc]
+
+
+# How the checks of the native ops begin (csrc/checks.h), such as "directory: expected".
+_REFUSED_ARGUMENT = re.compile(r"\w+: expected ")
+
+
+def reraise_refusal(error: Exception) -> None:
+    """Raise the ValueError that a native op threw, if ``error`` stands for one.
+
+    Up to 2.14 torch surfaces std::invalid_argument as ValueError itself, 2.15 as RuntimeError.
+    """
+    if type(error) is RuntimeError and _REFUSED_ARGUMENT.match(str(error)):
+        raise ValueError(str(error)) from None
 
 
 def second_derivative_refused() -> RuntimeError:

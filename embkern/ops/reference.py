@@ -22,21 +22,16 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _autocast_is_known(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type)
-
-
-# The compiler of torch 2.11 does not trace that call; a device's answer is a constant of the graph.
-_autocast_is_known._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def _autocast_off(function: Callable) -> Callable:
     """Keep autocast from narrowing the products: the result has the factors' dtype, like F.embedding's."""
 
     @functools.wraps(function)
     def call(first: Tensor, *args: Any) -> Any:
         device_type = first.device.type
-        if _autocast_is_known(device_type) and torch.is_autocast_enabled(device_type):
+        # is_autocast_enabled raises for a device that has no autocast, such as meta. Nothing is compiled for
+        # those, and the compiler of torch 2.10 cannot trace the question.
+        has_autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+        if has_autocast and torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
                 return function(first, *args)
         return function(first, *args)
@@ -258,7 +253,8 @@ def autoencoder_forward(
 # ---- gather_decode: rows of a packed table -----------------------------------------------------------
 
 GROUP = 32  # values that share the words of a record: bit i of a group's word p is bit p of its value i
-LEVEL_STEP = 2.0**-12  # of the levels, which are whole numbers: no model's dtype rounds them
+_LEVELS_PER_UNIT = 4096
+LEVEL_STEP = 1 / _LEVELS_PER_UNIT  # of the levels, which are whole numbers: no model's dtype rounds them
 LEVEL_BITS = 4  # codes this wide at most go through a trellis with levels of its own, wider ones are uniform
 STATE_BITS = 7  # of a trellis: a value's code and those of the values before it, as far back as they fit
 STATES = 2**STATE_BITS
@@ -292,7 +288,8 @@ def packed_values(
         code += torch.where(present.unsqueeze(2), bit.long() << plane, 0)
     width = bits.unsqueeze(2)
     own = width.clamp(1, LEVEL_BITS)
-    chosen = levels.flatten()[(own - 1) * STATES + trellis_states(code, own)].float() * LEVEL_STEP
+    chosen = levels.flatten()[(own - 1) * STATES + trellis_states(code, own)].float()
+    chosen = chosen / _LEVELS_PER_UNIT  # the compiler of torch 2.10 fails on a global float in a backward
     uniform = code.float() - ((1 << width).float() - 1) / 2
     values = torch.where(width > LEVEL_BITS, uniform, torch.where(width > 0, chosen, 0.0))
     return transform, values.flatten(1)
