@@ -59,8 +59,8 @@ def test_the_kernel_finds_what_the_definition_finds(profile, spread, level) -> N
     codes, scales, projections = quantize_rows(*arguments, needs_codes=True, backend="native")
     expected = quantize_rows(*arguments, needs_codes=True, backend="torch")
     assert (projections - expected[2]).abs().max() <= 1e-4 * expected[2].abs().max() + 1e-6
-    # Two factors may be as good as each other to fp32: scales, a tenth apart, tell which one a row has taken. A
-    # value between two levels may round either way.
+    # Two factors may be as good as each other to fp32: scales, a tenth apart, tell which one a row has taken.
+    # A value between two levels may round either way.
     same = (scales - expected[1]).abs() <= 1e-3 * expected[1]
     assert same.float().mean() > 0.9
     assert (codes != expected[0])[same].float().mean() < 0.001
