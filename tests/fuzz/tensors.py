@@ -17,8 +17,9 @@ LAYOUTS = ("narrowed", "stepped", "transposed", "padded", "expanded", "overlappi
 # "rows" have norms of very different size; "nan" and "inf" are in a few places of otherwise normal values.
 VALUES = ("zeros", "ones", "huge", "tiny", "rows", "nan", "inf")
 WRONG_DTYPES = ("float32", "float64", "float16", "int32", "int64", "uint8", "int16", "bool", "complex64")
+# The squares of float64 stay in its range: there is no wider one to sum them in.
 _HUGE = {torch.float16: 200.0, torch.bfloat16: 1e17, torch.float32: 1e17, torch.float64: 1e150}
-_TINY = {torch.float16: 1e-6, torch.bfloat16: 1e-39, torch.float32: 1e-39, torch.float64: 1e-309}
+_TINY = {torch.float16: 1e-6, torch.bfloat16: 1e-39, torch.float32: 1e-39, torch.float64: 1e-140}
 
 
 def dtype_of(name: str) -> torch.dtype:
