@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import reference
 from .backends import Backend, select
-from .library import define, overload
+from .library import define, overload, reraise_refusal
 
 
 def _fake(
@@ -76,4 +76,8 @@ def quantize_rows(
         projection 0.
     """
     chosen = select("quantize_rows", values.device.type, values.dtype, backend)
-    return _FORWARD[chosen](values.contiguous(), spread, bits, levels, steps, factors, needs_codes)
+    try:
+        return _FORWARD[chosen](values.contiguous(), spread, bits, levels, steps, factors, needs_codes)
+    except RuntimeError as error:
+        reraise_refusal(error)
+        raise

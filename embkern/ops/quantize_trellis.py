@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import reference
 from .backends import Backend, select
-from .library import define, overload
+from .library import define, overload, reraise_refusal
 
 
 def _fake(
@@ -70,6 +70,10 @@ def quantize_trellis(
         projection 0. Where two paths are as near as each other, backends may choose either.
     """
     chosen = select("quantize_trellis", values.device.type, values.dtype, backend)
-    return _FORWARD[chosen](
-        values.contiguous(), spread, bits, levels.contiguous(), scales.contiguous(), needs_codes
-    )
+    try:
+        return _FORWARD[chosen](
+            values.contiguous(), spread, bits, levels.contiguous(), scales.contiguous(), needs_codes
+        )
+    except RuntimeError as error:
+        reraise_refusal(error)
+        raise
