@@ -23,9 +23,9 @@ _TYPES = {
 }
 # Assertions on ids are compiled in only with `debug`; with it Triton would check every integer sum as well.
 _OPTIONS = {"debug": True, "sanitize_overflow": False, "enable_fp_fusion": True}
-# The ptxas of Triton 3.6 spills a register or two where that makes room for one more block on a
+# The ptxas of Triton 3.6 to 3.8 spills some registers where that makes room for one more block on a
 # multiprocessor. It does not where it is told a bound, so it is told the hardware's own.
-_BOUND_REGISTERS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+_BOUND_REGISTERS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 
 
 @dataclass(frozen=True)

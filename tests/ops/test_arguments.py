@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+pytest.importorskip("pydantic", reason="the methods need pydantic")
+
 from embkern.methods.allocate import scalar_levels, uniform_steps
 from embkern.methods.gaussian import trellis_levels
 from embkern.ops import autoencoder_loss, cosine_mse_loss, gather_decode, gather_project
