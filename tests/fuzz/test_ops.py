@@ -162,7 +162,9 @@ def test_gather_project(case):
         options = dict(scale=scale, padding_idx=padding, sparse=case["sparse"], backend=backend)
         with Unchanged(ids, codes, basis, offset, grad):
             got = gather_project(ids, codes, basis, offset, **options)
-            assert_within(got.reshape(exact.shape), exact, bound, most, f"{backend} rows", scale != 0)
+            # Plain torch may round the product before it adds the offset.
+            within = bound + out_unit * abs(scale) * sizes * 2 if narrow and backend == "torch" else bound
+            assert_within(got.reshape(exact.shape), exact, within, most, f"{backend} rows", scale != 0)
             leaves = leaves_of(codes, basis, offset)
             again = gather_project(ids, *leaves, **options)
             assert same_bits(got, again.detach())
@@ -177,9 +179,8 @@ def test_gather_project(case):
             each = each.to_dense() if each.is_sparse else each
             # A sum of repeated ids may be rounded before the product, and plain torch rounds each position's.
             within = (8 * out_unit if narrow else out_unit) * size + 4 * terms * unit * size
-            if (
-                backend == "torch" and case["sparse"]
-            ):  # a row for each position, which torch adds in its dtype
+            if backend == "torch" and case["sparse"]:
+                # It has a row for each position of an id, which torch adds up in their dtype.
                 within = within + len(flat) * out_unit * size
             assert_within(
                 each,

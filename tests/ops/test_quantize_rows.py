@@ -127,3 +127,9 @@ def test_wrong_arguments_are_named(change, message) -> None:
     arguments = dict(zip(names, _arguments((1, 2, 3), True), strict=True)) | change
     with pytest.raises(ValueError, match=message):
         quantize_rows(**arguments, needs_codes=True, backend="native")
+
+
+def test_bits_that_have_no_values_are_not_read() -> None:
+    meta = [each if each is None else each.to("meta") for each in _arguments((2, 1), False)]
+    with pytest.raises(RuntimeError, match="'native' cannot serve quantize_rows: there is no native kernel"):
+        quantize_rows(*meta, needs_codes=True, backend="native")
