@@ -11,7 +11,7 @@ SOURCES := pyproject.toml setup.py constraints.txt embkern/_version.py
 NATIVE  := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 CPP     := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test test-slow test-interpreter test-all lint format sanitize docs bench clean
+.PHONY: help setup demo test test-slow test-interpreter test-all lint format sanitized sanitize fuzz docs bench clean
 
 help:
 	@echo "make demo       compress a real model, reload it, compare (about two minutes after the set-up)"
@@ -21,6 +21,7 @@ help:
 	@echo "                of time and under the CUDA emulator, installs, torchrun, benchmarks, faults"
 	@echo "make format     let ruff and clang-format rewrite the sources"
 	@echo "make sanitize   the native kernels' tests under AddressSanitizer and UBSan"
+	@echo "make fuzz       properties of ops and files on drawn cases, SECONDS=600, under ASan and UBSan"
 	@echo "make test-oldest, make test-latest"
 	@echo "                the tests with the oldest dependencies that are declared, and with the newest there are"
 	@echo "make constraints   pin the newest version of everything that make installs"
@@ -89,15 +90,28 @@ format: $(VENV)/.lint
 	@$(BIN)/ruff format .
 	@$(BIN)/clang-format -i $(CPP)
 
-# The checkout's tests of the native kernels, against a build with AddressSanitizer and UBSan.
-sanitize: $(VENV)/.test
+# Tests run against it with LD_PRELOAD: the interpreter itself has no sanitizer.
+SANITIZED = cd build/sanitize/lib && \
+  LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
+  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=64 \
+  UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
+  $(abspath $(BIN))/python -m pytest -p no:cacheprovider --capture=sys
+
+sanitized: $(VENV)/.test
 	@EMBKERN_NATIVE=1 EMBKERN_SANITIZE=1 $(BIN)/python setup.py -q build \
 	  --build-temp build/sanitize --build-lib build/sanitize/lib
 	@rm -rf build/sanitize/lib/tests && cp -r tests pyproject.toml build/sanitize/lib
-	@cd build/sanitize/lib && \
-	  LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(abspath $(BIN))/python -m pytest tests/ops -p no:cacheprovider --capture=sys
+
+# The checkout's tests of the native kernels, against a build with AddressSanitizer and UBSan.
+sanitize: sanitized
+	@$(SANITIZED) tests/ops
+
+# Properties of every op and file format on drawn cases, for so many seconds; the case under way is kept in
+# build/sanitize/last, since a sanitizer ends the process.
+SECONDS ?= 600
+fuzz: sanitized
+	@export EMBKERN_FUZZ_SECONDS=$(SECONDS) EMBKERN_FUZZ_LAST=$(abspath build/sanitize/last); \
+	  $(SANITIZED) tests/fuzz --tb=native || { tr -d '\0' < $(abspath build/sanitize/last) | head -1; exit 1; }
 
 bench: $(VENV)/.test
 	@for name in import_time cosine_mse methods direction quality gather_project gather_decode plots; do $(BIN)/python -m benchmarks $$name || exit 1; done
