@@ -112,7 +112,7 @@ def main(arguments: list[str]) -> int:
 
 def make(name: str, rehearse: bool) -> int:
     """Make one call in this process; it returns only if there was no assertion."""
-    from .place import place_of
+    from .stand_in import place_of, raise_assertions
 
     place = place_of(rehearse)
     (assertion,) = (each for each in ASSERTIONS if each.name == name)
@@ -120,8 +120,6 @@ def make(name: str, rehearse: bool) -> int:
         print(f"not run: {reason}")
         return NOT_RUN
     if rehearse and assertion.backend == "triton":
-        from .stand_in import raise_assertions
-
         raise_assertions()
     assertion.call(place)
     place.synchronize()

@@ -95,12 +95,3 @@ def poisoned() -> Iterator[None]:
         yield
     finally:
         settings.fill_uninitialized_memory = False
-
-
-def place_of(rehearse: bool) -> Device:
-    """Return the device, or what stands in for it."""
-    if rehearse:
-        from .stand_in import StandIn
-
-        return StandIn()
-    return Device()

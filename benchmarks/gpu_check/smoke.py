@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
         return _worker(options)
     deadline = time.monotonic() + options.limit_seconds
     from .kernels import cases
-    from .place import place_of
+    from .stand_in import place_of
 
     names = [case.name for case in cases(place_of(options.rehearse))]
     if options.only:
@@ -135,7 +135,7 @@ def _worker(options: argparse.Namespace) -> int:
     import torch
 
     from .kernels import cases
-    from .place import place_of
+    from .stand_in import place_of
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.processes))
     place = place_of(options.rehearse)

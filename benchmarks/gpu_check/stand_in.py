@@ -181,3 +181,8 @@ def _emulated_cosine_mse(
         outputs = Outputs(program("cosine_mse"), [call], Path(folder))
     shapes = cosine_mse_results(output, reduction, options[-2:])
     return tuple(outputs.take(dtype, *shape) for dtype, shape in shapes)
+
+
+def place_of(rehearse: bool) -> Device:
+    """Return the device, or what stands in for it."""
+    return StandIn() if rehearse else Device()
