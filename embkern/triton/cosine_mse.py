@@ -648,7 +648,7 @@ def _sum_launch(
         chunk=chunk,
         BLOCK=block,
     )
-    return Launch(_sum_kernel, (sums.numel(),), arguments, num_warps=block // 512)
+    return Launch(_sum_kernel, (sums.numel(),), arguments, num_warps=max(1, block // 512))
 
 
 def scale_launch(grad: Tensor, grad_loss: Tensor, device: Device | None = None) -> Launch:
