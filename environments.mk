@@ -32,15 +32,15 @@ test-oldest: $(UV)
 test-latest: $(UV)
 	$(call test_with,latest,$(PYTHON_LATEST),--upgrade)
 
-# $(call test_with,name,interpreter,how uv resolves): a new environment .venv-name, the extension built in it,
-# the fast tests.
+# $(call test_with,name,interpreter,how uv resolves): a new environment .venv-name, the extension built in it
+# (without CUDA: no test here runs on a device), the fast tests.
 define test_with
 @$(UV) venv --quiet --clear --python $(2) .venv-$(1) || \
   { echo "make test-$(1): no such Python; name one: make test-$(1) PYTHON_$(shell echo $(1) | tr a-z A-Z)=/path/to/python"; exit 1; }
 @$(UV) pip install --quiet --python .venv-$(1)/bin/python $(3) --requirements pyproject.toml --extra test
 @$(UV) pip install --quiet --python .venv-$(1)/bin/python pip "setuptools>=77" wheel ninja
 @rm -rf build/$(1) && mkdir -p build/$(1) && git ls-files -z | xargs -0 cp --parents -t build/$(1)
-@EMBKERN_NATIVE=1 $(UV) pip install --quiet --python .venv-$(1)/bin/python --no-build-isolation --no-deps \
+@CUDA_HOME=/none EMBKERN_NATIVE=1 $(UV) pip install --quiet --python .venv-$(1)/bin/python --no-build-isolation --no-deps \
   --editable build/$(1)
 @$(UV) pip freeze --quiet --python .venv-$(1)/bin/python --exclude-editable
 @.venv-$(1)/bin/embkern env

@@ -283,7 +283,9 @@ def test_any_number_of_ranks_gives_the_same_bits(tmp_path):
             assert all(torch.equal(tensor, shared[key]) for key, tensor in alone.tensors().items())
         plain = direction(TableFile(tmp_path / "t", name), 3, **options)
         assert_close(alone.to_dense(), plain.to_dense(), atol=1e-4, rtol=0)
-    assert [outcome[0].splitlines() for outcome in outcomes] == [expected] * 2
+    # The gloo of torch 2.10 prints of its connections where results belong.
+    printed = [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for out, _ in outcomes]
+    assert printed == [expected] * 2
 
 
 def test_repaired_norms_are_the_nearest_and_turn_nothing():
