@@ -175,8 +175,13 @@ def _sort_metadata(path: Path) -> None:
 
 def disk_error(error: Exception) -> OSError | None:
     """Return the OSError that a library of Rust put into words, such as that of a full disk, if it is one."""
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
+    found = re.search(
+        r"\(os error (\d+)\)|\bOs \{ code: (\d+)", str(error)
+    )  # the latter before safetensors 0.5
+    if found is None:
+        return None
+    code = int(found[1] or found[2])
+    return OSError(code, os.strerror(code))
 
 
 def checksum(tensor: Tensor) -> str:
