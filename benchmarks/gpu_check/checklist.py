@@ -62,7 +62,7 @@ def checklist(options: argparse.Namespace) -> list[Stage]:
     smoke = ["--results", kernels, *limit]
     smoke += ["--only", options.only] if options.only else []
     stages = [
-        Stage("0 device", "versions, the device, its ceilings", module("device", "--results", kernels), 60),
+        Stage("0 device", "versions, the device, its ceilings", module("device", "--results", kernels), 55),
         Stage("0 extension", "load it, else build it", module("extension", *carried), 170, ["0 device"]),
         Stage("1 kernels", "every kernel, right and how fast", module("smoke", *smoke), most, ["0 device"]),
         Stage("2 assertions", "what they must refuse", module("assertions", *limit), 60, ["0 device"]),
