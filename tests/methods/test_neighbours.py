@@ -154,7 +154,7 @@ def test_counts_shift_the_error_to_rows_that_are_not_read(method):
     table[200:, 16:] *= 0.01
     counts = torch.ones(400, dtype=torch.float64)
     counts[200:] = 1e4
-    # After the 8 epochs of FAST the initial weights still decide; after 20 the counts do, in each of 12 draws.
+    # After the 8 epochs of FAST the initial weights decide; after 20 the counts do, in each of 12 draws.
     longer = {"epochs": 20} if method is nonlinear_autoencoder else {}
     plain, weighted = (run(method, table, 8, counts=each, **longer).to_dense() for each in (None, counts))
     assert direction_error(table[200:], weighted[200:]) < direction_error(table[200:], plain[200:])
