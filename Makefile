@@ -14,7 +14,7 @@ CPP     := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl'
 .PHONY: help setup demo test test-slow test-interpreter test-all lint format sanitized sanitize fuzz docs bench clean
 
 help:
-	@echo "make demo       compress a real model, reload it, compare (about two minutes after the set-up)"
+	@echo "make demo       compress a real model, reload it, compare (a minute or two after the set-up)"
 	@echo "make test       the tests, in minutes"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make test-all   the tests, and those that take longer: kernels under Triton's interpreter, compiled ahead"
@@ -40,7 +40,8 @@ $(VENV)/.torch: constraints.txt
 	@touch $@
 
 $(VENV)/.native: $(VENV)/.torch $(NATIVE)
-	@$(BIN)/python setup.py -q build_ext --inplace
+	@mkdir -p build
+	@$(BIN)/python setup.py -q build_ext --inplace > build/native.log || { cat build/native.log; exit 1; }
 	@touch $@
 
 $(VENV)/.packages: $(VENV)/.torch $(SOURCES)

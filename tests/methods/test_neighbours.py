@@ -39,7 +39,8 @@ NEIGHBOURS = [
         vocabulary_pruning,
     )
 ]
-# Of the budget, at least: bits, ranks and the parts of a row are whole numbers.
+# Of the budget, at least: bits and ranks are whole. Where b bits a value fit and one more does not quite,
+# b / (b + 1) of it are used; the largest ratio below leaves 3.2 bits of fp16.
 USED = {rtn: 0.7, lloyd_max: 0.7, product_quantization: 0.7, nonlinear_autoencoder: 0.9}
 
 
