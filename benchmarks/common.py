@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embkern.files import replacing
+from embkern.io.atomic import replacing
 
 from .machine import environment, first_line, lost_context
 

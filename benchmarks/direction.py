@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from embkern.factors import Factors
 from embkern.methods import autoencoder, direction, svd
 from embkern.methods.svd import gram
+from embkern.tables.factors import Factors
 
 from .common import RESULTS, interleaved, peak_bytes, write_results
 from .cosine_mse import TERMS

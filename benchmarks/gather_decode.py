@@ -24,11 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from embkern.layer import PackedEmbedding
+from embkern.nn.packed import PackedEmbedding
 from embkern.ops import gather_decode
 from embkern.ops.backends import BACKENDS, unavailable
 from embkern.ops.reference import GROUP
-from embkern.packed import TENSORS, PackedTable
+from embkern.tables.packed import TENSORS, PackedTable
 
 from . import common
 from .common import Report, cpu_sampler, cuda_sampler, paired_rounds, quantiles, relative_error, table_line
@@ -127,12 +127,9 @@ class Bench(Report):
         from safetensors.torch import load_file
         from transformers import AutoTokenizer
 
-        from embkern.frequencies import (
-            COMPRESSION_STRENGTH,
-            count_tokens,
-            expected_frequencies,
-            vocabulary_prior,
-        )
+        from embkern.text.counts import count_tokens
+        from embkern.text.frequencies import COMPRESSION_STRENGTH, expected_frequencies
+        from embkern.text.prior import vocabulary_prior
 
         tokenizer = AutoTokenizer.from_pretrained(get_model_path())
         self.dense = load_file(get_model_path() / "model.safetensors")["embeddings.word_embeddings.weight"]

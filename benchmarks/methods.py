@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from embkern.evaluate import compare_tables
+from embkern.fidelity import compare_tables
 from embkern.methods import METHODS
 
 from .common import write_results

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from embkern.files import replacing
+from embkern.io.atomic import replacing
 
 from .text import docstring_sentences
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from embkern.ops.reference import GROUP, LEVEL_BITS, LEVEL_STEP, STATES
-from embkern.packed import PackedTable, Tier, pack
+from embkern.tables.packed import PackedTable, Tier, pack
 
 
 def random_packed_table(

@@ -24,14 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from embkern.evaluate import embed_sentences, read_sentences, sentence_fidelity
-from embkern.frequencies import (
-    COMPRESSION_STRENGTH,
-    count_tokens,
-    expected_frequencies,
-    vocabulary_prior,
-)
-from embkern.methods import METHODS, rank_for_ratio
+from embkern.fidelity import embed_sentences, read_sentences, sentence_fidelity
+from embkern.methods import rank_for_ratio
+from embkern.rivals import ALL_METHODS
+from embkern.text.counts import count_tokens
+from embkern.text.frequencies import COMPRESSION_STRENGTH, expected_frequencies
+from embkern.text.prior import vocabulary_prior
 
 from .common import RESULTS, table_line, write_results
 from .shapes import SENTENCES
@@ -68,7 +66,7 @@ def main(arguments: list[str]) -> None:
     options = _parse(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     bench = Bench(options.text, options.other, options.strength)
-    names = options.methods or [*(name for name in METHODS if name not in SLOW), *VARIANTS]
+    names = options.methods or [*(name for name in ALL_METHODS if name not in SLOW), *VARIANTS]
     rows: list[dict[str, Any]] = []
     command = " ".join(["python -m benchmarks quality", *arguments])
     print(table_line("method", {name: name for name in COLUMNS}, COLUMNS))
@@ -99,7 +97,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
     parser.add_argument(
-        "--methods", nargs="+", choices=[*METHODS, *VARIANTS], help="default: all but slow ones"
+        "--methods", nargs="+", choices=[*ALL_METHODS, *VARIANTS], help="default: all but slow ones"
     )
     parser.add_argument("--text", type=Path, help="sentences, one a line: for counts and the same kind")
     parser.add_argument("--other", type=Path, help="sentences of another kind, one a line")
@@ -184,7 +182,7 @@ class Bench:
         }
 
     def _compress(self, name: str, ratio: float) -> Any:
-        method, options = METHODS["allocate" if name in VARIANTS else name], {**VARIANTS.get(name, {})}
+        method, options = ALL_METHODS["allocate" if name in VARIANTS else name], {**VARIANTS.get(name, {})}
         if method.weighted:
             counts = {"mixed": self.counts, "prior": self.prior, "uniform": None}
             options["counts"] = counts[options.get("counts", "mixed")]

@@ -33,9 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from embkern.cache import cache_directory
-from embkern.files import file_checksum, replacing, replacing_directory
-from embkern.json_file import read_checked_json, to_checked_json
+from embkern.io.atomic import file_checksum, replacing, replacing_directory
+from embkern.io.cache import cache_directory
+from embkern.io.checked_json import read_checked_json, to_checked_json
 
 from .installed_text import Document, installed_documents, split
 

@@ -37,12 +37,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from embkern.methods.autoencoder import AutoencoderOptions, _Trainer, autoencoder
+from embkern.methods.autoencoder import AutoencoderOptions, autoencoder
+from embkern.methods.autoencoder.engines import ENGINES
+from embkern.methods.autoencoder.graph import GRAPH_STEPS
+from embkern.methods.autoencoder.method import _Trainer
+from embkern.methods.autoencoder.steps import Objective, Weights
 from embkern.methods.base import parse_options
-from embkern.methods.engines import ENGINES
-from embkern.methods.graph import GRAPH_STEPS
 from embkern.methods.sharded import World
-from embkern.methods.steps import Objective, Weights
 from embkern.ops.autoencoder import autoencoder_loss
 
 from . import common

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import embkern
-from embkern.methods.gaussian import distortion
+from embkern.methods.quantizer_levels import distortion
 from embkern.ops.quantize_trellis import quantize_trellis
 from embkern.ops.reference import GROUP, LEVEL_BITS, LEVEL_STEP, STATES, trellis_states
 

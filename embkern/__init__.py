@@ -15,28 +15,33 @@ import wrapt
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .api import compress, export_dense
-    from .factors import Factors
-    from .layer import FactorizedEmbedding, FactorizedHead, PackedEmbedding, PackedHead
-    from .packed import PackedTable
+    from .api import compress, count_files, export_dense
+    from .models.config import EmbkernConfig
+    from .models.report import Report
+    from .models.resize import resize_token_embeddings
+    from .nn import FactorizedEmbedding, FactorizedHead, PackedEmbedding, PackedHead
     from .recipe import Recipe
-    from .report import Report
-    from .transformers import EmbkernConfig, resize_token_embeddings
+    from .tables import Factors, PackedTable
+    from .text import TokenCounts, count_tokens, read_texts
 
 # Public names by the module that has them, imported at first use: `import embkern` costs milliseconds.
 _PUBLIC = {
     "compress": "api",
+    "count_files": "api",
     "export_dense": "api",
-    "Factors": "factors",
-    "FactorizedEmbedding": "layer",
-    "FactorizedHead": "layer",
-    "PackedEmbedding": "layer",
-    "PackedHead": "layer",
-    "PackedTable": "packed",
+    "Factors": "tables",
+    "PackedTable": "tables",
+    "FactorizedEmbedding": "nn",
+    "FactorizedHead": "nn",
+    "PackedEmbedding": "nn",
+    "PackedHead": "nn",
+    "TokenCounts": "text",
+    "count_tokens": "text",
+    "read_texts": "text",
     "Recipe": "recipe",
-    "Report": "report",
-    "EmbkernConfig": "transformers",
-    "resize_token_embeddings": "transformers",
+    "Report": "models.report",
+    "EmbkernConfig": "models.config",
+    "resize_token_embeddings": "models.resize",
 }
 
 __all__ = [
@@ -49,9 +54,13 @@ __all__ = [
     "PackedTable",
     "Recipe",
     "Report",
+    "TokenCounts",
     "__version__",
     "compress",
+    "count_files",
+    "count_tokens",
     "export_dense",
+    "read_texts",
     "resize_token_embeddings",
 ]
 
@@ -69,4 +78,4 @@ def __dir__() -> list[str]:
 # Runs at once if transformers' quantizers are loaded already, else right after they are.
 @wrapt.when_imported("transformers.quantizers.auto")
 def _register(_: Any) -> None:
-    importlib.import_module(".transformers", __name__)
+    importlib.import_module(".models.quantizer", __name__)

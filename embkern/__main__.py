@@ -1,5 +1,5 @@
 """``python -m embkern``: the command line, for launchers that start modules (torchrun)."""
 
-from .cli import main
+from .cli.main import main
 
 main()

@@ -11,15 +11,15 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from ._version import __version__
-from .api import load_model, load_tokenizer, model_bytes
-from .evaluate import compare_tables, embed_sentences, read_sentences, sentence_fidelity
-from .evaluate.sentences import pooling_of
-from .layer import CompressedEmbedding, CompressedHead
-from .model_table import find_table, input_embeddings, other_tables
+from .fidelity import compare_tables, embed_sentences, read_sentences, sentence_fidelity
+from .fidelity.sentences import pooling_of
+from .models.checkpoint import model_bytes, stored_table
+from .models.find_table import find_table, input_embeddings, other_tables
+from .models.loading import load_model, load_tokenizer
+from .models.report import Comparison, TierUse, tier_uses
+from .nn.base import CompressedEmbedding, CompressedHead
 from .ops.backends import BACKENDS, KERNELS, select, unavailable
 from .ops.library import cpu_capability, load_native
-from .report import Comparison, TierUse, tier_uses
-from .transformers import stored_table
 
 
 class RankSaving(BaseModel):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
-from .layer import check_rank
-from .methods import METHODS, rank_for_ratio
+from .methods import METHODS, Method, rank_for_ratio
 from .methods.base import Rows, parse_options
+from .tables.factors import check_rank
 
 LMHead = Literal["factorized", "dense"]
 DEFAULT_METHOD = "allocate"
@@ -25,6 +26,7 @@ class Recipe(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    known_methods: ClassVar[Mapping[str, Method]] = METHODS
 
     method: str = Field(DEFAULT_METHOD, description=f"one of {', '.join(METHODS)}")
     ratio: float | None = Field(None, description="bytes of the table over bytes of what replaces it")
@@ -38,8 +40,8 @@ class Recipe(BaseModel):
     @field_validator("method")
     @classmethod
     def _known_method(cls, value: str) -> str:
-        if value not in METHODS:
-            raise ValueError(f"expected one of {', '.join(METHODS)}")
+        if value not in cls.known_methods:
+            raise ValueError(f"expected one of {', '.join(cls.known_methods)}")
         return value
 
     @model_validator(mode="after")
@@ -50,14 +52,13 @@ class Recipe(BaseModel):
             raise ValueError(f"ratio: expected at least 1 (bytes before over bytes after), got {self.ratio}")
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank: expected at least 1, got {self.rank}")
-        if self.rank is not None and METHODS[self.method].sized_by == "ratio":
-            ranked = ", ".join(
-                n for n, each in METHODS.items() if each.sized_by == "rank" and each.installable
-            )
+        method = self.known_methods[self.method]
+        if self.rank is not None and method.sized_by == "ratio":
+            ranked = ", ".join(name for name, each in METHODS.items() if each.sized_by == "rank")
             raise ValueError(
                 f"rank: expected a ratio with method {self.method!r}, got {self.rank}; for a rank: {ranked}"
             )
-        parse_options(METHODS[self.method].options, self.options, self.method)
+        parse_options(method.options, self.options, self.method)
         return self
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Recipe:
@@ -106,7 +107,7 @@ class Recipe(BaseModel):
             check_rank(self.rank, embedding_dim)
             return self.rank
         assert self.ratio is not None
-        method = METHODS[self.method]
+        method = self.known_methods[self.method]
         if method.sized_by == "ratio":
             raise ValueError(f"rank: method {self.method!r} is sized by bytes, its tables have no rank")
         offset = method.has_offset(method.options(**self.options))
@@ -123,7 +124,7 @@ class Recipe(BaseModel):
         Returns:
             Factors or a PackedTable; what a method makes that is there for comparison.
         """
-        method = METHODS[self.method]
+        method = self.known_methods[self.method]
         if method.weighted:
             run["counts"] = counts
         if method.sized_by == "ratio":

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from pydantic import BaseModel, Field
 
-from .files import check_writable
+from .io.atomic import check_writable
+from .io.mapped_table import TableFile
 from .methods.sharded import SHARDS, TIMEOUT, World, joined, launched
 from .recipe import Recipe
-from .table_file import TableFile
 
 
 class Trained(BaseModel):

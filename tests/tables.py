@@ -12,7 +12,7 @@ from torch import Tensor
 from embkern.methods import METHODS, Method
 from embkern.methods.base import Options
 from embkern.ops.reference import GROUP, LEVEL_BITS, LEVEL_STEP, STATES
-from embkern.packed import PackedTable, Tier, pack
+from embkern.tables.packed import PackedTable, Tier, pack
 
 
 def uniform_levels() -> Tensor:

@@ -14,10 +14,13 @@ T = pytest.importorskip("transformers")
 
 import embkern
 from embkern import Report, api, cli, inspection
-from embkern.api import check_output, read_report, token_frequencies
-from embkern.frequencies import count_tokens, expected_frequencies, vocabulary_prior
-from embkern.layer import CompressedEmbedding
-from embkern.transformers import stored_table
+from embkern.models.checkpoint import stored_table
+from embkern.models.report import read_report
+from embkern.models.saving import check_output
+from embkern.nn.base import CompressedEmbedding
+from embkern.text.counts import count_tokens
+from embkern.text.frequencies import expected_frequencies, token_frequencies
+from embkern.text.prior import vocabulary_prior
 
 from .models import H, V, build, outputs, tiny_bert, word_tokenizer
 from .tables import quantizing  # noqa: F401 (a fixture)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from embkern.cache import cache_directory
+from embkern.io.cache import cache_directory
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ pytest.importorskip("transformers")
 
 import embkern
 from embkern import cli
-from embkern.factors import Factors
+from embkern.io.mapped_table import TableFile
 from embkern.methods import autoencoder
 from embkern.methods.sharded import World
-from embkern.table_file import TableFile
+from embkern.tables.factors import Factors
 
 from .models import build, word_tokenizer
 

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import save_file
 
 from embkern import cli
-from embkern.factors import Factors
-from embkern.files import check_writable, check_writable_directory, replacing, replacing_directory
-from embkern.frequencies import TokenCounts
+from embkern.io.atomic import check_writable, check_writable_directory, replacing, replacing_directory
+from embkern.io.errors import disk_error
 from embkern.methods import autoencoder
 from embkern.study.rows import Row, RowFiles
-from embkern.tensor_file import disk_error
+from embkern.tables.factors import Factors
+from embkern.text.counts import TokenCounts
 from tests.tables import packed_of
 
 resource = pytest.importorskip("resource")

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from embkern import files
-from embkern.files import replacing, replacing_directory
+from embkern.io import atomic as files
+from embkern.io.atomic import replacing, replacing_directory
 
 
 def write(directory: Path, text: str) -> None:

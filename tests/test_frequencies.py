@@ -20,15 +20,12 @@ from torch.testing import assert_close
 transformers = pytest.importorskip("transformers")
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from embkern import cli, text
-from embkern.frequencies import (
-    TokenCounts,
-    count_tokens,
-    expected_frequencies,
-    fingerprint,
-    vocabulary_prior,
-)
-from embkern.text import read_texts
+from embkern import cli
+from embkern.text import reading as text
+from embkern.text.counts import TokenCounts, count_tokens, fingerprint
+from embkern.text.frequencies import expected_frequencies
+from embkern.text.prior import vocabulary_prior
+from embkern.text.reading import read_texts
 
 SENTENCES = resources.files("embkern") / "data" / "sentences.txt"
 LINES = ["The cat, the dog and the bird.", "A cat sat.", "(the cat)"]

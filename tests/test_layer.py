@@ -13,7 +13,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from embkern import FactorizedEmbedding, FactorizedHead, Factors
-from embkern.layer import CompressedEmbedding, PackedEmbedding, layer_of
+from embkern.nn import layer_of
+from embkern.nn.base import CompressedEmbedding
+from embkern.nn.packed import PackedEmbedding
 from embkern.ops.gather_decode import gather_decode
 
 from .conftest import assert_no_worse_than, compile_counting

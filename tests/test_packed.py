@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from embkern.packed import FORMAT, TENSORS, PackedTable, Tier, pack, packed_bytes
-from embkern.tensor_file import checksum
+from embkern.io.tensor_format import checksum
+from embkern.tables.packed import FORMAT, TENSORS, PackedTable, Tier, pack, packed_bytes
 
 from .ops.test_gather_decode import every_tier, packed
 

@@ -7,8 +7,8 @@ import torch
 
 from embkern import Recipe
 from embkern.methods import METHODS
-from embkern.packed import PackedTable
 from embkern.recipe import DEFAULT_METHOD
+from embkern.tables.packed import PackedTable
 
 from .tables import quantizing  # noqa: F401 (a fixture)
 

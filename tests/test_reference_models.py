@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 
 from benchmarks import installed_text, reference_models
 from benchmarks.installed_text import Document, installed_documents, split
-from embkern.json_file import read_checked_json
+from embkern.io.checked_json import read_checked_json
 
 pytestmark = pytest.mark.slow
 

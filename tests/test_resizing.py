@@ -9,8 +9,8 @@ import torch
 from torch.testing import assert_close
 
 from embkern import Factors
-from embkern.packed import PackedTable, Tier, pack
-from embkern.resizing import resized
+from embkern.tables.packed import PackedTable, Tier, pack
+from embkern.tables.resizing import resized
 
 from .tables import packed_of
 

@@ -22,17 +22,18 @@ for package in ("jinja2", "matplotlib", "scipy"):
     pytest.importorskip(package)
 
 from embkern import study
-from embkern.api import load_model, model_bytes
 from embkern.evaluate.perplexity import perplexity
-from embkern.json_file import read_checked_json, to_checked_json
+from embkern.io.checked_json import read_checked_json, to_checked_json
 from embkern.methods import METHODS
+from embkern.models.checkpoint import model_bytes
+from embkern.models.loading import load_model
 from embkern.study.asked import Asked
 from embkern.study.document import value_at
 from embkern.study.figures import Panel, draw, spread
 from embkern.study.measures import find_words, typical_words
 from embkern.study.report import visible, write_report
 from embkern.study.rows import Row
-from embkern.text import read_texts
+from embkern.text.reading import read_texts
 
 ODD = [
     "<script>x</script>",

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from embkern import table_file
+from embkern.io import mapped_table as table_file
+from embkern.io.mapped_table import TableFile
 from embkern.methods import autoencoder, base
-from embkern.table_file import TableFile
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -10,11 +10,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from embkern import tensor_file
-from embkern.factors import Factors
-from embkern.frequencies import TokenCounts
-from embkern.packed import PackedTable
-from embkern.tensor_file import TensorFormat, checksum, checksum_of_parts
+from embkern.io import tensor_format as tensor_file
+from embkern.io.tensor_format import TensorFormat, checksum, checksum_of_parts
+from embkern.tables.factors import Factors
+from embkern.tables.packed import PackedTable
+from embkern.text.counts import TokenCounts
 
 DATA = Path(__file__).parent / "data"
 FORMAT = TensorFormat("test/1", "a test", ("a",), ("b",), settings=("width", "note"), checked=("width",))

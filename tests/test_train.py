@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from embkern.factors import Factors
 from embkern.methods.sharded import SHARDS
 from embkern.recipe import Recipe
+from embkern.tables.factors import Factors
 from embkern.train import train
 from tests.methods.test_sharded import environments
 

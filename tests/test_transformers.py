@@ -18,10 +18,11 @@ T = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file
 
 from embkern import EmbkernConfig, Recipe, resize_token_embeddings
-from embkern.api import load_model
-from embkern.layer import CompressedEmbedding, CompressedHead
-from embkern.model_table import UnsupportedModelError, find_table, other_tables, probe_scale
-from embkern.transformers import install, stored_table
+from embkern.models.checkpoint import stored_table
+from embkern.models.find_table import UnsupportedModelError, find_table, other_tables, probe_scale
+from embkern.models.loading import load_model
+from embkern.models.quantizer import install
+from embkern.nn.base import CompressedEmbedding, CompressedHead
 
 from .models import MODELS, H, V, build, outputs
 from .tables import quantizing  # noqa: F401 (a fixture)

@@ -61,7 +61,7 @@ def _packed(id: int = 0, column: int | None = None, value: int = 0) -> Callable:
     def call(place) -> None:  # type: ignore[no-untyped-def]
         import torch
 
-        from embkern.packed import TENSORS
+        from embkern.tables.packed import TENSORS
 
         from ..packed_tables import random_packed_table
 

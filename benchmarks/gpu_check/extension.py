@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from embkern.files import replacing
+from embkern.io.atomic import replacing
 
 from .processes import ROOT
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from embkern.ops import autoencoder_loss, cosine_mse_loss, gather_decode, gather_project, reference
 from embkern.ops.reference import MEAN, NONE
-from embkern.packed import TENSORS, PackedTable
+from embkern.tables.packed import TENSORS, PackedTable
 
 from ..packed_tables import random_packed_table
 from .place import Call, Device

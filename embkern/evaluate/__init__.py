@@ -1,4 +1,4 @@
-"""What compression changed: the table row by row, and what the model makes of a text."""
+"""What compression costs a model: perplexity, scores after fine-tuning, and the harnesses of others."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ if TYPE_CHECKING:
     from .glue import GLUE
     from .harness import HarnessRun, run_lm_eval, run_mteb
     from .perplexity import Perplexity, PerplexityReport, TableSwap, evaluate_perplexity, measure_perplexity
-    from .sentences import SentenceFidelity, embed_sentences, read_sentences, sentence_fidelity
     from .squad import SQUAD
-    from .table import TableComparison, compare_tables
 
 # Public names by the module that has them, imported at first use: the command line starts without torch.
 _PUBLIC = {
@@ -22,18 +20,12 @@ _PUBLIC = {
     "HarnessRun": "harness",
     "Perplexity": "perplexity",
     "PerplexityReport": "perplexity",
-    "SentenceFidelity": "sentences",
-    "TableComparison": "table",
     "TableSwap": "perplexity",
-    "compare_tables": "table",
-    "embed_sentences": "sentences",
     "evaluate_perplexity": "perplexity",
     "fine_tune": "finetune",
     "measure_perplexity": "perplexity",
-    "read_sentences": "sentences",
     "run_lm_eval": "harness",
     "run_mteb": "harness",
-    "sentence_fidelity": "sentences",
 }
 
 __all__ = [
@@ -43,18 +35,12 @@ __all__ = [
     "HarnessRun",
     "Perplexity",
     "PerplexityReport",
-    "SentenceFidelity",
-    "TableComparison",
     "TableSwap",
-    "compare_tables",
-    "embed_sentences",
     "evaluate_perplexity",
     "fine_tune",
     "measure_perplexity",
-    "read_sentences",
     "run_lm_eval",
     "run_mteb",
-    "sentence_fidelity",
 ]
 
 

@@ -24,16 +24,21 @@ from pydantic import BaseModel, ConfigDict, Field
 from tqdm import tqdm
 
 from .._version import __version__
-from ..api import load_tokenizer, save, token_frequencies
-from ..files import alone_in, check_writable_directory, replacing
-from ..json_file import read_checked_json, to_checked_json
-from ..layer import CompressedEmbedding, Table
+from ..io.atomic import alone_in, check_writable_directory, replacing
+from ..io.checked_json import read_checked_json, to_checked_json
 from ..methods import METHODS
 from ..methods.base import parse_options
-from ..model_table import find_table, input_embeddings
+from ..models.checkpoint import stored_table
+from ..models.find_table import find_table, input_embeddings
+from ..models.loading import load_tokenizer
+from ..models.quantizer import install
+from ..models.report import public_name
+from ..models.saving import save
+from ..models.swap import check_installable
+from ..nn.base import CompressedEmbedding
 from ..recipe import Recipe
-from ..report import public_name
-from ..transformers import check_installable, install, stored_table
+from ..tables import Table
+from ..text.frequencies import token_frequencies
 from .perplexity import longest_input
 from .tasks import Prepared, Task, Training, quiet_libraries, require
 from .training import Freeze, freeze_table, remove_checkpoints, train_and_score
@@ -238,7 +243,7 @@ def fine_tune(
 
 
 def _check_names(methods: Sequence[str], ratio: float, seeds: Sequence[int], freeze: str) -> None:
-    known = [DENSE, *(name for name, method in METHODS.items() if method.installable)]
+    known = [DENSE, *METHODS]
     if unknown := [method for method in methods if method not in known]:
         raise ValueError(f"methods: expected some of {', '.join(known)}, got {', '.join(unknown)}")
     for method in methods:

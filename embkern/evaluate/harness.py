@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, Field
 
-from ..api import load_model, load_tokenizer, not_loaded
-from ..report import public_name
+from ..models.loading import load_model, load_tokenizer, not_loaded
+from ..models.report import public_name
 from .tasks import quiet_libraries, require
 
 

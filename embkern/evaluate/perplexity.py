@@ -24,12 +24,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .._version import __version__
-from ..factors import Factors
-from ..layer import CompressedEmbedding, Table, layer_of
 from ..methods.base import Options, parse_options
-from ..model_table import ModelTable, find_table, input_embeddings
-from ..packed import PackedTable
-from ..text import read_texts
+from ..models.find_table import ModelTable, find_table, input_embeddings
+from ..nn import layer_of
+from ..nn.base import CompressedEmbedding
+from ..tables import Table
+from ..tables.factors import Factors
+from ..tables.packed import PackedTable
+from ..text.reading import read_texts
 from .windows import LineFilter, Masking, Separator, Window, causal_windows, masked_windows
 
 if TYPE_CHECKING:
@@ -636,7 +638,7 @@ def measure_perplexity(
             one in more than its table, so that there is no telling what the table cost.
         FileNotFoundError: a model or the text does not exist.
     """
-    from ..api import load_model, load_tokenizer
+    from ..models.loading import load_model, load_tokenizer
 
     usable_device(device)  # before a model is loaded
     if against is None and len(models) != 1:
@@ -677,7 +679,7 @@ def measure_perplexity(
 def _table_bytes(model: PreTrainedModel) -> int:
     embedding: Any = input_embeddings(model)
     if isinstance(embedding, CompressedEmbedding):
-        from ..transformers import stored_table
+        from ..models.checkpoint import stored_table
 
         return stored_table(model).nbytes
     return embedding.weight.nbytes

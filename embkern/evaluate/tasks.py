@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..text import reason_of
+from ..io.errors import reason_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -104,9 +104,9 @@ def load_with_head(kind: str, name: str, **config: Any) -> PreTrainedModel:
     import torch
     import transformers
 
-    from ..api import not_loaded
-    from ..model_table import input_embeddings
-    from ..transformers import check_config
+    from ..models.config import check_config
+    from ..models.find_table import input_embeddings
+    from ..models.loading import not_loaded
 
     try:
         check_config(name)

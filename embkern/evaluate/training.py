@@ -24,11 +24,11 @@ from transformers import (
 )
 from transformers.trainer_callback import ProgressCallback
 
-from ..files import file_checksum, replacing
-from ..json_file import read_checked_json, to_checked_json
-from ..layer import CompressedEmbedding
-from ..model_table import input_embeddings
-from ..transformers import stored_table
+from ..io.atomic import file_checksum, replacing
+from ..io.checked_json import read_checked_json, to_checked_json
+from ..models.checkpoint import stored_table
+from ..models.find_table import input_embeddings
+from ..nn.base import CompressedEmbedding
 from .tasks import Prepared, Training
 
 Freeze = Literal["none", "codes", "table"]

@@ -11,8 +11,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from ..table_file import TableFile
-from ..tensor_file import checksum_of_parts
+from ..io.mapped_table import TableFile
+from ..io.tensor_format import checksum_of_parts
 
 BLOCK_ROWS = 8192  # rows of a table worked on at a time: 25 MB in fp32 at H = 768
 BLOCK_VALUES = 2**23  # and fewer where a row is wide

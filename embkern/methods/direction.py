@@ -35,8 +35,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..factors import Factors
-from ..layer import check_rank
+from ..tables.factors import Factors, check_rank
 from .base import (
     Options,
     Rows,

@@ -8,8 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..factors import Factors
-from ..layer import check_rank
+from ..tables.factors import Factors, check_rank
 from .base import Options, Rows, blocks, check_table, parse_options, seeded
 
 

@@ -11,15 +11,7 @@ from torch.autograd import Function
 
 from . import reference
 from .backends import Backend, select
-from .library import (
-    apply,
-    check_ids,
-    define,
-    differentiable_once,
-    needs_autograd,
-    overload,
-    reraise_refusal,
-)
+from .library import apply, check_ids, define, differentiable_once, needs_autograd, overload, reraise_refusal
 
 _NO_PADDING = -1
 

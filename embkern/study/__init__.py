@@ -18,12 +18,13 @@ from pydantic import BaseModel, Field
 from tqdm import tqdm
 
 from .._version import __version__
-from ..api import load_model, load_tokenizer, token_frequencies
-from ..evaluate import read_sentences
-from ..files import check_writable_directory, replacing
+from ..fidelity import read_sentences
+from ..io.atomic import check_writable_directory, replacing
 from ..methods.base import check_table
-from ..model_table import UnsupportedModelError, find_table
-from ..report import public_name
+from ..models.find_table import UnsupportedModelError, find_table
+from ..models.loading import load_model, load_tokenizer
+from ..models.report import public_name
+from ..text.frequencies import token_frequencies
 from . import measures
 from .asked import Asked
 from .measures import Candidate, Subject

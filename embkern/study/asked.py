@@ -12,9 +12,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..evaluate.perplexity import usable_device
-from ..methods import METHODS
 from ..methods.base import parse_options
 from ..recipe import Recipe
+from ..rivals import ALL_METHODS, RIVALS, ComparisonRecipe
 
 
 @dataclass(frozen=True)
@@ -37,23 +37,23 @@ class Spec:
             options = yaml.safe_load(f"{{{listed.replace('=', ': ')}}}")
         except yaml.YAMLError:
             options = None
-        if name not in METHODS or not isinstance(options, dict) or None in options.values():
+        if name not in ALL_METHODS or not isinstance(options, dict) or None in options.values():
             raise ValueError(
                 "methods: expected NAME or NAME:option=value,... with NAME one of "
-                f"{', '.join(METHODS)}, got {text!r}"
+                f"{', '.join(ALL_METHODS)}, got {text!r}"
             )
-        if "seed" in METHODS[name].options.model_fields:
+        if "seed" in ALL_METHODS[name].options.model_fields:
             options.setdefault("seed", seed)
         return cls(text, name, options)
 
     @property
     def installable(self) -> bool:
         """Whether a model can hold what the method makes."""
-        return METHODS[self.name].installable
+        return self.name not in RIVALS
 
     def recipe(self, ratio: float) -> Recipe:
         """Return the recipe of this method at a ratio."""
-        return Recipe.parse(method=self.name, ratio=ratio, options=self.options)
+        return ComparisonRecipe.parse(method=self.name, ratio=ratio, options=self.options)
 
 
 class Asked(BaseModel):

@@ -17,16 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..api import model_bytes, save
-from ..evaluate import compare_tables, embed_sentences, sentence_fidelity
 from ..evaluate.perplexity import PerplexityReport, TableSwap, evaluate_perplexity, kind_of
-from ..evaluate.sentences import pooling_of
-from ..layer import layer_of
-from ..methods import METHODS
-from ..model_table import UnsupportedModelError, find_table
-from ..report import tier_uses
-from ..text import read_texts
-from ..transformers import check_installable, install
+from ..fidelity import compare_tables, embed_sentences, sentence_fidelity
+from ..fidelity.sentences import pooling_of
+from ..models.checkpoint import model_bytes
+from ..models.find_table import UnsupportedModelError, find_table
+from ..models.quantizer import install
+from ..models.report import tier_uses
+from ..models.saving import save
+from ..models.swap import check_installable
+from ..nn import layer_of
+from ..rivals import RIVALS
+from ..text.reading import read_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -133,11 +135,13 @@ class Candidate:
     @property
     def installable(self) -> bool:
         """Whether the table is of a kind that models hold."""
-        return METHODS[self.recipe.method].installable
+        return self.recipe.method not in RIVALS
 
     @property
     def fits(self) -> bool:
         """Whether the model can hold the table, a tied head's place included."""
+        if not self.installable:
+            return False
         try:
             check_installable(find_table(self.subject.model), self.recipe)
         except UnsupportedModelError:

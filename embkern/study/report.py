@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .._version import __version__
-from ..files import replacing
+from ..io.atomic import replacing
 from .document import Cell, Section, Table, document, names_of
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from .._version import __version__
-from ..files import replacing
-from ..json_file import read_checked_json, to_checked_json
+from ..io.atomic import replacing
+from ..io.checked_json import read_checked_json, to_checked_json
 
 DENSE = "dense"  # the method of rows about the model as it is
 _MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model", "*_Pooling/*.json")

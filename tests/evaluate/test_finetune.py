@@ -25,8 +25,8 @@ import embkern
 from embkern import cli
 from embkern.evaluate import GLUE, SQUAD, fine_tune, finetune, glue, squad, training
 from embkern.evaluate.finetune import Cell, summarize
-from embkern.files import alone_in
-from embkern.json_file import to_checked_json
+from embkern.io.atomic import alone_in
+from embkern.io.checked_json import to_checked_json
 
 from ..tables import quantizing  # noqa: F401 (a fixture)
 from ..test_faults import largest_file

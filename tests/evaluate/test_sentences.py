@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 pytest.importorskip("transformers")
 
-from embkern.evaluate import embed_sentences, read_sentences, sentence_fidelity
-from embkern.evaluate.sentences import pooling_of
+from embkern.fidelity import embed_sentences, read_sentences, sentence_fidelity
+from embkern.fidelity.sentences import pooling_of
 
 from ..models import tiny_bert, word_tokenizer
 

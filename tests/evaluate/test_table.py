@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from embkern import Factors
-from embkern.evaluate import compare_tables
+from embkern.fidelity import compare_tables
 
 from ..tables import packed_of
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embkern.json_file import to_checked_json
+from embkern.io.checked_json import to_checked_json
 
 SECONDS, MEMORY = 60, 200 << 20  # that reading a file of some kilobytes may take at most
 _NAMES = {

@@ -13,18 +13,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from embkern import factors as factors_module
-from embkern import frequencies, packed
-from embkern.factors import Factors
-from embkern.frequencies import TokenCounts
-from embkern.json_file import to_checked_json
-from embkern.methods.autoencoder import FORMAT as CHECKPOINT
-from embkern.methods.autoencoder import _read, autoencoder
-from embkern.methods.steps import Weights
-from embkern.packed import PackedTable, Tier, pack
+from embkern.io.checked_json import to_checked_json
+from embkern.io.mapped_table import DTYPES, TableFile
+from embkern.io.tensor_format import TensorFormat, _header_checksum, checksum
+from embkern.methods.autoencoder import autoencoder
+from embkern.methods.autoencoder.checkpoint import FORMAT as CHECKPOINT
+from embkern.methods.autoencoder.checkpoint import _read
+from embkern.methods.autoencoder.steps import Weights
 from embkern.study.rows import Plan, Row, RowFiles
-from embkern.table_file import DTYPES, TableFile
-from embkern.tensor_file import TensorFormat, _header_checksum, checksum
+from embkern.tables import factors as factors_module
+from embkern.tables import packed
+from embkern.tables.factors import Factors
+from embkern.tables.packed import PackedTable, Tier, pack
+from embkern.text import prior as frequencies
+from embkern.text.counts import TokenCounts
 
 from ..tables import packed_of, uniform_levels
 from . import Case, fuzz

@@ -18,9 +18,10 @@ T = pytest.importorskip("transformers")
 
 from embkern import EmbkernConfig, Recipe, api
 from embkern.evaluate.finetune import RESULT_NAME, read_cell
-from embkern.layer import CompressedEmbedding
-from embkern.model_table import find_table
-from embkern.transformers import _checksum_of, install
+from embkern.models.config import _checksum_of
+from embkern.models.find_table import find_table
+from embkern.models.quantizer import install
+from embkern.nn.base import CompressedEmbedding
 
 from ..models import tiny_bert
 from ..tables import packed_of

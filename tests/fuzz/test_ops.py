@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from embkern.methods.allocate import scalar_levels, uniform_steps
-from embkern.methods.gaussian import trellis_levels
+from embkern.methods.quantizer_levels import trellis_levels
 from embkern.ops import autoencoder_loss, cosine_mse_loss, gather_decode, gather_project, reference
 from embkern.ops.backends import unavailable
 from embkern.ops.quantize_rows import quantize_rows
 from embkern.ops.quantize_trellis import quantize_trellis
-from embkern.packed import Tier, directory_of, words_of_rows
+from embkern.tables.packed import Tier, directory_of, words_of_rows
 
 from . import Case, fuzz, often
 from .tensors import (

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from embkern.methods import allocate, svd
 from embkern.methods.allocate import scalar_levels
 from embkern.methods.base import row_weights
-from embkern.methods.gaussian import distortion
-from embkern.packed import PackedTable
+from embkern.methods.quantizer_levels import distortion
+from embkern.tables.packed import PackedTable
 
 from ..conftest import seed_of
 

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch.testing import assert_close
 
+from embkern.io.tensor_format import TensorFormat
 from embkern.methods import autoencoder, svd
-from embkern.methods.autoencoder import FORMAT, AutoencoderOptions
-from embkern.tensor_file import TensorFormat
+from embkern.methods.autoencoder import AutoencoderOptions
+from embkern.methods.autoencoder.checkpoint import FORMAT
 
 QUICK = dict(epochs=3, batch_size=16, progress=False)
 

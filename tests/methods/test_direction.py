@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from embkern.factors import Factors
+from embkern.io.mapped_table import TableFile
 from embkern.methods import autoencoder, svd
 from embkern.methods.direction import direction, repair_norms, solve_direction
 from embkern.methods.sharded import World
-from embkern.table_file import TableFile
+from embkern.tables.factors import Factors
 
 SHARDS = 8
 

@@ -10,7 +10,7 @@ import transformers as T
 from torch.testing import assert_close
 
 from embkern.methods.direction import direction
-from embkern.methods.fisher import fisher_row_weights
+from embkern.models.fisher import fisher_row_weights
 
 from ..models import MODELS, V, word_tokenizer
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from embkern.methods.gaussian import UNIFORM_STEPS, distortion, lloyd_max_levels
+from embkern.methods.quantizer_levels import UNIFORM_STEPS, distortion, lloyd_max_levels
 
 
 # Max, Quantizing for minimum distortion (1960), table I; for 8 bits Panter and Dite's asymptote.

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from embkern.methods.engines import select_engine
-from embkern.methods.graph import GRAPH_STEPS, GraphSteps
-from embkern.methods.steps import Objective, TorchSteps, Weights
+from embkern.methods.autoencoder.engines import select_engine
+from embkern.methods.autoencoder.graph import GRAPH_STEPS, GraphSteps
+from embkern.methods.autoencoder.steps import Objective, TorchSteps, Weights
 
 from ..conftest import seed_of
 

@@ -11,16 +11,16 @@ import torch
 from torch.testing import assert_close
 
 from embkern import Recipe
-from embkern.evaluate import compare_tables
+from embkern.fidelity import compare_tables
 from embkern.methods import METHODS
 from embkern.methods.base import table_checksum
-from embkern.methods.gaussian import lloyd_max_levels
-from embkern.methods.nonlinear import nonlinear_autoencoder
-from embkern.methods.product import product_quantization
-from embkern.methods.quantized import lloyd_max, rtn
-from embkern.methods.reconstruction import Reconstruction, direction_error
-from embkern.methods.tensor_train import tensor_train
-from embkern.methods.vocabulary import vocabulary_pruning
+from embkern.methods.quantizer_levels import lloyd_max_levels
+from embkern.rivals.nonlinear import nonlinear_autoencoder
+from embkern.rivals.product import product_quantization
+from embkern.rivals.pruning import vocabulary_pruning
+from embkern.rivals.reconstruction import Reconstruction, direction_error
+from embkern.rivals.rtn import lloyd_max, rtn
+from embkern.rivals.tensor_train import tensor_train
 
 needs_faiss = pytest.mark.skipif(not importlib.util.find_spec("faiss"), reason="faiss is not installed")
 

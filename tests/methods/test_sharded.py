@@ -16,10 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from embkern.factors import Factors
+from embkern.io.mapped_table import TableFile
 from embkern.methods import autoencoder
 from embkern.methods.sharded import DistributedWorld, EverywhereError, World, joined, launched
-from embkern.table_file import TableFile
+from embkern.tables.factors import Factors
 
 SHARDS = 8
 SECONDS = 60  # for a process to do what it is expected to do

@@ -9,10 +9,11 @@ from torch import nn
 from torch.testing import assert_close
 
 from embkern.methods.autoencoder import AutoencoderOptions, autoencoder
+from embkern.methods.autoencoder.engines import ENGINES, select_engine
+from embkern.methods.autoencoder.steps import Objective, TorchSteps, Weights
+from embkern.methods.autoencoder.summed_steps import SummedSteps
 from embkern.methods.base import BLOCK_ROWS
-from embkern.methods.engines import ENGINES, select_engine
-from embkern.methods.sharded import SummedSteps, World
-from embkern.methods.steps import Objective, TorchSteps, Weights
+from embkern.methods.sharded import World
 from embkern.ops.reference import MEAN, SUM
 
 from ..conftest import seed_of

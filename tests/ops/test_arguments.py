@@ -13,7 +13,7 @@ from torch.testing import assert_close
 pytest.importorskip("pydantic", reason="the methods need pydantic")
 
 from embkern.methods.allocate import scalar_levels, uniform_steps
-from embkern.methods.gaussian import trellis_levels
+from embkern.methods.quantizer_levels import trellis_levels
 from embkern.ops import autoencoder_loss, cosine_mse_loss, gather_decode, gather_project
 from embkern.ops.backends import BACKENDS, unavailable
 from embkern.ops.quantize_rows import quantize_rows

@@ -1,0 +1,74 @@
+"""``embkern compare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .console import AsJson, Model, Text, print_json
+
+
+def compare(
+    model: Model,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="directory of the report, and of what it goes on from")
+    ],
+    ratios: Annotated[
+        list[float] | None, typer.Option(help="bytes before over bytes after (default: 5 10 16 32)")
+    ] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME or NAME:option=value,... (default: svd autoencoder direction allocate)", metavar="NAME"
+        ),
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="file, directory or data set: perplexity of a language model on it")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="of the data set that are read")] = None,
+    max_length: Annotated[int | None, typer.Option(help="tokens that a language model reads at once")] = None,
+    stride: Annotated[int | None, typer.Option(help="causal: tokens by which it goes on")] = None,
+    separator: Annotated[
+        str | None, typer.Option(help="causal, between texts: newline (default) or eos")
+    ] = None,
+    line_filter: Annotated[str | None, typer.Option(help="masked: authors, the paper's")] = None,
+    text: Text = None,
+    counts: Annotated[
+        Path | None, typer.Option(help="token frequencies: a file that `embkern count` wrote")
+    ] = None,
+    count_text: Annotated[
+        list[str] | None, typer.Option(help="text to count token frequencies in: file, directory or data set")
+    ] = None,
+    words: Annotated[list[str] | None, typer.Option(help="list the nearest neighbours of these")] = None,
+    device: Annotated[str | None, typer.Option(help="such as cuda; the CPU by default")] = None,
+    seed: Annotated[int, typer.Option(help="of methods that draw, and of what is sampled")] = 0,
+    keep_models: Annotated[bool, typer.Option("--keep-models", help="save the compressed models")] = False,
+    row: Annotated[
+        str | None, typer.Option(help="measure one row again, and print it; the report is left alone")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="measure again what is there")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare methods at several ratios, and write one report; goes on where it was interrupted.
+
+    Options that name several take them in a row: --ratios 5 10 --methods svd allocate:floor=0.5
+    """
+    from .. import study
+
+    given = {
+        "ratios": ratios, "methods": methods, "dataset": dataset, "max_tokens": max_tokens,
+        "max_length": max_length, "stride": stride, "separator": separator, "line_filter": line_filter,
+        "text": text, "counts": counts, "count_text": count_text, "words": words, "device": device,
+        "seed": seed, "keep_models": keep_models,
+    }  # fmt: skip
+    asked: dict[str, Any] = {name: value for name, value in given.items() if value not in (None, [])}
+    if row is not None:
+        print_json(study.compare_row(model, row, output=output, **asked))
+        return
+    done = study.compare(model, output=output, overwrite=overwrite, **asked)
+    if as_json:
+        print_json(done)
+    else:
+        print(f"{done.measured} of {len(done.rows)} rows measured in {done.seconds:g} s -> {done.page}")

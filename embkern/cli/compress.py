@@ -1,0 +1,90 @@
+"""``embkern compress`` and ``embkern export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import AsJson, Model, Output, Overwrite, Text, print_comparison, print_json
+from .recipe import recipe_of
+
+
+def compress(
+    model: Model,
+    output: Output,
+    ratio: Annotated[
+        float | None, typer.Option(help="bytes of the table over bytes of what replaces it")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="width of the codes, instead of a ratio")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="allocate (default), direction, autoencoder or svd")
+    ] = None,
+    lm_head: Annotated[
+        str | None,
+        typer.Option(help="a tied head: factorized (default) shares the small table, dense keeps its own"),
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML file; flags override it")] = None,
+    text: Text = None,
+    counts: Annotated[
+        Path | None, typer.Option(help="token frequencies: a file that `embkern count` wrote")
+    ] = None,
+    count_text: Annotated[
+        list[str] | None,
+        typer.Option(help="text to count token frequencies in: file, directory or data set; repeatable"),
+    ] = None,
+    floor: Annotated[float | None, typer.Option(help="allocate: least cosine of any row")] = None,
+    exponent: Annotated[
+        float | None, typer.Option(help="allocate, direction: rows weigh their frequency to this power")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="autoencoder: passes over the table")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="autoencoder: rows per step")] = None,
+    lr: Annotated[float | None, typer.Option(help="autoencoder: Adam's learning rate")] = None,
+    init: Annotated[str | None, typer.Option(help="autoencoder: random or svd")] = None,
+    activation: Annotated[str | None, typer.Option(help="autoencoder: elu")] = None,
+    center: Annotated[
+        bool | None, typer.Option("--center", help="svd: PCA with a mean; direction: with an offset")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="of the method")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="autoencoder: file to go on from after a kill")
+    ] = None,
+    log: Annotated[Path | None, typer.Option(help="autoencoder: JSON lines, one per epoch")] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compress a model's token embeddings and save the result."""
+    from .. import api
+
+    flags = {
+        "epochs": epochs, "batch_size": batch_size, "lr": lr, "init": init, "activation": activation,
+        "center": center, "seed": seed, "floor": floor, "exponent": exponent,
+    }  # fmt: skip
+    fields = {"method": method, "ratio": ratio, "rank": rank, "lm_head": lm_head}
+    parsed = recipe_of(recipe, fields, flags)
+    report = api.compress(
+        model, recipe=parsed, counts=counts, count_text=count_text, text=text,
+        output=output, overwrite=overwrite, checkpoint=checkpoint, log=log,
+    )  # fmt: skip
+    if as_json:
+        print_json(report)
+    else:
+        print_comparison(report, f"{model} -> {output}")
+        for name, size in report.other_tables.items():
+            typer.echo(f"left alone: {name}, {size:,} bytes, is another embedding table", err=True)
+
+
+def export(
+    directory: Annotated[str, typer.Argument(help="a compressed model", metavar="DIR")],
+    output: Output,
+    format: Annotated[str, typer.Option(help="dense: an ordinary model that needs no embkern")] = "dense",
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn a compressed model into an ordinary one."""
+    from .. import api
+
+    if format != "dense":
+        raise ValueError(f"format: expected dense, got {format!r}")
+    api.export_dense(directory, output, overwrite=overwrite)
+    print(f"{directory} -> {output} (dense)")

@@ -1,0 +1,73 @@
+"""What the commands share: their common arguments, and printing. Results go to stdout."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import BaseModel
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from ..models.report import Comparison
+
+Model = Annotated[str, typer.Argument(help="a model directory, or a name on the hub", metavar="MODEL")]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", help="directory to write; appears whole or not at all")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a saved model that is there")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
+Text = Annotated[
+    Path | None,
+    typer.Option("--text", help="a text file, one sentence a line: compares sentence embeddings"),
+]
+
+
+class ManyValues(TyperCommand):
+    """A command whose repeatable options also take several values in a row: ``--seeds 22 23 24``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat the name of such an option before each of its values."""
+        repeatable = {name for each in self.params if getattr(each, "multiple", False) for name in each.opts}
+        repeated: list[str] = []
+        option = None
+        for arg in args:
+            if arg.startswith("-"):
+                option = arg if arg in repeatable else None
+            elif option is not None and repeated[-1] != option:
+                repeated.append(option)
+            repeated.append(arg)
+        return super().parse_args(ctx, repeated)
+
+
+def console() -> Console:
+    """Return a console on stdout; piped output keeps its columns, which rich would wrap at 80."""
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def print_json(model: BaseModel) -> None:
+    """Print a result for machines."""
+    print(model.model_dump_json(indent=2))
+
+
+def print_rows(rows: Mapping[str, str], title: str | None = None) -> None:
+    """Print names and values as a table."""
+    table = Table(title=None if title is None else escape(title), show_header=False)
+    for name, value in rows.items():
+        table.add_row(escape(name), escape(value))
+    console().print(table)
+
+
+def print_comparison(comparison: Comparison, title: str) -> None:
+    """Print what a compression changed, and the worst rows with their tokens."""
+    print_rows(comparison.rows(), title)
+    shown = ", ".join(
+        f"{row.token or row.id} {row.direction_error:.2f}" for row in comparison.table.worst_rows
+    )
+    console().print(f"worst rows: {shown}", markup=False)

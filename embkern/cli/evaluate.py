@@ -1,0 +1,346 @@
+"""The commands of ``embkern evaluate``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from .console import AsJson, ManyValues, Model, Text, console, print_comparison, print_json
+
+if TYPE_CHECKING:
+    from ..evaluate.finetune import FineTuned
+    from ..evaluate.harness import HarnessRun
+    from ..evaluate.tasks import Task
+
+app = typer.Typer(no_args_is_help=True, help="Measure what a compressed model keeps of the dense one.")
+
+
+@app.command()
+def table(
+    directory: Annotated[str, typer.Argument(help="a compressed model", metavar="DIR")],
+    against: Annotated[str, typer.Option(help="the dense model it came from")],
+    text: Text = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a compressed model with the dense one: table, nearest neighbours, sentence embeddings."""
+    from .. import inspection
+
+    result = inspection.evaluate(directory, against, text=text)
+    if as_json:
+        print_json(result)
+        return
+    print_comparison(result, f"{directory} against {against}")
+
+
+@app.command()
+def perplexity(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="a masked or causal language model, dense or compressed; with --against compressed ones",
+            metavar="MODEL_OR_DIR...",
+        ),
+    ],
+    dataset: Annotated[
+        str, typer.Option(help="text: a file, a directory, or name:config:split:column of a data set")
+    ],
+    against: Annotated[
+        str | None, typer.Option(help="the dense model, measured beside: input only and with the tied head")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="masked: of the masks, 0 by default")] = None,
+    masking: Annotated[
+        str | None, typer.Option(help="masked: 80-10-10 (default: mask, random, unchanged) or mask alone")
+    ] = None,
+    mask_probability: Annotated[float | None, typer.Option(help="masked: 0.15 by default")] = None,
+    line_filter: Annotated[
+        str | None, typer.Option(help="masked: authors leaves '=' out, then texts below 20 tokens")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="tokens of a window; the model's, at most 512 (masked) or 1024")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="causal: tokens by which windows slide; half of their length")
+    ] = None,
+    separator: Annotated[
+        str | None, typer.Option(help="causal: newline between texts (default), or eos behind each")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="read so many tokens of the text")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="windows at once, 8 by default")] = None,
+    device: Annotated[str | None, typer.Option(help="such as cuda; the CPU by default")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="such as bfloat16; that of the weights by default")
+    ] = None,
+    errors: Annotated[str, typer.Option(help="bytes that are not UTF-8 text: strict or replace")] = "strict",
+    as_json: AsJson = False,
+) -> None:
+    """Measure zero-shot perplexity: of one model, or of a dense one beside those compressed from it."""
+    from ..evaluate.perplexity import measure_perplexity
+
+    flags: dict[str, Any] = {
+        "seed": seed, "masking": masking, "mask_probability": mask_probability, "line_filter": line_filter,
+        "max_length": max_length, "stride": stride, "separator": separator, "max_tokens": max_tokens,
+        "batch_size": batch_size,
+    }  # fmt: skip
+    run = measure_perplexity(
+        models, dataset, against=against, device=device, dtype=dtype, errors=errors,
+        command=_command(),
+        **{name: value for name, value in flags.items() if value is not None},
+    )  # fmt: skip
+    if as_json:
+        print_json(run)
+        return
+    shown = Table("model", "bytes of the table", *run.columns, title=escape(f"perplexity on {dataset}"))
+    for row in run.rows():
+        shown.add_row(*map(escape, row))
+    console().print(shown)
+    typer.echo(f"{run.model.kind} language model, {run.model.tokens:,} of {run.read:,} tokens scored")
+
+
+# ---- fine-tuning -----------------------------------------------------------------------------------------
+
+Study = Annotated[
+    Path, typer.Option("--output", "-o", help="directory of the study; finished cells are kept there")
+]
+Methods = Annotated[
+    list[str] | None, typer.Option(help="default: dense svd autoencoder allocate", metavar="NAME...")
+]
+Ratio = Annotated[float, typer.Option(help="bytes of the table over bytes of what replaces it")]
+Seeds = Annotated[
+    list[int] | None, typer.Option(help="several give mean and spread (default: 22)", metavar="N...")
+]
+FreezeRule = Annotated[
+    str,
+    typer.Option(
+        help="what is fixed of the token embeddings, whatever the method: none, codes (what each token "
+        "has for itself; basis and offset are trained) or table (all)"
+    ),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="directory of train and validation .jsonl, .csv or .parquet (default: the hub's)"),
+]
+Counts = Annotated[Path | None, typer.Option(help="token frequencies: a file that `embkern count` wrote")]
+CountText = Annotated[
+    str | None, typer.Option(help="text to count token frequencies in: file, directory or data set")
+]
+Epochs = Annotated[float | None, typer.Option(help="3 by default")]
+LearningRate = Annotated[float | None, typer.Option("--lr", help="at the start; it falls to 0 linearly")]
+BatchSize = Annotated[int | None, typer.Option(help="records of a step, all devices and parts together")]
+Accumulation = Annotated[int | None, typer.Option(help="parts that a step is cut into, to need less memory")]
+MaxLength = Annotated[int | None, typer.Option(help="tokens that the model reads at once")]
+Precision = Annotated[str | None, typer.Option(help="of products: fp32 (default), bf16 or fp16")]
+MaxTrain = Annotated[int | None, typer.Option(help="train on the first so many records, for a trial")]
+MaxEval = Annotated[int | None, typer.Option(help="score on the first so many records, for a trial")]
+EvalBatchSize = Annotated[int, typer.Option(help="of scoring")]
+SaveSteps = Annotated[int, typer.Option(help="steps between two checkpoints")]
+KeepModels = Annotated[bool, typer.Option("--keep-models", help="save the model of every cell")]
+RunAgain = Annotated[bool, typer.Option("--overwrite", help="run finished cells again")]
+
+
+@app.command(cls=ManyValues)
+def glue(
+    model: Model,
+    output: Study,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tasks", "--task", help="default: cola sst2 mrpc stsb qqp mnli qnli rte wnli", metavar="NAME..."
+        ),
+    ] = None,
+    methods: Methods = None,
+    ratio: Ratio = 5.0,
+    seeds: Seeds = None,
+    freeze: FreezeRule = "codes",
+    data: Data = None,
+    counts: Counts = None,
+    count_text: CountText = None,
+    epochs: Epochs = None,
+    learning_rate: LearningRate = None,
+    batch_size: BatchSize = None,
+    accumulation: Accumulation = None,
+    max_length: MaxLength = None,
+    precision: Precision = None,
+    max_train_samples: MaxTrain = None,
+    max_eval_samples: MaxEval = None,
+    eval_batch_size: EvalBatchSize = 32,
+    save_steps: SaveSteps = 500,
+    keep_models: KeepModels = False,
+    overwrite: RunAgain = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune on tasks of GLUE, dense and compressed, and score on their validation sets.
+
+    By default as the paper's authors do: length 128, batches of 32, learning rate 2e-5, 3 epochs, seed 22.
+    """
+    from ..evaluate.glue import GLUE
+
+    if unknown := [task for task in tasks or () if task not in GLUE]:
+        raise ValueError(f"tasks: expected some of {', '.join(GLUE)}, got {', '.join(unknown)}")
+    _fine_tune(
+        model, [GLUE[task] for task in tasks or GLUE], as_json, output=output, methods=methods, ratio=ratio,
+        seeds=seeds, freeze=freeze, data=data, counts=counts, count_text=count_text, epochs=epochs,
+        learning_rate=learning_rate, batch_size=batch_size, accumulation=accumulation, max_length=max_length,
+        precision=precision, max_train_samples=max_train_samples, max_eval_samples=max_eval_samples,
+        eval_batch_size=eval_batch_size, save_steps=save_steps, keep_models=keep_models, overwrite=overwrite,
+    )  # fmt: skip
+
+
+@app.command(cls=ManyValues)
+def squad(
+    model: Model,
+    output: Study,
+    methods: Methods = None,
+    ratio: Ratio = 5.0,
+    seeds: Seeds = None,
+    freeze: FreezeRule = "codes",
+    data: Data = None,
+    counts: Counts = None,
+    count_text: CountText = None,
+    epochs: Epochs = None,
+    learning_rate: LearningRate = None,
+    batch_size: BatchSize = None,
+    accumulation: Accumulation = None,
+    max_length: MaxLength = None,
+    stride: Annotated[
+        int | None, typer.Option(help="tokens that neighbouring windows of a paragraph share")
+    ] = None,
+    precision: Precision = None,
+    max_train_samples: MaxTrain = None,
+    max_eval_samples: MaxEval = None,
+    eval_batch_size: EvalBatchSize = 32,
+    save_steps: SaveSteps = 500,
+    keep_models: KeepModels = False,
+    overwrite: RunAgain = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune on SQuAD 1.1, dense and compressed, and score on its development set.
+
+    By default as the paper's authors do: length 384, stride 128, batches of 16, learning rate 3e-5, 3 epochs,
+    seed 22.
+    """
+    from ..evaluate.squad import SQUAD
+
+    _fine_tune(
+        model, [SQUAD], as_json, output=output, methods=methods, ratio=ratio, seeds=seeds, freeze=freeze,
+        data=data, counts=counts, count_text=count_text, epochs=epochs, learning_rate=learning_rate,
+        batch_size=batch_size, accumulation=accumulation, max_length=max_length, stride=stride,
+        precision=precision, max_train_samples=max_train_samples, max_eval_samples=max_eval_samples,
+        eval_batch_size=eval_batch_size, save_steps=save_steps, keep_models=keep_models, overwrite=overwrite,
+    )  # fmt: skip
+
+
+def _fine_tune(model: str, tasks: list[Task], as_json: bool, **options: Any) -> None:
+    from ..evaluate.finetune import fine_tune
+
+    given = {name: value for name, value in options.items() if value not in (None, [])}
+    result = fine_tune(model, tasks, command=_command(), **given)
+    if as_json:
+        print_json(result)
+    else:
+        _print_scores(result)
+
+
+def _print_scores(result: FineTuned) -> None:
+    ratios = {score.method: score.ratio for score in result.scores}
+    seeds = ", ".join(map(str, result.seeds))
+    title = f"{result.model}, frozen: {result.freeze}, seeds {seeds}"
+    shown = Table("task", "metric", title=escape(title))
+    for method, ratio in ratios.items():
+        shown.add_column(f"{method}\n{ratio:.2f}x", justify="right")
+    by_cell = {(score.task, score.metric, score.method): str(score) for score in result.scores}
+    for task, metric in dict.fromkeys((score.task, score.metric) for score in result.scores):
+        shown.add_row(task, metric, *(by_cell[task, metric, method] for method in ratios))
+    console().print(shown)
+
+
+# ---- harnesses -------------------------------------------------------------------------------------------
+
+Against = Annotated[str | None, typer.Option(help="another model, such as the dense one, to run beside")]
+Device = Annotated[str | None, typer.Option(help="such as cpu or cuda")]
+_MORE_OPTIONS = {"allow_extra_args": True}  # those behind --
+
+
+@app.command("lm-eval", cls=ManyValues, context_settings=_MORE_OPTIONS)
+def lm_eval(
+    context: typer.Context,
+    model: Model,
+    tasks: Annotated[
+        list[str], typer.Option("--tasks", "--task", help="as lm-eval names them", metavar="NAME...")
+    ],
+    against: Against = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="directory of task files (YAML) of your own")
+    ] = None,
+    batch_size: Annotated[str, typer.Option(help="requests at once, or auto")] = "1",
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run lm-evaluation-harness on a model, compressed or dense.
+
+    Further arguments of lm_eval.simple_evaluate go behind two dashes: -- --num_fewshot 5 --limit 100
+    """
+    from ..evaluate.harness import parse_options, run_lm_eval
+
+    run = run_lm_eval(
+        model, tasks, against=against, include_path=include_path, batch_size=batch_size, device=device,
+        command=_command(), **parse_options(context.args),
+    )  # fmt: skip
+    _print_run(run, as_json)
+
+
+@app.command("mteb", cls=ManyValues, context_settings=_MORE_OPTIONS)
+def mteb(
+    context: typer.Context,
+    model: Model,
+    tasks: Annotated[
+        list[str], typer.Option("--tasks", "--task", help="as MTEB names them", metavar="NAME...")
+    ],
+    against: Against = None,
+    languages: Annotated[
+        list[str] | None, typer.Option(help="of tasks in many languages, such as eng", metavar="CODE...")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="sentences at once")] = 32,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run MTEB on a sentence encoder, compressed or dense.
+
+    Further arguments of mteb.evaluate go behind two dashes: -- --public_only
+    """
+    from ..evaluate.harness import parse_options, run_mteb
+
+    run = run_mteb(
+        model, tasks, against=against, languages=languages or None, batch_size=batch_size, device=device,
+        command=_command(), **parse_options(context.args),
+    )  # fmt: skip
+    _print_run(run, as_json)
+
+
+def _print_run(run: HarnessRun, as_json: bool) -> None:
+    if as_json:
+        print_json(run)
+        return
+    shown = Table("task", "metric", title=f"{run.harness} {run.version}")
+    shown.add_column(escape(run.model), justify="right")
+    if run.against is not None:
+        shown.add_column(escape(run.against), justify="right")
+        shown.add_column("difference", justify="right")
+    for score in run.scores:
+        value = _figure(score.value) + ("" if score.stderr is None else f" ± {score.stderr:.4f}")
+        compared = [] if run.against is None else [_figure(score.against), _figure(score.difference, "+.4f")]
+        shown.add_row(escape(score.task), escape(score.metric), value, *compared)
+    console().print(shown)
+
+
+def _figure(value: float | None, form: str = ".4f") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _command() -> str:
+    return shlex.join(["embkern", *sys.argv[1:]])

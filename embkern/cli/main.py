@@ -1,0 +1,63 @@
+"""The command line: its commands, and how an error is shown. Results go to stdout, progress to stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from .._version import __version__
+from .compare import compare
+from .compress import compress, export
+from .console import ManyValues
+from .count import count
+from .demo import demo
+from .evaluate import app as evaluate_app
+from .inspect import env, inspect
+from .train import train
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command()(compress)
+app.command()(train)
+app.command()(count)
+app.command()(inspect)
+app.add_typer(evaluate_app, name="evaluate")
+app.command(cls=ManyValues)(compare)
+app.command()(export)
+app.command()(env)
+app.command()(demo)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"embkern {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="show it and exit")
+    ] = False,
+) -> None:
+    """Compress the token embeddings of Transformer models."""
+
+
+def main() -> None:
+    """Run the command line; an error that a user can mend is one line on stderr and exit code 1."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars follow it too
+    try:
+        app()
+    except (ValueError, TypeError, LookupError, OSError, RuntimeError, ImportError) as error:
+        if os.environ.get("EMBKERN_DEBUG"):
+            raise
+        if not getattr(error, "told_by_the_first", False):
+            typer.echo(f"embkern: {error}", err=True)
+        sys.exit(1)

@@ -1,0 +1,15 @@
+"""What compression changed in a table and in sentence embeddings."""
+
+from .sentences import SentenceFidelity, embed_sentences, pooling_of, read_sentences, sentence_fidelity
+from .table import TableComparison, WorstRow, compare_tables
+
+__all__ = [
+    "SentenceFidelity",
+    "TableComparison",
+    "WorstRow",
+    "compare_tables",
+    "embed_sentences",
+    "pooling_of",
+    "read_sentences",
+    "sentence_fidelity",
+]

@@ -1,0 +1,117 @@
+"""Row-by-row comparison of a table with its reconstruction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from ..methods.base import BLOCK_ROWS
+from ..tables import Table
+
+
+class WorstRow(BaseModel):
+    """A row whose direction was lost most."""
+
+    id: int
+    token: str | None = None
+    direction_error: float
+
+
+class TableComparison(BaseModel):
+    """How far the reconstructed rows are from the original ones."""
+
+    direction_error: float = Field(description="mean over rows of 1 - cos(row, reconstruction)")
+    direction_error_p99: float = Field(description="its 99th percentile")
+    weighted_direction_error: float | None = Field(
+        None, description="the mean where a row weighs as often as its token is read; null without counts"
+    )
+    rmse: float = Field(description="root of the mean squared error over all entries")
+    neighbor_overlap: float = Field(
+        description="share of a row's nearest neighbours (cosine) that stay, mean over sampled rows"
+    )
+    worst_rows: list[WorstRow]
+
+
+@torch.no_grad()
+def compare_tables(
+    table: Tensor,
+    reconstruction: Table | Tensor,
+    *,
+    counts: Tensor | None = None,
+    tokens: Callable[[list[int]], Sequence[str]] | None = None,
+    worst: int = 10,
+    neighbors: int = 10,
+    sampled_rows: int = 512,
+    seed: int = 0,
+) -> TableComparison:
+    """Compare a table (V, H) with its reconstruction.
+
+    ``direction_error = (1 - F.cosine_similarity(table, reconstruction)).mean()``,
+    ``rmse = F.mse_loss(table, reconstruction).sqrt()``, both in fp32 or better. A row of zeros that stays
+    zero has no direction to lose and counts as 0; one that does not, as 1.
+
+    Args:
+        table: (V, H).
+        reconstruction: a compressed table, or a dense (V, H) tensor.
+        counts: how often each token is read, (V,), for ``weighted_direction_error``.
+        tokens: ids to token strings, for the worst rows.
+        worst: how many worst rows to list.
+        neighbors: how many nearest neighbours of a row to compare.
+        sampled_rows: rows whose neighbours are compared, drawn with ``seed``.
+        seed: of that draw.
+
+    Raises:
+        ValueError: the shapes differ, or the counts are not (V,) with a positive sum.
+    """
+    rebuilt = reconstruction if isinstance(reconstruction, Tensor) else reconstruction.to_dense()
+    if rebuilt.shape != table.shape:
+        raise ValueError(f"reconstruction: expected shape {tuple(table.shape)}, got {tuple(rebuilt.shape)}")
+    if counts is not None and (counts.shape != table.shape[:1] or not float(counts.sum()) > 0):
+        raise ValueError(
+            f"counts: expected shape ({len(table)},) and a positive sum, "
+            f"got {tuple(counts.shape)} and {float(counts.sum()):g}"
+        )
+    rebuilt = rebuilt.to(table.device)
+    errors, squared = [], 0.0
+    for rows, copies in zip(table.split(BLOCK_ROWS), rebuilt.split(BLOCK_ROWS), strict=True):
+        x, y = rows.double(), copies.double()
+        both_zero = (x == 0).all(1) & (y == 0).all(1)
+        errors.append(torch.where(both_zero, 0.0, 1 - F.cosine_similarity(x, y, eps=1e-30)))
+        squared += float((x - y).square().sum())
+    error = torch.cat(errors)
+    weights = None if counts is None else counts.to(error) / counts.sum().to(error)
+    ids = error.argsort(descending=True)[:worst].tolist()
+    names: Sequence[str | None] = tokens(ids) if tokens else [None] * len(ids)
+    return TableComparison(
+        direction_error=float(error.mean()),
+        direction_error_p99=float(error.kthvalue(max(1, round(0.99 * len(error)))).values),
+        weighted_direction_error=None if weights is None else float(weights @ error),
+        rmse=(squared / table.numel()) ** 0.5,
+        neighbor_overlap=_neighbor_overlap(table, rebuilt, neighbors, sampled_rows, seed),
+        worst_rows=[
+            WorstRow(id=i, token=name, direction_error=float(error[i]))
+            for i, name in zip(ids, names, strict=True)
+        ],
+    )
+
+
+def _neighbor_overlap(table: Tensor, rebuilt: Tensor, neighbors: int, sampled_rows: int, seed: int) -> float:
+    neighbors = min(neighbors, len(table) - 1)
+    if neighbors < 1:
+        return 1.0
+    generator = torch.Generator().manual_seed(seed)
+    queries = torch.randperm(len(table), generator=generator)[:sampled_rows].to(table.device)
+    before, after = (_nearest(each, queries, neighbors) for each in (table, rebuilt))
+    return float((before.unsqueeze(2) == after.unsqueeze(1)).any(2).double().mean())
+
+
+def _nearest(table: Tensor, queries: Tensor, count: int) -> Tensor:
+    """Ids (Q, count) of the nearest rows by cosine, the row itself left out."""
+    normal = F.normalize(table.float(), dim=1)
+    similarity = normal[queries] @ normal.t()
+    similarity.scatter_(1, queries.unsqueeze(1), -2.0)
+    return similarity.topk(count, dim=1).indices

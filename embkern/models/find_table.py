@@ -1,0 +1,187 @@
+"""Where a model keeps its token-embedding table: the modules that share it, its scale, its tied heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.base import CompressedEmbedding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_PROBED_ROWS = 64
+
+
+class UnsupportedModelError(ValueError):
+    """The model's embedding cannot be replaced; the message says why."""
+
+
+@dataclass
+class ModelTable:
+    """Where a model keeps its token-embedding table: the modules that share one weight.
+
+    Attributes:
+        root: name of the input embedding, whose parameters the others share after the swap.
+        embeddings: names of all embedding modules of the table, root first.
+        heads: names of the output heads tied to it.
+        output_head: name of the model's output head, tied or not; None if it has none.
+        scales: constant factor of each embedding module's output; empty on the meta device.
+        weight: the table itself, (V, H).
+    """
+
+    root: str
+    embeddings: list[str]
+    heads: list[str]
+    output_head: str | None
+    scales: dict[str, float]
+    weight: Tensor
+
+    @property
+    def tied(self) -> bool:
+        """Whether an output head shares the table."""
+        return bool(self.heads)
+
+
+def find_table(model: PreTrainedModel) -> ModelTable:
+    """Find the token-embedding table of a model and every module that shares it.
+
+    Raises:
+        UnsupportedModelError: the model is wrapped (PEFT, torch.compile), quantised by something else, or
+            spread over devices; there is no input embedding, it is not a plain ``nn.Embedding``, it is
+            compressed already, it normalises its rows, or a module of another kind shares its weight.
+    """
+    _check_model(model)
+    module = input_embeddings(model)
+    if isinstance(module, CompressedEmbedding):
+        raise UnsupportedModelError(
+            "the model's embedding is compressed already; decode it first: model.dequantize(), embkern export"
+        )
+    if not isinstance(module, nn.Embedding):
+        raise UnsupportedModelError(
+            f"the input embedding of {type(model).__name__} is {type(module).__name__}, expected nn.Embedding"
+        )
+    names: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+    sharing: dict[str, Any] = {name: names[name] for name in _sharing(model, names, module)}
+    embeddings = [name for name, each in sharing.items() if isinstance(each, nn.Embedding)]
+    heads = [name for name, each in sharing.items() if type(each).forward is nn.Linear.forward]
+    if others := sharing.keys() - set(embeddings) - set(heads):
+        kinds = ", ".join(f"{name} ({type(sharing[name]).__name__})" for name in sorted(others))
+        raise UnsupportedModelError(
+            f"the embedding's weight is shared by modules that cannot be replaced: {kinds}"
+        )
+    for name in embeddings:
+        _check_embedding(name, sharing[name])
+    root = next(name for name in embeddings if names[name] is module)
+    embeddings = [root, *(name for name in embeddings if name != root)]
+    scales = {} if module.weight.is_meta else {name: probe_scale(sharing[name], name) for name in embeddings}
+    output = model.get_output_embeddings()
+    output_head = next((name for name, each in names.items() if each is output), None) if output else None
+    return ModelTable(root, embeddings, heads, output_head, scales, module.weight)
+
+
+def _check_model(model: PreTrainedModel) -> None:
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"model: expected a transformers PreTrainedModel, got {type(model).__name__}; unwrap it first "
+            "(PEFT: merge_and_unload, torch.compile: the module it was made of)"
+        )
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and quantizer.quantization_config.quant_method != "embkern":
+        raise UnsupportedModelError(
+            f"model: is quantised by {type(quantizer).__name__} already; compress the dense model instead"
+        )
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        raise UnsupportedModelError(
+            "device_map: the model is spread over several devices; compress it on one, save it, "
+            "and load the compressed model with the device_map"
+        )
+
+
+def _check_embedding(name: str, module: nn.Module) -> None:
+    extra = [key for key, _ in module.named_parameters() if key != "weight"]
+    if extra:
+        raise UnsupportedModelError(
+            f"{name} ({type(module).__name__}) has parameters besides its table ({', '.join(extra)}) "
+            "that factors cannot stand for"
+        )
+    if getattr(module, "max_norm", None) is not None:
+        raise UnsupportedModelError(f"{name} renormalises rows on lookup (max_norm), which factors cannot")
+
+
+def _sharing(model: PreTrainedModel, names: dict[str, nn.Module], module: nn.Embedding) -> list[str]:
+    """Names of the modules that hold the embedding's weight."""
+    if not module.weight.is_meta:
+        return [
+            name for name, each in names.items() if any(p is module.weight for p in each._parameters.values())
+        ]
+    # A skeleton is not tied yet: the map says what will be.
+    root = next(f"{name}.weight" for name, each in names.items() if each is module)
+    ties = model.all_tied_weights_keys
+    root = ties.get(root, root)
+    tied = [root, *(target for target, source in ties.items() if source == root)]
+    return [name.removesuffix(".weight") for name in tied]
+
+
+def input_embeddings(model: PreTrainedModel) -> nn.Module:
+    """Return the model's input embedding, or raise UnsupportedModelError."""
+    try:
+        module = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError, TypeError):
+        module = None
+    if module is None:
+        raise UnsupportedModelError(f"{type(model).__name__} has no token embedding (get_input_embeddings)")
+    return module
+
+
+def other_tables(model: PreTrainedModel) -> dict[str, int]:
+    """Embedding tables at least as large as the input embedding that embkern leaves alone: name -> bytes.
+
+    Per-layer embeddings (``embed_tokens_per_layer`` of Gemma 3n and 4) are larger than the main table.
+    """
+    main: Any = input_embeddings(model)
+    size = getattr(main, "num_embeddings", 0) * getattr(main, "embedding_dim", 0)
+    return {
+        name: module.weight.nbytes
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+        and module is not main
+        and module.weight.numel() >= size
+        and module.weight is not getattr(main, "_parameters", {}).get("weight")
+    }
+
+
+@torch.no_grad()
+def probe_scale(module: nn.Embedding, name: str = "embedding") -> float:
+    """Return the constant by which an embedding multiplies its rows, 1.0 for a plain one.
+
+    Raises:
+        UnsupportedModelError: the output is not a constant multiple of the row (normalised embeddings).
+    """
+    weight = module.weight
+    ids = torch.linspace(0, len(weight) - 1, min(_PROBED_ROWS, len(weight)), device=weight.device).long()
+    rows = weight[ids].double()
+    ids = ids[rows.abs().amax(1) > 0]
+    if len(ids) == 0:
+        return 1.0
+    rows, output = weight[ids].double(), module(ids).double()
+    if torch.equal(rows, output):
+        return 1.0
+    tolerance = 4 * torch.finfo(weight.dtype).eps
+    scale = float((rows * output).sum() / rows.square().sum()) if output.shape == rows.shape else float("nan")
+    if not torch.allclose(output, scale * rows, rtol=tolerance, atol=tolerance * float(output.abs().max())):
+        raise UnsupportedModelError(
+            f"{name} ({type(module).__name__}) does not return a constant multiple of its rows "
+            "(it normalises them, or adds something): a factorised table would change the model"
+        )
+    # The module's own constant is exact where the estimate carries the rounding of the weights' dtype.
+    for attribute in ("scalar_embed_scale", "embed_scale"):
+        own = getattr(module, attribute, None)
+        if own is not None and abs(float(own) - scale) <= tolerance * abs(scale):
+            return float(own)
+    return torch.tensor(scale, dtype=torch.float32).item()

@@ -1,0 +1,160 @@
+"""Fisher row weights: how much a model's loss feels each row of its token-embedding table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from .find_table import find_table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+IGNORED = -100  # label of a token that is no part of a loss, in transformers
+
+
+def fisher_row_weights(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    *,
+    max_length: int = 128,
+    mask_share: float = 0.15,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Tensor:
+    """Diagonal Fisher information of the input embeddings, summed per row: (V,), float64, on the CPU.
+
+    ``weight[v] = mean over texts of (d loss / d table[v]).square().sum()``, one backward per text. A row that
+    no text reads has weight 0: mix in something (``weight + 0.01 * weight.mean()``) where such rows must not
+    be given up. The part of a tied head in the gradient is left out. The loss is
+
+    - of a masked language model, cross entropy of ``mask_share`` of the tokens (at least one);
+    - of another model with a head, its own loss with the text as ``labels``;
+    - of a model without a head, ``z @ e`` for a standard normal z and the mean-pooled, normalised hidden
+      states e: the expected square of its gradient is the Fisher information of a normal distribution
+      around e.
+
+    For FWSVD: ``direction(table, rank, row_weight=weight, cosine_weight=0, mse_weight=1)``.
+
+    Args:
+        model: a transformers model; it is left as it was.
+        tokenizer: of that model.
+        texts: some hundred typical ones.
+        max_length: tokens of a text, the rest is cut off.
+        mask_share: of the tokens that a masked language model has to guess.
+        seed: of the masks and of z.
+        progress: show a bar on stderr; None shows it on a terminal.
+
+    Raises:
+        ValueError: no text has a token that the loss can be taken of, the tokenizer has ids beyond the table,
+            or the model has a head but no loss.
+
+    Source: Hsu et al. 2022, arXiv 2207.00112.
+    """
+    table = find_table(model)
+    total = torch.zeros(len(table.weight), dtype=torch.float64)
+    loss_of = _loss_of(model, tokenizer, mask_share, torch.Generator().manual_seed(seed))
+    reads: list[tuple[Tensor, Tensor, float]] = []  # ids, rows and scale of every lookup in a forward pass
+
+    def lookup(scale: float) -> Callable[..., Tensor]:
+        def hook(_: Any, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            rows = output.detach().requires_grad_()
+            reads.append((arguments[0], rows, scale))
+            return rows
+
+        return hook
+
+    training, count = model.training, 0
+    handles = [
+        model.get_submodule(name).register_forward_hook(lookup(table.scales.get(name, 1.0)))
+        for name in table.embeddings
+    ]
+    try:
+        model.eval()
+        for text in tqdm(texts, "fisher", unit="text", disable=None if progress is None else not progress):
+            batch = tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")
+            if batch["input_ids"].numel() and int(batch["input_ids"].max()) >= len(total):
+                raise ValueError(
+                    f"tokenizer: expected ids below {len(total)}, the rows of the table, "
+                    f"got {int(batch['input_ids'].max())}; does it belong to the model?"
+                )
+            reads.clear()
+            with torch.inference_mode(False), torch.enable_grad():
+                loss = loss_of(batch.to(model.device))
+                if loss is None:
+                    continue
+                gradients = torch.autograd.grad(loss, [rows for _, rows, _ in reads], allow_unused=True)
+            total += _squared_by_row(reads, gradients, len(total))
+            count += 1
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    if not count:
+        raise ValueError("texts: expected at least one with a token to take a loss of, got none")
+    return total / count
+
+
+def _squared_by_row(
+    reads: list[tuple[Tensor, Tensor, float]], gradients: tuple[Tensor | None, ...], V: int
+) -> Tensor:
+    """Square of the gradient of each row (V,): a row read twice has the sum of two gradients."""
+    found = [
+        (ids.flatten(), scale * gradient.flatten(0, -2).double())
+        for (ids, _, scale), gradient in zip(reads, gradients, strict=True)
+        if gradient is not None
+    ]
+    ids, gradient = (torch.cat(each).cpu() for each in zip(*found, strict=True))
+    distinct, place = ids.unique(return_inverse=True)
+    rows = gradient.new_zeros(len(distinct), gradient.shape[1]).index_add_(0, place, gradient)
+    return rows.new_zeros(V).index_copy_(0, distinct, rows.square().sum(1))
+
+
+def _loss_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mask_share: float, generator: torch.Generator
+) -> Callable[[Any], Tensor | None]:
+    """Return the loss of a tokenised text, None where it has no token to guess."""
+
+    def masked(batch: Any) -> Tensor | None:
+        ids = batch["input_ids"]
+        special = tokenizer.get_special_tokens_mask(ids[0].tolist(), already_has_special_tokens=True)
+        places = torch.nonzero(torch.tensor(special) == 0).flatten()
+        if not len(places):
+            return None
+        order = torch.randperm(len(places), generator=generator)
+        chosen = places[order[: max(1, round(mask_share * len(places)))]].to(ids.device)
+        labels = torch.full_like(ids, IGNORED)
+        labels[0, chosen] = ids[0, chosen]
+        batch["input_ids"] = ids.index_fill(1, chosen, tokenizer.mask_token_id)
+        return _own_loss(model(**batch, labels=labels))
+
+    def own(batch: Any) -> Tensor | None:
+        ids = batch["input_ids"]
+        if ids.shape[1] < 2:  # a causal model has no next token to guess
+            return None
+        return _own_loss(model(**batch, labels=ids))
+
+    def headless(batch: Any) -> Tensor | None:
+        if not batch["input_ids"].shape[1]:
+            return None
+        hidden = model(**batch).last_hidden_state
+        pooled = F.normalize(hidden.float().mean(1), dim=1)
+        return (torch.randn(pooled.shape, generator=generator).to(pooled.device) * pooled).sum()
+
+    if model.get_output_embeddings() is None:
+        return headless
+    return masked if "MaskedLM" in type(model).__name__ and tokenizer.mask_token_id is not None else own
+
+
+def _own_loss(output: Any) -> Tensor:
+    if getattr(output, "loss", None) is None:
+        raise ValueError(
+            "model: expected a loss from its head given labels, got none; use its masked or causal LM class"
+        )
+    return output.loss

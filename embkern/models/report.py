@@ -1,0 +1,178 @@
+"""The report of a compression as data, as a table and as a model card."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+
+from ..fidelity import SentenceFidelity, TableComparison
+from ..io.checked_json import read_checked_json
+from ..recipe import Recipe
+from ..tables import Table
+from ..tables.packed import PackedTable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+REPORT_NAME = "embkern_report.json"
+
+
+class TierUse(BaseModel):
+    """How many rows of a packed table have a rate, and what their records take."""
+
+    name: str = Field(description="bits of a value, or bits of each group of coefficients of the basis")
+    rows: int
+    bytes: int = Field(description="of the rows' records, without scales and directory")
+
+
+def tier_uses(table: Table) -> list[TierUse]:
+    """Describe the tiers of a packed table; factors have none."""
+    if not isinstance(table, PackedTable):
+        return []
+    tiers = table.described_tiers()
+    rows = table.tier_of_rows().bincount(minlength=len(tiers)).tolist()
+    return [
+        TierUse(name=str(tier), rows=count, bytes=4 * tier.words * count)
+        for tier, count in zip(tiers, rows, strict=True)
+    ]
+
+
+class Comparison(BaseModel):
+    """A compressed model beside the dense one. Bytes are tensor bytes, as stored."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    table_bytes: int = Field(description="bytes of the table before")
+    factors_bytes: int = Field(description="bytes of everything that replaces it")
+    ratio: float = Field(description="table_bytes / factors_bytes")
+    model_bytes_before: int
+    model_bytes_after: int
+    table: TableComparison
+    sentences: SentenceFidelity | None = None
+
+    def rows(self) -> dict[str, str]:
+        """Return what is printed, and written into a model card, by name."""
+        weighted = self.table.weighted_direction_error
+        rows = {
+            "table, bytes": f"{self.table_bytes:,} -> {self.factors_bytes:,} ({self.ratio:.2f}x)",
+            "model, bytes": f"{self.model_bytes_before:,} -> {self.model_bytes_after:,}",
+            "direction error (1 - cos), mean": f"{self.table.direction_error:.4f}",
+            **({} if weighted is None else {"direction error, by frequency": f"{weighted:.5f}"}),
+            "direction error, 99th percentile": f"{self.table.direction_error_p99:.4f}",
+            "RMSE": f"{self.table.rmse:.5f}",
+            "nearest neighbours kept": f"{self.table.neighbor_overlap:.1%}",
+        }
+        if self.sentences:
+            rows["sentences compared"] = str(self.sentences.sentences)
+            rows["sentence embeddings, mean cos"] = f"{self.sentences.mean_cosine:.4f}"
+            if self.sentences.spearman is not None:
+                rows["sentence similarities, Spearman"] = f"{self.sentences.spearman:.4f}"
+        return rows
+
+
+class Report(Comparison):
+    """What ``embkern.compress`` did and measured."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    source: str = Field(description="the model that was compressed: a hub name, or a directory's last part")
+    architecture: str
+    recipe: Recipe
+    num_embeddings: int
+    embedding_dim: int
+    rank: int | None = Field(None, description="of factors")
+    tiers: list[TierUse] = Field(default_factory=list, description="of a packed table")
+    dtype: str = Field(description="of the floating-point tensors, as stored")
+    counts: str | None = Field(None, description="where the token frequencies come from")
+    facts: dict[str, Any] = Field(default_factory=dict, description="what the method says of its result")
+    head: str | None = Field(description="output head: factorized (tied), dense, or null for none")
+    other_tables: dict[str, int] = Field(
+        default_factory=dict, description="large embedding tables left alone, with their bytes"
+    )
+    seconds: float = Field(description="spent compressing the table, without loading, comparing and saving")
+    created: str = Field(
+        default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    )
+    versions: dict[str, str]
+
+    _model: Any = PrivateAttr(None)
+
+    def rows(self) -> dict[str, str]:
+        """Return what was done, then what is compared."""
+        made = f"rank {self.rank} of {self.embedding_dim}" if self.rank else f"{len(self.tiers)} tiers"
+        return {
+            "method": f"{self.recipe.method}, {made}",
+            **{f"rows at {tier.name}": f"{tier.rows:,} ({tier.bytes:,} bytes)" for tier in self.tiers},
+            **{name: f"{x:.6g}" if isinstance(x, float) else str(x) for name, x in self.facts.items()},
+            "token frequencies": self.counts or "not used",
+            "output head": self.head or "none",
+            **super().rows(),
+            "seconds": f"{self.seconds:.1f}",
+        }
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The compressed model itself; not part of the JSON."""
+        return self._model
+
+
+def model_card(report: Report) -> str:
+    """Markdown of a model card; its code begins with the import without which the model cannot be loaded."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    data = ModelCardData(
+        library_name="transformers",
+        tags=["embkern", "compressed-embeddings"],
+        base_model=report.source if _is_hub_name(report.source) else None,
+    )
+    table = "\n".join(f"| {name} | {value} |" for name, value in report.rows().items())
+    return str(
+        ModelCard(
+            f"""---
+{data.to_yaml()}
+---
+
+```python
+import embkern  # first: without it transformers cannot read the compressed embedding
+from transformers import {report.architecture}
+
+model = {report.architecture}.from_pretrained("path/or/name/of/this/model")
+```
+
+`{report.source}` with its token embeddings compressed by embkern {report.versions["embkern"]}.
+`embkern export DIR --format dense -o OUT` turns it into an ordinary model that needs no embkern.
+
+| | |
+|---|---|
+{table}
+
+The figures compare the table with the original one; `embkern_report.json` has all of them.
+"""
+        )
+    )
+
+
+def _is_hub_name(source: str) -> bool:
+    return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not Path(source).exists()
+
+
+def public_name(source: str) -> str:
+    """Return a hub name as it is and a local path's last part: reports are published, paths are not."""
+    return source if _is_hub_name(source) else source.rstrip("/").rpartition("/")[2]
+
+
+def read_report(directory: str | os.PathLike) -> Report | None:
+    """Return the report beside a saved model, None if there is none; ValueError if it is damaged."""
+    path = Path(directory) / REPORT_NAME
+    if not path.is_file():
+        return None
+    content = read_checked_json(path)
+    try:
+        return Report.model_validate(content)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error

@@ -1,0 +1,27 @@
+"""Modules that take the places of ``nn.Embedding`` and of a tied ``nn.Linear``, over either kind of table."""
+
+from ..tables import Table
+from .base import CompressedEmbedding, CompressedHead
+from .factorized import FactorizedEmbedding, FactorizedHead
+from .packed import PackedEmbedding, PackedHead
+
+KINDS: dict[str, type[CompressedEmbedding]] = {
+    layer.kind: layer for layer in (FactorizedEmbedding, PackedEmbedding)
+}
+
+
+def layer_of(table: Table) -> type[CompressedEmbedding]:
+    """Return the class of embedding modules that hold tables of this kind."""
+    return next(layer for layer in KINDS.values() if isinstance(table, layer.table_type))
+
+
+__all__ = [
+    "KINDS",
+    "CompressedEmbedding",
+    "CompressedHead",
+    "FactorizedEmbedding",
+    "FactorizedHead",
+    "PackedEmbedding",
+    "PackedHead",
+    "layer_of",
+]

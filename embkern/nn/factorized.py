@@ -1,0 +1,209 @@
+"""The embedding and the tied head over ``Factors``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import gather_project
+from ..ops.backends import Backend
+from ..tables import factors
+from ..tables.factors import ACTIVATIONS, Factors, activate, check_rank
+from .base import CompressedEmbedding, CompressedHead, TableModule
+
+
+class FactorsModule(TableModule):
+    """Parameters codes, basis and perhaps offset."""
+
+    kind = "factors"
+    table_type = Factors
+    tensor_names = factors.TENSORS
+    codes: nn.Parameter
+    basis: nn.Parameter
+    offset: nn.Parameter | None
+    activation: str | None = None
+    sparse = False
+
+    @staticmethod
+    def settings(table: Factors) -> dict[str, Any]:
+        """Return what factors are made of besides their tensors."""
+        return {"activation": table.activation}
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(V, H) of the table."""
+        return self.codes.shape[0], self.basis.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the parameters and of the decoded rows."""
+        return self.codes.dtype
+
+    @property
+    def table(self) -> Factors:
+        """The table's factors, sharing memory with the parameters."""
+        tensors: dict[str, Any] = self.tensors()
+        return Factors(**tensors, activation=self.activation)
+
+    @property
+    def factors(self) -> Factors:
+        """The same as ``table``."""
+        return self.table
+
+    def _rows(self, ids: Tensor, scale: float = 1.0, padding_idx: int | None = None) -> Tensor:
+        rows = gather_project(
+            ids,
+            self.codes,
+            self.basis,
+            self.offset,
+            scale=1.0 if self.activation else scale,
+            padding_idx=padding_idx,
+            sparse=self.sparse,
+            backend=self.backend,
+        )
+        return activate(rows, self.activation) * scale if self.activation else rows
+
+
+class FactorizedEmbedding(FactorsModule, CompressedEmbedding):
+    """Drop-in for ``nn.Embedding`` whose table is ``codes @ basis + offset``.
+
+    ``forward(ids) = activation(F.embedding(ids, codes) @ basis + offset) * scale``
+
+    Args:
+        num_embeddings: V, size of the vocabulary.
+        embedding_dim: H, width of a row.
+        rank: r, width of the codes, 1 to H.
+        padding_idx: positions with this id contribute no gradient, to codes, basis and offset alike. Its
+            row is decoded like every other.
+        offset: whether there is an offset (H,).
+        activation: None or ``"elu"``, applied to the decoded row.
+        scale: constant factor on the output, rounded to its dtype, as in models that scale embeddings by
+            ``sqrt(H)``. ``weight`` is the unscaled table.
+        sparse: whether the gradient of ``codes`` is a sparse tensor, as in ``nn.Embedding``.
+        backend: passed to ``gather_project``; None takes the best for the device.
+
+    The parameters are initialised so that a decoded row has unit variance, like ``nn.Embedding``'s.
+
+    Raises:
+        ValueError: a size, ``padding_idx`` or the activation is out of range.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        rank: int,
+        *,
+        padding_idx: int | None = None,
+        offset: bool = False,
+        activation: str | None = None,
+        scale: float = 1.0,
+        sparse: bool = False,
+        backend: Backend | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        for name, value in (("num_embeddings", num_embeddings), ("embedding_dim", embedding_dim)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        check_rank(rank, embedding_dim)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
+        super().__init__(num_embeddings, embedding_dim, padding_idx, scale, backend)
+        self.rank = rank
+        self.activation = activation
+        self.sparse = sparse
+        kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+        self._register(
+            Factors(
+                torch.empty(num_embeddings, rank, **kwargs),
+                torch.empty(rank, embedding_dim, **kwargs),
+                torch.empty(embedding_dim, **kwargs) if offset else None,
+                activation,
+            )
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw codes ~ N(0, 1) and basis ~ N(0, 1/r); the offset is zero."""
+        nn.init.normal_(self.codes)
+        nn.init.normal_(self.basis, std=self.rank**-0.5)
+        if self.offset is not None:
+            nn.init.zeros_(self.offset)
+
+    @classmethod
+    def from_factors(
+        cls,
+        factors: Factors,
+        *,
+        padding_idx: int | None = None,
+        scale: float = 1.0,
+        sparse: bool = False,
+        backend: Backend | None = None,
+    ) -> FactorizedEmbedding:
+        """Return a layer over ``factors``, sharing their memory."""
+        layer = cls(
+            factors.num_embeddings,
+            factors.embedding_dim,
+            factors.rank,
+            padding_idx=padding_idx,
+            offset=factors.offset is not None,
+            activation=factors.activation,
+            scale=scale,
+            sparse=sparse,
+            backend=backend,
+            device="meta",
+            dtype=factors.dtype,
+        )
+        layer._register(factors)
+        return layer
+
+    @classmethod
+    def from_table(cls, table: Factors, **kwargs: Any) -> FactorizedEmbedding:
+        """Return a layer over factors, sharing their memory: ``from_factors``."""
+        return cls.from_factors(table, **kwargs)
+
+    def head(self, bias: nn.Parameter | None = None) -> FactorizedHead:
+        """Return the tied output head over the same factors."""
+        return FactorizedHead(self, bias)
+
+    def _described(self) -> list[str]:
+        parts = [f"rank={self.rank}"]
+        if self.offset is not None:
+            parts.append("offset=True")
+        if self.activation is not None:
+            parts.append(f"activation={self.activation!r}")
+        if self.sparse:
+            parts.append("sparse=True")
+        return parts
+
+
+class FactorizedHead(FactorsModule, CompressedHead):
+    """The tied output head over the same factors: never through a dense (V, H) table.
+
+    ``forward(h) = F.linear(h, codes @ basis + offset, bias)`` computed as
+    ``(h @ basis.T) @ codes.T + h @ offset + bias``
+
+    Args:
+        embedding: the embedding whose parameters the head shares. Its ``scale`` is not applied, as tied
+            heads use the unscaled table.
+        bias: the dense head's bias (V,), if it has one.
+
+    Raises:
+        ValueError: the table has an activation, so that the product does not factorise.
+    """
+
+    def __init__(self, embedding: FactorizedEmbedding, bias: nn.Parameter | None = None) -> None:
+        super().__init__(embedding, bias)
+        if embedding.activation is not None:
+            raise ValueError(
+                f"activation: a tied head cannot be computed through {embedding.activation!r}; "
+                "keep the dense head (lm_head='dense') or use the linear autoencoder"
+            )
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = F.linear(F.linear(hidden, self.basis), self.codes)
+        return logits if self.offset is None else logits + F.linear(hidden, self.offset.unsqueeze(0))

@@ -1,0 +1,148 @@
+"""Tensor-train (MPO) tables for comparison."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from ..methods.base import Options, byte_budget, parse_options, refuse_ratio
+from .reconstruction import Reconstruction, Storage, half, storage_dtype
+
+
+class TensorTrainOptions(Options):
+    """Options of ``tensor_train``."""
+
+    cores: Literal[2, 3] = Field(3, description="factors of V and of H")
+    scales: bool = Field(
+        True, description="factorise directions and keep a scale of every row, fp16; False: the plain table"
+    )
+    storage: Storage = Field("table", description="dtype of the cores: the table's, or float16")
+
+
+@torch.no_grad()
+def tensor_train(
+    table: Tensor, *, ratio: float, counts: Tensor | None = None, **options: Any
+) -> Reconstruction:
+    """A table as a chain of small tensors, by TT-SVD in fp64.
+
+    V, padded with rows of zeros, is ``v1 * v2 * v3`` and H is ``h1 * h2 * h3``, each as balanced as it can
+    be; row ``(i1, i2, i3)`` and column ``(j1, j2, j3)`` hold, with cores ``G1`` (v1, h1, r1), ``G2``
+    (r1, v2, h2, r2) and ``G3`` (r2, v3, h3)::
+
+        y = G1[i1, j1] @ G2[:, i2, j2] @ G3[:, i3, j3]
+
+    Of the ranks that fit the ratio, those with the least squared error are taken. With ``scales`` that is
+    the error of the rows' directions, and a row is ``(x @ y) / (y @ y) * y``.
+
+    Args:
+        table: (V, H).
+        ratio: bytes of the table as stored over bytes of cores and scales.
+        counts: ignored: the cores share every row.
+        options: the fields of ``TensorTrainOptions``.
+
+    Raises:
+        ValueError, TypeError: the ratio cannot be met (the message names the highest that can), or an
+            argument is not usable.
+
+    Source: I. Oseledets, Tensor-train decomposition (2011); O. Hrinchuk et al., Tensorized
+        embedding layers (2020).
+    """
+    chosen = parse_options(TensorTrainOptions, options, "tensor_train")
+    dtype = storage_dtype(table, chosen.storage)
+    budget = byte_budget(table, ratio)
+    V, H = table.shape
+    rows, columns = _padded_factors(V, chosen.cores), _exact_factors(H, chosen.cores)[::-1]
+    parts = {"scales": 2 * V} if chosen.scales else {}
+    least = sum(v * h for v, h in zip(rows, columns, strict=True)) * dtype.itemsize + sum(parts.values())
+    if least > budget:
+        raise refuse_ratio(table, ratio, least)
+    target = table.double()
+    if chosen.scales:
+        target = F.normalize(target, eps=1e-30)
+    values = (budget - sum(parts.values())) // dtype.itemsize
+    cores = [core.to(dtype) for core in _tt_svd(_interleaved(target, rows, columns), values)]
+    copies = cores[0].double()
+    for core in cores[1:]:
+        copies = torch.tensordot(copies, core.double(), dims=1)
+    copies = _deinterleaved(copies, rows, columns)[:V].float()
+    if chosen.scales:
+        scale = (table.float() * copies).sum(1) / copies.square().sum(1).clamp_min(1e-30)
+        copies *= half(scale).unsqueeze(1)
+    parts |= {f"core {i}": core.nbytes for i, core in enumerate(cores, 1)}
+    facts = {"ranks": [len(core) for core in cores[1:]], "rows": rows, "columns": columns}
+    return Reconstruction(copies, parts, facts)
+
+
+def _padded_factors(count: int, cores: int) -> list[int]:
+    """Ascending factors of a number at or a little above ``count``: the least sum times product."""
+    return min(_factors(count, cores), key=lambda each: (sum(each) * math.prod(each), each))
+
+
+def _exact_factors(count: int, cores: int) -> list[int]:
+    """Ascending factors of ``count`` itself, the most balanced."""
+    exact = (each for each in _factors(count, cores) if math.prod(each) == count)
+    return min(exact, key=lambda each: (sum(each), each))
+
+
+def _factors(count: int, cores: int) -> Iterator[list[int]]:
+    """Ascending factors, the last as small as ``count`` allows."""
+    least = range(1, math.isqrt(count) + 2)
+    for first in itertools.combinations_with_replacement(least, cores - 1):
+        last = -(-count // math.prod(first))
+        if last >= first[-1]:
+            yield [*first, last]
+
+
+def _interleaved(table: Tensor, rows: list[int], columns: list[int]) -> Tensor:
+    """Return (V, H) as (v1 * h1, v2 * h2, ...), padded."""
+    padded = table.new_zeros(math.prod(rows), table.shape[1])
+    padded[: len(table)] = table
+    count = len(rows)
+    order = [axis for i in range(count) for axis in (i, count + i)]
+    modes = [v * h for v, h in zip(rows, columns, strict=True)]
+    return padded.view(*rows, *columns).permute(order).reshape(modes)
+
+
+def _deinterleaved(tensor: Tensor, rows: list[int], columns: list[int]) -> Tensor:
+    """Undo ``_interleaved``, but for the padding."""
+    split = tensor.reshape([size for pair in zip(rows, columns, strict=True) for size in pair])
+    order = [*range(0, split.dim(), 2), *range(1, split.dim(), 2)]
+    return split.permute(order).reshape(math.prod(rows), math.prod(columns))
+
+
+def _tt_svd(tensor: Tensor, values: int) -> list[Tensor]:
+    """Cores (n1, r1), (r1, n2, r2), (r2, n3), or two, with at most so many values and the least error."""
+    modes = tensor.shape
+    unfolded = tensor.reshape(modes[0], -1)
+    left = _left_vectors(unfolded)
+    rest = left.t() @ unfolded
+    if len(modes) == 2:
+        rank = values // sum(modes)
+        return [left[:, :rank], rest[:rank]]
+    rest = rest.view(-1, modes[1], modes[2])
+    most, gram = -1.0, tensor.new_zeros(modes[2], modes[2])
+    best = (1, tensor.new_zeros(modes[2], 1))
+    for first, part in enumerate(rest, 1):
+        second = min((values - modes[0] * first) // (modes[1] * first + modes[2]), modes[1] * first, modes[2])
+        if second < 1:
+            break
+        gram += part.t() @ part  # of what the first cut leaves to the second
+        energies, vectors = torch.linalg.eigh(gram)
+        if (kept := float(energies[-second:].sum())) > most:
+            most, best = kept, (first, vectors[:, -second:])
+    first, right = best
+    return [left[:, :first], rest[:first] @ right, right.t()]
+
+
+def _left_vectors(matrix: Tensor) -> Tensor:
+    """Left singular vectors, those of the largest values first; of a wide matrix from its Gram matrix."""
+    if matrix.shape[0] > matrix.shape[1]:
+        return torch.linalg.svd(matrix, full_matrices=False)[0]
+    return torch.linalg.eigh(matrix @ matrix.t())[1].flip(1)

@@ -1,0 +1,16 @@
+"""Texts, counts of their tokens, and how often each token is expected to be read."""
+
+from .counts import CountSummary, TokenCounts, count_tokens
+from .frequencies import expected_frequencies, token_frequencies
+from .prior import vocabulary_prior
+from .reading import read_texts
+
+__all__ = [
+    "CountSummary",
+    "TokenCounts",
+    "count_tokens",
+    "expected_frequencies",
+    "read_texts",
+    "token_frequencies",
+    "vocabulary_prior",
+]
