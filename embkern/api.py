@@ -7,11 +7,11 @@ import itertools
 import os
 import time
 from collections.abc import Iterable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from ._version import __version__
@@ -197,7 +197,7 @@ def compress(
         versions={
             "embkern": __version__,
             "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            "transformers": metadata.version("transformers"),
         },
     )
     report._model = model

@@ -13,17 +13,19 @@ from torch.testing import assert_close
 T = pytest.importorskip("transformers")
 
 import embkern
-from embkern import Report, api, cli, inspection
+from embkern import Report, inspection
+from embkern.cli import main as cli
+from embkern.models import saving
 from embkern.models.checkpoint import stored_table
+from embkern.models.loading import load_model
 from embkern.models.report import read_report
 from embkern.models.saving import check_output
 from embkern.nn.base import CompressedEmbedding
 from embkern.text.counts import count_tokens
-from embkern.text.frequencies import expected_frequencies, token_frequencies
+from embkern.text.frequencies import COMPRESSION_STRENGTH, expected_frequencies, token_frequencies
 from embkern.text.prior import vocabulary_prior
-
-from .models import H, V, build, outputs, tiny_bert, word_tokenizer
-from .tables import quantizing  # noqa: F401 (a fixture)
+from tests.example_models import H, V, build, outputs, tiny_bert, word_tokenizer
+from tests.example_tables import quantizing  # noqa: F401 (a fixture)
 
 SVD = dict(method="svd", rank=5)
 PACKED = dict(method="quantize", ratio=2)
@@ -201,7 +203,7 @@ def test_frequencies_come_from_counts_text_vocabulary_or_ids(text, tmp_path):
     read.save(tmp_path / "counts")
 
     def mixed(counts):
-        return expected_frequencies(counts, prior, strength=api.COMPRESSION_STRENGTH)
+        return expected_frequencies(counts, prior, strength=COMPRESSION_STRENGTH)
 
     for counts, count_text, expected, source in (
         (None, None, prior, "the order of the vocabulary"),
@@ -232,7 +234,7 @@ def test_counts_reach_the_method_and_the_report(source, text, monkeypatch):
     assert given[0].tolist() == (counts / 9).tolist()
     assert report.counts == report.rows()["token frequencies"] == "as given"
     rows = [
-        api.load_model(source).get_input_embeddings().weight[3],
+        load_model(source).get_input_embeddings().weight[3],
         report.model.get_input_embeddings().weight[3],
     ]
     error = 1 - torch.cosine_similarity(*rows, dim=0).item()
@@ -341,7 +343,7 @@ def test_a_full_disk_while_saving_leaves_the_old_model_whole(source, tmp_path, m
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(api, "model_card", full)
+    monkeypatch.setattr(saving, "model_card", full)
     with pytest.raises(OSError, match="No space left"):
         embkern.compress(source, method="svd", rank=4, output=out, overwrite=True)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before

@@ -15,8 +15,7 @@ import torch
 from benchmarks import common, cosine_mse, gather_project, plots, train
 from benchmarks.peers import BOTH, FORWARD, PROVIDERS, Lookup, Problem, Provider
 from benchmarks.shapes import MAX_TEXT_REPEATS, MODELS, UnavailableError, id_sets
-
-from .conftest import seed_of
+from tests.conftest import seed_of
 
 pytestmark = pytest.mark.slow
 

@@ -132,7 +132,7 @@ def test_a_refused_argument_is_a_value_error_whatever_torch_makes_of_it() -> Non
 
 def test_fields_named_after_the_model_are_allowed() -> None:
     """Before 2.10 pydantic warns of every field whose name begins with ``model_``."""
-    for module in ("report", "inspection", "recipe", "train", "frequencies", "study", "evaluate"):
+    for module in ("models.report", "inspection", "recipe", "train", "text", "study", "evaluate", "fidelity"):
         importlib.import_module(f"embkern.{module}")
     kinds, found = [BaseModel], set()
     while kinds:

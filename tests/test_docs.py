@@ -19,7 +19,7 @@ import torch
 import typer
 
 from embkern import PackedTable, Recipe
-from embkern.cli import app
+from embkern.cli.main import app
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

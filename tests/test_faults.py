@@ -15,14 +15,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from embkern import cli
+from embkern.cli import main as cli
 from embkern.io.atomic import check_writable, check_writable_directory, replacing, replacing_directory
 from embkern.io.errors import disk_error
 from embkern.methods import autoencoder
 from embkern.study.rows import Row, RowFiles
 from embkern.tables.factors import Factors
 from embkern.text.counts import TokenCounts
-from tests.tables import packed_of
+from tests.example_tables import packed_of
 
 resource = pytest.importorskip("resource")
 
@@ -111,7 +111,7 @@ def test_a_full_device_is_named(tmp_path, monkeypatch):
         (link := path.parent / ".full.tmp").symlink_to("/dev/full")
         return link
 
-    monkeypatch.setattr("embkern.files._new_file", full)
+    monkeypatch.setattr("embkern.io.atomic._new_file", full)
     with pytest.raises(OSError, match=r"could not be written \(No space left on device\): .*out.json"):
         save_rows(tmp_path / "out.json", 10**5)
     assert not os.listdir(tmp_path)
@@ -131,18 +131,18 @@ def test_a_full_disk_under_a_directory(tmp_path):
 
 def test_a_full_disk_under_a_model(tmp_path):
     pytest.importorskip("transformers")
-    api = importlib.import_module("embkern.api")
-    models = importlib.import_module("tests.models")
+    api, saving = map(importlib.import_module, ("embkern.api", "embkern.models.saving"))
+    models = importlib.import_module("tests.example_models")
     model = models.build("bert")
     report = api.compress(model, method="svd", rank=5, output=tmp_path / "m")
     before = contents(tmp_path)
     message = f"could not be written .*'{tmp_path / 'm'}'"
     with largest_file(20000), pytest.raises(OSError, match=message):
-        api.save(report.model, tmp_path / "m")
+        saving.save(report.model, tmp_path / "m")
     assert contents(tmp_path) == before
     (tokenizer := models.word_tokenizer()).add_tokens([f"word{number}" for number in range(5000)])
     with largest_file(max(map(len, before.values()))), pytest.raises(OSError, match=message):
-        api.save(report.model, tmp_path / "m", tokenizer=tokenizer)
+        saving.save(report.model, tmp_path / "m", tokenizer=tokenizer)
     assert contents(tmp_path) == before
 
 
@@ -221,8 +221,8 @@ FORKS = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from embkern.factors import Factors
-from embkern.files import replacing_directory
+from embkern.tables.factors import Factors
+from embkern.io.atomic import replacing_directory
 from embkern.methods import autoencoder
 
 folder, draw = Path(sys.argv[1]), random.Random(0)

@@ -31,7 +31,7 @@ class Blocked:
         if name.partition(".")[0] in ("pydantic", "pydantic_core", "annotated_types", "typing_inspection"):
             raise ModuleNotFoundError(f"{name} is blocked", name=name)
 sys.meta_path.insert(0, Blocked())
-import embkern.ops, embkern.factors, embkern.layer, embkern.packed
+import embkern.ops, embkern.tables, embkern.nn
 import benchmarks.cosine_mse, benchmarks.gather_decode, benchmarks.gather_project
 import benchmarks.gpu_check.assertions, benchmarks.gpu_check.checklist, benchmarks.gpu_check.device
 import benchmarks.gpu_check.extension, benchmarks.gpu_check.kernels, benchmarks.gpu_check.smoke

@@ -43,7 +43,7 @@ def test_nothing_initialises_cuda():
         "import transformers; import embkern",
         "import transformers.quantizers.auto; import embkern",
         "import embkern; from transformers import AutoModel",
-        "import embkern, embkern.transformers",
+        "import embkern, embkern.models.quantizer",
     ],
 )
 def test_registration_in_whichever_order(order):

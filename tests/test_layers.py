@@ -50,7 +50,9 @@ def imported(name: str) -> dict[str, int]:
             ), f"{path}:{node.lineno}: expected relative imports within the package"
             continue
         if not node.level:
-            assert not (node.module or "").startswith("embkern"), f"{path}:{node.lineno}: expected a relative one"
+            assert not (node.module or "").startswith("embkern"), (
+                f"{path}:{node.lineno}: expected a relative one"
+            )
             continue
         base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
         source = ".".join(part for part in base if part)

@@ -24,9 +24,9 @@ for package in ("jinja2", "matplotlib", "scipy"):
 from embkern import study
 from embkern.evaluate.perplexity import perplexity
 from embkern.io.checked_json import read_checked_json, to_checked_json
-from embkern.methods import METHODS
 from embkern.models.checkpoint import model_bytes
 from embkern.models.loading import load_model
+from embkern.rivals import ALL_METHODS, RIVALS
 from embkern.study.asked import Asked
 from embkern.study.document import value_at
 from embkern.study.figures import Panel, draw, spread
@@ -129,7 +129,7 @@ def test_rows_agree_with_the_parts_that_measure(models, done):
         name = method.partition(":")[0]
         assert row["ratio"] == row["table_bytes"] / row["compressed_bytes"] >= ratio
         assert row["model_bytes"] - row["compressed_model_bytes"] == V * H * 4 - row["compressed_bytes"]
-        assert (row["rank"] is None) == (METHODS[name].sized_by == "ratio")
+        assert (row["rank"] is None) == (ALL_METHODS[name].sized_by == "ratio")
     near = results(done.rows, "neighbors")
     assert {len(row["words"]) for row in near.values()} == {6}
     assert all(word["kept"] == 6 for word in near["dense", None]["words"])
@@ -210,8 +210,8 @@ def test_a_ratio_out_of_reach_and_a_missing_package_are_rows_with_a_reason(model
     def lacks(*_: object, **__: object) -> None:
         raise ImportError("product_quantization needs faiss")
 
-    lacking = METHODS["product_quantization"]._replace(compress=lacks)
-    monkeypatch.setitem(METHODS, "product_quantization", lacking)
+    lacking = RIVALS["product_quantization"]._replace(compress=lacks)
+    monkeypatch.setitem(RIVALS, "product_quantization", lacking)
     asked = dict(output=tmp_path, ratios=[2, 500], methods=["svd", "product_quantization"], progress=False)
     done = study.compare(models / "encoder", **asked)
     reasons = {(row.method, row.ratio): row.reason for row in done.rows if row.reason}
@@ -254,7 +254,7 @@ def test_a_tied_head_that_cannot_decode_is_a_reason_too(models, tmp_path):
 
 
 def command_line(monkeypatch, capsys, *arguments: object) -> str:
-    from embkern import cli
+    from embkern.cli import main as cli
 
     monkeypatch.setattr(sys, "argv", ["embkern", *map(str, arguments)])
     try:

@@ -24,7 +24,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 SHOWN = 1500  # characters of the end of a stage that did not pass, below the table
 # The tests marked gpu, of modules that need no more than the kernels do, and those that need more.
 GPU_TESTS = ("tests/cuda", "tests/ops", "tests/triton")
-GPU_TESTS_OF_METHODS = ("tests/methods/test_graph.py",)
+GPU_TESTS_OF_METHODS = ("tests/methods/autoencoder/test_graph.py",)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ import torch
 
 from embkern.ops import cosine_mse_loss, reference
 from embkern.ops.backends import unavailable
-
-from ..conftest import assert_no_worse_than
+from tests.conftest import assert_no_worse_than
 
 pytestmark = pytest.mark.gpu
 OP = "cosine_mse"

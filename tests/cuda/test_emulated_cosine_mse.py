@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from embkern.ops import reference
-
-from ..conftest import assert_no_worse_than, seed_of
-from .emulated import (
+from tests.conftest import assert_no_worse_than, seed_of
+from tests.cuda.emulated import (
     DTYPES,
     MARKS,
     ORDERS,

@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ..conftest import assert_no_worse_than, seed_of
-from .emulated import (
+from tests.conftest import assert_no_worse_than, seed_of
+from tests.cuda.emulated import (
     DTYPES,
     HOPPER_SHARED,
     MARKS,

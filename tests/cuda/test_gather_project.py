@@ -12,9 +12,8 @@ import torch
 from benchmarks.gpu_check.assertions import ASSERTIONS, check
 from embkern.ops import gather_project
 from embkern.ops.backends import unavailable
-
-from ..conftest import assert_no_worse_than
-from ..ops.test_gather_project import plain, problem
+from tests.conftest import assert_no_worse_than
+from tests.ops.test_gather_project import plain, problem
 
 pytestmark = pytest.mark.gpu
 OP = "gather_project"

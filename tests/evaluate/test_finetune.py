@@ -22,14 +22,13 @@ for _needed in ("accelerate", "sklearn", "scipy"):
 from safetensors.torch import load_file
 
 import embkern
-from embkern import cli
+from embkern.cli import main as cli
 from embkern.evaluate import GLUE, SQUAD, fine_tune, finetune, glue, squad, training
 from embkern.evaluate.finetune import Cell, summarize
 from embkern.io.atomic import alone_in
 from embkern.io.checked_json import to_checked_json
-
-from ..tables import quantizing  # noqa: F401 (a fixture)
-from ..test_faults import largest_file
+from tests.example_tables import quantizing  # noqa: F401 (a fixture)
+from tests.test_faults import largest_file
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = ["good", "bad", "what", "is", "the", "answer", *[f"w{i}" for i in range(94)]]

@@ -16,11 +16,10 @@ T = pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
 import embkern
-from embkern import cli
+from embkern.cli import main as cli
 from embkern.evaluate import harness, run_lm_eval, run_mteb
 from embkern.evaluate.harness import parse_options
-
-from ..models import build, tiny_bert, word_tokenizer
+from tests.example_models import build, tiny_bert, word_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -19,15 +19,14 @@ T = pytest.importorskip("transformers")
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 import embkern
-from embkern import cli
+from embkern.cli import main as cli
 from embkern.evaluate import TableSwap, evaluate_perplexity, measure_perplexity
 from embkern.evaluate import perplexity as module
 from embkern.evaluate.perplexity import perplexity
 from embkern.evaluate.windows import causal_windows, masked_windows, whole_words
-
-from ..models import build
-from ..tables import packed_of, quantizing  # noqa: F401 (a fixture)
-from ..test_frequencies import SENTENCES
+from tests.example_models import build
+from tests.example_tables import packed_of, quantizing  # noqa: F401 (a fixture)
+from tests.example_tokenizers import SENTENCES
 
 TEXTS = SENTENCES.read_text(encoding="utf-8").splitlines()[:24]
 VOCABULARY = 101  # of the models of tests.models

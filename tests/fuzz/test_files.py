@@ -25,12 +25,11 @@ from embkern.tables import factors as factors_module
 from embkern.tables import packed
 from embkern.tables.factors import Factors
 from embkern.tables.packed import PackedTable, Tier, pack
-from embkern.text import prior as frequencies
+from embkern.text import counts
 from embkern.text.counts import TokenCounts
-
-from ..tables import packed_of, uniform_levels
-from . import Case, fuzz
-from .damage import (
+from tests.example_tables import packed_of, uniform_levels
+from tests.fuzz import Case, fuzz
+from tests.fuzz.damage import (
     HOSTILE,
     HOSTILE_PLACES,
     bounded,
@@ -47,7 +46,7 @@ from .damage import (
     safetensors_bytes,
     with_header,
 )
-from .tensors import same_bits, spoiled, spoiling
+from tests.fuzz.tensors import same_bits, spoiled, spoiling
 
 V, H, R = 40, 33, 5
 EPOCHS = 2
@@ -151,7 +150,7 @@ KINDS: dict[str, Kind] = {
     "packed": Kind(packed.FORMAT, _packed_examples, PackedTable.load, _check_packed, PackedTable.tensors),
     "factors": Kind(factors_module.FORMAT, _factor_examples, Factors.load, _check_factors, Factors.tensors),
     "counts": Kind(
-        frequencies.FORMAT,
+        counts.FORMAT,
         _count_examples,
         TokenCounts.load,
         _check_counts,

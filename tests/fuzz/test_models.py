@@ -22,11 +22,10 @@ from embkern.models.config import _checksum_of
 from embkern.models.find_table import find_table
 from embkern.models.quantizer import install
 from embkern.nn.base import CompressedEmbedding
-
-from ..models import tiny_bert
-from ..tables import packed_of
-from . import Case, fuzz
-from .damage import (
+from tests.example_models import tiny_bert
+from tests.example_tables import packed_of
+from tests.fuzz import Case, fuzz
+from tests.fuzz.damage import (
     HOSTILE_PLACES,
     Raw,
     bounded,

@@ -19,9 +19,8 @@ from embkern.ops.backends import unavailable
 from embkern.ops.quantize_rows import quantize_rows
 from embkern.ops.quantize_trellis import quantize_trellis
 from embkern.tables.packed import Tier, directory_of, words_of_rows
-
-from . import Case, fuzz, often
-from .tensors import (
+from tests.fuzz import Case, fuzz, often
+from tests.fuzz.tensors import (
     FLOATS,
     LAYOUTS,
     VALUES,

@@ -21,9 +21,8 @@ from embkern.methods.quantizer_levels import trellis_levels
 from embkern.ops.backends import unavailable
 from embkern.ops.library import overload
 from embkern.tables.packed import Tier, directory_of, words_of_rows
-
-from . import Case, fuzz
-from .tensors import dtype_of, generator_of, outcome, spoiled, spoiling
+from tests.fuzz import Case, fuzz
+from tests.fuzz.tensors import dtype_of, generator_of, outcome, spoiled, spoiling
 
 pytestmark = pytest.mark.skipif(
     unavailable("native", "gather_project", "cpu", torch.float32) is not None,

@@ -11,8 +11,7 @@ from embkern.methods.allocate import scalar_levels
 from embkern.methods.base import row_weights
 from embkern.methods.quantizer_levels import distortion
 from embkern.tables.packed import PackedTable
-
-from ..conftest import seed_of
+from tests.conftest import seed_of
 
 
 def _table(V: int = 2000, H: int = 96, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -220,7 +220,7 @@ def test_a_file_gives_the_same_bits(tmp_path, dtype):
 RESIDENT = """
 import resource, sys
 from embkern.methods import direction
-from embkern.table_file import TableFile
+from embkern.io.mapped_table import TableFile
 direction(TableFile(sys.argv[1], "small"), 2, max_steps=1)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 direction(TableFile(sys.argv[1], "t"), 2, max_steps=1)
@@ -241,7 +241,7 @@ WORKER = """
 import sys
 from embkern.methods import direction
 from embkern.methods.sharded import joined
-from embkern.table_file import TableFile
+from embkern.io.mapped_table import TableFile
 
 with joined(int(sys.argv[2])) as world:
     for name, options in eval(sys.argv[3]):

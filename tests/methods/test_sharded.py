@@ -36,7 +36,7 @@ WORKER = """
 import sys
 from embkern.methods import autoencoder
 from embkern.methods.sharded import joined
-from embkern.table_file import TableFile
+from embkern.io.mapped_table import TableFile
 
 def score(factors):
     return float(factors.codes.abs().mean())

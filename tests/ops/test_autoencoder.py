@@ -11,8 +11,7 @@ from torch.testing import assert_close
 
 from embkern.ops import autoencoder_loss, cosine_mse_loss, library
 from embkern.ops.reference import MEAN
-
-from ..conftest import assert_no_worse_than, compile_counting, relative_error
+from tests.conftest import assert_no_worse_than, compile_counting, relative_error
 
 OP = "autoencoder"
 # One batch that is not cut, and one of several chunks of blocks; neither fits a tile.

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from embkern.ops import cosine_mse_loss, library, reference
-
-from ..conftest import assert_no_worse_than, compile_counting
+from tests.conftest import assert_no_worse_than, compile_counting
 
 OP = "cosine_mse"
 

@@ -17,8 +17,7 @@ from torch.testing import assert_close
 from embkern.ops import gather_decode, reference
 from embkern.ops.library import CPU_CAPABILITIES, cpu_capability
 from embkern.tables.packed import TENSORS, Tier, pack
-
-from ..conftest import assert_no_worse_than, compile_counting
+from tests.conftest import assert_no_worse_than, compile_counting
 
 OP = "gather_decode"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

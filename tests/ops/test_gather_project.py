@@ -14,8 +14,7 @@ from torch.testing import assert_close
 from embkern.ops import gather_project, reference
 from embkern.ops.backends import unavailable
 from embkern.ops.library import CPU_CAPABILITIES, cpu_capability
-
-from ..conftest import assert_no_worse_over_draws, assert_no_worse_than, compile_counting
+from tests.conftest import assert_no_worse_over_draws, assert_no_worse_than, compile_counting
 
 OP = "gather_project"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

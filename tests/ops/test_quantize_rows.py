@@ -9,8 +9,7 @@ from embkern.methods.allocate import scalar_levels, uniform_steps
 from embkern.ops.backends import unavailable
 from embkern.ops.library import CPU_CAPABILITIES, cpu_capability
 from embkern.ops.quantize_rows import quantize_rows
-
-from ..conftest import seed_of
+from tests.conftest import seed_of
 
 STEPS = uniform_steps()
 FACTORS = torch.tensor([0.8, 0.9, 1.0, 1.15])

@@ -9,9 +9,8 @@ from embkern.methods.quantizer_levels import TRELLIS_DISTORTION, distortion, llo
 from embkern.ops.library import CPU_CAPABILITIES, cpu_capability, load_native
 from embkern.ops.quantize_trellis import quantize_trellis
 from embkern.ops.reference import LEVEL_STEP, trellis_states
-
-from ..conftest import seed_of
-from ..tables import uniform_levels, values_of
+from tests.conftest import seed_of
+from tests.example_tables import uniform_levels, values_of
 
 PROFILES = [(1,), (2,), (3,), (4,), (3, 0, 1, 4, 2), (0,)]
 native = pytest.mark.skipif(load_native() is not None, reason=str(load_native()))

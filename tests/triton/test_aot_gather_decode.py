@@ -14,8 +14,7 @@ from triton.runtime.jit import create_function_from_signature
 from embkern.triton import aot
 from embkern.triton.aot import PackedShape, launches
 from embkern.triton.tiles import REPRESENTATIVE
-
-from .test_aot import TENSOR_CORE
+from tests.triton.test_aot import TENSOR_CORE
 
 pytestmark = pytest.mark.slow
 

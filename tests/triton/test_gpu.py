@@ -13,9 +13,8 @@ from embkern.ops import reference
 from embkern.ops.reference import MEAN, NONE, SUM
 from embkern.triton import cosine_mse as cm
 from embkern.triton import gather_project as gp
-
-from ..conftest import assert_no_worse_than
-from ..ops.test_gather_project import problem as factorised
+from tests.conftest import assert_no_worse_than
+from tests.ops.test_gather_project import problem as factorised
 
 pytestmark = pytest.mark.gpu
 SCALE = 0.7

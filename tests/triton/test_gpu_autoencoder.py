@@ -9,9 +9,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from embkern.ops import reference
 from embkern.triton import autoencoder as ae
-
-from ..conftest import assert_no_worse_than, relative_error
-from .gram_bounds import assert_gradients_within_bounds
+from tests.conftest import assert_no_worse_than, relative_error
+from tests.triton.gram_bounds import assert_gradients_within_bounds
 
 pytestmark = pytest.mark.gpu
 COSINE_AND_SQUARES, EVERY_TERM = (1.0, 1.0, 0.0, 0.0), (0.2, 0.5, 0.3, 0.4)

@@ -9,9 +9,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from benchmarks.gpu_check.assertions import ASSERTIONS, check
 from embkern.triton import gather_decode as gd
-
-from ..conftest import assert_no_worse_than
-from ..ops.test_gather_decode import problem
+from tests.conftest import assert_no_worse_than
+from tests.ops.test_gather_decode import problem
 
 pytestmark = pytest.mark.gpu
 SCALE = 0.7

@@ -12,9 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from embkern.ops import autoencoder_loss, reference
 from embkern.triton import autoencoder as ae
-
-from ...conftest import assert_no_worse_than, relative_error
-from ..gram_bounds import assert_gradients_within_bounds
+from tests.conftest import assert_no_worse_than, relative_error
+from tests.triton.gram_bounds import assert_gradients_within_bounds
 
 EPS = 1e-8
 # Cosine and squared error; the paper's with a root.

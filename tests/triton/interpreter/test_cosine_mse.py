@@ -18,8 +18,7 @@ from embkern.ops.reference import MEAN, NONE, SUM
 from embkern.triton import cosine_mse as cm
 from embkern.triton.launch import Launch
 from embkern.triton.tiles import RowTile, row_tile_of
-
-from ...conftest import assert_no_worse_than
+from tests.conftest import assert_no_worse_than
 
 TERMS = (0.7, 0.9, 0.3, 0.2)
 REDUCTIONS = pytest.mark.parametrize("reduction", [NONE, MEAN, SUM], ids=["none", "mean", "sum"])

@@ -12,9 +12,8 @@ from embkern.tables.packed import Tier
 from embkern.triton import gather_decode as gd
 from embkern.triton.launch import Launch
 from embkern.triton.tiles import GroupTile, Tile
-
-from ...conftest import assert_no_worse_than
-from ...ops.test_gather_decode import every_tier, guarded, problem, small
+from tests.conftest import assert_no_worse_than
+from tests.ops.test_gather_decode import every_tier, guarded, problem, small
 
 # (V, H, K, N): groups that fill the blocks; a basis that is not a power of two, odd rows; rows within one
 # group; one token; a table without a basis.

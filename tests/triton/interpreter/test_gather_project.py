@@ -9,10 +9,9 @@ from triton.runtime import interpreter
 
 from embkern.triton import gather_project as gp
 from embkern.triton.launch import Launch
-
-from ...conftest import assert_no_worse_than
-from ...ops.test_gather_project import plain as unscaled
-from ...ops.test_gather_project import problem
+from tests.conftest import assert_no_worse_than
+from tests.ops.test_gather_project import plain as unscaled
+from tests.ops.test_gather_project import problem
 
 # (V, r, H, N). Even; odd everything; rank 1; one token; the paper's table; a full row block; one row more;
 # blocks without a rest; a batch; a rank that is walked in steps for every dtype.

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 
 from embkern import Factors
 from embkern.fidelity import compare_tables
-
-from ..tables import packed_of
+from tests.example_tables import packed_of
 
 
 def test_figures_follow_their_formulas():

@@ -10,8 +10,7 @@ pytest.importorskip("transformers")
 
 from embkern.fidelity import embed_sentences, read_sentences, sentence_fidelity
 from embkern.fidelity.sentences import pooling_of
-
-from ..models import tiny_bert, word_tokenizer
+from tests.example_models import tiny_bert, word_tokenizer
 
 SENTENCES = ["red green", "blue", "green red blue red green blue", "blue blue green"]
 

@@ -67,7 +67,6 @@ def quantize(table: Tensor, *, ratio: float, counts: Tensor | None = None, **opt
 
 @pytest.fixture
 def quantizing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let recipes name the method above, and one that no model can hold."""
+    """Let recipes name the method above."""
     method = Method(quantize, QuantizeOptions, sized_by="ratio", weighted=True)
     monkeypatch.setitem(METHODS, "quantize", method)
-    monkeypatch.setitem(METHODS, "neighbour", method._replace(installable=False))

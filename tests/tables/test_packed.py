@@ -14,8 +14,7 @@ from torch.testing import assert_close
 
 from embkern.io.tensor_format import checksum
 from embkern.tables.packed import FORMAT, TENSORS, PackedTable, Tier, pack, packed_bytes
-
-from .ops.test_gather_decode import every_tier, packed
+from tests.ops.test_gather_decode import every_tier, packed
 
 H, K = 45, 32
 CODES = ("records", "directory", "tiers", "levels")
@@ -141,7 +140,7 @@ def test_saving_replaces_what_was_there_whole_or_not_at_all(tmp_path, monkeypatc
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("embkern.tensor_file.save_file", fail)
+        patch.setattr("embkern.io.tensor_format.save_file", fail)
         with pytest.raises(OSError, match="disk full"):
             second.save(tmp_path / "t")
     assert PackedTable.load(tmp_path / "t").num_embeddings == 7

@@ -11,8 +11,7 @@ from torch.testing import assert_close
 from embkern import Factors
 from embkern.tables.packed import PackedTable, Tier, pack
 from embkern.tables.resizing import resized
-
-from .tables import packed_of
+from tests.example_tables import packed_of
 
 
 @pytest.mark.parametrize("offset", [True, False])

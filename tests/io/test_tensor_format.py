@@ -16,7 +16,7 @@ from embkern.tables.factors import Factors
 from embkern.tables.packed import PackedTable
 from embkern.text.counts import TokenCounts
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 FORMAT = TensorFormat("test/1", "a test", ("a",), ("b",), settings=("width", "note"), checked=("width",))
 
 

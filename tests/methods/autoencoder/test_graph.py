@@ -9,8 +9,7 @@ from torch.testing import assert_close
 from embkern.methods.autoencoder.engines import select_engine
 from embkern.methods.autoencoder.graph import GRAPH_STEPS, GraphSteps
 from embkern.methods.autoencoder.steps import Objective, TorchSteps, Weights
-
-from ..conftest import seed_of
+from tests.conftest import seed_of
 
 OBJECTIVE = Objective(0.2, 0.1, 0.05, 0.01, 1e-6)
 

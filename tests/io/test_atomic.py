@@ -67,7 +67,7 @@ def test_a_kill_while_writing_leaves_the_old_directory(tmp_path):
     with replacing_directory(target) as temporary:
         write(temporary, "old")
     script = (
-        "import sys, time; from embkern.files import replacing_directory\n"
+        "import sys, time; from embkern.io.atomic import replacing_directory\n"
         "with replacing_directory(sys.argv[1]) as d:\n"
         "    (d / 'a').write_text('half'); print('writing', flush=True); time.sleep(60)\n"
     )

@@ -157,7 +157,7 @@ def test_the_resident_size_does_not_grow_with_the_table(tmp_path):
     script = """
 import sys
 from embkern.methods import autoencoder
-from embkern.table_file import TableFile
+from embkern.io.mapped_table import TableFile
 import torch
 
 def resident(name):

@@ -16,18 +16,17 @@ from safetensors.torch import save_file
 pytest.importorskip("transformers")
 
 import embkern
-from embkern import cli
+from embkern.cli import main as cli
 from embkern.io.mapped_table import TableFile
 from embkern.methods import autoencoder
 from embkern.methods.sharded import World
 from embkern.tables.factors import Factors
-
-from .models import build, word_tokenizer
+from tests.example_models import build, word_tokenizer
 
 
 def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "embkern.cli", *map(str, arguments)],
+        [sys.executable, "-m", "embkern", *map(str, arguments)],
         capture_output=True,
         text=True,
         env={**os.environ, **environment},

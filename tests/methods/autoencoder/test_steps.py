@@ -15,8 +15,7 @@ from embkern.methods.autoencoder.summed_steps import SummedSteps
 from embkern.methods.base import BLOCK_ROWS
 from embkern.methods.sharded import World
 from embkern.ops.reference import MEAN, SUM
-
-from ..conftest import seed_of
+from tests.conftest import seed_of
 
 AUTHORS = Objective(0.9975 / 5, 0.0, 0.0, 0.0025, 1e-6)
 EVERY_TERM = Objective(0.7, 0.5, 0.3, 0.2, 1e-6)

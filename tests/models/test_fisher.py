@@ -11,8 +11,7 @@ from torch.testing import assert_close
 
 from embkern.methods.direction import direction
 from embkern.models.fisher import fisher_row_weights
-
-from ..models import MODELS, V, word_tokenizer
+from tests.example_models import MODELS, V, word_tokenizer
 
 TEXTS = ["red green green blue", "blue red", "green blue blue red"]
 

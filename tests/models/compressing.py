@@ -1,0 +1,67 @@
+"""Compress a small model, reload it, and check what its modules share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from embkern import Recipe
+from embkern.models.find_table import find_table
+from embkern.models.quantizer import install
+
+UNTIED = {"bert-backbone", "llama-untied", "gpt-neox"}
+
+RECIPES = {
+    "factors": {"method": "svd", "rank": 7, "options": {"center": True}},
+    "packed": {"method": "quantize", "ratio": 2},
+}
+
+
+def compressed(model, kind="factors", **recipe):
+    recipe = Recipe.parse(**{**RECIPES[kind], **recipe})
+    table = find_table(model)
+    install(model, table, recipe.factorize(table.weight.detach()), recipe)
+    return model
+
+
+def reload(model, path, **kwargs):
+    """Save and load; no key may be missing, unexpected or mismatched."""
+    model.save_pretrained(path)
+    loaded, info = type(model).from_pretrained(path, output_loading_info=True, **kwargs)
+    assert not any(info.values()), info
+    return loaded
+
+
+def held(module) -> dict[str, torch.Tensor]:
+    """The tensors of a table that a module holds."""
+    return {name: getattr(module, name) for name in module.tensors()}
+
+
+def assert_shared(*modules) -> None:
+    for name, tensor in held(modules[0]).items():
+        assert all(getattr(module, name) is tensor for module in modules), name
+
+
+def assert_same_table(got, expected) -> None:
+    assert held(got).keys() == held(expected).keys()
+    for name, tensor in held(expected).items():
+        assert torch.equal(getattr(got, name), tensor), name
+
+
+def edit(path: Path, change) -> None:
+    """Change a saved config, as the first version has it: later ones notice any change by their checksum."""
+    config = json.loads(path.read_text())
+    config["quantization_config"].pop("checksum", None)
+    config["quantization_config"]["format_version"] = 1
+    change(config["quantization_config"])
+    path.write_text(json.dumps(config))
+
+
+def shape(name: str, *sizes):
+    return lambda config: config["table"]["shapes"].update({name: list(sizes)})
+
+
+def of_table(**fields):
+    return lambda config: config["table"].update(fields)

@@ -1,0 +1,143 @@
+"""The tied heads over factors and over a packed table."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.testing import assert_close
+
+from embkern import FactorizedHead
+from embkern.nn.packed import PackedEmbedding
+from embkern.ops.gather_decode import gather_decode
+from tests.conftest import assert_no_worse_than, compile_counting
+from tests.example_tables import packed_of
+from tests.nn.layers import PACKED, layer
+
+
+@pytest.mark.usefixtures("in_pieces")
+@pytest.mark.parametrize("with_offset", [True, False])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_head_is_the_tied_linear_layer(with_offset, with_bias, kind):
+    embedding = layer(kind, offset=with_offset, scale=5.0)
+    bias = nn.Parameter(torch.randn(13)) if with_bias else None
+    head = embedding.head(bias)
+    hidden = torch.randn(2, 3, 8, requires_grad=True)
+    expected = F.linear(hidden, embedding.weight, bias)
+    assert_close(head(hidden), expected)
+    with torch.no_grad():
+        assert_close(head(hidden[0, 0]), expected[0, 0])
+        assert head(hidden[:0]).shape == (0, 3, 13)
+    upstream = torch.randn_like(expected)
+    leaves = [hidden, *head.parameters()]
+    got, wanted = (torch.autograd.grad(each, leaves, upstream) for each in (head(hidden), expected))
+    assert_close(got, wanted)
+    for name, tensor in embedding.named_parameters():
+        assert getattr(head, name) is tensor
+    assert (head.in_features, head.out_features) == (8, 13)
+
+
+@pytest.mark.usefixtures("in_pieces")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_packed_head_is_as_exact_as_the_dense_one(dtype):
+    embedding = layer(PACKED).to(dtype)
+    hidden, upstream = torch.randn(6, 8).to(dtype), torch.randn(6, 13).to(dtype)
+    results = []
+    for cast in (dtype, torch.float64):
+        module, h = copy.deepcopy(embedding).to(cast), hidden.to(cast).requires_grad_()
+        for logits in (module.head()(h), F.linear(h, module.weight)):
+            leaves = [h, *module.parameters()]
+            results.append((logits, *torch.autograd.grad(logits, leaves, upstream.to(cast))))
+    ours, theirs, _, exact = results
+    for got, native, wanted in zip(ours, theirs, exact, strict=True):
+        assert_no_worse_than(got, native, wanted)
+
+
+@pytest.mark.usefixtures("in_pieces")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_few_hidden_states_meet_the_values_of_the_codes(monkeypatch, dtype):
+    head = PackedEmbedding(packed_of(torch.randn(70, 40), torch.float32)).head().requires_grad_(False)
+    hidden = torch.randn(3, 40).to(dtype)
+    exact = copy.deepcopy(head).double()
+    expected = F.linear(hidden.double(), exact.weight)
+    head = head.to(dtype)
+    widths = []
+    decode = gather_decode
+
+    def watched(*args, embedding_dim, **kwargs):
+        widths.append(embedding_dim)
+        return decode(*args, embedding_dim=embedding_dim, **kwargs)
+
+    monkeypatch.setattr("embkern.nn.logits.gather_decode", watched)
+    assert_no_worse_than(head(hidden), F.linear(hidden, head.weight), expected)
+    assert set(widths) == {64}, "the values of the codes, not the rows"
+
+
+@pytest.mark.usefixtures("in_pieces")
+def test_a_frozen_packed_head_gives_the_gradient_of_the_hidden_states_alone():
+    embedding = layer(PACKED).requires_grad_(False)
+    hidden = torch.randn(2, 8, requires_grad=True)
+    got = torch.autograd.grad(embedding.head()(hidden).sum(), hidden)
+    assert_close(got[0], embedding.weight.sum(0).expand(2, 8))
+    embedding.scales.requires_grad_(True)
+    embedding.head()(hidden.detach()).sum().backward()
+    assert embedding.scales.grad.any()
+    assert embedding.basis.grad is None
+
+
+@pytest.mark.usefixtures("in_pieces")
+def test_a_packed_head_under_autocast_is_the_dense_one():
+    embedding = layer(PACKED)
+    hidden = torch.randn(2, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = embedding.head()(hidden), F.linear(hidden, embedding.weight)
+        assert got.dtype == torch.bfloat16
+        assert_close(got, expected, atol=0.02, rtol=0.02)
+        got.sum().backward()
+    assert embedding.scales.grad.dtype == torch.float32
+
+
+@pytest.mark.usefixtures("in_pieces")
+def test_heads_compile_fullgraph(kind):
+    head = layer(kind).head()
+    compiled, graphs = compile_counting(lambda hidden: head(hidden).square().sum())
+    for count in (4, 7, 20):
+        hidden = torch.randn(2, count, 8, requires_grad=True)
+        got, wanted = compiled(hidden), head(hidden).square().sum()
+        assert_close(got, wanted)
+        assert_close(torch.autograd.grad(got, hidden), torch.autograd.grad(wanted, hidden))
+    assert len(graphs) == 2
+
+
+def test_a_second_derivative_of_a_packed_head_is_refused():
+    hidden = torch.randn(2, 8, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer(PACKED).head()(hidden).square().sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(grad.sum(), hidden)
+
+
+def test_head_refuses_an_activation():
+    with pytest.raises(ValueError, match="activation: a tied head cannot be computed through 'elu'"):
+        FactorizedHead(layer(activation="elu"))
+
+
+def test_a_head_over_factors_never_decodes_the_table(monkeypatch):
+    head = FactorizedHead(layer())
+    monkeypatch.setattr("embkern.nn.factorized.gather_project", None)
+    head(torch.randn(2, 8)).sum().backward()
+
+
+@pytest.mark.usefixtures("in_pieces")
+def test_a_packed_head_never_holds_the_table(monkeypatch):
+    decode, held = gather_decode, []
+
+    def watched(ids, *args, **kwargs):
+        held.append(len(ids))
+        return decode(ids, *args, **kwargs)
+
+    monkeypatch.setattr("embkern.nn.logits.gather_decode", watched)
+    layer(PACKED).head()(torch.randn(2, 8, requires_grad=True)).sum().backward()
+    assert set(held) == {5, 3}

@@ -1,0 +1,48 @@
+"""Tables to compress, and each rival with quick settings."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from embkern.rivals.nonlinear import nonlinear_autoencoder
+from embkern.rivals.product import product_quantization
+from embkern.rivals.pruning import vocabulary_pruning
+from embkern.rivals.rtn import lloyd_max, rtn
+from embkern.rivals.tensor_train import tensor_train
+
+needs_faiss = pytest.mark.skipif(not importlib.util.find_spec("faiss"), reason="faiss is not installed")
+
+FAST = {
+    nonlinear_autoencoder: {"epochs": 8, "batch_size": 32, "lr": 3e-3},
+    product_quantization: {"iterations": 3},
+}
+
+RIVALS = [
+    pytest.param(method, marks=needs_faiss if method is product_quantization else (), id=method.__name__)
+    for method in (
+        rtn,
+        lloyd_max,
+        product_quantization,
+        nonlinear_autoencoder,
+        tensor_train,
+        vocabulary_pruning,
+    )
+]
+
+
+# Of the budget, at least: bits and ranks are whole. Where b bits a value fit and one more does not quite,
+# b / (b + 1) of it are used; the largest ratio below leaves 3.2 bits of fp16.
+USED = {rtn: 0.7, lloyd_max: 0.7, product_quantization: 0.7, nonlinear_autoencoder: 0.9}
+
+
+def run(method, table, ratio, **options):
+    return method(table, ratio=ratio, **{**FAST.get(method, {}), **options})
+
+
+def embeddings(V=1000, H=33, dtype=torch.float32):
+    """Rows in clusters, of different lengths, with a spectrum."""
+    rows = torch.randn(40, H)[torch.arange(V) % 40] + 0.7 * torch.randn(V, H)
+    return (rows * torch.logspace(0, -1, H) * (0.5 + torch.rand(V, 1))).to(dtype)

@@ -1,0 +1,149 @@
+"""What every rival promises: bytes within the budget, the same bits again, errors that name the argument."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from embkern.fidelity import compare_tables
+from embkern.methods.base import table_checksum
+from embkern.rivals import ALL_METHODS, ComparisonRecipe
+from embkern.rivals.nonlinear import nonlinear_autoencoder
+from embkern.rivals.product import product_quantization
+from embkern.rivals.reconstruction import direction_error
+from embkern.rivals.rtn import lloyd_max, rtn
+from tests.rivals.tables import FAST, RIVALS, USED, embeddings, run
+
+
+@pytest.mark.parametrize("method", RIVALS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_budget_is_used_and_never_exceeded(method, dtype):
+    table = embeddings(2000, dtype=dtype)
+    for ratio in (2, 3.7, 5):
+        got = run(method, table, ratio)
+        assert got.nbytes == sum(got.parts.values()) <= table.nbytes / ratio
+        most = table.numel() if method in (rtn, lloyd_max, product_quantization) else math.inf  # 8 bits each
+        assert got.nbytes >= USED.get(method, 0.95) * min(table.nbytes / ratio, most)
+        assert got.to_dense().shape == table.shape == (got.num_embeddings, got.embedding_dim)
+        assert got.to_dense().dtype == torch.float32
+        assert torch.isfinite(got.to_dense()).all()
+
+
+@pytest.mark.parametrize("method", RIVALS)
+def test_a_smaller_ratio_is_closer_and_beats_one_row_for_all(method):
+    table = embeddings()
+    errors = [direction_error(table, run(method, table, ratio).to_dense()) for ratio in (2.5, 4, 8)]
+    assert errors == sorted(errors)
+    assert errors[-1] < direction_error(table, table.mean(0).expand_as(table))
+
+
+@pytest.mark.parametrize("method", RIVALS)
+def test_the_same_table_gives_the_same_bits_and_generators_are_left_alone(method):
+    table = embeddings(300)
+    state = torch.get_rng_state()
+    first, second = run(method, table, 3), run(method, table.clone(), 3)
+    assert table_checksum(first.to_dense()) == table_checksum(second.to_dense())
+    assert (first.parts, first.facts) == (second.parts, second.facts)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("method", RIVALS)
+@pytest.mark.parametrize(("V", "H"), [(1, 33), (7, 5), (7, 1), (600, 1)], ids=str)
+def test_small_tables_work_or_name_the_highest_ratio(method, V, H):
+    table = embeddings(V, H)
+    try:
+        got = run(method, table, 1.5)
+    except ValueError as refused:
+        highest, comma, impossible = str(refused).rsplit("the highest that fits is ", 1)[1].partition(", ")
+        if comma:
+            assert impossible == "so it cannot be made smaller by this method"
+            assert float(highest) < 1
+            return
+        assert 1 <= float(highest) < 1.5
+        got = run(method, table, float(highest))
+    assert got.to_dense().shape == (V, H)
+    assert got.nbytes <= table.nbytes
+
+
+@pytest.mark.parametrize("method", RIVALS)
+def test_the_highest_ratio_that_is_named_is_the_highest(method):
+    table = embeddings(500)
+    with pytest.raises(
+        ValueError, match="ratio: 1e.06 leaves no room .* the highest that fits is"
+    ) as refused:
+        run(method, table, 1e6)
+    highest = float(str(refused.value).rsplit(" ", 1)[-1])
+    assert run(method, table, highest).nbytes <= table.nbytes / highest
+    with pytest.raises(ValueError, match="leaves no room"):
+        run(method, table, highest + 0.002)
+
+
+@pytest.mark.parametrize("method", RIVALS)
+def test_rows_of_zeros_and_equal_rows(method):
+    table = embeddings(300)
+    table[7] = 0
+    assert torch.isfinite(run(method, table, 3).to_dense()).all()
+    equal = torch.linspace(-1, 1, 32).expand(300, 32)
+    assert direction_error(equal, run(method, equal, 2).to_dense()) < 2e-3
+    if method is not nonlinear_autoencoder:  # it divides by the norm of what it has learnt of nothing
+        assert not run(method, torch.zeros(300, 8), 2).to_dense().any()
+
+
+@pytest.mark.parametrize("method", RIVALS)
+@pytest.mark.parametrize(
+    ("table", "arguments", "error", "message"),
+    [
+        (torch.zeros(5), {"ratio": 2}, ValueError, r"table: expected shape \(V, H\)"),
+        (torch.zeros(5, 4).int(), {"ratio": 2}, TypeError, "table: expected a floating-point dtype"),
+        (torch.full((2, 1), float("nan")), {"ratio": 2}, ValueError, "in 2 row.s.: 0, 1"),
+        (torch.zeros(5, 4), {"ratio": 0.5}, ValueError, "ratio: expected at least 1 .* got 0.5"),
+        (torch.zeros(5, 4), {"ratio": float("nan")}, ValueError, "ratio: expected at least 1 .* got nan"),
+        (torch.zeros(5, 4), {"ratio": 2, "rank": 3}, ValueError, "rank: Extra inputs .*known: "),
+    ],
+)
+def test_bad_arguments_are_named(method, table, arguments, error, message):
+    with pytest.raises(error, match=message):
+        method(table, **arguments)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [each for each in RIVALS if each.id.startswith(("product", "nonlinear", "vocabulary"))],
+)
+def test_counts_shift_the_error_to_rows_that_are_not_read(method):
+    table = embeddings(400, 32)
+    table[:200, :16] *= 0.01  # what one half needs is of no use to the other
+    table[200:, 16:] *= 0.01
+    counts = torch.ones(400, dtype=torch.float64)
+    counts[200:] = 1e4
+    # After the 8 epochs of FAST the initial weights decide; after 20 the counts do, in each of 12 draws.
+    longer = {"epochs": 20} if method is nonlinear_autoencoder else {}
+    plain, weighted = (run(method, table, 8, counts=each, **longer).to_dense() for each in (None, counts))
+    assert direction_error(table[200:], weighted[200:]) < direction_error(table[200:], plain[200:])
+    for bad, message in (
+        (counts[1:], r"counts: expected shape \(400,\), .*got \(399,\)"),
+        (-counts, "counts: expected finite values of at least 0, got -1"),
+        (0 * counts, "counts: expected one above 0, got none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(method, table, 8, counts=bad)
+
+
+@pytest.mark.parametrize("method", RIVALS)
+def test_a_recipe_runs_it_and_a_comparison_takes_its_result(method):
+    table, counts = embeddings(300), torch.arange(1, 301).double()
+    listed = ALL_METHODS[method.__name__]
+    assert (listed.compress, listed.sized_by) == (method, "ratio")
+    recipe = ComparisonRecipe.parse(method=method.__name__, ratio=3, options=FAST.get(method, {}))
+    got = recipe.factorize(table, counts)
+    expected = run(method, table, 3, counts=counts)  # those that are not weighted ignore them
+    assert torch.equal(got.to_dense(), expected.to_dense())
+    error = direction_error(table, got.to_dense())
+    assert compare_tables(table, got).direction_error == pytest.approx(error)
+
+
+def test_a_table_beyond_fp16_is_refused():
+    with pytest.raises(ValueError, match="table: expected values that fp16 can hold, got "):
+        rtn(torch.randn(300, 8) * 1e8, ratio=2)

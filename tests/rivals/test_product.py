@@ -1,0 +1,64 @@
+"""``embkern.rivals.product``: product quantisation."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from embkern.rivals.product import product_quantization
+from embkern.rivals.reconstruction import direction_error
+from tests.rivals.tables import embeddings, needs_faiss
+
+
+@needs_faiss
+def test_a_table_of_few_words_is_exact():
+    words = torch.randn(4, 16, 8).half().float()  # of four subspaces, 16 each
+    table = torch.cat([book[torch.randint(16, (900,))] for book in words], dim=1)
+    got = product_quantization(table, ratio=8, bits=4, scales=False, rotation="none", iterations=50)
+    assert got.facts["subspaces"] >= 4
+    assert direction_error(table, got.to_dense()) < 0.02  # k-means finds most of them
+    assert got.parts == {
+        "codes": math.ceil(900 * got.facts["subspaces"] * 4 / 8),
+        "books": 16 * 32 * 2,
+    }
+
+
+@needs_faiss
+def test_subspaces_of_uneven_width_cover_every_column():
+    table = embeddings(2000, 7)
+    got = product_quantization(table, ratio=4.5, bits=8, scales=False)
+    assert 1 < got.facts["subspaces"] < 7
+    assert torch.isfinite(got.to_dense()).all()
+    assert (got.to_dense().abs().sum(0) > 0).all()
+
+
+@needs_faiss
+def test_scales_are_chosen_where_rows_differ_in_length():
+    table = embeddings(2000, 32)
+    assert product_quantization(table * torch.logspace(0, 2, 2000).unsqueeze(1), ratio=8).facts["scales"]
+    errors = {
+        scales: direction_error(table, product_quantization(table, ratio=8, scales=scales).to_dense())
+        for scales in (True, False, None)
+    }
+    assert errors[None] <= 1.01 * min(errors[True], errors[False])
+
+
+@needs_faiss
+def test_a_rotation_pays_where_columns_are_correlated():
+    table = torch.randn(4000, 16) * torch.logspace(0, -1.5, 16) @ torch.linalg.qr(torch.randn(16, 16))[0]
+    plain, pca, opq = (
+        product_quantization(table, ratio=8, bits=6, scales=False, rotation=rotation)
+        for rotation in ("none", "pca", "opq")
+    )
+    assert pca.parts["rotation"] == opq.parts["rotation"] == 16 * 16 * 2
+    errors = [direction_error(table, each.to_dense()) for each in (plain, pca, opq)]
+    assert errors[1] < 0.9 * errors[0]
+    assert errors[2] < errors[1]
+
+
+def test_without_faiss_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "faiss", None)
+    with pytest.raises(ImportError, match="pip install faiss-cpu"):
+        product_quantization(embeddings(), ratio=4)
