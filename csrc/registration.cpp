@@ -10,6 +10,8 @@ STABLE_TORCH_LIBRARY_IMPL(embkern, CPU, m) {
   m.impl("gather_project_out.native", TORCH_BOX(&embkern::gather_project_out));
   m.impl("gather_project_backward.native", TORCH_BOX(&embkern::gather_project_backward));
   m.impl("gather_decode_forward.native", TORCH_BOX(&embkern::gather_decode_forward));
+  m.impl("packed_logits_forward.native", TORCH_BOX(&embkern::packed_logits_forward));
+  m.impl("packed_logits_backward.native", TORCH_BOX(&embkern::packed_logits_backward));
   m.impl("quantize_rows.native", TORCH_BOX(&embkern::quantize_rows));
   m.impl("quantize_trellis.native", TORCH_BOX(&embkern::quantize_trellis));
   m.impl("cosine_mse_forward.native", TORCH_BOX(&embkern::cosine_mse_forward));

@@ -64,6 +64,7 @@ struct GroupDecoder {
   static constexpr bool kTrellis = BITS <= 4;
   static constexpr float kMiddle = ((1 << BITS) - 1) / 2.0f;
   static constexpr int kPlanes = kTrellis ? kStateBits : BITS;
+  static constexpr float kStep = kTrellis ? kLevelStep : 1;  // of `steps`, whose values are exact in fp32
 
   const int16_t* levels;
 #if defined(EMBKERN_AVX512)
@@ -80,6 +81,12 @@ struct GroupDecoder {
 
   // The 32 values of a group.
   EMBKERN_INLINE void operator()(const int32_t* words, Vector<float>* values) const {
+    steps(words, values);
+    EMBKERN_UNROLL for (int v = 0; v < kGroupVectors; ++v) values[v] = kStep * values[v];
+  }
+
+  // The same in units of kStep.
+  EMBKERN_INLINE void steps(const int32_t* words, Vector<float>* values) const {
 #if defined(EMBKERN_AVX512)
     const __m256i bytes = gathered_bits<BITS, kPlanes>(words);
     if constexpr (kTrellis) {
@@ -90,7 +97,7 @@ struct GroupDecoder {
                                   _mm512_permutex2var_epi16(quarter[2], index, quarter[3]));
       EMBKERN_UNROLL for (int half = 0; half < 2; ++half) {
         const __m256i own = half ? _mm512_extracti64x4_epi64(steps, 1) : _mm512_castsi512_si256(steps);
-        values[half] = kLevelStep * (Vector<float>)_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(own));
+        values[half] = (Vector<float>)_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(own));
       }
     } else {
       EMBKERN_UNROLL for (int half = 0; half < 2; ++half) {
@@ -115,7 +122,7 @@ struct GroupDecoder {
       if constexpr (kTrellis) {
         const __m256i pair = _mm256_i32gather_epi32(reinterpret_cast<const int*>(levels), code, 2);
         const __m256i step = _mm256_srai_epi32(_mm256_slli_epi32(pair, 16), 16);
-        values[quarter] = kLevelStep * (Vector<float>)_mm256_cvtepi32_ps(step);
+        values[quarter] = (Vector<float>)_mm256_cvtepi32_ps(step);
       } else {
         values[quarter] = (Vector<float>)_mm256_sub_ps(_mm256_cvtepi32_ps(code), _mm256_set1_ps(kMiddle));
       }
@@ -127,7 +134,8 @@ struct GroupDecoder {
       for_planes<BITS>(
           words, [&](int plane, uint32_t word) { code |= (word >> i & 1) << plane; },
           std::make_integer_sequence<int, kPlanes>{});
-      line[i] = kTrellis ? kLevelStep * levels[code % kTrellisStates] : static_cast<float>(code) - kMiddle;
+      line[i] =
+          kTrellis ? static_cast<float>(levels[code % kTrellisStates]) : static_cast<float>(code) - kMiddle;
     }
     std::memcpy(values, line, sizeof(line));
 #endif
@@ -210,4 +218,89 @@ void decode_coefficients(const PackedRow<T>& row, void* to) {
   for_values<A>(row, [&](int64_t first, Vector<A> values) {
     store(row.factor * values, static_cast<S*>(to) + first, row.width - first);
   });
+}
+
+// ---- products of rows with vectors --------------------------------------------------------------------------
+
+// total[n] += values * factors[n] over neighbouring groups of BITS bits each; returns the words after them.
+template <int N, int BITS>
+EMBKERN_INLINE const int32_t* add_products(int64_t group, int64_t last, const int32_t* words,
+                                           const int16_t* levels, const float* const* factors,
+                                           Vector<float> (&total)[N]) {
+  constexpr int kChains = N < 4 ? 2 : 1;  // sums that hide the latency of an addition
+  const GroupDecoder<BITS> decode(levels);
+  Vector<float> sum[N][kChains] = {};
+  for (; group < last; ++group, words += BITS) {
+    Vector<float> values[kGroupVectors];
+    decode.steps(words, values);
+    EMBKERN_UNROLL for (int n = 0; n < N; ++n) {
+      const float* from = factors[n] + group * 32;
+      EMBKERN_UNROLL for (int v = 0; v < kGroupVectors; ++v) sum[n][v % kChains] =
+          sum[n][v % kChains] + values[v] * load(from + v * kLanes<float>);
+    }
+  }
+  EMBKERN_UNROLL for (int n = 0; n < N; ++n) {
+    EMBKERN_UNROLL for (int chain = 1; chain < kChains; ++chain) sum[n][0] = sum[n][0] + sum[n][chain];
+    total[n] = total[n] + GroupDecoder<BITS>::kStep * sum[n][0];
+  }
+  return words;
+}
+
+template <class A, int N>
+EMBKERN_INLINE void packed_products(const PackedRow<A>& row, const A* const* factors, A* out) {
+  Vector<A> total[N] = {};
+  if constexpr (std::is_same_v<A, float>) {
+    const int32_t* words = row.words;
+    for (int64_t group = 0, last; group < row.groups; group = last) {
+      const int bits = row.bits[group];
+      for (last = group + 1; last < row.groups && row.bits[last] == bits;) ++last;
+      switch (bits) {
+#define EMBKERN_BITS(bits)                                                         \
+  case bits:                                                                       \
+    words = add_products<N, bits>(group, last, words, row.levels, factors, total); \
+    break;
+        EMBKERN_BITS(1)
+        EMBKERN_BITS(2)
+        EMBKERN_BITS(3)
+        EMBKERN_BITS(4)
+        EMBKERN_BITS(5)
+        EMBKERN_BITS(6)
+        EMBKERN_BITS(7)
+        EMBKERN_BITS(8)
+#undef EMBKERN_BITS
+        default:
+          break;
+      }
+    }
+  } else {
+    for_values<A>(row, [&](int64_t first, Vector<A> values) {
+      for (int n = 0; n < N; ++n) total[n] = total[n] + values * load(factors[n] + first);
+    });
+  }
+  for (int n = 0; n < N; ++n) out[n] = row.factor * static_cast<A>(sum_of_lanes<A>(total[n]));
+}
+
+template <class T>
+void packed_products(const PackedRow<acc_t<T>>& row, const acc_t<T>* const* factors, int64_t count,
+                     acc_t<T>* out) {
+  using A = acc_t<T>;
+  if (count == 1) return packed_products<A, 1>(row, factors, out);
+  if (count == 2) return packed_products<A, 2>(row, factors, out);
+  if (count == 4) return packed_products<A, 4>(row, factors, out);
+  packed_products<A, kFewStates>(row, factors, out);
+}
+
+// out[n] = sum of row[j] * factors[n][j] for j < width; the factors have whole vectors, zero beyond the width.
+template <class T>
+void row_products(const T* row, int64_t width, const acc_t<T>* const* factors, int64_t count, acc_t<T>* out) {
+  using A = acc_t<T>;
+  for (int64_t n = 0; n < count; ++n) {
+    Vector<A> sum[2] = {};
+    int64_t j = 0;
+    for (; j + 2 * kLanes<A> <= width; j += 2 * kLanes<A>)
+      EMBKERN_UNROLL for (int v = 0; v < 2; ++v) sum[v] =
+          sum[v] + load(row + j + v * kLanes<A>) * load(factors[n] + j + v * kLanes<A>);
+    for (; j < width; j += kLanes<A>) sum[0] = sum[0] + load(row + j, width - j) * load(factors[n] + j);
+    out[n] = static_cast<A>(sum_of_lanes<A>(sum[0] + sum[1]));
+  }
 }

@@ -24,6 +24,7 @@ struct Projection {
   const T* offset;
   acc_t<T> scale;
   T* const* out;
+  int64_t packed_terms = 0;  // of the packed right operand, where these are more than k
 };
 
 // out[i][j] = scale * sum_p a[p][i] * b[p][j] for i < m, first <= j < last: both operands hold a vector per
@@ -85,6 +86,8 @@ struct PackedRow {
   acc_t<T> factor;
 };
 
+constexpr int64_t kFewStates = 8;  // vectors that a row is multiplied with while it is decoded
+
 template <class T>
 struct Kernels {
   using A = acc_t<T>;
@@ -106,6 +109,10 @@ struct Kernels {
   void (*decode_row)(const PackedRow<T>&, const T* offset, A scale, T* to);
   // to[j] = factor * value[j], for project_sums: of the sums' type.
   void (*decode_coefficients)(const PackedRow<T>&, void* to);
+  // out[n] = factor * sum of value[j] * factors[n][j] for n < count, which is 1, 2, 4 or kFewStates.
+  void (*packed_products)(const PackedRow<A>&, const A* const* factors, int64_t count, A* out);
+  // out[n] = sum of row[j] * factors[n][j] for j < width; factors are zero up to a multiple of 32 beyond it.
+  void (*row_products)(const T* row, int64_t width, const A* const* factors, int64_t count, A* out);
 };
 
 // A row to be packed, values in units of `spread` (ones if null): codes of the nearest levels of value / (root
@@ -150,7 +157,7 @@ struct TrainingKernels {
   // Packs b[p][j], a row per term, or b[j][p], a row per column, for project_packed.
   void (*pack)(const T* const* b, int64_t k, int64_t n, T* packed);
   void (*pack_transposed)(const T* const* b, int64_t k, int64_t n, T* packed);
-  // Kernels::project with a packed right operand, of all columns: first is 0, b unused.
+  // Kernels::project with a packed right operand of all columns: first is 0, b unused.
   void (*project_packed)(const Projection<T>&, const T* packed);
   void (*outer_update)(const OuterUpdate<T>&);
   void (*adam)(const AdamStep<T>&, int64_t n, const T* grad, T* p, T* m, T* v);

@@ -552,9 +552,9 @@ void total_rows(const T* const* rows, int64_t count, int64_t first, int64_t last
   sum_rows_to(rows, count, first, last, out);
 }
 
+#include "cpu/training.inl"
 #include "cpu/decoding.inl"
 #include "cpu/encoding.inl"
-#include "cpu/training.inl"
 #include "cpu/trellis.inl"
 
 }  // namespace
@@ -573,7 +573,9 @@ const Kernels<T>& kernels() {
                                        row_power<T>,
                                        row_gradient<T>,
                                        decode_row<T>,
-                                       decode_coefficients<T, S>};
+                                       decode_coefficients<T, S>,
+                                       packed_products<T>,
+                                       row_products<T>};
   return table;
 }
 

@@ -30,6 +30,17 @@ std::tuple<Tensor, Tensor, Tensor> cosine_mse_forward(const Tensor& output, cons
                                                       double rmse_weight, double power_weight, double alpha,
                                                       double eps, bool needs_output, bool needs_target);
 
+Tensor packed_logits_forward(const Tensor& hidden, const Tensor& records, const Tensor& directory,
+                             const Tensor& tiers, const Tensor& levels, const Tensor& scales,
+                             const std::optional<Tensor>& basis, const std::optional<Tensor>& offset);
+
+// Gradients are of fp32, or float64 if hidden or scales are; those that are not needed are empty.
+std::tuple<Tensor, Tensor, Tensor, Tensor> packed_logits_backward(
+    const Tensor& grad, const Tensor& hidden, const Tensor& records, const Tensor& directory,
+    const Tensor& tiers, const Tensor& levels, const Tensor& scales, const std::optional<Tensor>& basis,
+    const std::optional<Tensor>& offset, bool needs_hidden, bool needs_scales, bool needs_basis,
+    bool needs_offset);
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> autoencoder_forward(
     const Tensor& target, const std::optional<Tensor>& codes, const std::optional<Tensor>& encoder_weight,
     const std::optional<Tensor>& encoder_bias, const Tensor& basis, const std::optional<Tensor>& offset,

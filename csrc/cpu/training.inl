@@ -272,7 +272,7 @@ void project_packed(const Projection<T>& x, const T* packed) {
   }
   const auto panel = [&](auto vectors, int64_t j) {
     constexpr int N = decltype(vectors)::value;
-    const auto* lines = reinterpret_cast<const Vector<T>*>(packed + j * x.k);
+    const auto* lines = reinterpret_cast<const Vector<T>*>(packed + j * std::max(x.k, x.packed_terms));
     for_groups(x.m, [&](int64_t i, auto rows) {
       constexpr int size = decltype(rows)::value;
       project_tile<T, M, size, N>(x, x.k, RowMajor<T, size>{left + i * stride, stride}, Panel<M, N>{lines}, i,
