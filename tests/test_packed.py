@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from embkern.packed import FORMAT, TENSORS, PackedTable, Tier, pack, packed_bytes
+from embkern.ops.packed_format import Tier, packed_bytes
+from embkern.packed import FORMAT, TENSORS, PackedTable, pack
 from embkern.tensor_file import checksum
 
 from .ops.test_gather_decode import every_tier, packed

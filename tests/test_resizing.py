@@ -9,7 +9,8 @@ import torch
 from torch.testing import assert_close
 
 from embkern import Factors
-from embkern.packed import PackedTable, Tier, pack
+from embkern.ops.packed_format import Tier
+from embkern.packed import PackedTable, pack
 from embkern.resizing import resized
 
 from .tables import packed_of

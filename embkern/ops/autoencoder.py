@@ -16,7 +16,8 @@ from torch.autograd import Function
 from . import reference
 from .backends import Backend, select
 from .cosine_mse import check_loss_options, check_row_values
-from .library import apply, define, needs_autograd, overload, scaled_gradient, second_derivative_refused
+from .library import apply, define, needs_autograd, overload, second_derivative_refused
+from .scale_gradient import scaled_gradient
 
 
 def _forward_fake(

@@ -16,7 +16,8 @@ from torch.autograd import Function
 
 from . import reference
 from .backends import Backend, select
-from .library import apply, define, needs_autograd, overload, scaled_gradient, second_derivative_refused
+from .library import apply, define, needs_autograd, overload, second_derivative_refused
+from .scale_gradient import scaled_gradient
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -54,14 +55,6 @@ define(
     fake=_forward_fake,
 )
 
-
-def _scale_fake(grad: Tensor, grad_loss: Tensor) -> None:
-    return None
-
-
-# grad *= grad_loss, a scalar or one value per row, that reads no gradient where grad_loss is 1.
-define("scale_gradient_", "(Tensor(a!) grad, Tensor grad_loss) -> ()", backends=("triton",), fake=_scale_fake)
-
 _FORWARD: dict[str, Callable] = {
     "native": overload("cosine_mse_forward", "native"),
     "triton": overload("cosine_mse_forward", "triton"),
@@ -94,9 +87,9 @@ class CosineMSE(Function):
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
         """Keep the gradients, or what computes them."""
         rows, target, row_weight, target_norm, ctx.options, ctx.needs, ctx.backend = inputs
-        ctx.later = rows.dtype == torch.float16
+        ctx.deferred = rows.dtype == torch.float16
         ctx.set_materialize_grads(False)
-        if ctx.later:
+        if ctx.deferred:
             ctx.save_for_backward(rows, target, row_weight, target_norm)
         else:
             ctx.save_for_backward(*output[1:])
@@ -110,9 +103,11 @@ class CosineMSE(Function):
         nothing = (None,) * 5
         if grad_loss is None:
             return None, None, *nothing
-        if ctx.later:
+        if ctx.deferred:
             grad_loss = grad_loss.contiguous()  # that of a sum is one number, expanded
-            grads = apply(_Later, grad_loss, *ctx.saved_tensors, ctx.options, ctx.needs, ctx.backend)
+            grads = apply(
+                _DeferredGradients, grad_loss, *ctx.saved_tensors, ctx.options, ctx.needs, ctx.backend
+            )
         else:
             grads = [
                 scaled_gradient(each, grad_loss) if needed else None
@@ -121,7 +116,7 @@ class CosineMSE(Function):
         return *(each if needed else None for each, needed in zip(grads, ctx.needs, strict=True)), *nothing
 
 
-class _Later(Function):
+class _DeferredGradients(Function):
     """The gradients of CosineMSE from its inputs and the incoming gradient; differentiable no further."""
 
     @staticmethod

@@ -11,7 +11,7 @@ from torch.autograd import Function
 
 from . import reference
 from .backends import Backend, select, select_backward
-from .library import apply, check_ids, define, differentiable_once, needs_autograd, overload
+from .library import apply, check_ids, define, differentiable_once, needs_autograd, overload, raise_refusal
 
 _NO_PADDING = -1
 # Ids up to this many count as decoding: launches and the basis decide there, not the tensor cores.
@@ -19,7 +19,7 @@ DECODE_TOKENS = 64
 
 
 def _forward_fake(ids: Tensor, codes: Tensor, basis: Tensor, offset: Tensor | None, scale: float) -> Tensor:
-    _check(ids, codes, basis, offset)
+    _check(ids, codes, basis, offset)  # A trace does not reach the checks of the native op.
     return codes.new_empty(*ids.shape, basis.shape[1])
 
 
@@ -214,8 +214,8 @@ def gather_project(
             torch.autograd.graph.increment_version(out)  # autograd must know that a saved `out` has changed
         return out
     except Exception:
-        _check(ids, codes, basis, offset, out)
-        check_ids(ids, codes.shape[0])
+        raise_refusal(_check, ids, codes, basis, offset, out)
+        raise_refusal(check_ids, ids, codes.shape[0])
         raise
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +25,8 @@ LIBRARY.define("poison_memory(bool on) -> ()")  # NaN in fresh memory of the nat
 def define(name: str, schema: str, *, backends: tuple[str, ...], fake: Callable) -> None:
     """Define one overload of ``name`` per backend, with ``fake`` as its shape function.
 
-    The native implementations are bound by the extension; a Triton one is the function ``name`` of the module
-    of ``embkern.triton`` that is called like the module of ``fake``, imported at the first call.
+    The extension binds the native implementations. The Triton one is the function ``name`` in the module of
+    ``embkern.triton`` that has the name of the module of ``fake``; it is imported at the first call.
     """
     for backend in backends:
         overload = f"{name}.{backend}"
@@ -97,11 +96,19 @@ def apply(function: type[Function], *args: Any) -> Any:
     return super(Function, function).apply(*_unwrap_dead_wrappers(args))  # type: ignore[misc]
 
 
-# How the checks of the native ops begin (csrc/checks.h), such as "directory: expected".
+def raise_refusal(check: Callable[..., None], *arguments: Any) -> None:
+    """Run a check in the handler of a failed call; its error has one traceback, not a chain of two."""
+    try:
+        check(*arguments)
+    except (IndexError, TypeError, ValueError) as error:
+        raise error from None
+
+
+# How the errors of the native ops begin (csrc/checks.h), such as "directory: expected".
 _REFUSED_ARGUMENT = re.compile(r"\w+: expected ")
 
 
-def reraise_refusal(error: Exception) -> None:
+def reraise_native(error: Exception) -> None:
     """Raise the ValueError that a native op threw, if ``error`` stands for one.
 
     Up to 2.14 torch surfaces std::invalid_argument as ValueError itself, 2.15 as RuntimeError.
@@ -143,31 +150,6 @@ def differentiable_once(grad: torch.Tensor, *sources: torch.Tensor | None) -> to
     if not torch.is_grad_enabled():
         return grad
     return apply(_OnceDifferentiable, grad, *(each for each in sources if each is not None))
-
-
-# Whether the graph that is now differentiated will be needed again (retain_graph, create_graph).
-_keeps_graph: Callable[[], bool] = getattr(
-    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
-)
-
-
-def scaled_gradient(grad: torch.Tensor, grad_loss: torch.Tensor) -> torch.Tensor:
-    """Return ``grad * grad_loss`` for a gradient that the forward computed for an incoming gradient of 1.
-
-    grad (N, ...), grad_loss a scalar or (N,). Unless the graph is kept, ``grad`` is nobody else's: it is
-    scaled in place, and not touched at all if grad_loss is 1 (which on CUDA the kernel finds out, so that
-    the host need not wait).
-    """
-    factor = grad_loss.reshape(-1, *(1,) * (grad.dim() - 1)) if grad_loss.dim() else grad_loss
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or _keeps_graph():
-        return (grad * factor).to(grad.dtype)
-    if grad.is_cpu:
-        ones = grad_loss.item() == 1 if grad_loss.dim() == 0 else bool((grad_loss == 1).all())
-        return grad if ones else grad.mul_(factor)
-    if grad.is_cuda and importlib.util.find_spec("triton") is not None:
-        overload("scale_gradient_", "triton")(grad, grad_loss.contiguous())
-        return grad
-    return grad.mul_(factor)
 
 
 @functools.cache

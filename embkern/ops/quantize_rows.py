@@ -10,6 +10,7 @@ from torch import Tensor
 from . import reference
 from .backends import Backend, select
 from .library import define, needs_autograd, overload
+from .packed_format import GROUP, LEVEL_BITS, MAX_BITS
 
 
 def _fake(
@@ -81,10 +82,10 @@ def quantize_rows(
             spread require a gradient, or ``backend`` is unknown.
         RuntimeError: the backend asked for cannot serve this call.
     """
-    check_rows_to_quantize(values, spread, bits, most_bits=8)
-    width = reference.GROUP * len(bits)
+    check_rows_to_quantize(values, spread, bits, most_bits=MAX_BITS)
+    width = GROUP * len(bits)
     for name, tensor, dtype, shape in (
-        ("levels", levels, torch.int16, (reference.LEVEL_BITS, 2**reference.LEVEL_BITS)),
+        ("levels", levels, torch.int16, (LEVEL_BITS, 2**LEVEL_BITS)),
         ("steps", steps, torch.float32, (9,)),
         ("factors", factors, torch.float32, (max(1, factors.numel()),)),
         ("spread", spread, torch.float32, (width,)),
@@ -102,7 +103,7 @@ def check_rows_to_quantize(values: Tensor, spread: Tensor | None, bits: Tensor, 
     if values.dtype != torch.float32:
         raise TypeError(f"values: expected dtype torch.float32, got {values.dtype}")
     check_tensor("bits", bits, torch.uint8, (max(1, bits.numel()),), values.device)
-    width = reference.GROUP * len(bits)
+    width = GROUP * len(bits)
     if values.dim() != 2 or values.shape[1] != width:
         raise ValueError(
             f"values: expected shape (N, {width}), 32 columns for each of {len(bits)} groups in bits, "

@@ -10,6 +10,7 @@ from torch import Tensor
 from . import reference
 from .backends import Backend, select
 from .library import define, overload
+from .packed_format import LEVEL_BITS, STATES
 from .quantize_rows import check_rows_to_quantize, check_tensor
 
 
@@ -52,7 +53,7 @@ def quantize_trellis(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantise rows on trellises, trying some scales on each.
 
-    For every scale s the codes are those whose decoded row ``d`` (by ``reference.trellis_states``) makes
+    For every scale s the codes are those whose decoded row ``d`` (by ``packed_format.trellis_states``) makes
     ``((values / s - d) * spread).square().sum(1)`` least, found group by group by Viterbi's algorithm. With
     ``y = d * spread`` and ``x = values * spread``, the scale with the largest ``projection = (x * y).sum(1) /
     y.norm(dim=1)`` is taken, and ``(x * y).sum(1) / y.square().sum(1)`` returned for it.
@@ -76,10 +77,10 @@ def quantize_trellis(
             spread require a gradient, or ``backend`` is unknown.
         RuntimeError: the backend asked for cannot serve this call.
     """
-    check_rows_to_quantize(values, spread, bits, most_bits=reference.LEVEL_BITS)
+    check_rows_to_quantize(values, spread, bits, most_bits=LEVEL_BITS)
     count, tries = len(values), max(1, scales.shape[-1] if scales.dim() else 1)
     for name, tensor, dtype, shape in (
-        ("levels", levels, torch.int16, (reference.LEVEL_BITS, reference.STATES)),
+        ("levels", levels, torch.int16, (LEVEL_BITS, STATES)),
         ("scales", scales, torch.float32, (count, tries)),
         ("spread", spread, torch.float32, (values.shape[1],)),
     ):

@@ -41,7 +41,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.reference import GROUP, LEVEL_BITS, LEVEL_STEP, STATE_BITS, STATES
+from ..ops.packed_format import GROUP, LEVEL_BITS, LEVEL_STEP, STATE_BITS, STATES
 from .launch import Launch
 from .tiles import Device, GroupTile, Tile, describe_device, group_tile_of, tile_of
 

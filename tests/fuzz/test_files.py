@@ -21,7 +21,8 @@ from embkern.json_file import to_checked_json
 from embkern.methods.autoencoder import FORMAT as CHECKPOINT
 from embkern.methods.autoencoder import _read, autoencoder
 from embkern.methods.steps import Weights
-from embkern.packed import PackedTable, Tier, pack
+from embkern.ops.packed_format import Tier
+from embkern.packed import PackedTable, pack
 from embkern.study.rows import Plan, Row, RowFiles
 from embkern.table_file import DTYPES, TableFile
 from embkern.tensor_file import TensorFormat, _header_checksum, checksum

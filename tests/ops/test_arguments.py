@@ -13,9 +13,9 @@ from torch.testing import assert_close
 pytest.importorskip("pydantic", reason="the methods need pydantic")
 
 from embkern.methods.allocate import scalar_levels, uniform_steps
-from embkern.methods.gaussian import trellis_levels
 from embkern.ops import autoencoder_loss, cosine_mse_loss, gather_decode, gather_project
 from embkern.ops.backends import BACKENDS, unavailable
+from embkern.ops.packed_format import trellis_levels
 from embkern.ops.quantize_rows import quantize_rows
 from embkern.ops.quantize_trellis import quantize_trellis
 

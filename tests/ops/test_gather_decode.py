@@ -16,7 +16,8 @@ from torch.testing import assert_close
 
 from embkern.ops import gather_decode, reference
 from embkern.ops.library import CPU_CAPABILITIES, cpu_capability
-from embkern.packed import TENSORS, Tier, pack
+from embkern.ops.packed_format import Tier
+from embkern.packed import TENSORS, pack
 
 from ..conftest import assert_no_worse_than, compile_counting
 

@@ -5,10 +5,10 @@ import torch
 
 pytest.importorskip("pydantic", reason="the methods need pydantic")
 
-from embkern.methods.gaussian import TRELLIS_DISTORTION, distortion, lloyd_max_levels, trellis_levels
+from embkern.methods.gaussian import TRELLIS_DISTORTION, distortion, lloyd_max_levels
 from embkern.ops.library import CPU_CAPABILITIES, cpu_capability, load_native
+from embkern.ops.packed_format import LEVEL_STEP, trellis_levels, trellis_states
 from embkern.ops.quantize_trellis import quantize_trellis
-from embkern.ops.reference import LEVEL_STEP, trellis_states
 
 from ..conftest import seed_of
 from ..tables import uniform_levels, values_of

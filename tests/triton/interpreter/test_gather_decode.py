@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from triton.runtime import interpreter
 
 from embkern.ops import gather_decode
-from embkern.packed import Tier
+from embkern.ops.packed_format import Tier
 from embkern.triton import gather_decode as gd
 from embkern.triton.launch import Launch
 from embkern.triton.tiles import GroupTile, Tile
