@@ -1,8 +1,7 @@
-"""autoencoder_loss: cuBLAS for the products over the table, Triton for what is between them.
+"""The Gram form of autoencoder_loss: every sum in r dimensions, with no reconstruction.
 
-The Gram form needs no reconstruction. With ``c`` the codes and a one, ``D`` the basis and the offset below
-it, ``P = target @ D^T``, ``G = D D^T`` and ``Q = c G``, every sum over H of a row x and of its reconstruction
-``y = c D`` is
+With ``c`` the codes and a one, ``D`` the basis and the offset below it, ``P = target @ D^T``, ``G = D D^T``
+and ``Q = c G``, every sum over H of a row x and of its reconstruction ``y = c D`` is
 
     <x, y> = c.P      |y|^2 = c.Q      |x - y|^2 = |x|^2 - 2 c.P + c.Q
 
@@ -37,26 +36,11 @@ was 5 to 9 times its error with sums in blocks, up to 16 times with sums one by 
 for a basis of condition 100. Near the optimum it was 4e-7 / f to 5e-7 / f for codes and basis and 1e-6 / f
 for the offset, where plain torch makes 2e-7 / f and 3e-7 / f for a basis of condition 1, as much as ours for
 one of 30, and 1e-5 / f for one of 1000 (2048 x 768, rank 75, fp32 products on CPU, f from 0.7 to 0.01).
-
-**By rows.** y is written, 32 MiB of it at a time, where it is needed (the power term), where it is cheaper
-(few rows, or a rank near H) or safer (fp16: t would leave its range). Its gradient then comes from
-cosine_mse_forward.
-
-Products of fp32 are never cut to TF32, whatever torch.backends.cuda.matmul says; 16-bit ones accumulate in
-fp32. What lives in r dimensions is fp32 for a bf16 table; rounded to bf16 are only the left side of the
-second product and the results. Sums of a row and of the rows run in fp64: the loss is right for norms of
-1e-20 to 1e20, the gradients in the Gram form up to 1e15 (beyond, t leaves fp32's normal numbers and that of
-the offset loses digits). No atomics, no host synchronisation.
 """
 # mypy: disable-error-code="no-untyped-def"
 # (Triton reads the annotations of a jit kernel: only constants and fp64 scalars have one.)
 
 from __future__ import annotations
-
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,32 +48,40 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops import reference
-from ..ops.library import overload
-from .cosine_mse import _POWER_BIAS, _power
-from .launch import Launch
+from ...ops import reference
+from ..launch import Launch
+from .shared import (
+    SUMS,
+    Model,
+    Options,
+    finish_launch,
+    product,
+    row_cosine,
+    row_weights,
+    store_sums,
+    tile_of_rows,
+)
 
 # A row is summed over H again below this share of what is subtracted. Measured with fp32 products on CPU: at
 # this share the Gram form's error of a row is 3e-6, of the mean over 2048 rows 1e-6.
 _SAFE_SHARE = tl.constexpr(0.01)
-# Sums over rows that a program leaves: of the weights, cosine distances, squared errors, roots and powers.
-_SUMS = tl.constexpr(5)
 # Rows, columns and ranks per program or step, by arithmetic and by the compiler's report (no spills).
 _GRAM_SUMS_TILE = dict(BLOCK_N=16, BLOCK_H=64, BLOCK_R=64)
 _GRADIENTS_TILE = (16, 64)
-_ROWS_TILE, _FEW_ROWS_TILE, _FEW_ROWS = (8, 128), (4, 256), 4096
-# Programs whose sums one step of _finish_kernel adds.
-_FINISH_BLOCK = 512
 # Columns are padded to this many: 16 bytes of bf16, so that every row of every operand is aligned.
-_ALIGNMENT = 8
-# Bytes of y that exist at a time where it is needed.
-_Y_BYTES = 32 << 20
+ALIGNMENT = 8
 # By arithmetic, not measured: below so many rows the launches cost more than the products. Beyond a rank of
 # H / 2.5 the products in r dimensions cost as much as the one they save (their fp64 is as fast as fp32 on
 # A100 and H100, half on B200, a 64th on consumer devices); for bf16 those are fp32 products beside
 # tensor-core ones, which shifts it to H / 6.
 _GRAM_ROWS = 2048
 _GRAM_RANKS = {torch.bfloat16: 6.0, torch.float32: 2.5, torch.float64: 2.5}
+
+
+def gram_pays(target: Tensor, r: int) -> bool:
+    """Whether the Gram form is the faster one."""
+    ranks = _GRAM_RANKS.get(target.dtype)
+    return ranks is not None and target.shape[0] >= _GRAM_ROWS and 0 < ranks * r <= target.shape[1]
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -127,7 +119,7 @@ def _gram_sums_kernel(
         parts += tl.sum(c * c * g.to(tl.float64)[None, :], 1)
     if target_norm_ptr is None:
         for start in range(0, H, BLOCK_H):
-            x = _tile(target_ptr, n, start + tl.arange(0, BLOCK_H), inside, H).to(tl.float64)
+            x = tile_of_rows(target_ptr, n, start + tl.arange(0, BLOCK_H), inside, H).to(tl.float64)
             xx += tl.sum(x * x, 1)
     else:
         norm = tl.load(target_norm_ptr + n, mask=inside, other=0.0).to(tl.float64)
@@ -191,7 +183,7 @@ def _row_losses_kernel(
                 mask = (k < R)[:, None] & (h < H)[None, :]
                 d = tl.load(decoder_ptr + k[:, None] * H + h[None, :], mask=mask, other=0.0)
                 y = tl.dot(c, d, y, input_precision="ieee", out_dtype=accumulator)
-            x = _tile(target_ptr, n, h, inside, H).to(accumulator)
+            x = tile_of_rows(target_ptr, n, h, inside, H).to(accumulator)
             e = (x - y).to(tl.float64)
             y = y.to(tl.float64)
             exact_dot += tl.sum(x.to(tl.float64) * y, 1)
@@ -201,11 +193,11 @@ def _row_losses_kernel(
         yy = tl.where(unsafe, exact_yy, yy)
         ee = tl.where(unsafe, exact_ee, ee)
 
-    weight = _row_weight(row_weight_ptr, n, inside)
-    cosine, norms, clamped = _cosine(dot, xx, yy, eps)
+    weight = row_weights(row_weight_ptr, n, inside)
+    cosine, norms, clamped = row_cosine(dot, xx, yy, eps)
     mse = ee / H
     root = tl.sqrt(mse)
-    _store_sums(sums_ptr, weight, cosine, mse, root, tl.zeros_like(root), inside)
+    store_sums(sums_ptr, weight, cosine, mse, root, tl.zeros_like(root), inside)
     if slopes_ptr is not None:
         error = 2 * mse_weight / H + tl.where(root == 0, 0.0, root_weight / (H * root))
         s = error + tl.where(clamped, 0.0, cosine_weight * cosine / yy)
@@ -240,7 +232,7 @@ def _row_gradients_kernel(
     k = (tl.program_id(0) % R_TILES) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = n < N
     scale, batch_root = tl.load(totals_ptr), tl.load(totals_ptr + 1)
-    from_root = _row_weight(row_weight_ptr, n, inside) * batch_root
+    from_root = row_weights(row_weight_ptr, n, inside) * batch_root
     s = (tl.load(slopes_ptr + 2 * n, mask=inside, other=0.0) + from_root) * scale
     t = (tl.load(slopes_ptr + 2 * n + 1, mask=inside, other=0.0) - from_root) * scale
     s, t = s[:, None], t[:, None]
@@ -258,246 +250,25 @@ def _row_gradients_kernel(
     tl.store(gram_products, (s * c).to(gram_products_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["N"])
-def _rows_kernel(
-    y_ptr,
-    target_ptr,
-    target_norm_ptr,
-    row_weight_ptr,
-    sums_ptr,
-    alpha: tl.float64,
-    eps: tl.float64,
-    N,
-    H: tl.constexpr,
-    POWER: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    """The sums of a block of rows whose reconstruction is in memory."""
-    element: tl.constexpr = y_ptr.dtype.element_ty
-    accumulator: tl.constexpr = tl.float64 if element == tl.float64 else tl.float32
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = n < N
-    dot = tl.zeros((BLOCK_N,), tl.float64)
-    yy, xx, ee, power = dot, dot, dot, dot
-    for start in range(0, H, BLOCK_H):
-        h = start + tl.arange(0, BLOCK_H)
-        x = _tile(target_ptr, n, h, inside, H).to(accumulator)
-        y = _tile(y_ptr, n, h, inside, H).to(accumulator)
-        e = x - y
-        if POWER == "linear":
-            power += tl.sum(tl.where((h < H)[None, :], tl.abs(e) + _POWER_BIAS, 0.0), 1)
-        elif POWER == "power":
-            powers = _power(e, tl.full((), alpha, accumulator), element)
-            power += tl.sum(tl.where((h < H)[None, :], powers, 0.0), 1)
-        x, y, e = x.to(tl.float64), y.to(tl.float64), e.to(tl.float64)
-        dot += tl.sum(x * y, 1)
-        yy += tl.sum(y * y, 1)
-        xx += tl.sum(x * x, 1)
-        ee += tl.sum(e * e, 1)
-    if target_norm_ptr is not None:
-        norm = tl.load(target_norm_ptr + n, mask=inside, other=0.0).to(tl.float64)
-        xx = norm * norm
-    cosine, _, _ = _cosine(dot, xx, yy, eps)
-    mse = ee / H
-    weight = _row_weight(row_weight_ptr, n, inside)
-    _store_sums(sums_ptr, weight, cosine, mse, tl.sqrt(mse), power / H, inside)
-
-
-@triton.jit
-def _tile(rows_ptr, n, h, inside, H: tl.constexpr):
-    """Rows ``n`` and columns ``h``, zero outside."""
-    return tl.load(rows_ptr + n[:, None] * H + h[None, :], mask=inside[:, None] & (h < H)[None, :], other=0.0)
-
-
-@triton.jit
-def _row_weight(row_weight_ptr, n, inside):
-    """The weights of the rows, 0 for rows beyond the last; 1 where there are none."""
-    if row_weight_ptr is None:
-        weight = inside.to(tl.float64)
-    else:
-        weight = tl.load(row_weight_ptr + n, mask=inside, other=0.0).to(tl.float64)
-    return weight
-
-
-@triton.jit
-def _cosine(dot, xx, yy, eps):
-    """Cosine, the product of the norms but at least eps, and whether it was less."""
-    norms = tl.sqrt(xx) * tl.sqrt(yy)
-    clamped = norms < eps
-    norms = tl.where(clamped, eps, norms)
-    return dot / norms, norms, clamped
-
-
-@triton.jit
-def _store_sums(sums_ptr, weight, cosine, mse, root, power, inside):
-    """Store this program's sums over its rows. Rows beyond the last are zeros and weigh nothing."""
-    sums = sums_ptr + tl.program_id(0).to(tl.int64) * _SUMS
-    tl.store(sums, tl.sum(weight, 0))
-    tl.store(sums + 1, tl.sum(tl.where(inside, weight * (1 - cosine), 0.0), 0))
-    tl.store(sums + 2, tl.sum(weight * mse, 0))
-    tl.store(sums + 3, tl.sum(weight * root, 0))
-    tl.store(sums + 4, tl.sum(tl.where(inside, weight * power, 0.0), 0))
-
-
-@triton.jit(do_not_specialize=["programs"])
-def _finish_kernel(
-    sums_ptr,
-    terms_ptr,
-    totals_ptr,
-    cosine_weight: tl.float64,
-    mse_weight: tl.float64,
-    rmse_weight: tl.float64,
-    power_weight: tl.float64,
-    programs,
-    H: tl.constexpr,
-    MEAN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Add the programs' sums in a fixed order: the four terms, and what the gradients of all rows share.
-
-    ``totals`` receives the factor of the sum (1, or 1 over the sum of the weights) and the slope of the
-    batch's root, d (rmse_weight * root) / d (sum of squares / 2) per unit of weight.
-    """
-    weight = tl.zeros((BLOCK,), tl.float64)
-    distance, mse, root, power = weight, weight, weight, weight
-    for start in range(0, programs, BLOCK):
-        i = start + tl.arange(0, BLOCK).to(tl.int64)
-        sums, mask = sums_ptr + i * _SUMS, i < programs
-        weight += tl.load(sums, mask=mask, other=0.0)
-        distance += tl.load(sums + 1, mask=mask, other=0.0)
-        mse += tl.load(sums + 2, mask=mask, other=0.0)
-        root += tl.load(sums + 3, mask=mask, other=0.0)
-        power += tl.load(sums + 4, mask=mask, other=0.0)
-    scale = 1 / tl.sum(weight, 0) if MEAN else 1.0
-    total_distance, total_mse = tl.sum(distance, 0) * scale, tl.sum(mse, 0) * scale
-    total_power = tl.sum(power, 0) * scale
-    batch_root = tl.sqrt(total_mse) if MEAN else tl.sum(root, 0)
-    # A term of weight 0 does not exist, whatever its value.
-    loss = tl.where(cosine_weight == 0, 0.0, cosine_weight * total_distance)
-    loss += tl.where(mse_weight == 0, 0.0, mse_weight * total_mse)
-    loss += tl.where(rmse_weight == 0, 0.0, rmse_weight * batch_root)
-    loss += tl.where(power_weight == 0, 0.0, power_weight * total_power)
-    element = terms_ptr.dtype.element_ty
-    tl.store(terms_ptr, loss.to(element))
-    tl.store(terms_ptr + 1, total_distance.to(element))
-    tl.store(terms_ptr + 2, total_mse.to(element))
-    tl.store(terms_ptr + 3, total_power.to(element))
-    slope = tl.where((rmse_weight == 0) | (batch_root == 0), 0.0, rmse_weight / (H * batch_root))
-    tl.store(totals_ptr, scale)
-    tl.store(totals_ptr + 1, slope if MEAN else 0.0)
-
-
-class _Options(NamedTuple):
-    """The scalars of the loss, in the order of the schema."""
-
-    reduction: int
-    cosine_weight: float
-    mse_weight: float
-    rmse_weight: float
-    power_weight: float
-    alpha: float
-    eps: float
-
-
-class _Model(NamedTuple):
-    """The parameters, in the order of the schema."""
-
-    codes: Tensor | None
-    encoder_weight: Tensor | None
-    encoder_bias: Tensor | None
-    basis: Tensor
-    offset: Tensor | None
-
-
-def autoencoder_forward(
+def loss_by_gram(
     target: Tensor,
-    codes: Tensor | None,
-    encoder_weight: Tensor | None,
-    encoder_bias: Tensor | None,
-    basis: Tensor,
-    offset: Tensor | None,
+    model: Model,
     row_weight: Tensor | None,
     target_norm: Tensor | None,
-    reduction: int,
-    cosine_weight: float,
-    mse_weight: float,
-    rmse_weight: float,
-    power_weight: float,
-    alpha: float,
-    eps: float,
-    needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the terms (4,) and the gradients of the five parameters, as reference.autoencoder_forward does.
-
-    The terms are fp32 (fp64 for fp64), the gradients have the dtype of the parameters.
-    """
-    model = _Model(codes, encoder_weight, encoder_bias, basis, offset)
-    scalars = (cosine_weight, mse_weight, rmse_weight, power_weight, alpha, eps)
-    if target.shape[0] == 0:
-        return reference.autoencoder_forward(
-            target, *model, row_weight, target_norm, reduction, *scalars, needs_grad
-        )
-    options = _Options(reduction, *scalars)
-    by_gram = power_weight == 0 and _gram_pays(target, basis.shape[0])
-    forward = _gram_form if by_gram else _by_rows
-    off = torch.autocast(target.device.type, enabled=False)
-    with torch.cuda.device_of(target), torch.no_grad(), off, _full_precision():
-        return forward(target, model, row_weight, target_norm, options, needs_grad)
-
-
-def _gram_pays(target: Tensor, r: int) -> bool:
-    ranks = _GRAM_RANKS.get(target.dtype)
-    return ranks is not None and target.shape[0] >= _GRAM_ROWS and 0 < ranks * r <= target.shape[1]
-
-
-_precision_lock = threading.RLock()
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Multiply fp32 as fp32 on CUDA. The setting is the process's: one thread at a time changes it."""
-    settings = torch.backends.cuda.matmul
-    with _precision_lock:
-        before = settings.fp32_precision
-        if before == "ieee":
-            yield
-            return
-        settings.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            settings.fp32_precision = before
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b``, accumulated and returned in fp32 for 16-bit operands."""
-    if a.dtype.itemsize > 2:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()  # the interpreter: exact products, sums in fp32
-
-
-def _gram_form(
-    target: Tensor,
-    model: _Model,
-    row_weight: Tensor | None,
-    target_norm: Tensor | None,
-    options: _Options,
+    options: Options,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     codes, encoder_weight, encoder_bias, basis, offset = model
     (N, H), r = target.shape, basis.shape[0]
     dtype, work = target.dtype, reference.accumulation_dtype(target.dtype)
     # Columns beyond r are ones in the codes; the offset is the row r of D, the rows after it are zeros.
-    width = triton.cdiv(r + (offset is not None), _ALIGNMENT) * _ALIGNMENT
-    zeros = target.new_zeros(_ALIGNMENT, H)
+    width = triton.cdiv(r + (offset is not None), ALIGNMENT) * ALIGNMENT
+    zeros = target.new_zeros(ALIGNMENT, H)
     rows = [basis, zeros[: width - r]] if offset is None else [basis, offset[None], zeros[: width - r - 1]]
     if encoder_weight is None:
         assert codes is not None
         decoder = basis if width == r else torch.cat(rows)
-        products = _product(target, decoder.t())
+        products = product(target, decoder.t())
         codes = codes.to(work)
         codes = codes if width == r else F.pad(codes, (0, width - r), value=1.0)
     else:
@@ -506,7 +277,7 @@ def _gram_form(
         constant[r:width] = 1.0
         if encoder_bias is not None:
             constant[:r] = encoder_bias
-        both = torch.addmm(constant, target, weight.t()) if dtype == work else _product(target, weight.t())
+        both = torch.addmm(constant, target, weight.t()) if dtype == work else product(target, weight.t())
         if dtype != work:
             both += constant
         decoder, codes, products = weight[width:], both[:, :width], both[:, width:]
@@ -540,7 +311,7 @@ def _gram_form(
             grad_codes,
             left[:, -width:],
         ).run()
-        from_target = _product(left.t(), target)
+        from_target = product(left.t(), target)
         weighted_gram = gram_products.t() @ inner_codes
         grad_decoder = torch.addmm(from_target[-width:].to(inner), weighted_gram, inner_decoder)
         if encoded:
@@ -560,93 +331,6 @@ def _own_rows(rows: Tensor, first: int, count: int, dtype: torch.dtype) -> Tenso
     return rows[first : first + count].to(dtype, copy=count < len(rows))
 
 
-def _by_rows(
-    target: Tensor,
-    model: _Model,
-    row_weight: Tensor | None,
-    target_norm: Tensor | None,
-    options: _Options,
-    needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    codes, encoder_weight, encoder_bias, basis, offset = model
-    (N, H), r = target.shape, basis.shape[0]
-    dtype, work = target.dtype, reference.accumulation_dtype(target.dtype)
-    tile = _ROWS_TILE if N > _FEW_ROWS else _FEW_ROWS_TILE
-    step = max(1, _Y_BYTES // (H * target.itemsize) // tile[0]) * tile[0]
-    blocks = [slice(first, min(first + step, N)) for first in range(0, N, step)]
-    sums = target.new_empty((triton.cdiv(N, tile[0]), _SUMS.value), dtype=torch.float64)
-    finish, terms, totals = finish_launch(sums, H, work, options)
-
-    def reconstruct(rows: slice) -> tuple[Tensor, Tensor]:
-        if encoder_weight is not None:
-            mine = F.linear(target[rows], encoder_weight, encoder_bias)
-        else:
-            assert codes is not None
-            mine = codes[rows]
-        return mine, mine @ basis if offset is None else torch.addmm(offset, mine, basis)
-
-    def measure(rows: slice, y: Tensor) -> None:
-        mine = sums[rows.start // tile[0] :]
-        norm, weight = _part(target_norm, rows), _part(row_weight, rows)
-        rows_launch(y, target[rows], norm, weight, mine, options, tile).run()
-
-    # One block is the whole batch. The mean over several is the sum over them with weights that sum to 1;
-    # the gradient of its root is that of the squared error with weights that the root is needed for first.
-    blockwise, weight, root_weight = options, row_weight, None
-    root_first = needs_grad and len(blocks) > 1 and options.reduction == reference.MEAN
-    if root_first:
-        blockwise = options._replace(reduction=reference.SUM, rmse_weight=0.0)
-        weight = target.new_ones(N, dtype=work) if row_weight is None else row_weight
-        weight = weight / weight.sum()
-        root_first = options.rmse_weight != 0
-    if root_first:
-        assert weight is not None
-        for rows in blocks:
-            measure(rows, reconstruct(rows)[1])
-        finish.run()
-        root_weight = (weight * (totals[1] * (H / 2))).to(work)
-    squares = blockwise._replace(cosine_weight=0.0, mse_weight=1.0, power_weight=0.0)
-
-    def slope(rows: slice, y: Tensor, weight: Tensor | None, options: _Options) -> Tensor:
-        cosine_mse = overload("cosine_mse_forward", "triton")
-        weight, norm = _part(weight, rows), _part(target_norm, rows)
-        return cosine_mse(y, target[rows], weight, norm, None, *options, True, False)[1]
-
-    grad_codes = target.new_empty((N, r) if needs_grad and codes is not None else 0)
-    grads: list[Tensor | None] = [None] * 4  # of encoder_weight, encoder_bias, basis and offset
-    for rows in blocks:
-        block_codes, y = reconstruct(rows)
-        if not root_first:
-            measure(rows, y)
-        if not needs_grad:
-            continue
-        grad = slope(rows, y, weight, blockwise)
-        if root_weight is not None:
-            grad += slope(rows, y, root_weight, squares)
-        parts: list[Tensor | None] = [None, None, _product(block_codes.t(), grad), None]
-        if encoder_weight is not None:
-            block_grad_codes = grad @ basis.t()
-            parts[0] = _product(block_grad_codes.t(), target[rows])
-            if encoder_bias is not None:
-                parts[1] = block_grad_codes.sum(0, dtype=work)
-        else:
-            torch.mm(grad, basis.t(), out=grad_codes[rows])
-        if offset is not None:
-            parts[3] = grad.sum(0, dtype=work)
-        grads = [
-            part if grad is None or part is None else grad.add_(part)
-            for grad, part in zip(grads, parts, strict=True)
-        ]
-    if not root_first:
-        finish.run()
-    others = (target.new_empty(0) if each is None else each.to(dtype) for each in grads)
-    return terms, grad_codes, *others  # type: ignore[return-value]
-
-
-def _part(values: Tensor | None, rows: slice) -> Tensor | None:
-    return None if values is None else values[rows]
-
-
 def row_losses_launches(
     target: Tensor,
     codes: Tensor,
@@ -656,7 +340,7 @@ def row_losses_launches(
     decoder: Tensor,
     row_weight: Tensor | None,
     target_norm: Tensor | None,
-    options: _Options,
+    options: Options,
     needs_grad: bool,
 ) -> tuple[list[Launch], Tensor, Tensor | None]:
     """Return the launches of the Gram form's row sums, the sums per program, and s and t per row (N, 2)."""
@@ -664,7 +348,7 @@ def row_losses_launches(
     gram_tile, (tile, num_warps) = _GRAM_SUMS_TILE, _row_losses_tile(codes.dtype, H)
     programs = triton.cdiv(N, tile["BLOCK_N"])
     rows = target.new_empty((N, 4), dtype=torch.float64)
-    sums = target.new_empty((programs, _SUMS.value), dtype=torch.float64)
+    sums = target.new_empty((programs, SUMS.value), dtype=torch.float64)
     slopes = target.new_empty((N, 2), dtype=torch.float64) if needs_grad else None
     shared = dict(
         rows_ptr=rows,
@@ -707,7 +391,7 @@ def _row_losses_tile(dtype: torch.dtype, H: int) -> tuple[dict[str, int], int]:
     """Return blocks and warps. Registers decide: rows off the 16 bytes are loaded element by element."""
     if dtype == torch.float64:
         return dict(BLOCK_N=16, BLOCK_H=16, BLOCK_R=16), 4
-    if H % _ALIGNMENT:
+    if H % ALIGNMENT:
         return dict(BLOCK_N=16, BLOCK_H=32, BLOCK_R=16), 4
     return dict(BLOCK_N=32, BLOCK_H=64, BLOCK_R=16), 8
 
@@ -746,52 +430,3 @@ def row_gradients_launch(
     )
     grid = (triton.cdiv(N, block_n) * triton.cdiv(R, block_r),)
     return Launch(_row_gradients_kernel, grid, arguments, num_warps=4)
-
-
-def rows_launch(
-    y: Tensor,
-    target: Tensor,
-    target_norm: Tensor | None,
-    row_weight: Tensor | None,
-    sums: Tensor,
-    options: _Options,
-    tile: tuple[int, int],
-) -> Launch:
-    """Return the launch that sums rows whose reconstruction y (N, H) is in memory, into the first of sums."""
-    N, H = target.shape
-    arguments = dict(
-        y_ptr=y,
-        target_ptr=target,
-        target_norm_ptr=target_norm,
-        row_weight_ptr=row_weight,
-        sums_ptr=sums,
-        alpha=options.alpha,
-        eps=options.eps,
-        N=N,
-        H=H,
-        POWER=None if options.power_weight == 0 else "linear" if options.alpha == 1 else "power",
-        BLOCK_N=tile[0],
-        BLOCK_H=tile[1],
-    )
-    return Launch(_rows_kernel, (triton.cdiv(N, tile[0]),), arguments, num_warps=4)
-
-
-def finish_launch(
-    sums: Tensor, H: int, dtype: torch.dtype, options: _Options
-) -> tuple[Launch, Tensor, Tensor]:
-    """Return the launch that adds the programs' sums, the terms (4,) and what all rows share (2,)."""
-    terms, totals = sums.new_empty(4, dtype=dtype), sums.new_empty(2)
-    arguments = dict(
-        sums_ptr=sums,
-        terms_ptr=terms,
-        totals_ptr=totals,
-        cosine_weight=options.cosine_weight,
-        mse_weight=options.mse_weight,
-        rmse_weight=options.rmse_weight,
-        power_weight=options.power_weight,
-        programs=sums.shape[0],
-        H=H,
-        MEAN=options.reduction == reference.MEAN,
-        BLOCK=_FINISH_BLOCK,
-    )
-    return Launch(_finish_kernel, (1,), arguments, num_warps=4), terms, totals
