@@ -76,7 +76,7 @@ define(
     fake=_train_fake,
 )
 
-_FORWARD: dict[str, Callable] = {
+_FORWARD: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "native": overload("autoencoder_forward", "native"),
     "triton": overload("autoencoder_forward", "triton"),
     "torch": reference.autoencoder_forward,
@@ -96,7 +96,7 @@ class AutoencoderLoss(Function):
         target: Tensor,
         row_weight: Tensor | None,
         target_norm: Tensor | None,
-        options: tuple,
+        options: tuple[Any, ...],
         backend: str,
     ) -> tuple[Tensor, ...]:
         """Run the backend's forward on validated arguments; return the terms and the five gradients."""
@@ -104,13 +104,13 @@ class AutoencoderLoss(Function):
         return _FORWARD[backend](target, *parameters, row_weight, target_norm, *options, True)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Keep the gradients."""
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad_terms: Tensor | None, *second: Tensor | None) -> tuple:
+    def backward(ctx: Any, grad_terms: Tensor | None, *second: Tensor | None) -> tuple[Any, ...]:
         """Return the gradients of the five parameters."""
         # A compiled graph has a tangent for every output and refuses second derivatives itself.
         if not torch.compiler.is_compiling() and any(each is not None for each in second):
@@ -201,7 +201,10 @@ def autoencoder_loss(
     ]
     contiguous = [None if each is None else each.contiguous() for each in parameters]
     if needs_autograd(*parameters):
-        return apply(AutoencoderLoss, *contiguous, target.contiguous(), *row_values, options, chosen)[0][0]
+        loss: Tensor = apply(AutoencoderLoss, *contiguous, target.contiguous(), *row_values, options, chosen)[
+            0
+        ][0]
+        return loss
     return _FORWARD[chosen](target.contiguous(), *contiguous, *row_values, *options, False)[0][0]
 
 

@@ -122,7 +122,7 @@ def select_backward(op: str, device_type: str, dtype: torch.dtype, forward: str)
     return "torch" if unavailable("triton", op, device_type, dtype) else "triton"
 
 
-_chosen: dict[tuple, str] = {}
+_chosen: dict[tuple[str, str, torch.dtype, str | None, str | None], str] = {}
 # Under torch.compile the choice is made while tracing and is a constant of the graph. This is all that
 # torch.compiler.assume_constant_result does, but that imports torch._dynamo: 1.4 s at `import embkern.ops`.
 select._dynamo_marked_constant = True  # type: ignore[attr-defined]

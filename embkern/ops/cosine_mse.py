@@ -55,7 +55,7 @@ define(
     fake=_forward_fake,
 )
 
-_FORWARD: dict[str, Callable] = {
+_FORWARD: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
     "native": overload("cosine_mse_forward", "native"),
     "triton": overload("cosine_mse_forward", "triton"),
     "torch": reference.cosine_mse_forward,
@@ -75,7 +75,7 @@ class CosineMSE(Function):
         target: Tensor,
         row_weight: Tensor | None,
         target_norm: Tensor | None,
-        options: tuple,
+        options: tuple[Any, ...],
         needs: tuple[bool, bool],
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,7 +84,7 @@ class CosineMSE(Function):
         return _FORWARD[backend](output, target, row_weight, target_norm, None, *options, *now)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         """Keep the gradients, or what computes them."""
         rows, target, row_weight, target_norm, ctx.options, ctx.needs, ctx.backend = inputs
         ctx.deferred = rows.dtype == torch.float16
@@ -95,7 +95,7 @@ class CosineMSE(Function):
             ctx.save_for_backward(*output[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *second: Tensor | None) -> tuple:
+    def backward(ctx: Any, grad_loss: Tensor | None, *second: Tensor | None) -> tuple[Any, ...]:
         """Return the gradients of output and target."""
         # A compiled graph has a tangent for every output and refuses second derivatives itself.
         if not torch.compiler.is_compiling() and any(each is not None for each in second):
@@ -126,7 +126,7 @@ class _DeferredGradients(Function):
         target: Tensor,
         row_weight: Tensor | None,
         target_norm: Tensor | None,
-        options: tuple,
+        options: tuple[Any, ...],
         needs: tuple[bool, bool],
         backend: str,
     ) -> tuple[Tensor, Tensor]:
@@ -134,11 +134,11 @@ class _DeferredGradients(Function):
         return grads[0], grads[1]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         pass
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple:
+    def backward(ctx: Any, *_: Tensor) -> tuple[Any, ...]:
         raise second_derivative_refused()
 
 
@@ -227,7 +227,7 @@ def cosine_mse_loss(
     options = (reference.REDUCTIONS.index(reduction), *weights, float(alpha), float(eps))
     if needs_autograd(output, target):
         needs = (output.requires_grad, target.requires_grad)
-        loss = apply(CosineMSE, output, target, row_weight, target_norm, options, needs, chosen)[0]
+        loss: Tensor = apply(CosineMSE, output, target, row_weight, target_norm, options, needs, chosen)[0]
     else:
         loss = _FORWARD[chosen](output, target, row_weight, target_norm, None, *options, False, False)[0]
     return loss.view(shape) if reduction == "none" else loss

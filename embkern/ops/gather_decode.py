@@ -51,7 +51,7 @@ define(
     fake=_forward_fake,
 )
 
-_FORWARD: dict[str, Callable] = {
+_FORWARD: dict[str, Callable[..., Tensor]] = {
     "native": overload("gather_decode_forward", "native"),
     "triton": overload("gather_decode_forward", "triton"),
     "torch": reference.gather_decode_forward,
@@ -81,13 +81,13 @@ class GatherDecode(Function):
         return _FORWARD[backend](ids, *codes, scales, basis, offset, embedding_dim, scale)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Keep what the backward reads."""
         *tensors, _offset, _, ctx.scale, ctx.padding_idx, _ = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Return the gradients of scales, basis and offset that are asked for."""
         ids, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad[5:8]
@@ -194,7 +194,8 @@ def _decode(
             ids, packed = ids.contiguous(), PackedTensors(*packed).contiguous()
         if needs_autograd(packed[4], packed[5], packed[6]):
             padding = _NO_PADDING if padding_idx is None else padding_idx % len(packed[4])
-            return apply(GatherDecode, ids, *packed, embedding_dim, scale, padding, chosen)
+            rows: Tensor = apply(GatherDecode, ids, *packed, embedding_dim, scale, padding, chosen)
+            return rows
         return _FORWARD[chosen](ids, *packed, embedding_dim, scale)
     except Exception as error:
         raise_refusal(_check, ids, PackedTensors(*packed), embedding_dim)

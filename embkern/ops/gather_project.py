@@ -77,17 +77,17 @@ def _torch_out(
     out.copy_(reference.gather_project_forward(ids, codes, basis, offset, scale))
 
 
-_FORWARD: dict[str, Callable] = {
+_FORWARD: dict[str, Callable[..., Tensor]] = {
     "native": overload("gather_project_forward", "native"),
     "triton": overload("gather_project_forward", "triton"),
     "torch": reference.gather_project_forward,
 }
-_OUT: dict[str, Callable] = {
+_OUT: dict[str, Callable[..., None]] = {
     "native": overload("gather_project_out", "native"),
     "triton": overload("gather_project_out", "triton"),
     "torch": _torch_out,
 }
-_BACKWARD: dict[str, Callable] = {
+_BACKWARD: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = {
     "native": overload("gather_project_backward", "native"),
     "triton": overload("gather_project_backward", "triton"),
     "torch": reference.gather_project_backward,
@@ -112,13 +112,13 @@ class GatherProject(Function):
         return _FORWARD[backend](ids, codes, basis, offset, scale)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Keep what the backward reads."""
         ids, codes, basis, _, *ctx.options, ctx.backend = inputs
         ctx.save_for_backward(ids, codes, basis)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Return the gradients of codes, basis and offset that are asked for."""
         ids, codes, basis = ctx.saved_tensors
         scale, padding_idx, sparse = ctx.options
@@ -206,7 +206,8 @@ def gather_project(
             if sparse and torch.compiler.is_compiling():
                 raise ValueError("sparse: expected False under torch.compile, which has no sparse gradients")
             padding = _NO_PADDING if padding_idx is None else padding_idx % codes.shape[0]
-            return apply(GatherProject, ids, codes, basis, offset, scale, padding, sparse, chosen)
+            rows: Tensor = apply(GatherProject, ids, codes, basis, offset, scale, padding, sparse, chosen)
+            return rows
         if out is None:
             return _FORWARD[chosen](ids, codes, basis, offset, scale)
         _OUT[chosen](ids, codes, basis, offset, scale, out)

@@ -22,7 +22,7 @@ LIBRARY.define("cpu_capability(int level) -> int")
 LIBRARY.define("poison_memory(bool on) -> ()")  # NaN in fresh memory of the native CPU kernels, for tests
 
 
-def define(name: str, schema: str, *, backends: tuple[str, ...], fake: Callable) -> None:
+def define(name: str, schema: str, *, backends: tuple[str, ...], fake: Callable[..., Any]) -> None:
     """Define one overload of ``name`` per backend, with ``fake`` as its shape function.
 
     The extension binds the native implementations. The Triton one is the function ``name`` in the module of
@@ -38,14 +38,14 @@ def define(name: str, schema: str, *, backends: tuple[str, ...], fake: Callable)
             LIBRARY.impl(overload, launcher, "CPU")  # Triton's interpreter
 
 
-def _lazy(module: str, name: str) -> Callable:
+def _lazy(module: str, name: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         return getattr(importlib.import_module(module), name)(*args)
 
     return call
 
 
-def overload(name: str, backend: str) -> torch._ops.OpOverload:
+def overload(name: str, backend: str) -> Any:
     """Return the raw op of one backend."""
     return getattr(getattr(getattr(torch.ops, NAMESPACE), name), backend)
 
@@ -137,11 +137,11 @@ class _OnceDifferentiable(Function):
         return grad.clone() if grad.is_sparse else grad.view_as(grad)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         pass
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         raise second_derivative_refused()
 
 
@@ -149,7 +149,8 @@ def differentiable_once(grad: torch.Tensor, *sources: torch.Tensor | None) -> to
     """Return a computed gradient that refuses to be differentiated with respect to ``sources``."""
     if not torch.is_grad_enabled():
         return grad
-    return apply(_OnceDifferentiable, grad, *(each for each in sources if each is not None))
+    once: torch.Tensor = apply(_OnceDifferentiable, grad, *(each for each in sources if each is not None))
+    return once
 
 
 @functools.cache

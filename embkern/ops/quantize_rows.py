@@ -35,7 +35,7 @@ define(
     fake=_fake,
 )
 
-_FORWARD: dict[str, Callable] = {
+_FORWARD: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
     "native": overload("quantize_rows", "native"),
     "torch": reference.quantize_rows,
 }

@@ -121,6 +121,8 @@ def outcome(case: Case, backend: str, **change: Any) -> Any:
     try:
         result = case.function(**arguments, backend=backend)
     except Exception as error:
+        chained = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        assert chained is None, "a wrong argument has one traceback"
         return type(error).__name__, str(error)
     if not leaves:
         return result
