@@ -16,7 +16,7 @@ from embkern.ops.packed_format import Tier, packed_bytes
 from embkern.packed import FORMAT, TENSORS, PackedTable, pack
 from embkern.tensor_file import checksum
 
-from .ops.test_gather_decode import every_tier, packed
+from .ops.packed_problems import every_tier, packed
 
 H, K = 45, 32
 CODES = ("records", "directory", "tiers", "levels")

@@ -14,7 +14,7 @@ from embkern.ops import gather_project
 from embkern.ops.backends import unavailable
 
 from ..conftest import assert_no_worse_than
-from ..ops.test_gather_project import plain, problem
+from ..ops.factorised_problems import plain, problem
 
 pytestmark = pytest.mark.gpu
 OP = "gather_project"

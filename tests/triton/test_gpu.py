@@ -16,7 +16,7 @@ from embkern.triton import gather_project as gp
 from embkern.triton.scale_gradient import scale_gradient_
 
 from ..conftest import assert_no_worse_than
-from ..ops.test_gather_project import problem as factorised
+from ..ops.factorised_problems import problem as factorised
 
 pytestmark = pytest.mark.gpu
 SCALE = 0.7

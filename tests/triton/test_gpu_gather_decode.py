@@ -11,7 +11,7 @@ from benchmarks.gpu_check.assertions import ASSERTIONS, check
 from embkern.triton import gather_decode as gd
 
 from ..conftest import assert_no_worse_than
-from ..ops.test_gather_decode import problem
+from ..ops.packed_problems import problem
 
 pytestmark = pytest.mark.gpu
 SCALE = 0.7

@@ -14,7 +14,7 @@ from embkern.triton.launch import Launch
 from embkern.triton.tiles import GroupTile, Tile
 
 from ...conftest import assert_no_worse_than
-from ...ops.test_gather_decode import every_tier, guarded, problem, small
+from ...ops.packed_problems import every_tier, guarded, problem, small
 
 # (V, H, K, N): groups that fill the blocks; a basis that is not a power of two, odd rows; rows within one
 # group; one token; a table without a basis.

@@ -12,8 +12,8 @@ from embkern.triton.gather_project.grad_codes import segment_launches
 from embkern.triton.launch import Launch
 
 from ...conftest import assert_no_worse_than
-from ...ops.test_gather_project import plain as unscaled
-from ...ops.test_gather_project import problem
+from ...ops.factorised_problems import plain as unscaled
+from ...ops.factorised_problems import problem
 
 # (V, r, H, N). Even; odd everything; rank 1; one token; the paper's table; a full row block; one row more;
 # blocks without a rest; a batch; a rank that is walked in steps for every dtype.
