@@ -59,7 +59,7 @@ _FORWARD: dict[str, Callable[..., Tensor]] = {
 
 
 class GatherDecode(Function):
-    """Autograd of gather_decode: the codes are frozen, the backward is products of plain torch."""
+    """Autograd of gather_decode: the codes are frozen; the backward consists of products in plain torch."""
 
     @staticmethod
     def forward(
@@ -82,13 +82,13 @@ class GatherDecode(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep what the backward reads."""
+        """Keep the tensors that the backward reads."""
         *tensors, _offset, _, ctx.scale, ctx.padding_idx, _ = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        """Return the gradients of scales, basis and offset that are asked for."""
+        """Return the gradients of scales, basis and offset that are needed."""
         ids, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad[5:8]
         flat = grad.reshape(ids.numel(), grad.shape[-1])
@@ -116,10 +116,10 @@ def gather_decode(
     padding_idx: int | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
-    """Rows of a table whose rows are packed at different rates (``embkern.PackedTable`` has the format).
+    """Look up rows of a packed table, whose rows are quantised at different rates.
 
-    ``scale * (scales[ids] * rows + offset)`` where a row is the values of its codes, or ``values @ basis``
-    if its tier holds coefficients of the basis.
+    ``scale * (scales[ids] * rows + offset)`` where a row consists of the values of its codes, or is ``values
+    @ basis`` if its tier holds coefficients of the basis. ``embkern.PackedTable`` describes the format.
 
     Sums run in fp32 (float64 for float64) and are rounded once; the result has the dtype of ``scales``.
     Gradients flow to scales, basis and offset, once (no double backward); the codes are frozen.
@@ -129,15 +129,15 @@ def gather_decode(
         records: (W,) int32, the bit planes of all rows, one row after the other.
         directory: (ceil(V / 32), 5) int32: where the records of 32 rows begin, and the tier of each row,
             four bits a row.
-        tiers: (T, 1 + G) uint8, T up to 16: whether a tier's values are coefficients of the basis, then the
-            bits, 0 to 8, of each group of 32 values.
+        tiers: (T, 1 + G) uint8, T up to 16: whether the values of a tier are coefficients of the basis, then
+            the number of bits, 0 to 8, per value of each group of 32 values.
         levels: (4, 128) int16, in steps of 2^-12: the values of codes of 1 to 4 bits, by the state of their
             trellis (``embkern.ops.packed_format.trellis_states``). Wider codes are uniform, ``code -
             (2**bits - 1) / 2``.
-        scales: (V,), factor on each row.
+        scales: (V,), a factor on each row.
         basis: (K, H), K a multiple of 32; None if no tier needs it.
         offset: (H,), added to every row, or None.
-        embedding_dim: H.
+        embedding_dim: H, the number of columns.
         scale: factor on the result, applied before the rounding.
         padding_idx: positions with this id contribute no gradient.
         backend: ``native``, ``triton`` or ``torch``; None takes the best for the device.
@@ -149,10 +149,10 @@ def gather_decode(
         IndexError: an id is negative or not below V (on CPU; on CUDA a device-side assertion).
         TypeError: a dtype is not the one above, or the floating-point dtypes differ.
         ValueError: shapes or devices do not fit, or ``backend`` is unknown.
-        RuntimeError: the backend asked for cannot serve this call.
+        RuntimeError: the requested backend cannot serve this call.
 
-    Source: rate allocation is reverse water-filling (Cover and Thomas, Elements of Information Theory,
-    section 10.3) with rows in the place of components.
+    Source: the rates are allocated by reverse water-filling (Cover and Thomas, Elements of Information
+    Theory, section 10.3) with rows as components.
     """
     packed = (records, directory, tiers, levels, scales, basis, offset)
     device_type = "cpu" if scales.is_cpu else scales.device.type  # is_cpu makes no torch.device

@@ -1,7 +1,8 @@
-"""The op namespace, in one place: schemas, fakes and the native extension that implements them.
+"""The op namespace: schemas, fakes, what the ops share, and the native extension that implements them.
 
-Schemas are defined here and not in C++, so that the ops exist, can be traced and can say what is missing
-where the extension was not built. One overload per backend: ``embkern::gather_project_forward.native``.
+Schemas are defined in Python and not in C++, so that the ops exist, can be traced and can say what is
+missing where the extension is not built. There is one overload per backend, such as
+``embkern::gather_project_forward.native``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.autograd import Function, forward_ad
 NAMESPACE = "embkern"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 LIBRARY.define("cpu_capability(int level) -> int")
-LIBRARY.define("poison_memory(bool on) -> ()")  # NaN in fresh memory of the native CPU kernels, for tests
+LIBRARY.define("poison_memory(bool on) -> ()")  # For tests: NaN in new memory of the kernels.
 
 
 def define(name: str, schema: str, *, backends: tuple[str, ...], fake: Callable[..., Any]) -> None:
@@ -51,9 +52,9 @@ def overload(name: str, backend: str) -> Any:
 
 
 def check_ids(ids: torch.Tensor, count: int) -> None:
-    """Raise IndexError if an id is out of range, where a backend that noticed did not say which.
+    """Raise IndexError with the first id that is out of range, if there is one.
 
-    For the path of errors: it reads all ids. Those of a device that has its own assertion are left alone.
+    It reads all ids and therefore runs only after a backend failed. Ids on CUDA have the kernels' assertions.
     """
     if not ids.is_cpu or torch.compiler.is_compiling():
         return
@@ -66,28 +67,28 @@ def check_ids(ids: torch.Tensor, count: int) -> None:
 
 
 def needs_autograd(*tensors: torch.Tensor | None) -> bool:
-    """Whether a call must go through its autograd.Function; the raw op alone is faster but has no gradient.
+    """Return whether a call must go through its autograd.Function, which is slower than the raw op.
 
-    Forward-mode AD goes there too: the Function refuses it, where the raw op would drop the tangent.
+    Forward-mode AD goes there, too: the Function refuses it, where the raw op would drop the tangent.
     """
     if torch.is_grad_enabled():
-        for tensor in tensors:  # on the path of a single token: no generator
+        for tensor in tensors:  # A generator would slow down the lookup of a single token.
             if tensor is not None and tensor.requires_grad:
                 return True
     return forward_ad._current_level >= 0
 
 
-# What Function.apply does with its arguments unless functorch is at work.
+# What Function.apply does with its arguments unless a functorch transform is active.
 try:
     from torch._functorch.utils import unwrap_dead_wrappers as _unwrap_dead_wrappers
 
     _functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
-except (ImportError, AttributeError):  # private names of torch
+except (ImportError, AttributeError):  # These names of torch are private.
     _functorch_active = lambda: True  # noqa: E731
 
 
 def apply(function: type[Function], *args: Any) -> Any:
-    """Return ``function.apply(*args)``, every argument of its forward being given.
+    """Return ``function.apply(*args)``, for calls that pass every argument of the forward.
 
     ``Function.apply`` first binds them to the forward's signature, which takes longer than a small kernel.
     """
@@ -118,7 +119,7 @@ def reraise_native(error: Exception) -> None:
 
 
 def second_derivative_refused() -> RuntimeError:
-    """Return the error of a gradient that is to be differentiated."""
+    """Return the error that refuses to differentiate a gradient."""
     return RuntimeError(
         "embkern's ops are differentiable once, and this needs a second derivative (create_graph, or "
         "nested torch.func.grad); use the plain torch formula of the op's docstring for that"
@@ -126,10 +127,10 @@ def second_derivative_refused() -> RuntimeError:
 
 
 class _OnceDifferentiable(Function):
-    """Identity of a gradient whose own gradient is refused.
+    """The identity on a gradient; its own backward is refused.
 
-    ``torch.autograd.function.once_differentiable`` refuses only what reaches it through the incoming
-    gradient: a penalty on the gradient of a sum would vanish in silence.
+    ``torch.autograd.function.once_differentiable`` refuses only second derivatives that pass through the
+    incoming gradient. It would silently drop a penalty on the gradient of a sum.
     """
 
     @staticmethod
@@ -176,11 +177,11 @@ CPU_CAPABILITIES = ("portable", "avx2", "avx512", "avx512_bf16")
 def cpu_capability(level: str | None = None) -> str:
     """Return the instruction set that the native CPU kernels use, after setting it to ``level`` if given.
 
-    The default is the best this processor has; ``EMBKERN_CPU_CAPABILITY`` sets a lower one.
+    The default is the best that this processor has; ``EMBKERN_CPU_CAPABILITY`` sets a lower one.
 
     Raises:
         ValueError: the level is unknown, or the processor or the build lacks it.
-        RuntimeError: the native extension cannot be used, and why.
+        RuntimeError: the native extension cannot be used; the message says why.
     """
     if reason := load_native():
         raise RuntimeError(reason)

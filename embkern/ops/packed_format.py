@@ -8,20 +8,20 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GROUP = 32  # values that share the words of a record, and rows that share an entry of the directory
+GROUP = 32  # This many values share the words of a record, and this many rows an entry of the directory.
 MAX_TIERS, MAX_BITS = 16, 8
 LEVEL_BITS = 4  # Codes of up to 4 bits are trellis codes with levels of their own, wider ones are uniform.
 STATE_BITS = 7
 STATES: int = 2**STATE_BITS
 LEVELS_PER_UNIT = 4096
 LEVEL_STEP = 1 / LEVELS_PER_UNIT  # Levels are whole numbers of steps, so that no cast of a model rounds them.
-ENTRY_WORDS = 5  # of the directory: one where the records begin, four of tiers
+ENTRY_WORDS = 5  # An entry of the directory has the place of its first record and four words of tiers.
 _TIERS_PER_WORD = 8
 TRELLIS_FILE = Path(__file__).parent.parent / "data" / "trellis_levels.txt"
 _CODE_DTYPES = {
@@ -45,7 +45,8 @@ class PackedTensors(NamedTuple):
 
     def contiguous(self) -> PackedTensors:
         """Return the tensors, those that are not contiguous copied."""
-        return PackedTensors(*[each if each is None else each.contiguous() for each in self])  # type: ignore[arg-type]
+        tensors: list[Any] = [each if each is None else each.contiguous() for each in self]
+        return PackedTensors(*tensors)
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
         """Return the tensors that exist, by name."""
@@ -168,7 +169,7 @@ def packed_values(
     (2**b - 1) / 2`` beyond four bits; 0 where the tier has no bits in the group.
     """
     block, lane = ids // GROUP, ids % GROUP
-    tier_of = _nibbles(directory[block, 1:]).flatten(1).long()  # of a block's 32 rows
+    tier_of = _nibbles(directory[block, 1:]).flatten(1).long()  # (N, 32), for the rows of the blocks
     bits = tiers[:, 1:].long()
     sizes = F.pad(bits.sum(1), (0, MAX_TIERS - len(tiers)))
     lanes = torch.arange(GROUP, device=ids.device)

@@ -49,7 +49,7 @@ V = 128256
 
 @dataclass(frozen=True)
 class Shape:
-    """One problem: N positions, rank r, H columns, and the dtype of the factors."""
+    """One problem of gather_project: N positions, rank r, H columns, and the dtype of the factors."""
 
     N: int
     r: int
@@ -62,7 +62,7 @@ class Shape:
         return f"N={self.N} r={self.r} H={self.H} {str(self.dtype).removeprefix('torch.')}"
 
 
-# Every length and rank class, aligned and not; BERT's and Llama's widths; an odd width.
+# Every class of length and rank, aligned and not; the widths of BERT and Llama; an odd width.
 SHAPES = (
     *(Shape(16384, r, H) for r, H in ((256, 2048), (75, 768), (299, 768), (512, 4096), (640, 2048))),
     *(Shape(512, r, H) for r, H in ((256, 2048), (75, 768))),
@@ -76,10 +76,10 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class LossShape:
-    """One problem of cosine_mse_loss: N rows of H columns, the weights of its terms and what is asked for.
+    """One problem of cosine_mse_loss: N rows of H columns, and the weights of its terms.
 
-    With ``everything`` there are row weights, target norms, an incoming gradient and both gradients; else the
-    gradient of output alone, as in training.
+    With ``everything`` there are row weights, target norms, an incoming gradient and both gradients;
+    otherwise only the gradient of output, as in training.
     """
 
     N: int
@@ -97,8 +97,8 @@ class LossShape:
 
 
 _TERMS = (0.5, 1.0, 0.25, 0.0025)
-# Widths that are not powers of two, rows in one warp to four, rows that are walked, short and odd rows, the
-# authors' batch of 32; every term, with the batch's root and with each row's own.
+# Widths that are not powers of two, rows in one to four warps, rows in several blocks of columns, short and
+# odd rows, the authors' batch of 32; every term, with the root of the batch and with roots of the rows.
 LOSS_SHAPES = (
     *(LossShape(30522, H) for H in (384, 768, 1152, 4096)),
     *(LossShape(30522, H, torch.bfloat16) for H in (384, 768, 1152, 4096)),
@@ -116,7 +116,7 @@ LOSS_SHAPES = (
 
 @dataclass(frozen=True)
 class AutoencoderShape:
-    """One problem of autoencoder_loss: N rows of H columns at rank r; bare: no offset, no row values."""
+    """One problem of autoencoder_loss: N rows of H columns, rank r; bare: without offset and row values."""
 
     N: int
     r: int
@@ -158,7 +158,7 @@ class PackedShape:
         return f"N={self.N} K={self.K} H={self.H} {str(self.dtype).removeprefix('torch.')}"
 
 
-# Every length; coefficients kept on chip and walked; widths of small models, of large ones, odd; no basis.
+# Every class of length; coefficients on chip and in steps; widths of small and large models; odd; no basis.
 PACKED_SHAPES = (
     *(PackedShape(N, 128, 768, dtype) for N in (16384, 512, 4) for dtype in (torch.float32, torch.bfloat16)),
     PackedShape(16384, 128, 384),
@@ -216,7 +216,7 @@ def loss_launches(shape: LossShape, device: Device) -> Iterator[Launch]:
 
 
 def autoencoder_launches(shape: AutoencoderShape) -> Iterator[Launch]:
-    """Yield the launches between the products of both forms, on tensors of the meta device."""
+    """Yield the launches of both forms, which run between the products, on tensors of the meta device."""
     N, r, H, work = shape.N, shape.r, shape.H, accumulation_dtype(shape.dtype)
 
     def tensor(*size: int, dtype: torch.dtype = work) -> Tensor:
@@ -276,7 +276,7 @@ def packed_launches(shape: PackedShape, device: Device) -> Iterator[Launch]:
 
 
 def launches(shape: AnyShape, device: Device) -> Iterator[Launch]:
-    """Yield every launch of the forward and both backwards, on tensors of the meta device."""
+    """Yield every launch of a problem, forward and backward, on tensors of the meta device."""
     if isinstance(shape, LossShape):
         yield from loss_launches(shape, device)
         return

@@ -6,14 +6,14 @@
     grad    = d loss / d output, d loss / d target
 
 output, target and the gradients (N, H), e = output - target; reference.cosine_mse_forward is the definition.
-Bytes moved: output and target read once, each gradient that is asked for written once. A row wider than
-a program can hold is walked twice (the second time mostly from L2), and the root of a whole batch needs a
-pass over output and target of its own.
+Bytes moved: output and target are read once, each gradient that is needed is written once. A row wider than a
+program can hold is read twice (the second time mostly from L2), and the root of a whole batch needs a
+separate pass over output and target.
 
-A program owns whole rows; a term of weight 0 is compiled out. Partial sums of the loss go to one value per
-program and one more program adds them: no atomics, so the same call gives the same bits. Sums run in fp32
-(fp64 for fp64). Where the squares of a row leave fp32's range, the program that has the row takes its sums
-once more, scaled by a power of two. H is a constant of a model and therefore constexpr; N is not.
+A program owns whole rows; a term of weight 0 is compiled out. Each program stores its partial sum of the loss
+and another program adds them: there are no atomics, so that the same call gives the same bits. Sums run in
+fp32 (fp64 for fp64). Where the squares of a row leave the range of fp32, its program takes the sums again,
+scaled by a power of two. H is a constant of a model and therefore constexpr; N is not.
 """
 # mypy: disable-error-code="no-untyped-def"
 # (Triton reads the annotations of a jit kernel: constants have one, and scalars that must not become fp32.)
@@ -41,11 +41,11 @@ from .device_functions import (
 from .launch import Launch
 from .tiles import row_tile_of
 
-# Partial sums of the weights, all of which every program of the loss adds up, and weights per step.
+# Partial sums of the weights, all of which every program of the loss adds, and weights per step.
 _WEIGHT_SUMS = 128
 _WEIGHT_BLOCK = 4096
-# Programs' sums per step of the one program that adds them: 16 a thread, in flight together. The root needs
-# more registers, of which 512 threads have twice as many as 1024.
+# Partial sums per step of the program that adds them: 16 per thread, in flight together. The root needs more
+# registers, of which each of 512 threads has twice as many as each of 1024.
 _PARTIAL_BLOCK = 16384
 _ROOT_BLOCK = 8192
 
@@ -151,15 +151,15 @@ def _cosine_mse_kernel(
 ):
     """Loss and gradients of BLOCK_N rows, in blocks of PARTS times BLOCK_H columns.
 
-    cosine, mse, rmse (of each row) and power ("power", or "linear" where alpha is 1; else None) say which
-    terms there are; the weights of all but the cosine are those of one column. loss_ptr takes a value per row
-    with ``per_row``, else one per program. For the root of the batch a first pass leaves, per program, the
-    largest root of a row and a sum of squares relative to it (largest_ptr, squares_ptr); the second finds
-    the batch's root in root_ptr.
+    cosine, mse, rmse (of each row) and power ("power", "linear" for alpha 1, or None) say which terms there
+    are; all weights but that of the cosine are per column. loss_ptr receives a value per row with
+    ``per_row``, otherwise one per program. For the root of the batch, a first pass stores the largest root of
+    a row per program and a sum of squares relative to it (largest_ptr, squares_ptr); the second pass reads
+    the root of the batch from root_ptr.
     """
     accumulator: tl.constexpr = tl.float64 if output_ptr.dtype.element_ty == tl.float64 else tl.float32
     WIDTH: tl.constexpr = PARTS * BLOCK_H
-    RESIDENT: tl.constexpr = H <= WIDTH  # one block, in registers; else each loop loads the blocks anew
+    RESIDENT: tl.constexpr = H <= WIDTH  # One block stays in registers; several are loaded in each loop.
     x_known: tl.constexpr = target_norm_ptr is not None
     error: tl.constexpr = mse or rmse or largest_ptr is not None
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -189,7 +189,7 @@ def _cosine_mse_kernel(
         x_norm = tl.load(target_norm_ptr + n, mask=inside, other=0.0)
         sums = (sums[0], sums[1], x_norm * x_norm, sums[3])
 
-    # Once more with scales where squares are out of range; rows of zeros get here too.
+    # Again with scales where squares are out of range, rows of zeros included.
     outside = n < 0
     if cosine:
         outside |= out_of_range(sums[1]) | out_of_range(sums[2])
@@ -218,7 +218,7 @@ def _cosine_mse_kernel(
     dot, yy, xx, ee = sums
     y_inverse, x_inverse, e_inverse = inverse
 
-    # The loss of each row, and its derivatives by the sums times the incoming gradient.
+    # The loss of each row, and its derivatives with respect to the sums, times the incoming gradient.
     weight = tl.full((BLOCK_N,), row_scale, accumulator)
     if row_weight_ptr is not None:
         weight = tl.load(row_weight_ptr + n, mask=inside, other=0.0)
@@ -282,7 +282,7 @@ def _cosine_mse_kernel(
         else:
             tl.store(loss_ptr + tl.program_id(0), tl.sum(weight * rows, 0))
 
-    # The gradients: two or three numbers per row times what is in registers.
+    # The gradients: two or three numbers per row times the row.
     if grad_output_ptr is not None or grad_target_ptr is not None:
         for start in range(0, H, WIDTH):
             if not RESIDENT:
@@ -295,7 +295,7 @@ def _cosine_mse_kernel(
                 by_error = from_error[:, None] * e
                 if power is not None:
                     steep = from_power[:, None] * ps[part]
-                    by_error += tl.where(e > 0, steep, tl.where(e < 0, -steep, e))  # 0 of 0, NaN of NaN
+                    by_error += tl.where(e > 0, steep, tl.where(e < 0, -steep, e))  # 0 for 0, NaN for NaN
                 h = start + part * BLOCK_H + columns
                 offsets = n[:, None] * H + h[None, :]
                 mask = inside[:, None] & (h < H)[None, :]
@@ -314,7 +314,7 @@ def _cosine_mse_kernel(
 
 @triton.jit(do_not_specialize=["N", "chunk"], debug=True)
 def _sum_kernel(values_ptr, root_ptr, sums_ptr, rmse_weight: tl.float64, N, chunk, BLOCK: tl.constexpr):
-    """sums[i]: the i-th ``chunk`` of values (N,) added in a fixed order, plus ``rmse_weight`` times root."""
+    """sums[i] is the sum of the i-th ``chunk`` of values (N,), in a fixed order, plus rmse_weight * root."""
     first = tl.program_id(0).to(tl.int64) * chunk
     last = tl.minimum(first + chunk, N)
     sums = tl.zeros((BLOCK,), values_ptr.dtype.element_ty)
@@ -329,7 +329,7 @@ def _sum_kernel(values_ptr, root_ptr, sums_ptr, rmse_weight: tl.float64, N, chun
 
 @triton.jit(do_not_specialize=["N"], debug=True)
 def _root_kernel(largest_ptr, squares_ptr, root_ptr, N, BLOCK: tl.constexpr):
-    """The root of sums of squares (N,), each relative to the square of its ``largest``; NaN if one is."""
+    """The root of sums of squares (N,), each relative to the square of its ``largest``; NaN propagates."""
     largest = tl.zeros((BLOCK,), squares_ptr.dtype.element_ty)
     for start in range(0, N, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -360,7 +360,7 @@ def cosine_mse_forward(
     needs_output: bool,
     needs_target: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return loss, grad_output and grad_target; a gradient that is not asked for is empty.
+    """Return loss, grad_output and grad_target; a gradient that is not needed is empty.
 
     The arguments and results are those of ``reference.cosine_mse_forward``: output and target (N, H),
     row_weight and target_norm (N,) in the accumulation dtype, all of them contiguous.
@@ -373,7 +373,7 @@ def cosine_mse_forward(
     if N == 0:
         return loss.fill_(math.nan if reduction == MEAN else 0.0), grad_output, grad_target
     if grad_loss is not None:
-        grad_loss = grad_loss.to(dtype).contiguous()  # autograd's is often expanded from a scalar
+        grad_loss = grad_loss.to(dtype).contiguous()  # Autograd often expands it from a scalar.
     weights = (cosine_weight, mse_weight, rmse_weight, power_weight)
     with torch.cuda.device_of(output):
         for launch in forward_launches(
@@ -408,7 +408,7 @@ def forward_launches(
     grad_output: Tensor | None,
     grad_target: Tensor | None,
 ) -> list[Launch]:
-    """Return the launches of cosine_mse_forward in their order."""
+    """Return the launches of cosine_mse_forward in order."""
     N, H = output.shape
     cosine_weight, mse_weight, rmse_weight, power_weight = weights
     tile = row_tile_of(output.dtype, N, H)

@@ -10,7 +10,7 @@ import triton.language as tl
 from ..ops import reference
 
 POWER_BIAS = tl.constexpr(reference.POWER_BIAS)
-# Sums of squares within these need no scale: entries whose squares vanish beside them do not count.
+# Sums of squares within these bounds need no scale: squares that underflow are negligible beside them.
 _ORDINARY_FP32 = tl.constexpr((2.0**-64, 2.0**64))
 _ORDINARY_FP64 = tl.constexpr((2.0**-512, 2.0**512))
 
@@ -30,9 +30,9 @@ def _two_to_the(n):
 def _power_fp32(u, exponent):
     """``u ** exponent`` for normal fp32 u > 0, to about an ulp.
 
-    2^(exponent * log2(u)) with the logarithm in two fp32 numbers: in one, and with the hardware's approximate
-    logarithm, the result is off by a relative 1e-6 where u is small. Products that have to be exact are of
-    12 by 12 bits. 55 instructions, none of them in the special function unit.
+    2^(exponent * log2(u)) with the logarithm as the sum of two fp32 numbers. With one, or with the hardware's
+    approximate logarithm, the relative error is 1e-6 where u is small. Products that have to be exact have
+    factors of 12 bits. These are 55 instructions, none of them in the special function unit.
     """
     # u = m 2^k with m in [sqrt(1/2), sqrt(2)), f = m - 1
     bits = u.to(tl.int32, bitcast=True)
@@ -54,12 +54,12 @@ def _power_fp32(u, exponent):
     # log2(u) = k + log(1 + f) / log(2), as logarithm + low; 1 / log(2) = 1.4423828125 (12 bits) + ...
     g_high = _high_bits(g)
     product = 1.4423828125 * g_high
-    # An integer beside 1.5 * 2^23 becomes a float, and a float is rounded to an integer, by plain addition.
+    # Adding 1.5 * 2^23 converts between integers and floats, and rounds a float to an integer.
     whole = (k + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
     logarithm = whole + product
     low = 1.4423828125 * (g - g_high) + 0.00031222839606925845 * g + 1.4426950408889634 * low
     low += product - (logarithm - whole)
-    # 2^(n + r): a polynomial for r in [-1/2, 1/2], and n, beyond fp32's exponents in two halves.
+    # 2^(n + r): a polynomial for r in [-1/2, 1/2], and n in two halves, as it may exceed an exponent of fp32.
     exponent_high = _high_bits(exponent)
     logarithm_high = _high_bits(logarithm)
     t = exponent_high * logarithm_high
@@ -84,13 +84,13 @@ def _power_fp32(u, exponent):
 def error_power(e, exponent, element: tl.constexpr):
     """``(|e| + 1e-10) ** exponent``."""
     u = tl.abs(e) + POWER_BIAS
-    # Rounding 16-bit rows cost a hundred times the error of the fast fp32 functions; those of fp64 are exact.
+    # Rounding 16-bit rows has a hundred times the error of the fast fp32 functions; fp64 ones are exact.
     return _power_fp32(u, exponent) if element == tl.float32 else tl.exp2(exponent * tl.log2(u))
 
 
 @triton.jit
 def divide(a, b):
-    """Rounded to nearest; ``/`` of fp32 is off by up to two ulps."""
+    """``a / b`` rounded to nearest; ``/`` of fp32 has an error of up to two ulps."""
     return a / b if a.dtype == tl.float64 else tl.div_rn(a, b)
 
 
@@ -101,7 +101,7 @@ def square_root(a):
 
 @triton.jit
 def inverse_scale(largest):
-    """2^-k for a largest entry of about 2^k, kept where both 2^k and 2^-k are normal numbers."""
+    """2^-k for a largest entry of about 2^k, with k clamped so that 2^k and 2^-k are normal numbers."""
     if largest.dtype == tl.float64:
         exponent = largest.to(tl.int64, bitcast=True) & 0x7FF0000000000000
         exponent = tl.minimum(tl.maximum(exponent, 1 << 52), 2045 << 52)
@@ -115,7 +115,7 @@ def inverse_scale(largest):
 
 @triton.jit
 def out_of_range(squares):
-    """Whether a sum of squares may have left the range in which it is exact enough."""
+    """Whether a sum of squares may have left the range in which it is accurate."""
     if squares.dtype == tl.float64:
         outside = (squares < _ORDINARY_FP64[0]) | (squares > _ORDINARY_FP64[1])
     else:

@@ -20,12 +20,12 @@ _SCALE_BLOCK = 4096
 
 @triton.jit(do_not_specialize=["size"], debug=True)
 def _scale_kernel(grad_ptr, factor_ptr, size, BLOCK: tl.constexpr):
-    """``grad *= factor``, a scalar, in a few programs that all stop at once if it is 1."""
+    """``grad *= factor``, a scalar, in a few programs that end at once if it is 1."""
     accumulator: tl.constexpr = tl.float64 if grad_ptr.dtype.element_ty == tl.float64 else tl.float32
     factor = tl.load(factor_ptr).to(accumulator)
     if factor != 1.0:
         i = tl.arange(0, BLOCK)
-        whole = size // BLOCK  # unmasked: a mask that depends on size would cut loads to an element each
+        whole = size // BLOCK  # A mask that depends on size would make loads scalar.
         for block in range(tl.program_id(0), whole, tl.num_programs(0)):
             at = grad_ptr + tl.cast(block, tl.int64) * BLOCK + i
             tl.store(at, (tl.load(at).to(accumulator) * factor).to(grad_ptr.dtype.element_ty))
@@ -54,9 +54,9 @@ def _scale_rows_kernel(
 
 
 def scale_gradient_(grad: Tensor, grad_loss: Tensor) -> None:
-    """Multiply grad (N, ...) in place by grad_loss, a scalar or (N,); what has the factor 1 is not touched.
+    """Multiply grad (N, ...), contiguous, in place by grad_loss, a scalar or (N,).
 
-    The device decides that, the host does not wait. grad is contiguous.
+    The kernel tests for the factor 1, so that the host does not wait.
     """
     if grad.numel():
         with torch.cuda.device_of(grad):
@@ -68,7 +68,7 @@ def scale_launch(grad: Tensor, grad_loss: Tensor, device: Device | None = None) 
     device = device or describe_device(grad)
     if grad_loss.dim() == 0:
         arguments = dict(grad_ptr=grad, factor_ptr=grad_loss, size=grad.numel(), BLOCK=_SCALE_BLOCK)
-        # Eight programs fill a multiprocessor, and so few cost nothing where they stop at once.
+        # Eight programs fill a multiprocessor; so few cost little where they end at once.
         programs = min(triton.cdiv(grad.numel(), _SCALE_BLOCK), 8 * device.processors)
         return Launch(_scale_kernel, (programs,), arguments, num_warps=8)
     N = grad.shape[0]

@@ -42,7 +42,7 @@ def test_out_is_written_and_returned(backend, device, shape):
     assert gather_project(ids, *factors, out=out, backend=backend) is out
     assert torch.equal(out, gather_project(ids, *factors, backend=backend))
     factors[0].requires_grad_()
-    with pytest.raises(ValueError, match="out: expected None where a gradient is asked for"):
+    with pytest.raises(ValueError, match="out: expected None where a gradient is needed"):
         gather_project(ids, *factors, out=out, backend=backend)
 
 

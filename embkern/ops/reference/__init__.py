@@ -1,8 +1,8 @@
-"""Every op in plain torch: the definition, the oracle of the tests, and the last-resort backend.
+"""Every op in plain torch: the definition, the oracle of the tests, and the backend of last resort.
 
-The forwards are the formulas that the docstrings promise; run in float64 they are what every kernel is
-checked against. The gradients that the kernels compute are written out; the tests hold them to numerical
-differentiation. Sums run in fp32 for narrower dtypes (float64 for float64).
+The forwards are the formulas of the public docstrings; the tests check every kernel against them in float64.
+The gradients that the kernels compute are written out and checked by numerical differentiation. Sums run in
+fp32 for narrower dtypes (float64 for float64).
 """
 
 from .autoencoder import autoencoder_forward

@@ -31,9 +31,10 @@ def autoencoder_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Terms (4,), and the gradients of codes, encoder_weight, encoder_bias, basis and offset.
 
-    target (N, H); codes (N, r), or encoder_weight (r, H) and encoder_bias (r,) that make them of the target;
-    basis (r, H), offset (H,). The terms are the loss, then cosine distance, MSE and power term by themselves,
-    reduced alike (the power term is 0 where its weight is). Gradients that do not exist are empty tensors.
+    target (N, H); codes (N, r), or encoder_weight (r, H) and encoder_bias (r,) that compute them from target;
+    basis (r, H), offset (H,). The terms are the loss, then cosine distance, MSE and power term without their
+    weights, with the same reduction; the power term is 0 if its weight is. Gradients that do not exist are
+    empty tensors.
     """
     encoded = codes is None
     if encoded:

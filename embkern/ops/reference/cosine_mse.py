@@ -9,12 +9,12 @@ from torch import Tensor
 
 from .numerics import accumulation_dtype
 
-# The values of the raw ops' `reduction`, in torch's own order.
+# The values of `reduction` of the raw ops, in the order of torch's enumeration.
 REDUCTIONS = ("none", "mean", "sum")
 NONE, MEAN, SUM = range(3)
-# Beyond these, squares of an fp32 row may leave fp32's range: the row is divided by its largest entry first.
+# Outside these bounds, squares of an fp32 row may leave the range: the row is divided by its largest entry.
 _LARGE, _SMALL = 1e10, 1e-10
-POWER_BIAS = 1e-10  # of the authors' |x - y| + 1e-10: keeps the gradient of the power term finite
+POWER_BIAS = 1e-10  # The authors' |x - y| + 1e-10, which keeps the gradient of the power term finite.
 
 
 def cosine_mse_forward(
@@ -33,10 +33,10 @@ def cosine_mse_forward(
     needs_output: bool,
     needs_target: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and the gradients of output and target that are asked for; an unneeded one is an empty tensor.
+    """Loss, and the gradients of output and target; one that is not needed is an empty tensor.
 
-    output and target (N, H), row_weight and target_norm (N,) or none, grad_loss of the loss's shape or none
-    (ones). The loss is (N,) for reduction none, else a scalar. A term of weight 0 is not computed.
+    output and target (N, H); row_weight and target_norm (N,) or None; grad_loss of the shape of the loss, or
+    None for ones. The loss is (N,) for reduction none, else a scalar. A term of weight 0 is not computed.
     """
     dtype = accumulation_dtype(output.dtype)
     count, width = output.shape
@@ -49,7 +49,7 @@ def cosine_mse_forward(
     clamped = y_norm * x_norm * both_scales < eps
     dot = (x * y).sum(1)
     cosine = torch.where(clamped, dot * both_scales / eps, dot / (y_norm * x_norm))
-    root = torch.linalg.vector_norm(e_scaled, dim=1) / math.sqrt(width)  # of the row's MSE, by e_scale
+    root = torch.linalg.vector_norm(e_scaled, dim=1) / math.sqrt(width)  # root of the row's MSE, over e_scale
     magnitude = e.abs() + POWER_BIAS
 
     weight = torch.ones_like(dot) if row_weight is None else row_weight
@@ -63,7 +63,7 @@ def cosine_mse_forward(
     if power_weight:
         rows = rows + power_weight * magnitude.pow(alpha).mean(1)
     rmse = e_scale * root
-    if rmse_weight and reduction == MEAN:  # one root for the batch
+    if rmse_weight and reduction == MEAN:  # There is one root for the batch.
         largest = e_scale.max() if count else e_scale.sum()
         rmse = largest * (weight * (e_scale / largest * root).square()).sum().sqrt()
     elif rmse_weight:
@@ -75,11 +75,11 @@ def cosine_mse_forward(
     if rmse_weight and reduction == MEAN:
         loss = loss + rmse_weight * rmse
 
-    # Per row: d loss / d row of each term, the vectors divided by their scales.
+    # d loss / d row of each term, per row; the vectors are divided by their scales.
     row = weight if grad_loss is None else weight * grad_loss
     from_error = row * (2 * mse_weight / width)
     error = from_error.unsqueeze(1) * e
-    if rmse_weight:  # 1 / rmse may leave the range where e / rmse does not
+    if rmse_weight:  # 1 / rmse may leave the range where e / rmse does not.
         of_root = torch.where(rmse == 0, 0.0, e.t() / rmse).t()
         error = error + (row * (rmse_weight / width)).unsqueeze(1) * of_root
     if power_weight:
@@ -105,7 +105,7 @@ def cosine_mse_forward(
 
 
 def _scaled_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows whose squares stay in range, and the scale (N,) to multiply them by; 1 for all ordinary rows."""
+    """Rows divided by scales (N,) that keep their squares in range, and the scales; 1 for ordinary rows."""
     largest = torch.linalg.vector_norm(rows, float("inf"), dim=1)
     outside = (largest > _LARGE) | ((largest < _SMALL) & (largest > 0))
     scale = torch.where(outside, largest, 1.0)

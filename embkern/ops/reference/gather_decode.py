@@ -25,7 +25,7 @@ def gather_decode_forward(
 ) -> Tensor:
     """``scale * (scales[ids] * rows + offset)``: rows of a packed table, ids (*); (*, H)."""
     flat, dtype = ids.reshape(-1).long(), accumulation_dtype(scales.dtype)
-    factor = scales.index_select(0, flat).to(dtype)  # raises where an id is out of range
+    factor = scales.index_select(0, flat).to(dtype)  # It raises if an id is out of range.
     transform, values = packed_values(flat, records, directory, tiers, levels)
     rows = _unscaled_rows(transform, values, basis, embedding_dim, dtype) * factor.unsqueeze(1)
     if offset is not None:
@@ -49,7 +49,7 @@ def gather_decode_backward(
     needs_basis: bool,
     needs_offset: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of scales, basis and offset for grad (N, H); an unneeded one is an empty tensor."""
+    """Gradients of scales, basis and offset for grad (N, H); one that is not needed is an empty tensor."""
     flat, dtype = ids.reshape(-1).long(), accumulation_dtype(scales.dtype)
     grad = grad.to(dtype) * scale
     if padding_idx >= 0:

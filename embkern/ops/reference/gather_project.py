@@ -15,9 +15,9 @@ def gather_project_forward(
 ) -> Tensor:
     """``scale * (codes[ids] @ basis + offset)``: ids (*), codes (V, r), basis (r, H), offset (H,); (*, H)."""
     rows = F.embedding(ids.reshape(-1), codes)
-    # Products of bf16 and fp16 accumulate in fp32; addmm scales and adds the offset before the one rounding.
+    # Products of bf16 and fp16 accumulate in fp32; addmm scales and adds the offset before the only rounding.
     if offset is None:
-        nothing = rows.new_zeros(())  # beta 0 ignores it
+        nothing = rows.new_zeros(())  # With beta 0, addmm ignores it.
         rows = rows @ basis if scale == 1 else torch.addmm(nothing, rows, basis, beta=0, alpha=scale)
     else:
         rows = torch.addmm(offset, rows, basis, beta=scale, alpha=scale)
@@ -37,7 +37,7 @@ def gather_project_backward(
     needs_offset: bool,
     sparse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ids of sparse rows, gradients of codes, basis and offset; an unneeded one is an empty tensor.
+    """Ids of sparse rows, gradients of codes, basis and offset; one that is not needed is an empty tensor.
 
     ``padding_idx`` -1 means none. With ``sparse`` the gradient of codes has one row per position of ids.
     """

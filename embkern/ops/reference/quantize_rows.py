@@ -17,7 +17,7 @@ def quantize_rows(
     factors: Tensor,
     needs_codes: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scales and projections of rows (N, 32 G), value by value, at the best of the factors."""
+    """Scalar codes, scales and projections of rows (N, 32 G), at the best of the factors."""
     squares = values.new_ones(values.shape[1]) if spread is None else spread.square()
     root = values.square().mean(1, keepdim=True).sqrt()
     root = torch.where(root > 0, root, 1.0)
@@ -39,7 +39,7 @@ def quantize_rows(
 def _nearest_levels(
     values: Tensor, bits: list[int], levels: Tensor, steps: list[float]
 ) -> tuple[Tensor, Tensor]:
-    """Codes (uint8) of the nearest levels and what they decode to, group by group."""
+    """Codes (uint8) of the nearest levels, and the values that they decode to."""
     codes, decoded = [], []
     for width, part in zip(bits, values.split(GROUP, 1), strict=True):
         if width == 0:

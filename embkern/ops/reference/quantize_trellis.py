@@ -16,7 +16,7 @@ def quantize_trellis(
     scales: Tensor,
     needs_codes: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scales and projections of rows (N, 32 G) on trellises, at the best of their scales (N, F)."""
+    """Trellis codes, scales and projections of rows (N, 32 G), at the best of their scales (N, F)."""
     squares = values.new_ones(values.shape[1]) if spread is None else spread.square()
     best = torch.full_like(values[:, 0], -torch.inf)
     chosen = torch.zeros_like(best)
@@ -45,8 +45,8 @@ def quantize_trellis(
 def _best_states(x: Tensor, weights: Tensor, levels: Tensor, bits: int) -> Tensor:
     """States (N, 32) of the paths whose levels are nearest to x (N, 32), by Viterbi's algorithm.
 
-    A path has to end in the state it begins in. Which one is guessed as the state that a path without that
-    condition passes there, when the group is turned by half.
+    A path has to end in the state in which it begins. That state is estimated: a path without this condition,
+    of the group rotated by half, passes through it in its middle.
     """
     half = GROUP // 2
     free = x.new_zeros(len(x), STATES)
@@ -56,16 +56,16 @@ def _best_states(x: Tensor, weights: Tensor, levels: Tensor, bits: int) -> Tenso
 
 
 def _path(x: Tensor, weights: Tensor, levels: Tensor, bits: int, cost: Tensor, end: Tensor | None) -> Tensor:
-    """States (N, 32) of the cheapest paths, given what it costs (N, 128) to begin, to ``end`` if any."""
-    parents, forgotten = STATES >> bits, []
+    """States (N, 32) of the cheapest paths, given costs (N, 128) of the first states, and the last state."""
+    parents, dropped = STATES >> bits, []
     for value, weight in zip(x.t(), weights.tolist(), strict=True):
         best, which = cost.view(len(x), 1 << bits, parents).min(1)
         error = weight * (value.unsqueeze(1) - levels).square()
         cost = error + best.repeat_interleave(1 << bits, 1)
-        forgotten.append(which)
+        dropped.append(which)
     state = cost.argmin(1) if end is None else end
     states = []
-    for which in reversed(forgotten):
+    for which in reversed(dropped):
         states.append(state)
         kept = state >> bits
         state = which.gather(1, kept.unsqueeze(1)).squeeze(1) * parents + kept

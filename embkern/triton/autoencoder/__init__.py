@@ -1,13 +1,13 @@
 """autoencoder_loss: cuBLAS for the products over the table, Triton for what is between them.
 
-Two forms: `gram_form` takes every sum in r dimensions; `row_form` writes the reconstruction block by block
-where that is needed, cheaper or safer.
+There are two forms: `gram_form` takes every sum in r dimensions; `row_form` writes the reconstruction block
+by block where it is needed, cheaper or safer.
 
 Products of fp32 are never cut to TF32, whatever torch.backends.cuda.matmul says; 16-bit ones accumulate in
-fp32. What lives in r dimensions is fp32 for a bf16 table; rounded to bf16 are only the left side of the
-second product and the results. Sums of a row and of the rows run in fp64: the loss is right for norms of
-1e-20 to 1e20, the gradients in the Gram form up to 1e15 (beyond, t leaves fp32's normal numbers and that of
-the offset loses digits). No atomics, no host synchronisation.
+fp32. For a bf16 table, tensors in r dimensions are fp32; only the left factor of the second product and the
+results are rounded to bf16. Sums over a row and over the rows run in fp64: the loss is right for norms of
+1e-20 to 1e20, the gradients in the Gram form up to 1e15 (beyond that t is subnormal in fp32, and the gradient
+of the offset loses digits). There are no atomics and no host synchronisation.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def autoencoder_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the terms (4,) and the gradients of the five parameters, as reference.autoencoder_forward does.
 
-    The terms are fp32 (fp64 for fp64), the gradients have the dtype of the parameters.
+    The terms are fp32 (fp64 for fp64); the gradients have the dtype of the parameters.
     """
     model = Model(codes, encoder_weight, encoder_bias, basis, offset)
     scalars = (cosine_weight, mse_weight, rmse_weight, power_weight, alpha, eps)
@@ -65,7 +65,7 @@ _precision_lock = threading.RLock()
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """Multiply fp32 as fp32 on CUDA. The setting is the process's: one thread at a time changes it."""
+    """Multiply fp32 in full precision on CUDA. The setting is global: one thread at a time changes it."""
     settings = torch.backends.cuda.matmul
     with _precision_lock:
         before = settings.fp32_precision

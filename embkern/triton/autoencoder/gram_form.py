@@ -11,31 +11,32 @@ and the gradient of its loss with respect to y is ``s y + t x``, two numbers per
     grad of D         (c^T diag(s) c) D + (t c)^T target
     grad of encoder   (grad of codes)^T target
 
-Two products over the table in all, ``target @ [encoder_weight; D]^T`` and ``[grad_codes, t c]^T @ target``,
-and O(N r) memory: eight times (N, r) fp32, six of codes alone; five and three for bf16. Neither y nor its
-gradient exists.
+This takes two products over the table, ``target @ [encoder_weight; D]^T`` and ``[grad_codes, t c]^T @
+target``, and O(N r) memory: eight times (N, r) in fp32, or six without an encoder; five and three for bf16.
+Neither y nor its gradient exists.
 
-**Cancellation.** A row's |x - y|^2 has a relative error of about 2^-24 * m / |x - y|^2, where the size of
-what is subtracted is ``m = |x|^2 + sum_j c_j^2 G_jj``. Where |x - y|^2 falls below m / 100, or |y|^2 below a
-hundredth of the squares that it is made of, the sums of that row are taken again over H from y itself, block
-by block on chip; a block without such a row skips it. So the squared error of a row is within 1e-5 of its
-value at any fit, and the mean within 1e-6.
+**Cancellation.** The |x - y|^2 of a row has a relative error of about 2^-24 * m / |x - y|^2, where
+``m = |x|^2 + sum_j c_j^2 G_jj`` is the size of the terms that are subtracted. Where |x - y|^2 falls below
+m / 100, or |y|^2 below a hundredth of the squares that it is the sum of, the sums of that row are taken again
+over H from y itself, block by block on chip; a block without such a row skips this. The squared error of a
+row is thus within 1e-5 of its value at any fit, and the mean within 1e-6.
 
-The gradients keep the form ``s y + t x``, with s and t from those sums. For fp32 what lives in r dimensions
-alone (G, Q and ``c^T diag(s) c``) is fp64, so that an ill-conditioned basis costs nothing; the rounding of P
-and of ``(t c)^T target`` remains. A sum of n products in fp32 is within sqrt(n) u |a| |b| whatever its order
-(u = 2^-24; in root mean square), so that, in Frobenius norms and beside one rounding of the results,
+The gradients keep the form ``s y + t x``, with s and t from those sums. For fp32, the tensors in r dimensions
+alone (G, Q and ``c^T diag(s) c``) are fp64, so that an ill-conditioned basis adds no error; the rounding of P
+and of ``(t c)^T target`` remains. A sum of n products in fp32 has an error within sqrt(n) u |a| |b| in any
+order (u = 2^-24; in root mean square). In Frobenius norms and in addition to one rounding of the results,
 
     error of grad of codes     <=  sqrt(H) u max|t| |target| |D|
     error of grad of basis     <=  (sqrt(N) + 1) u |t c| |target|
 
-which grows, like plain torch's error, as the inverse of the fit ``f = |x - y| / |x|``. How much of it a
-processor makes depends on the order of its sums: 3 to 8 % at 256 x 96 and rank 12, the most where terms are
-added one by one. Plain torch rounds y instead, over r terms: at that shape and a basis of condition 1 ours
-was 5 to 9 times its error with sums in blocks, up to 16 times with sums one by one, and no greater than it
-for a basis of condition 100. Near the optimum it was 4e-7 / f to 5e-7 / f for codes and basis and 1e-6 / f
-for the offset, where plain torch makes 2e-7 / f and 3e-7 / f for a basis of condition 1, as much as ours for
-one of 30, and 1e-5 / f for one of 1000 (2048 x 768, rank 75, fp32 products on CPU, f from 0.7 to 0.01).
+which grows, like plain torch's error, as the inverse of the fit ``f = |x - y| / |x|``. The share of this
+bound that a processor reaches depends on the order of its sums: 3 to 8 % at 256 x 96 and rank 12, the most
+where terms are added one by one. Plain torch instead rounds y, a sum over r terms. At that shape and a basis
+of condition 1 our error was 5 to 9 times torch's with sums in blocks, up to 16 times with sums one by one;
+for a basis of condition 100 it was no greater. Near the optimum it was 4e-7 / f to 5e-7 / f for codes and
+basis and 1e-6 / f for the offset. There plain torch has 2e-7 / f and 3e-7 / f for a basis of condition 1, as
+much as ours for one of 30, and 1e-5 / f for one of 1000 (2048 x 768, rank 75, fp32 products on CPU, f from
+0.7 to 0.01).
 """
 # mypy: disable-error-code="no-untyped-def"
 # (Triton reads the annotations of a jit kernel: only constants and fp64 scalars have one.)
@@ -62,18 +63,18 @@ from .shared import (
     tile_of_rows,
 )
 
-# A row is summed over H again below this share of what is subtracted. Measured with fp32 products on CPU: at
-# this share the Gram form's error of a row is 3e-6, of the mean over 2048 rows 1e-6.
+# Below this share of the terms that are subtracted, a row is summed over H again. Measured with fp32 products
+# on CPU: at this share the error of the Gram form is 3e-6 for a row and 1e-6 for the mean over 2048 rows.
 _SAFE_SHARE = tl.constexpr(0.01)
-# Rows, columns and ranks per program or step, by arithmetic and by the compiler's report (no spills).
+# Rows, columns and ranks per program or step, chosen by arithmetic and the compiler's report (no spills).
 _GRAM_SUMS_TILE = dict(BLOCK_N=16, BLOCK_H=64, BLOCK_R=64)
 _GRADIENTS_TILE = (16, 64)
-# Columns are padded to this many: 16 bytes of bf16, so that every row of every operand is aligned.
+# Columns are padded to a multiple of this: 16 bytes of bf16, so that every row of every operand is aligned.
 ALIGNMENT = 8
-# By arithmetic, not measured: below so many rows the launches cost more than the products. Beyond a rank of
-# H / 2.5 the products in r dimensions cost as much as the one they save (their fp64 is as fast as fp32 on
-# A100 and H100, half on B200, a 64th on consumer devices); for bf16 those are fp32 products beside
-# tensor-core ones, which shifts it to H / 6.
+# By arithmetic, not measured. Below 2048 rows the launches cost more than the products. Beyond a rank of H /
+# 2.5 the products in r dimensions cost as much as the product that they save (fp64 is as fast as fp32 on A100
+# and H100, half as fast on B200, a 64th on consumer devices). For bf16 they are fp32 products in place of
+# tensor-core ones, which moves the bound to H / 6.
 _GRAM_ROWS = 2048
 _GRAM_RANKS = {torch.bfloat16: 6.0, torch.float32: 2.5, torch.float64: 2.5}
 
@@ -102,7 +103,7 @@ def _gram_sums_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """A row's sums in the Gram form, (N, 4): |x|^2, <x, y>, |y|^2, and |x - y|^2 or, where unsafe, NaN."""
+    """The sums of the rows, (N, 4): |x|^2, <x, y>, |y|^2, and |x - y|^2, which is NaN where it is unsafe."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < N
     dot = tl.zeros((BLOCK_N,), tl.float64)
@@ -125,8 +126,8 @@ def _gram_sums_kernel(
         norm = tl.load(target_norm_ptr + n, mask=inside, other=0.0).to(tl.float64)
         xx = norm * norm
     ee = xx - 2 * dot + yy
-    # A product that fp32 could not hold makes ee infinite: y itself may be in range. The tensor is the left
-    # factor: the interpreters of Triton 3.7 and 3.8 do not multiply the other way.
+    # A product beyond the range of fp32 makes ee infinite, although y itself may be in range. The tensor is
+    # the left factor, because the interpreters of Triton 3.7 and 3.8 do not multiply the other way.
     safe = (ee >= (xx + parts) * _SAFE_SHARE) & (yy >= parts * _SAFE_SHARE) & (ee < float("inf"))
     rows = rows_ptr + 4 * n
     tl.store(rows, xx, mask=inside)
@@ -156,10 +157,10 @@ def _row_losses_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """The sums over a block of rows; unsafe rows are summed over H first, from y itself.
+    """Sums over a block of rows; unsafe rows are first summed over H, from y itself.
 
-    ``slopes`` (N, 2) receives s and t of cosine, squared error and root of the row, without the division by
-    the weights' sum and without the batch's root, which are not known yet.
+    ``slopes`` (N, 2) receives s and t of cosine, squared error and root of the row. The division by the sum
+    of the weights and the root of the batch are not known yet and follow in _row_gradients_kernel.
     """
     accumulator: tl.constexpr = codes_ptr.dtype.element_ty
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -226,7 +227,7 @@ def _row_gradients_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """The gradient ``s Q + t P`` of the codes, ``t c`` into the left side, and ``s c`` in place of Q."""
+    """Store the gradient ``s Q + t P`` of the codes, ``t c`` into the left factor, and ``s c`` over Q."""
     R_TILES: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     n = (tl.program_id(0) // R_TILES).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = (tl.program_id(0) % R_TILES) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -261,7 +262,7 @@ def loss_by_gram(
     codes, encoder_weight, encoder_bias, basis, offset = model
     (N, H), r = target.shape, basis.shape[0]
     dtype, work = target.dtype, reference.accumulation_dtype(target.dtype)
-    # Columns beyond r are ones in the codes; the offset is the row r of D, the rows after it are zeros.
+    # Columns of the codes from r on are ones; row r of D is the offset, the rows after it are zeros.
     width = triton.cdiv(r + (offset is not None), ALIGNMENT) * ALIGNMENT
     zeros = target.new_zeros(ALIGNMENT, H)
     rows = [basis, zeros[: width - r]] if offset is None else [basis, offset[None], zeros[: width - r - 1]]
@@ -282,7 +283,8 @@ def loss_by_gram(
             both += constant
         decoder, codes, products = weight[width:], both[:, :width], both[:, width:]
     decoder = decoder.to(work)
-    # What cancels against the products over the table adds no error of its own; 16-bit tables have more.
+    # Products in r dimensions are fp64, so that they add no error to those over the table. For 16-bit tables
+    # fp32 suffices.
     inner = work if dtype.itemsize == 2 else torch.float64
     inner_codes, inner_decoder = codes.to(inner), decoder.to(inner)
     gram = inner_decoder @ inner_decoder.t()
@@ -327,7 +329,7 @@ def loss_by_gram(
 
 
 def _own_rows(rows: Tensor, first: int, count: int, dtype: torch.dtype) -> Tensor:
-    """Rows in memory of their own: the outputs of an op must not share any."""
+    """Copy rows to their own memory, because the outputs of an op must not share any."""
     return rows[first : first + count].to(dtype, copy=count < len(rows))
 
 
@@ -343,7 +345,7 @@ def row_losses_launches(
     options: Options,
     needs_grad: bool,
 ) -> tuple[list[Launch], Tensor, Tensor | None]:
-    """Return the launches of the Gram form's row sums, the sums per program, and s and t per row (N, 2)."""
+    """Return the launches of the row sums, the sums per program, and s and t per row (N, 2)."""
     N, H = target.shape
     gram_tile, (tile, num_warps) = _GRAM_SUMS_TILE, _row_losses_tile(codes.dtype, H)
     programs = triton.cdiv(N, tile["BLOCK_N"])
@@ -388,7 +390,7 @@ def row_losses_launches(
 
 
 def _row_losses_tile(dtype: torch.dtype, H: int) -> tuple[dict[str, int], int]:
-    """Return blocks and warps. Registers decide: rows off the 16 bytes are loaded element by element."""
+    """Return blocks and warps, bounded by registers: unaligned rows are loaded element by element."""
     if dtype == torch.float64:
         return dict(BLOCK_N=16, BLOCK_H=16, BLOCK_R=16), 4
     if H % ALIGNMENT:
@@ -406,7 +408,7 @@ def row_gradients_launch(
     grad_codes: Tensor,
     left: Tensor,
 ) -> Launch:
-    """Return the launch that writes grad_codes (N, r or wider), ``t c`` into left and ``s c`` over Q."""
+    """Return the launch that stores grad_codes (N, r or wider), ``t c`` into left and ``s c`` over Q."""
     N, R = gram_products.shape
     block_n, block_r = _GRADIENTS_TILE
     arguments = dict(

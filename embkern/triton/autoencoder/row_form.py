@@ -31,9 +31,9 @@ from .shared import (
     tile_of_rows,
 )
 
-# Rows and columns per program or step.
+# Rows and columns per program or step; few rows are spread over more programs.
 ROWS_TILE, FEW_ROWS_TILE, _FEW_ROWS = (8, 128), (4, 256), 4096
-# Bytes of y that exist at a time.
+# Bytes of y that exist at one time.
 Y_BYTES = 32 << 20
 
 
@@ -52,7 +52,7 @@ def _rows_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """The sums of a block of rows whose reconstruction is in memory."""
+    """Sums over a block of rows whose reconstruction is in memory."""
     element: tl.constexpr = y_ptr.dtype.element_ty
     accumulator: tl.constexpr = tl.float64 if element == tl.float64 else tl.float32
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -113,8 +113,9 @@ def loss_by_rows(
         norm, weight = _part(target_norm, rows), _part(row_weight, rows)
         rows_launch(y, target[rows], norm, weight, mine, options, tile).run()
 
-    # One block is the whole batch. The mean over several is the sum over them with weights that sum to 1;
-    # the gradient of its root is that of the squared error with weights that the root is needed for first.
+    # A single block is the whole batch. The mean over several blocks is their sum with weights that sum to 1.
+    # The gradient of its root is that of the squared error with weights that depend on the root, which is
+    # therefore computed first.
     blockwise, weight, root_weight = options, row_weight, None
     root_first = needs_grad and len(blocks) > 1 and options.reduction == reference.MEAN
     if root_first:
@@ -179,7 +180,7 @@ def rows_launch(
     options: Options,
     tile: tuple[int, int],
 ) -> Launch:
-    """Return the launch that sums rows whose reconstruction y (N, H) is in memory, into the first of sums."""
+    """Return the launch that sums rows with reconstruction y (N, H) into the first entries of ``sums``."""
     N, H = target.shape
     arguments = dict(
         y_ptr=y,

@@ -1,4 +1,4 @@
-"""What both forms of the loss share: their arguments, the sums over rows, and the terms made of them."""
+"""What both forms of the loss share: arguments, the sums over rows, and the terms computed from them."""
 # mypy: disable-error-code="no-untyped-def"
 # (Triton reads the annotations of a jit kernel: only constants and fp64 scalars have one.)
 
@@ -14,9 +14,9 @@ from torch import Tensor
 from ...ops import reference
 from ..launch import Launch
 
-# Sums over rows that a program leaves: of the weights, cosine distances, squared errors, roots and powers.
+# Sums over rows that a program stores: of the weights, cosine distances, squared errors, roots and powers.
 SUMS = tl.constexpr(5)
-# Programs whose sums one step of _finish_kernel adds.
+# The number of programs whose sums one step of _finish_kernel adds.
 _FINISH_BLOCK = 512
 
 
@@ -48,7 +48,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         return a @ b
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()  # the interpreter: exact products, sums in fp32
+    return a.float() @ b.float()  # In the interpreter: exact products, sums in fp32.
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def tile_of_rows(rows_ptr, n, h, inside, H: tl.constexpr):
 
 @triton.jit
 def row_weights(row_weight_ptr, n, inside):
-    """The weights of the rows, 0 for rows beyond the last; 1 where there are none."""
+    """The weights of the rows: 0 for rows beyond the last, 1 for all others if no weights are given."""
     if row_weight_ptr is None:
         weight = inside.to(tl.float64)
     else:
@@ -69,7 +69,7 @@ def row_weights(row_weight_ptr, n, inside):
 
 @triton.jit
 def row_cosine(dot, xx, yy, eps):
-    """Cosine, the product of the norms but at least eps, and whether it was less."""
+    """Cosine, the product of the norms clamped to eps, and whether it was clamped."""
     norms = tl.sqrt(xx) * tl.sqrt(yy)
     clamped = norms < eps
     norms = tl.where(clamped, eps, norms)
@@ -78,7 +78,7 @@ def row_cosine(dot, xx, yy, eps):
 
 @triton.jit
 def store_sums(sums_ptr, weight, cosine, mse, root, power, inside):
-    """Store this program's sums over its rows. Rows beyond the last are zeros and weigh nothing."""
+    """Store the sums of this program over its rows. Rows beyond the last have weight 0."""
     sums = sums_ptr + tl.program_id(0).to(tl.int64) * SUMS
     tl.store(sums, tl.sum(weight, 0))
     tl.store(sums + 1, tl.sum(tl.where(inside, weight * (1 - cosine), 0.0), 0))
@@ -101,10 +101,10 @@ def _finish_kernel(
     MEAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Add the programs' sums in a fixed order: the four terms, and what the gradients of all rows share.
+    """Add the programs' sums in a fixed order: the four terms, and two factors of all rows' gradients.
 
-    ``totals`` receives the factor of the sum (1, or 1 over the sum of the weights) and the slope of the
-    batch's root, d (rmse_weight * root) / d (sum of squares / 2) per unit of weight.
+    ``totals`` receives the factor of the sum (1, or 1 over the sum of the weights) and the slope of the root
+    of the batch, d (rmse_weight * root) / d (sum of squares / 2) per unit of weight.
     """
     weight = tl.zeros((BLOCK,), tl.float64)
     distance, mse, root, power = weight, weight, weight, weight
@@ -120,7 +120,7 @@ def _finish_kernel(
     total_distance, total_mse = tl.sum(distance, 0) * scale, tl.sum(mse, 0) * scale
     total_power = tl.sum(power, 0) * scale
     batch_root = tl.sqrt(total_mse) if MEAN else tl.sum(root, 0)
-    # A term of weight 0 does not exist, whatever its value.
+    # A term of weight 0 does not count, even if its value is NaN.
     loss = tl.where(cosine_weight == 0, 0.0, cosine_weight * total_distance)
     loss += tl.where(mse_weight == 0, 0.0, mse_weight * total_mse)
     loss += tl.where(rmse_weight == 0, 0.0, rmse_weight * batch_root)
@@ -138,7 +138,7 @@ def _finish_kernel(
 def finish_launch(
     sums: Tensor, H: int, dtype: torch.dtype, options: Options
 ) -> tuple[Launch, Tensor, Tensor]:
-    """Return the launch that adds the programs' sums, the terms (4,) and what all rows share (2,)."""
+    """Return the launch that adds the programs' sums, the terms (4,) and the factors of all rows (2,)."""
     terms, totals = sums.new_empty(4, dtype=dtype), sums.new_empty(2)
     arguments = dict(
         sums_ptr=sums,

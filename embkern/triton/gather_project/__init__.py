@@ -8,13 +8,14 @@
 ids (N,), codes (V, r), basis (r, H), offset (H,), grad and out (N, H). Sums run in fp32 (fp64 for fp64) and
 are rounded once. There are no atomics and the order of every sum is fixed: the same call gives the same bits.
 
-Three kernels multiply (one row block x column block per program, tensor cores for 16-bit factors), three more
-put sums together that several programs share. r and H are constants of a model and therefore constexpr: the
-compiler knows how rows are aligned (r = 72 still loads 16 bytes at a time). Row offsets are 64-bit.
+Three kernels multiply (one block of rows by one block of columns per program, tensor cores for 16-bit
+factors); three more add sums that several programs share. r and H are constants of a model and therefore
+constexpr: the compiler knows how rows are aligned (r = 72 still loads 16 bytes at a time). Row offsets are
+64-bit.
 
-`tl.dot` takes fp32 operands with ``input_precision="ieee"``. On tensor cores they would be cut to TF32 (10 of
-23 bits), and three TF32 products (tf32x3) still drop the product of the two low parts and sum with
-truncation, which is not safely within twice the error of a plain fp32 product.
+`tl.dot` takes fp32 operands with ``input_precision="ieee"``. Tensor cores would cut them to TF32 (10 of 23
+bits), and three TF32 products (tf32x3) still drop the product of the two low parts and sum with truncation,
+which is not safely within twice the error of a plain fp32 product.
 """
 
 from __future__ import annotations
@@ -61,16 +62,16 @@ def gather_project_backward(
 
     Args:
         grad: (N, H), the gradient of the rows.
-        ids: N of them, int32 or int64.
+        ids: N ids, int32 or int64.
         codes: (V, r).
         basis: (r, H).
-        scale: of the forward.
-        padding_idx: positions with this id count for nothing; -1 for none.
-        needs_codes: whether grad_codes is asked for.
-        needs_basis: whether grad_basis is asked for.
-        needs_offset: whether grad_offset is asked for.
-        sparse: give one row of grad_codes per position (N, r), zero for padding, and the ids in code_ids
-            (N,) int64, in place of the dense (V, r): the uncoalesced form, which needs no sort and no count.
+        scale: that of the forward.
+        padding_idx: positions with this id contribute no gradient; -1 for none.
+        needs_codes: whether grad_codes is needed.
+        needs_basis: whether grad_basis is needed.
+        needs_offset: whether grad_offset is needed.
+        sparse: return one row of grad_codes per position (N, r), zero for padding, and the ids in code_ids
+            (N,) int64, in place of the dense (V, r). This uncoalesced form needs no sort.
     """
     code_ids = ids.new_empty(0, dtype=torch.int64)
     grad_codes = grad_basis = grad_offset = codes.new_empty(0)
@@ -86,7 +87,7 @@ def gather_project_backward(
     if nothing:
         return code_ids, grad_codes, grad_basis, grad_offset
     with torch.cuda.device_of(codes):
-        # What is not needed has no elements, nor have codes and basis at rank 0.
+        # Gradients that are not needed have no elements; at rank 0 those of codes and basis have none either.
         if grad_codes.numel() and sparse:
             project_grad_launch(grad, ids, codes, basis, scale, padding_idx, grad_codes).run()
         elif grad_codes.numel():

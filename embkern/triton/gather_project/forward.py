@@ -34,10 +34,10 @@ def _gather_project_kernel(
 ):
     """One block of rows times ``tiles_per_program`` column tiles.
 
-    The programs of one row block are neighbours, so its gathered codes come from DRAM once and the basis
-    stays in L2. Where r fits BLOCK_R + BLOCK_TAIL the program keeps the codes on chip and streams the basis
-    past them: two powers of two cover a rank with little padding (75 with 64 + 16). A greater r is walked in
-    steps, codes and basis alike.
+    The programs of one row block have adjacent indices, so that its gathered codes come from DRAM once and
+    the basis stays in L2. Where r fits BLOCK_R + BLOCK_TAIL, the program keeps the codes on chip and streams
+    the basis: two powers of two cover a rank with little padding (75 with 64 + 16). For a greater r, codes
+    and basis are loaded in steps of BLOCK_R.
     """
     element = codes_ptr.dtype.element_ty
     accumulator: tl.constexpr = tl.float64 if element == tl.float64 else tl.float32
@@ -47,7 +47,7 @@ def _gather_project_kernel(
     ids = tl.load(ids_ptr + n, mask=n < N, other=0).to(tl.int64)
     known = (ids >= 0) & (ids < V)
     tl.device_assert(known, OUT_OF_RANGE)
-    gathered = ((n < N) & known)[:, None]  # an id out of range reads nothing
+    gathered = ((n < N) & known)[:, None]  # An id out of range reads nothing.
     rows = codes_ptr + ids[:, None] * r
     k = tl.arange(0, BLOCK_R)
     RESIDENT: tl.constexpr = r <= BLOCK_R + BLOCK_TAIL
@@ -102,7 +102,7 @@ def forward_launch(
     device = device or describe_device(codes)
     tile = tile or tile_of("forward", device, codes.dtype, N, r, H)
     row_blocks, h_tiles = triton.cdiv(N, tile.BLOCK_N), triton.cdiv(H, tile.BLOCK_H)
-    # As long a run of tiles per program as leaves two programs for every multiprocessor.
+    # The longest run of tiles per program that leaves two programs for every multiprocessor.
     tiles_per_program = max(1, min(h_tiles, row_blocks * h_tiles // (2 * device.processors)))
     arguments = dict(
         ids_ptr=ids,

@@ -38,8 +38,9 @@ def _grad_basis_kernel(
 ):
     """One split of the positions: ``codes[ids]^T @ grad`` in rows below r, the column sum of grad in row r.
 
-    A program computes one of ``tiles`` row tiles from ``first_tile`` on; tile R_TILES, the last, is the
-    column sum. The programs of one split are neighbours, so its gradient and codes come from DRAM once.
+    A program computes one of ``tiles`` row tiles from ``first_tile`` on; the last tile, R_TILES, is the
+    column sum. The programs of one split have adjacent indices, so that its gradient and codes come from DRAM
+    once.
     """
     element = codes_ptr.dtype.element_ty
     accumulator: tl.constexpr = tl.float64 if element == tl.float64 else tl.float32
@@ -71,7 +72,7 @@ def _grad_basis_kernel(
             n = start + position
             ids = tl.load(ids_ptr + n, mask=n < end, other=0).to(tl.int64)
             known = (ids >= 0) & (ids < V)
-            all_known &= known  # an assertion in the loop would keep it from being pipelined
+            all_known &= known  # An assertion in the loop would prevent its pipelining.
             counted = (n < end) & (ids != padding_idx)
             transposed = tl.load(
                 codes_ptr + ids[None, :] * r + k[:, None],
@@ -124,7 +125,7 @@ def grad_basis_launches(
     device: Device | None = None,
     tile: Tile | None = None,
 ) -> list[Launch]:
-    """Return the launches that fill grad_basis (r, H) and grad_offset (H,); an empty one is left out."""
+    """Return the launches that fill grad_basis (r, H) and grad_offset (H,); an empty one is not computed."""
     (N, H), (V, r) = grad.shape, codes.shape
     device = device or describe_device(codes)
     tile = tile or tile_of("grad_basis", device, codes.dtype, N, r, H)
@@ -132,7 +133,7 @@ def grad_basis_launches(
     first_tile = 0 if grad_basis.numel() else r_tiles
     tiles = r_tiles - first_tile + (grad_offset.numel() > 0)
     programs_per_split = tiles * triton.cdiv(H, tile.BLOCK_H)
-    # Splits until there are two programs for every multiprocessor, but none shorter than four blocks.
+    # As many splits as give two programs for every multiprocessor, but none shorter than four blocks.
     splits = max(1, min(2 * device.processors // programs_per_split, N // (4 * tile.BLOCK_N)))
     split_size = triton.cdiv(triton.cdiv(N, splits), tile.BLOCK_N) * tile.BLOCK_N
     splits = triton.cdiv(N, split_size)

@@ -39,7 +39,7 @@ def _project_grad_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """``scale * grad @ basis^T`` per position (N, r); rows of padding are zero, whatever their gradient."""
+    """``scale * grad @ basis^T`` per position (N, r); rows of padding are zero even if grad is NaN."""
     element = basis_ptr.dtype.element_ty
     accumulator: tl.constexpr = tl.float64 if element == tl.float64 else tl.float32
     R_TILES: tl.constexpr = (r + BLOCK_R - 1) // BLOCK_R
@@ -77,9 +77,9 @@ def _sum_segments_kernel(
 ):
     """Sum the rows of equal ids within one block of sorted positions.
 
-    A segment (the positions of one id) that lies within the block is finished here. Of one that crosses its
-    borders the sum goes to ``tails[block]`` where the segment begins and to ``heads[block]`` where it goes
-    on; _join_segments_kernel adds those. So the work per program does not depend on how often an id occurs.
+    A segment that lies within the block is finished here. A segment that crosses a border leaves its sum in
+    ``tails[block]`` for the block where it begins and in ``heads[block]`` for those where it continues;
+    _join_segments_kernel adds them. The work per program thus does not depend on how often an id occurs.
     """
     element = rows_ptr.dtype.element_ty
     R_TILES: tl.constexpr = (r + BLOCK_R - 1) // BLOCK_R
@@ -91,9 +91,9 @@ def _sum_segments_kernel(
     following = tl.load(sorted_ids_ptr + i + 1, mask=i + 1 < N, other=-1).to(tl.int64)
     preceding = tl.load(sorted_ids_ptr + block * BLOCK - 1, mask=block > 0, other=-1).to(tl.int64)
     columns = (k < r)[None, :]
-    # Every position gets the sum of its segment; unrolled, so that the loads of four rows overlap. A product
-    # with the 0/1 matrix of equal ids would do the same, but 0 * inf would spoil the rows of other ids.
-    # Beyond N the id is -1, which is nobody's.
+    # Every position receives the sum of its segment; unrolled, so that the loads of four rows overlap. A
+    # product with the 0/1 matrix of equal ids would give NaN (0 * inf) in rows of other ids. Positions beyond
+    # N have the id -1, which does not occur.
     sums = tl.zeros((BLOCK, BLOCK_R), element)
     for j in tl.range(0, BLOCK, loop_unroll_factor=4):
         at = block * BLOCK + j
