@@ -20,11 +20,12 @@ from embkern.methods.autoencoder import autoencoder
 from embkern.methods.autoencoder.checkpoint import FORMAT as CHECKPOINT
 from embkern.methods.autoencoder.checkpoint import _read
 from embkern.methods.autoencoder.steps import Weights
+from embkern.ops.packed_format import Tier
 from embkern.study.rows import Plan, Row, RowFiles
 from embkern.tables import factors as factors_module
 from embkern.tables import packed
 from embkern.tables.factors import Factors
-from embkern.tables.packed import PackedTable, Tier, pack
+from embkern.tables.packed import PackedTable, pack
 from embkern.text import counts
 from embkern.text.counts import TokenCounts
 from tests.example_tables import packed_of, uniform_levels

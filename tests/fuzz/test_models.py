@@ -18,9 +18,9 @@ T = pytest.importorskip("transformers")
 
 from embkern import EmbkernConfig, Recipe
 from embkern.evaluate.finetune import RESULT_NAME, read_cell
+from embkern.models import loading, saving
 from embkern.models.config import _checksum_of
 from embkern.models.find_table import find_table
-from embkern.models import loading, saving
 from embkern.models.quantizer import install
 from embkern.models.report import REPORT_NAME, read_report
 from embkern.nn.base import CompressedEmbedding
