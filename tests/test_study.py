@@ -26,12 +26,12 @@ from embkern.api import load_model, model_bytes
 from embkern.evaluate.perplexity import perplexity
 from embkern.json_file import read_checked_json, to_checked_json
 from embkern.methods import METHODS
-from embkern.study.asked import Asked
 from embkern.study.document import value_at
 from embkern.study.figures import Panel, draw, spread
-from embkern.study.measures import find_words, typical_words
 from embkern.study.report import visible, write_report
 from embkern.study.rows import Row
+from embkern.study.spec import StudyOptions
+from embkern.study.words import find_words, typical_words
 from embkern.text import read_texts
 
 ODD = [
@@ -137,7 +137,7 @@ def test_rows_agree_with_the_parts_that_measure(models, done):
 
 def test_settings_of_perplexity_are_passed_on_and_in_the_command():
     given = dict(separator="eos", stride=7, line_filter="authors", max_tokens=99)
-    asked = Asked.parse(model="m", output="o", seed=3, **given)
+    asked = StudyOptions.parse(model="m", output="o", seed=3, **given)
     assert asked.protocol == {"seed": 3, **given}
     for option in ("--separator eos", "--stride 7", "--line-filter authors", "--max-tokens 99"):
         assert option in asked.command()
@@ -145,7 +145,7 @@ def test_settings_of_perplexity_are_passed_on_and_in_the_command():
 
 def test_a_command_holds_text_as_it_was_given():
     given = dict(dataset="data.0", words=["3.0"], methods=["allocate:exponent=1.0"])
-    command = Asked.parse(model="m", output="o", ratios=[5, 2.5], **given).command()
+    command = StudyOptions.parse(model="m", output="o", ratios=[5, 2.5], **given).command()
     for option in ("--dataset data.0", "--words 3.0", "--methods allocate:exponent=1.0", "--ratios 5 2.5"):
         assert f"{option} -" in command
 
@@ -277,7 +277,7 @@ def test_a_rows_command_measures_it_again(models, tmp_path, monkeypatch, capsys)
     assert steady([measured]) == steady([row])
     changed = {path.stem for path, inode in kept.items() if path.stat().st_ino != inode}
     assert changed == {row.id}
-    assert "row: 'abc' is none of" in command_line(monkeypatch, capsys, *again[:-1], "abc")
+    assert "row: 'abc' is not one of" in command_line(monkeypatch, capsys, *again[:-1], "abc")
 
 
 @pytest.mark.parametrize(
@@ -363,10 +363,10 @@ def test_the_page_loads_nothing(page, done):
 
 
 def test_every_number_is_one_of_a_row(page, done):
-    saved = json.loads((done.asked.output / "rows.json").read_text(encoding="utf-8"))
+    saved = json.loads((done.options.output / "rows.json").read_text(encoding="utf-8"))
     rows = {row["id"]: Row.model_validate(row) for row in saved["rows"]}
     for row in rows.values():
-        kept = read_checked_json(done.asked.output / "rows" / f"{row.id}.json")
+        kept = read_checked_json(done.options.output / "rows" / f"{row.id}.json")
         assert Row.model_validate(kept) == row
     shown: dict[str, set[str]] = {}
     for attributes, text in page.numbers:
@@ -376,7 +376,7 @@ def test_every_number_is_one_of_a_row(page, done):
     assert len(page.numbers) > 200
     assert not [text for text in page.loose if re.search(r"\d", text)]
 
-    markdown = (done.asked.output / "report.md").read_text(encoding="utf-8")
+    markdown = (done.options.output / "report.md").read_text(encoding="utf-8")
     cited = re.findall(r"^\| (.*) \| \[(\w{12})\]\(rows/\2\.json\) \|$", markdown, flags=re.M)
     assert len(cited) > 50
     for cells, row in cited:
@@ -389,7 +389,7 @@ def test_every_number_is_one_of_a_row(page, done):
 def test_any_token_can_be_shown(page, done):
     assert not any(tag == "script" for tag, _ in page.tags)
     assert "<script>x</script>" in page.text
-    markdown = (done.asked.output / "report.md").read_text(encoding="utf-8")
+    markdown = (done.options.output / "report.md").read_text(encoding="utf-8")
     assert "<script" not in re.sub("```.*?```", "", markdown, flags=re.S)
     assert "&#60;script&#62;" in markdown
     rendered = Page(MarkdownIt("commonmark", {"html": True}).enable("table").render(markdown))
@@ -420,7 +420,7 @@ def test_tokens_are_made_visible(token, shown):
 def test_the_same_study_gives_the_same_files(done, tmp_path):
     write_report(done, tmp_path)
     for name in ("report.md", "report.html", "figures/direction.svg", "figures/perplexity.svg"):
-        assert (tmp_path / name).read_bytes() == (done.asked.output / name).read_bytes()
+        assert (tmp_path / name).read_bytes() == (done.options.output / name).read_bytes()
 
 
 def test_a_line_that_is_lost_leaves_the_panel_and_one_without_points_is_not_drawn():

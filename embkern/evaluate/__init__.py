@@ -1,4 +1,4 @@
-"""What compression changed: the table row by row, and what the model makes of a text."""
+"""Evaluation of compressed models: tables, sentence embeddings, perplexity, fine-tuning and harnesses."""
 
 from __future__ import annotations
 
@@ -6,30 +6,33 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .finetune import FineTuned, fine_tune
+    from .against import measure_perplexity
+    from .cells import FineTuned
+    from .finetune import fine_tune
     from .glue import GLUE
     from .harness import HarnessRun, run_lm_eval, run_mteb
-    from .perplexity import Perplexity, PerplexityReport, TableSwap, evaluate_perplexity, measure_perplexity
+    from .perplexity import Perplexity, PerplexityReport, evaluate_perplexity
     from .sentences import SentenceFidelity, embed_sentences, read_sentences, sentence_fidelity
     from .squad import SQUAD
     from .table import TableComparison, compare_tables
+    from .table_swap import TableSwap
 
-# Public names by the module that has them, imported at first use: the command line starts without torch.
+# Public names and their modules, imported at first use so that the command line starts without torch.
 _PUBLIC = {
     "GLUE": "glue",
     "SQUAD": "squad",
-    "FineTuned": "finetune",
+    "FineTuned": "cells",
     "HarnessRun": "harness",
     "Perplexity": "perplexity",
     "PerplexityReport": "perplexity",
     "SentenceFidelity": "sentences",
     "TableComparison": "table",
-    "TableSwap": "perplexity",
+    "TableSwap": "table_swap",
     "compare_tables": "table",
     "embed_sentences": "sentences",
     "evaluate_perplexity": "perplexity",
     "fine_tune": "finetune",
-    "measure_perplexity": "perplexity",
+    "measure_perplexity": "against",
     "read_sentences": "sentences",
     "run_lm_eval": "harness",
     "run_mteb": "harness",

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 import embkern
 from embkern import cli
 from embkern.evaluate import TableSwap, evaluate_perplexity, measure_perplexity
-from embkern.evaluate import perplexity as module
+from embkern.evaluate import language_model as module
 from embkern.evaluate.perplexity import perplexity
 from embkern.evaluate.windows import causal_windows, masked_windows, whole_words
 
@@ -343,8 +343,8 @@ def test_an_activation_leaves_no_tied_figure(tokenizer):
     [
         ("bert-backbone", "model: BertModel has no language-model head"),
         ("t5", "model: T5ForConditionalGeneration is an encoder-decoder"),
-        ("xlnet", "model: XLNetLMHeadModel looks ahead"),
-        ("bert-lm", "model: BertLMHeadModel looks ahead"),
+        ("xlnet", "model: XLNetLMHeadModel attends to later tokens"),
+        ("bert-lm", "model: BertLMHeadModel attends to later tokens"),
     ],
 )
 def test_models_without_a_perplexity_are_refused(name, message, tokenizer):
@@ -385,7 +385,7 @@ def test_arguments_that_do_not_fit_are_named(tokenizer):
         perplexity(bert, tokenizer, [])
     with pytest.raises(ValueError, match="tokenizer: expected the model's, got None"):
         perplexity(bert, None, TEXTS)
-    with pytest.raises(ValueError, match="tables: expected some to measure without the model's own"):
+    with pytest.raises(ValueError, match="tables: expected at least one without the model's own"):
         evaluate_perplexity(bert, tokenizer, TEXTS, own=False)
     with pytest.raises(ValueError, match=r"tables: expected the model's \(101, 32\), got \(101, 31\)"):
         evaluate_perplexity(bert, tokenizer, TEXTS, {"narrow": torch.zeros(101, 31)})

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from embkern import factors as factors_module
 from embkern import frequencies, packed
+from embkern.experiments.engine import read_result
 from embkern.factors import Factors
 from embkern.frequencies import TokenCounts
 from embkern.json_file import to_checked_json
@@ -22,7 +23,8 @@ from embkern.methods.autoencoder import FORMAT as CHECKPOINT
 from embkern.methods.autoencoder import _read, autoencoder
 from embkern.methods.steps import Weights
 from embkern.packed import PackedTable, Tier, pack
-from embkern.study.rows import Plan, Row, RowFiles
+from embkern.study.plans import Plan
+from embkern.study.rows import Row
 from embkern.table_file import DTYPES, TableFile
 from embkern.tensor_file import TensorFormat, _header_checksum, checksum
 
@@ -342,8 +344,8 @@ def test_rows_of_a_study(case):
         text = damaged_json(study_row(), case["changes"])
         path.write_bytes((rechecked(text) if case["checked"] else text).encode("utf-8", "surrogatepass"))
     with bounded():
-        row = RowFiles(directory).get(PLAN)
-    assert row is None or (row.depends == PLAN.depends and not row.passing)
+        row = read_result(path, Row, PLAN.depends)
+    assert row is None or (row.depends == PLAN.depends and not row.retry)
     if row is not None:
         row.model_dump_json()
 
@@ -360,9 +362,9 @@ def test_what_is_no_file_is_refused(case):
     if case["kind"] == "study":
         directory = place() / "hostile-study"
         directory.mkdir(exist_ok=True)
-        hostile_place(case["place"], directory / f"{PLAN.id}.json")
+        path = hostile_place(case["place"], directory / f"{PLAN.id}.json")
         with bounded():
-            assert RowFiles(directory).get(PLAN) is None
+            assert read_result(path, Row, PLAN.depends) is None
         return
     path = hostile_place(case["place"], place() / "hostile")
     load = KINDS[case["kind"]].load if case["kind"] in KINDS else lambda path: TableFile(path, "table")
