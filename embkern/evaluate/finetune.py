@@ -30,8 +30,9 @@ from ..recipe import Recipe
 from ..report import public_name
 from ..transformers import stored_table
 from .cells import RESULT_NAME, Cell, CellSettings, FineTuned, summarize
+from .libraries import quiet_libraries, require
 from .pretrained import DENSE, Pretrained
-from .tasks import Task, Training, quiet_libraries, require
+from .tasks import Task, Training
 from .trainer import Freeze, remove_checkpoints, train_and_score
 
 DEFAULT_METHODS = (DENSE, "svd", "autoencoder", "allocate")

@@ -27,6 +27,7 @@ from ..recipe import Recipe
 from ..transformers import check_installable, install
 from .cells import CellSettings
 from .language_model import longest_input
+from .records import read_file
 from .tasks import Prepared, Task
 from .trainer import freeze_table, train_and_score
 
@@ -76,7 +77,8 @@ class Pretrained:
     @staticmethod
     def code_digest(task: Task, method: str) -> dict[str, str]:
         """Return hashes of the code of a method, and of the modules that train and score a task."""
-        modules = {type(task).__module__, train_and_score.__module__, __name__}
+        parts = (type(task), Task, read_file, train_and_score)
+        modules = {__name__, *(part.__module__ for part in parts)}
         digest = {"training": code_hash(*sorted(modules), follow=False)}
         if method != DENSE:
             digest["method"] = method_code(method)
@@ -91,9 +93,7 @@ class Pretrained:
         """The tokenizer, which has a padding token."""
         tokenizer = load_tokenizer(self.name)
         if tokenizer is None and not Path(self.name).is_dir():
-            raise FileNotFoundError(
-                f"model: {self.name!r} is neither a directory here nor to be had from the hub"
-            )
+            raise FileNotFoundError(f"model: {self.name!r} is neither a local directory nor on the hub")
         if tokenizer is None or tokenizer.pad_token is None:
             raise ValueError(f"tokenizer: expected one with a padding token beside the model {self.name}")
         return tokenizer

@@ -610,10 +610,11 @@ def test_a_hub_out_of_reach_is_said(bert, tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(
-        FileNotFoundError, match=r"nyu-mll/glue cannot be had from the hub \(offline mode is enabled\); data"
+        FileNotFoundError,
+        match=r"nyu-mll/glue cannot be loaded from the hub \(offline mode is enabled\); data",
     ):
         study(bert, None, tmp_path, GLUE["mnli"])
-    with pytest.raises(FileNotFoundError, match="rajpurkar/squad cannot be had from the hub"):
+    with pytest.raises(FileNotFoundError, match="rajpurkar/squad cannot be loaded from the hub"):
         study(bert, None, tmp_path, SQUAD)
     assert asked == [("nyu-mll/glue", "mnli", "train"), ("rajpurkar/squad", None, "train")]
 
@@ -648,7 +649,7 @@ def test_wrong_arguments_are_named(bert, data, tmp_path, options, message):
 
 
 def test_a_model_that_cannot_serve_is_named(bert, data, tmp_path):
-    with pytest.raises(FileNotFoundError, match="'no/model' is neither a directory here nor to be had"):
+    with pytest.raises(FileNotFoundError, match="'no/model' is neither a local directory nor on the hub"):
         study("no/model", data, tmp_path)
     with pytest.raises(ValueError, match="stride: expected less than 29 tokens"):
         study(bert, data, tmp_path, SQUAD, max_length=96, stride=29)
