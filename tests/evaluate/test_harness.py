@@ -16,7 +16,6 @@ T = pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
 import embkern
-from embkern import cli
 from embkern.evaluate import harness, run_lm_eval, run_mteb
 from embkern.evaluate.harness import parse_options
 
@@ -182,24 +181,20 @@ def test_mteb_names_what_it_cannot_run(models, pairs):
 # ---- both ------------------------------------------------------------------------------------------------
 
 
-def run(monkeypatch: Any, capsys: Any, *arguments: object) -> str:
-    monkeypatch.setattr(sys, "argv", ["embkern", "evaluate", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    shown = capsys.readouterr()
-    assert end.value.code in (0, None), shown.err
-    return shown.out
+def test_the_command_lines(models, choices, pairs, run_command):
+    def run(*arguments: object) -> str:
+        done = run_command(*arguments)
+        assert done.code == 0, done.err
+        return done.out
 
-
-def test_the_command_lines(models, choices, pairs, monkeypatch, capsys):
     command = ("lm-eval", models / "gpt2-small", "--tasks", "colors", "--include-path", choices)
-    found = json.loads(run(monkeypatch, capsys, *command, "--json", "--", "--limit", 3, "--num-fewshot=0"))
+    found = json.loads(run(*command, "--json", "--", "--limit", 3, "--num-fewshot=0"))
     assert found["results"][0]["n-samples"]["colors"]["effective"] == 3
     assert found["command"].endswith("-- --limit 3 --num-fewshot=0")
-    table = run(monkeypatch, capsys, *command, "--against", models / "gpt2")
+    table = run(*command, "--against", models / "gpt2")
     assert f"{accuracy(models / 'gpt2'):.4f}" in table
     assert "difference" in table
-    table = run(monkeypatch, capsys, "mteb", models / "bert", "--task", "Colors", "--device", "cpu")
+    table = run("mteb", models / "bert", "--task", "Colors", "--device", "cpu")
     assert f"{spearman(models / 'bert'):.4f}" in table
 
 
