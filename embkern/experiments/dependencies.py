@@ -39,8 +39,8 @@ def code_hash(*modules: str, follow: bool = True) -> str:
             ``__init__`` counts only if a name is imported from it. Imports for type checking do not count.
 
     Every byte of a source file counts, comments included; only line endings do not. Other packages, such as
-    torch, and the C++ sources beside their compiled extension are not hashed. Where a source file is missing,
-    the version of embkern stands for all of them.
+    torch, and the C++ sources of the extension are not hashed. Where a source file is missing, the version of
+    embkern is returned instead.
     """
     files = _source_files(modules, follow, PACKAGE, ROOT)
     if files is None:
@@ -140,7 +140,7 @@ def model_fingerprint(source: str | os.PathLike, commit: str | None = None) -> s
 
 
 def text_fingerprint(source: str | os.PathLike) -> str:
-    """Return a hash of a file or of the files in a directory; the name of a data set stands for itself."""
+    """Return a hash of a file or of the files in a directory; for a data set, return its name."""
     path = Path(source)
     if path.is_dir():
         return files_fingerprint(sorted(each for each in path.rglob("*") if each.is_file()))

@@ -17,7 +17,7 @@ from ..models import build
 from ..test_frequencies import SENTENCES
 
 TEXTS = SENTENCES.read_text(encoding="utf-8").splitlines()[:24]
-VOCABULARY = 101  # of the models of tests.models
+VOCABULARY = 101  # size of the vocabulary of tests.models
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
 
 

@@ -66,7 +66,7 @@ def test_a_cell_runs_again_when_its_code_has_changed(bert, data, tmp_path, monke
     assert not runs, "the results of the former code are still there"
 
 
-def test_two_processes_are_not_at_one_cell(bert, data, tmp_path):
+def test_two_processes_cannot_run_the_same_cell(bert, data, tmp_path):
     trial = dict(epochs=1, max_train_samples=8, max_eval_samples=8, methods=("dense",))
     (cell,) = study(bert, data, tmp_path, **trial).cells
     folder = tmp_path / cell.settings.folder

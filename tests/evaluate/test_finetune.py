@@ -64,7 +64,7 @@ def test_a_saved_model_loads_and_scores_the_same(learned, data):
         (dict(data="nowhere"), "data: expected a directory, found none at nowhere"),
     ],
 )
-def test_wrong_arguments_are_named(bert, data, tmp_path, options, message):
+def test_wrong_arguments_are_refused(bert, data, tmp_path, options, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         study(bert, data, tmp_path, **options)
 

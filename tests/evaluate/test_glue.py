@@ -19,7 +19,7 @@ from .tiny_tasks import Oracle
 pytestmark = pytest.mark.usefixtures("fine_tuning")
 
 
-def test_metrics_of_glue_are_those_computed_by_hand():
+def test_metrics_equal_values_computed_by_hand():
     labels, predictions = np.array([1, 1, 1, 0, 0, 0]), np.array([1, 1, 0, 1, 0, 0])
     assert glue.accuracy(labels, predictions)["accuracy"] == pytest.approx(4 / 6)
     assert glue.accuracy_and_f1(labels, predictions)["f1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
@@ -33,7 +33,7 @@ def test_metrics_of_glue_are_those_computed_by_hand():
 
 
 @pytest.mark.parametrize("name", GLUE)
-def test_right_predictions_score_100_in_every_task(bert, name):
+def test_correct_predictions_score_100_in_every_task(bert, name):
     task, tokenizer = GLUE[name], T.AutoTokenizer.from_pretrained(bert)
     labels = {1: [0.0, 1.5, 2.5, 5.0], 2: [0, 1, 0, 1], 3: [0, 1, 2, 0]}[task.classes]
     rows = [{**dict.fromkeys(task.text_columns, "good w1"), "label": label} for label in labels]

@@ -14,7 +14,7 @@ from ..tables import packed_of
 from .language_models import SIZES, TEXTS, VOCABULARY, sharp
 
 
-def test_a_model_without_parts_is_run_whole(tokenizer, monkeypatch):
+def test_a_model_without_a_body_runs_as_a_whole(tokenizer, monkeypatch):
     models = {name: sharp(name) for name in ("bert", "gpt2")}
     tables = {"packed": packed_of(torch.randn(VOCABULARY, 32))}
     in_parts = {n: evaluate_perplexity(model, tokenizer, TEXTS, tables) for n, model in models.items()}
@@ -29,7 +29,7 @@ def test_a_model_without_parts_is_run_whole(tokenizer, monkeypatch):
             assert ours.loss == pytest.approx(other.loss, rel=1e-5)
 
 
-def test_logits_come_in_blocks(tokenizer, monkeypatch):
+def test_blocks_of_logits_give_the_same_loss(tokenizer, monkeypatch):
     model = sharp("bert")
     before = perplexity(model, tokenizer, TEXTS)
     monkeypatch.setattr(language_model, "LOGITS_AT_ONCE", 7 * VOCABULARY)

@@ -57,7 +57,7 @@ def test_masked_models_have_transformers_own_loss(name, tokenizer):
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "gpt2"])
-def test_batches_agree_and_runs_repeat(name, tokenizer):
+def test_figures_do_not_depend_on_the_batch_size_and_are_reproducible(name, tokenizer):
     model = sharp(name)
     first, *others = [
         perplexity(model, tokenizer, iter(TEXTS), batch_size=size, max_length=48) for size in (8, 8, 1, 5)
@@ -87,12 +87,12 @@ def test_batches_agree_and_runs_repeat(name, tokenizer):
         ("bert", {"seeed": 1}, r"seeed: .*\(known: seed, "),
     ],
 )
-def test_settings_out_of_range_are_named(name, settings, message, tokenizer):
+def test_settings_out_of_range_are_refused(name, settings, message, tokenizer):
     with pytest.raises(ValueError, match=message):
         perplexity(build(name), tokenizer, TEXTS, **settings)
 
 
-def test_arguments_that_do_not_fit_are_named(tokenizer):
+def test_arguments_that_do_not_fit_are_refused(tokenizer):
     bert = build("bert")
     with pytest.raises(TypeError, match="texts: expected an iterable of str"):
         perplexity(bert, tokenizer, "a text")

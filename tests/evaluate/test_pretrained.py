@@ -17,7 +17,7 @@ from .tiny_tasks import study
 pytestmark = pytest.mark.usefixtures("fine_tuning")
 
 
-def test_cells_follow_the_files_they_come_from(bert, data, tmp_path):
+def test_digests_change_with_the_files(bert, data, tmp_path):
     source = Pretrained(str(bert), data, None, None)
     assert Pretrained(str(bert), data, None, None).model_digest == source.model_digest
     assert source.data_digest(GLUE["sst2"]) != source.data_digest(SQUAD)
@@ -36,7 +36,7 @@ def test_cells_follow_the_files_they_come_from(bert, data, tmp_path):
     )
 
 
-def test_a_model_that_cannot_serve_is_named(bert, data, tmp_path):
+def test_unusable_models_are_refused(bert, data, tmp_path):
     with pytest.raises(FileNotFoundError, match="'no/model' is neither a local directory nor on the hub"):
         study("no/model", data, tmp_path)
     tokenizer = T.AutoTokenizer.from_pretrained(bert)

@@ -107,7 +107,7 @@ ASKED = {"question": "what", "context": "the answer", "answers": {"text": ["answ
         ("squad", [{**ASKED, "context": ["a"]}], "squad, train: expected text in column context, got lists"),
     ],
 )
-def test_unusable_data_is_named(bert, tmp_path, task, train, message):
+def test_unusable_data_is_refused(bert, tmp_path, task, train, message):
     write(tmp_path / "validation.jsonl", [GOOD if task == "sst2" else ASKED])
     if isinstance(train, list):
         write(tmp_path / "train.jsonl", train)
@@ -118,7 +118,7 @@ def test_unusable_data_is_named(bert, tmp_path, task, train, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_hub_out_of_reach_is_said(bert, tmp_path, monkeypatch):
+def test_a_hub_that_cannot_be_reached_is_reported(bert, tmp_path, monkeypatch):
     asked = []
 
     def unreachable(*args: Any, **kwargs: Any) -> None:

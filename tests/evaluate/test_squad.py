@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("fine_tuning")
     [
         ("The  Eiffel-Tower!", "eiffeltower", 1, 1),
         ("a dog and an owl", "Dog and owl.", 1, 1),
-        ("Theatre", "theatre", 1, 1),  # articles are words of their own
+        ("Theatre", "theatre", 1, 1),  # only whole words are articles
         ("the red house", "red brick house", 0, 2 * 1 * (2 / 3) / (1 + 2 / 3)),
         ("red red", "red", 0, 2 * (1 / 2) * 1 / (1 / 2 + 1)),
         ("blue", "red", 0, 0),
@@ -49,7 +49,7 @@ def test_the_best_of_several_truths_counts():
 
 @pytest.fixture
 def prepared(bert):
-    """SQuAD of long paragraphs, cut into several windows each."""
+    """SQuAD with paragraphs of several windows."""
     splits = [datasets.Dataset.from_list(questions(6, seed)) for seed in (0, 1)]
     settings = SQUAD.training.model_copy(update={"max_length": 96, "stride": 8})
     return SimpleNamespace(
@@ -102,7 +102,7 @@ def test_best_answer_is_in_order_short_and_in_the_paragraph():
     assert squad.best_answer(start, end, np.full((3, 2), -1)) is None
 
 
-def test_right_logits_give_every_answer_and_the_best_window_wins(prepared):
+def test_correct_logits_give_every_answer_and_the_best_window_wins(prepared):
     truths = [record["answers"] for record in prepared.splits[1]]
     windows = prepared.score.args[2]
 
@@ -133,7 +133,7 @@ def test_squad_is_trained_and_scored(bert, data, tmp_path):
 @pytest.mark.parametrize(
     "text", ["[]", "{]", "[" * 100_000, '{"data": [{"paragraphs": [{"context": "a"}]}]}', '{"data": []}']
 )
-def test_json_that_is_not_squads_is_named(tmp_path, text):
+def test_json_in_another_format_is_refused(tmp_path, text):
     (tmp_path / "train.json").write_text(text)
     with pytest.raises(
         ValueError, match=r"train.json is not JSON of SQuAD's form|expected records, found none"
@@ -148,7 +148,7 @@ def test_json_that_is_not_squads_is_named(tmp_path, text):
         (8, "left", "tokenizer: expected one that pads on the right, got padding_side left"),
     ],
 )
-def test_settings_that_squad_cannot_use_are_named(bert, stride, side, message):
+def test_settings_that_squad_cannot_use_are_refused(bert, stride, side, message):
     tokenizer = T.AutoTokenizer.from_pretrained(bert, padding_side=side)
     settings = SQUAD.training.model_copy(update={"max_length": 96, "stride": stride})
     with pytest.raises(ValueError, match=message):

@@ -16,7 +16,7 @@ from ..tables import packed_of, quantizing  # noqa: F401 (a fixture)
 from .language_models import TEXTS, sharp
 
 
-def test_the_model_is_left_as_it_was(tokenizer):
+def test_the_model_is_unchanged_afterwards(tokenizer):
     model = sharp("gpt2").train()
     table = packed_of(model.transformer.wte.weight.detach())
     before = dict(model.named_modules())
@@ -59,7 +59,7 @@ def test_a_table_gives_the_figures_of_the_compressed_model(name, recipe, tokeniz
     alone = evaluate_perplexity(model, tokenizer, TEXTS, {"small": table}, own=False)
     assert (alone.model, alone.tables) == (None, [small])
     assert own.input_only == report.model
-    assert small.input_only.loss != report.model.loss, "a table that was not swapped has the same bits"
+    assert small.input_only.loss != report.model.loss, "without a swap both have the same bits"
     for each in (small, decoded):
         assert each.input_only.loss == pytest.approx(expected["dense"].loss, rel=1e-5)
         if name == "llama-untied":
@@ -74,7 +74,7 @@ def dense_table(model: Any) -> torch.Tensor:
     return model.get_input_embeddings().weight.detach().clone()
 
 
-def test_an_activation_leaves_no_tied_figure(tokenizer):
+def test_a_table_with_an_activation_has_no_tied_figure(tokenizer):
     model = sharp("bert")
     factors = embkern.methods.autoencoder(dense_table(model), 5, epochs=1, activation="elu")
     table = evaluate_perplexity(model, tokenizer, TEXTS, {"elu": factors}).tables[0]

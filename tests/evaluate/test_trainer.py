@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("fine_tuning")
 TABLE = "bert.embeddings.word_embeddings."
 
 
-def test_an_interrupted_study_goes_on_and_ends_the_same(learned, bert, data, tmp_path, monkeypatch):
+def test_an_interrupted_study_resumes_and_ends_with_the_same_bits(learned, bert, data, tmp_path, monkeypatch):
     step_end = trainer._StepBar.on_step_end
 
     def interrupt(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> None:
@@ -57,14 +57,14 @@ def test_an_interrupted_study_goes_on_and_ends_the_same(learned, bert, data, tmp
 
     monkeypatch.setattr(trainer._StepBar, "on_train_begin", note)
     again = study(bert, data, tmp_path, **learned.options)
-    assert began == [40], "dense is finished, allocate goes on"
+    assert began == [40], "dense is finished, allocate resumes"
     assert [cell.scores for cell in again.cells] == [cell.scores for cell in learned.result.cells]
     for ours, theirs in zip(saved(again, tmp_path), saved(learned.result, learned.output), strict=True):
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours), "to the last bit"
 
 
-def test_a_study_that_was_killed_while_it_scored_only_scores(bert, data, tmp_path, monkeypatch):
+def test_a_study_killed_while_scoring_does_not_train_again(bert, data, tmp_path, monkeypatch):
     trial = dict(epochs=2, max_train_samples=32, max_eval_samples=8, keep_models=True)
     expected = study(bert, data, tmp_path / "whole", **trial)
 
@@ -96,7 +96,7 @@ def test_a_study_that_was_killed_while_it_scored_only_scores(bert, data, tmp_pat
     ],
 )
 @pytest.mark.usefixtures("quantizing")
-def test_each_rule_fixes_the_same_of_every_method(bert, data, tmp_path, freeze, trained):
+def test_each_freeze_rule_fixes_the_same_parameters_of_every_method(bert, data, tmp_path, freeze, trained):
     methods = ("dense", "svd", "autoencoder", "quantize")  # the last one's table is packed, with a basis
     options = dict(methods=methods, freeze=freeze, epochs=2, max_train_samples=8, max_eval_samples=4)
     result = study(bert, data, tmp_path, keep_models=True, **{**options, "learning_rate": 0.1})
@@ -118,7 +118,7 @@ def test_each_rule_fixes_the_same_of_every_method(bert, data, tmp_path, freeze, 
         assert cell.trained_parameters == others + sum(before[TABLE + name].numel() for name in names)
 
 
-def test_a_full_disk_under_a_checkpoint_is_named(bert, data, tmp_path):
+def test_a_full_disk_is_reported_for_a_checkpoint(bert, data, tmp_path):
     trial = dict(epochs=2, max_train_samples=32, max_eval_samples=8, methods=("dense",), save_steps=1)
     with largest_file(20000), pytest.raises(OSError, match=f"output: no checkpoint could .* in {tmp_path}"):
         study(bert, data, tmp_path, **trial)

@@ -1,4 +1,4 @@
-"""A study of tiny models, whose vocabulary holds difficult names."""
+"""Fixtures of studies: tiny models whose vocabulary holds difficult names, and a finished study."""
 
 from __future__ import annotations
 

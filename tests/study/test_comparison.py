@@ -28,7 +28,7 @@ from embkern.text import read_texts
 from .tiny_models import FEW, ODD, H, V, results, steady, tokenizer
 
 
-def test_rows_agree_with_the_parts_that_measure(models, done):
+def test_rows_agree_with_direct_measurements(models, done):
     dense = load_model(models / "masked")
     own = perplexity(dense, tokenizer(), read_texts(models / "text.txt"), progress=False)
     found = results(done.rows, "perplexity")
@@ -46,7 +46,7 @@ def test_rows_agree_with_the_parts_that_measure(models, done):
     assert len(results(done.rows, "lookup")) == len(results(done.rows, "sentences")) == 6
 
 
-def test_the_same_seed_gives_the_same_rows_and_another_gives_others(models, done, tmp_path):
+def test_rows_are_reproducible_for_a_seed_and_differ_for_another(models, done, tmp_path):
     text = models / "text.txt"
     asked = dict(FEW, text=text, dataset=str(text), words=[*ODD[:5], "red"])
     again = study.compare(models / "masked", output=tmp_path / "again", **asked)
@@ -57,7 +57,7 @@ def test_the_same_seed_gives_the_same_rows_and_another_gives_others(models, done
     assert table[0] != table[1]
 
 
-def test_a_study_measures_what_is_new_and_nothing_else(models, tmp_path):
+def test_only_new_and_damaged_rows_are_measured(models, tmp_path):
     asked = dict(output=tmp_path, progress=False, methods=["svd"])
     first = study.compare(models / "causal", ratios=[2], **asked)
     assert study.compare(models / "causal", ratios=[2], **asked).measured == 0
@@ -97,7 +97,7 @@ def test_rows_whose_code_has_changed_are_measured_again(models, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_a_killed_study_goes_on(models, tmp_path):
+def test_a_killed_study_resumes(models, tmp_path):
     arguments = [models / "masked", "--ratios", 2, 3, 4, "--methods", "svd", "allocate", "direction"]
     command = [sys.executable, "-m", "embkern", "compare", *map(str, arguments), "-o", str(tmp_path)]
     running = subprocess.Popen(command, stdout=subprocess.PIPE)
@@ -119,7 +119,7 @@ def test_a_killed_study_goes_on(models, tmp_path):
     assert rest.page.exists()
 
 
-def test_a_ratio_out_of_reach_and_a_missing_package_are_rows_with_a_reason(models, tmp_path, monkeypatch):
+def test_unreachable_ratios_and_missing_packages_are_rows_with_a_reason(models, tmp_path, monkeypatch):
     def lacks(*_: object, **__: object) -> None:
         raise ImportError("product_quantization needs faiss")
 
@@ -132,10 +132,12 @@ def test_a_ratio_out_of_reach_and_a_missing_package_are_rows_with_a_reason(model
     assert reasons["product_quantization", 2.0] == "product_quantization needs faiss"
     assert "no room for rank 1" in (tmp_path / "report.md").read_text(encoding="utf-8")
     tried = study.compare(models / "encoder", **asked).measured
-    assert tried == sum(row.method == "product_quantization" for row in done.rows), "it may be there by now"
+    assert tried == sum(row.method == "product_quantization" for row in done.rows), (
+        "rows of a missing package are tried again"
+    )
 
 
-def test_a_sentence_encoder_has_no_perplexity_and_a_neighbour_no_model(models, tmp_path):
+def test_an_encoder_has_no_perplexity_and_a_baseline_no_model(models, tmp_path):
     text = models / "text.txt"
     done = study.compare(
         models / "encoder", output=tmp_path, ratios=[2], methods=["svd", "rtn"], text=text, dataset=str(text),
@@ -149,7 +151,7 @@ def test_a_sentence_encoder_has_no_perplexity_and_a_neighbour_no_model(models, t
     assert "## Perplexity" not in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
-def test_a_tied_head_that_cannot_decode_is_a_reason_too(models, tmp_path):
+def test_a_tied_head_that_cannot_decode_is_a_reason(models, tmp_path):
     done = study.compare(
         models / "masked", output=tmp_path, ratios=[2], methods=["autoencoder:epochs=1,activation=elu"],
         dataset=str(models / "text.txt"), keep_models=True, progress=False,
@@ -214,7 +216,9 @@ def test_a_rows_command_measures_it_again(models, tmp_path, monkeypatch, capsys)
         (["-o", "{models}"], "output: .* is, or holds, the model to read"),
     ],
 )
-def test_what_is_wrong_is_named(models, tmp_path, monkeypatch, capsys, arguments, message):
+def test_wrong_arguments_are_refused_before_anything_is_written(
+    models, tmp_path, monkeypatch, capsys, arguments, message
+):
     filled = [each.format(models=models) for each in arguments]
     shown = command_line(monkeypatch, capsys, "compare", models / "masked", "-o", tmp_path / "out", *filled)
     assert re.search(f"^embkern: .*{message}", shown), shown

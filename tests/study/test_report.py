@@ -1,4 +1,4 @@
-"""The report of a study: every number is one of a row, and any token can be shown."""
+"""The report of a study: every number comes from a row, and any token can be shown."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
 class Page(html.parser.HTMLParser):
-    """Checks that tags are balanced; collects attributes, numbers of rows, and what else is in a cell."""
+    """Checks that tags are balanced; collects attributes, numbers of rows, and other text in cells."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ def test_the_page_loads_nothing(page, done):
     assert sum(tag == "img" for tag, _ in page.tags) == 3
 
 
-def test_every_number_is_one_of_a_row(page, done):
+def test_every_number_comes_from_a_row(page, done):
     saved = json.loads((done.options.output / "rows.json").read_text(encoding="utf-8"))
     rows = {row["id"]: Row.model_validate(row) for row in saved["rows"]}
     for row in rows.values():
@@ -90,7 +90,7 @@ def test_every_number_is_one_of_a_row(page, done):
     assert len(cited) > 50
     for cells, row in cited:
         if rows[row].reason:
-            continue  # its numbers are in the words of the reason
+            continue  # the reason may hold numbers
         for number in re.findall(r"(?:^|[ |])(\d[\d,.]*%?)(?= \||$)", cells):
             assert number in shown.get(row, set()) | {f"{rows[row].ratio or 0:g}"}, (cells, row)
 

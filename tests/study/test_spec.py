@@ -11,7 +11,7 @@ for package in REQUIRED:
 from embkern.study import StudyOptions
 
 
-def test_settings_of_perplexity_are_passed_on_and_in_the_command():
+def test_settings_of_perplexity_are_in_the_protocol_and_in_the_command():
     given = dict(separator="eos", stride=7, line_filter="authors", max_tokens=99)
     options = StudyOptions.parse(model="m", output="o", seed=3, **given)
     assert options.protocol == {"seed": 3, **given}
@@ -19,7 +19,7 @@ def test_settings_of_perplexity_are_passed_on_and_in_the_command():
         assert option in options.command()
 
 
-def test_a_command_holds_text_as_it_was_given():
+def test_the_command_holds_text_unchanged():
     given = dict(dataset="data.0", words=["3.0"], methods=["allocate:exponent=1.0"])
     command = StudyOptions.parse(model="m", output="o", ratios=[5, 2.5], **given).command()
     for option in ("--dataset data.0", "--words 3.0", "--methods allocate:exponent=1.0", "--ratios 5 2.5"):
