@@ -192,7 +192,8 @@ class Measure(NamedTuple):
     Attributes:
         of_dense: measures the dense model; None if there is no such row.
         of_candidate: measures a compressed table; None if there is no such row.
-        parts: what the figures follow from besides this module and the method: functions and classes.
+        parts: functions and classes that the figures follow from, besides the method and those of this module
+            and of ``subject``.
         needs_model: whether only a table that a model can hold has this row.
     """
 
@@ -203,19 +204,20 @@ class Measure(NamedTuple):
 
     def code(self) -> str:
         """Return a hash of the modules that measure this, without what they import."""
-        return code_hash(__name__, *sorted({part.__module__ for part in self.parts}), follow=False)
+        modules = {__name__, Subject.__module__, *(part.__module__ for part in self.parts)}
+        return code_hash(*sorted(modules), follow=False)
 
 
 MEASURES = {
     "model": Measure(of_dense=describe_model, parts=(model_bytes,)),
-    "table": Measure(of_candidate=measure_table, parts=(compare_tables,)),
-    "neighbors": Measure(functools.partial(measure_neighbors, candidate=None), measure_neighbors, (Subject,)),
+    "table": Measure(of_candidate=measure_table, parts=(compare_tables, model_bytes)),
+    "neighbors": Measure(functools.partial(measure_neighbors, candidate=None), measure_neighbors),
     "lookup": Measure(of_candidate=measure_lookup, parts=(layer_of,), needs_model=True),
-    "sentences": Measure(of_candidate=measure_sentences, parts=(embed_sentences, TableSwap)),
+    "sentences": Measure(of_candidate=measure_sentences, parts=(embed_sentences, TableSwap, layer_of)),
     "perplexity": Measure(
         measure_dense_perplexity,
         measure_perplexity,
-        (evaluate_perplexity, SplitModel, Batch, Window, TableSwap),
+        (evaluate_perplexity, SplitModel, Batch, Window, TableSwap, layer_of),
     ),
     "saved": Measure(of_candidate=save_model, parts=(install, save), needs_model=True),
 }
