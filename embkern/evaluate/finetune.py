@@ -63,10 +63,11 @@ def fine_tune(
     """Fine-tune a model, dense and compressed, on tasks, and score it.
 
     A finished cell is stored in ``output`` with all of its settings, and runs again only if one of them has
-    changed: the model, the data, an option, the code of the method or the code that trains (see
-    ``docs/evaluation.md``). An interrupted cell resumes from its last checkpoint; on a CPU it ends with the
-    scores of an uninterrupted run, and the same seed gives the same scores. A model or data set on the hub is
-    identified by its name alone: after it changed, use ``overwrite``.
+    changed: the model, the data, an option, the code of the method or the code that trains. The
+    documentation lists them under "What a result depends on". An interrupted cell resumes from its last
+    checkpoint; on a CPU it ends with the scores of an uninterrupted run, and the same seed gives the same
+    scores. A model or data set on the hub is identified by its name alone: after it changed, use
+    ``overwrite``.
 
     ``freeze`` fixes parameters of the token embeddings in the same way for every method:
 

@@ -59,7 +59,8 @@ def compare(
     """Compress a model's table by every method at every ratio, measure the results, and write a report.
 
     A row is measured again only if something that it depends on has changed: the model, the texts, the
-    options, the code of the method, or the code that measures it (see ``docs/evaluation.md``).
+    options, the code of the method, or the code that measures it. The documentation lists them under "What a
+    result depends on".
 
     Args:
         model: a directory, or a name on the hub.

@@ -47,6 +47,16 @@ def test_finished_cells_are_not_run_again(bert, data, tmp_path, monkeypatch, cap
         caplog.clear()
 
 
+def test_a_damaged_cell_is_trained_again_to_the_same_scores(bert, data, tmp_path):
+    trial = dict(epochs=1, max_train_samples=16, max_eval_samples=16, keep_models=True, freeze="none")
+    (cell,) = study(bert, data, tmp_path, **trial).cells
+    path = tmp_path / cell.settings.folder / RESULT_NAME
+    path.write_text(path.read_text(encoding="utf-8")[:-100], encoding="utf-8")
+    (again,) = study(bert, data, tmp_path, **trial).cells
+    assert (again.settings, again.scores, again.steps) == (cell.settings, cell.scores, 1)
+    assert read_result(path, Cell, again.dependencies()) == again
+
+
 def test_a_cell_runs_again_when_its_code_has_changed(bert, data, tmp_path, monkeypatch):
     trial = dict(epochs=0.2, max_train_samples=8, max_eval_samples=4, methods=("dense", "svd", "allocate"))
     cell = study(bert, data, tmp_path, **trial).cells[0]
