@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from ..ops.backends import Backend
 from ..ops.gather_decode import gather_decode
+from ..ops.packed_logits import packed_logits
 from ..tables import packed
 from ..tables.packed import PackedTable
 from .base import CompressedEmbedding, CompressedHead, TableModule
-from .logits import packed_logits
 
 
 class PackedTableModule(TableModule):
@@ -135,4 +135,4 @@ class PackedHead(PackedTableModule, CompressedHead):
         self._width = embedding.embedding_dim
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return packed_logits(hidden, self._in_order(), backend=self.backend)
+        return packed_logits(hidden, *self._in_order(), backend=self.backend)

@@ -37,10 +37,20 @@ REGIMES: dict[tuple[str, str, str], tuple[str, ...]] = {
 # The ops that each kernel backend implements, per device type. A new kernel adds its op here.
 KERNELS: dict[tuple[str, str], frozenset[str]] = {
     ("native", "cpu"): frozenset(
-        {"gather_project", "gather_decode", "quantize_rows", "quantize_trellis", "cosine_mse", "autoencoder"}
+        {
+            "gather_project",
+            "gather_decode",
+            "packed_logits",
+            "quantize_rows",
+            "quantize_trellis",
+            "cosine_mse",
+            "autoencoder",
+        }
     ),
     ("native", "cuda"): frozenset({"gather_project", "cosine_mse"}),
-    ("triton", "cuda"): frozenset({"gather_project", "gather_decode", "cosine_mse", "autoencoder"}),
+    ("triton", "cuda"): frozenset(
+        {"gather_project", "gather_decode", "packed_logits", "cosine_mse", "autoencoder"}
+    ),
 }
 # Kernels without a backward of their own.
 FORWARD_ONLY: frozenset[tuple[str, str, str]] = frozenset({("native", "cuda", "gather_project")})

@@ -10,8 +10,3 @@ from tests.nn.layers import FACTORS, PACKED
 @pytest.fixture(params=[FACTORS, PACKED])
 def kind(request) -> str:
     return request.param
-
-
-@pytest.fixture
-def in_pieces(monkeypatch) -> None:
-    monkeypatch.setattr("embkern.nn.logits._ROWS", 5)  # of 13

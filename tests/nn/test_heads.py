@@ -11,14 +11,10 @@ from torch import nn
 from torch.testing import assert_close
 
 from embkern import FactorizedHead
-from embkern.nn.packed import PackedEmbedding
-from embkern.ops.gather_decode import gather_decode
 from tests.conftest import assert_no_worse_than, compile_counting
-from tests.example_tables import packed_of
 from tests.nn.layers import PACKED, layer
 
 
-@pytest.mark.usefixtures("in_pieces")
 @pytest.mark.parametrize("with_offset", [True, False])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_head_is_the_tied_linear_layer(with_offset, with_bias, kind):
@@ -40,7 +36,6 @@ def test_head_is_the_tied_linear_layer(with_offset, with_bias, kind):
     assert (head.in_features, head.out_features) == (8, 13)
 
 
-@pytest.mark.usefixtures("in_pieces")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_packed_head_is_as_exact_as_the_dense_one(dtype):
     embedding = layer(PACKED).to(dtype)
@@ -56,27 +51,6 @@ def test_a_packed_head_is_as_exact_as_the_dense_one(dtype):
         assert_no_worse_than(got, native, wanted)
 
 
-@pytest.mark.usefixtures("in_pieces")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_few_hidden_states_meet_the_values_of_the_codes(monkeypatch, dtype):
-    head = PackedEmbedding(packed_of(torch.randn(70, 40), torch.float32)).head().requires_grad_(False)
-    hidden = torch.randn(3, 40).to(dtype)
-    exact = copy.deepcopy(head).double()
-    expected = F.linear(hidden.double(), exact.weight)
-    head = head.to(dtype)
-    widths = []
-    decode = gather_decode
-
-    def watched(*args, embedding_dim, **kwargs):
-        widths.append(embedding_dim)
-        return decode(*args, embedding_dim=embedding_dim, **kwargs)
-
-    monkeypatch.setattr("embkern.nn.logits.gather_decode", watched)
-    assert_no_worse_than(head(hidden), F.linear(hidden, head.weight), expected)
-    assert set(widths) == {64}, "the values of the codes, not the rows"
-
-
-@pytest.mark.usefixtures("in_pieces")
 def test_a_frozen_packed_head_gives_the_gradient_of_the_hidden_states_alone():
     embedding = layer(PACKED).requires_grad_(False)
     hidden = torch.randn(2, 8, requires_grad=True)
@@ -88,7 +62,6 @@ def test_a_frozen_packed_head_gives_the_gradient_of_the_hidden_states_alone():
     assert embedding.basis.grad is None
 
 
-@pytest.mark.usefixtures("in_pieces")
 def test_a_packed_head_under_autocast_is_the_dense_one():
     embedding = layer(PACKED)
     hidden = torch.randn(2, 8)
@@ -100,7 +73,6 @@ def test_a_packed_head_under_autocast_is_the_dense_one():
     assert embedding.scales.grad.dtype == torch.float32
 
 
-@pytest.mark.usefixtures("in_pieces")
 def test_heads_compile_fullgraph(kind):
     head = layer(kind).head()
     compiled, graphs = compile_counting(lambda hidden: head(hidden).square().sum())
@@ -128,16 +100,3 @@ def test_a_head_over_factors_never_decodes_the_table(monkeypatch):
     head = FactorizedHead(layer())
     monkeypatch.setattr("embkern.nn.factorized.gather_project", None)
     head(torch.randn(2, 8)).sum().backward()
-
-
-@pytest.mark.usefixtures("in_pieces")
-def test_a_packed_head_never_holds_the_table(monkeypatch):
-    decode, held = gather_decode, []
-
-    def watched(ids, *args, **kwargs):
-        held.append(len(ids))
-        return decode(ids, *args, **kwargs)
-
-    monkeypatch.setattr("embkern.nn.logits.gather_decode", watched)
-    layer(PACKED).head()(torch.randn(2, 8, requires_grad=True)).sum().backward()
-    assert set(held) == {5, 3}
