@@ -1,7 +1,7 @@
 // Argument checks of the raw ops. A message names the argument, the expected value and the actual one.
 //
-// In Python std::out_of_range becomes IndexError and std::invalid_argument ValueError. They must be thrown outside
-// parallel_for, which would lose the message.
+// In Python std::out_of_range becomes IndexError and std::invalid_argument ValueError. They must be thrown
+// outside parallel_for, which would lose the message.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -1,5 +1,5 @@
-// Binds the implementations to their schemas, which embkern/ops/*.py define with one overload per backend, so that
-// the ops exist (and report what is missing) in installs without this extension.
+// Binds the implementations to their schemas, which embkern/ops/*.py define with one overload per backend, so
+// that the ops exist (and report what is missing) in installs without this extension.
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/ops/ops.h"

@@ -16,8 +16,8 @@
 //     cp.async pipeline that continues from one column tile to the next.
 //     bf16 and fp16 use tensor cores (mma.sync m16n8k16). fp32 and fp64 use FMA, because the error must not
 //     exceed that of plain fp32 by much: 3xTF32 keeps 22 of 24 bits and truncates its sums, for several times
-//     that error. Launch: ceil(N / kRows) * splits of H blocks of 256. Bytes: N r + (N / kRows) r H (from L2) +
-//     N H.
+//     that error.
+//     Launch: ceil(N / kRows) * splits of H blocks of 256. Bytes: N r + (N / kRows) r H (from L2) + N H.
 //
 // r, H, N and V are arbitrary. Where rows or pointers are not multiples of 16 bytes the same code copies single
 // elements. These headers need no CUDA beyond ptx.cuh and launch.cuh, so that tests/cuda can run them on a CPU.

@@ -1,4 +1,4 @@
-// gather_project for many rows, see gather_project.cuh: every block multiplies tiles of gathered codes and
+// gather_project for many rows, see gather_project.cuh: every block multiplies gathered codes by tiles of the
 // basis.
 #pragma once
 

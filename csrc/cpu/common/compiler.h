@@ -1,4 +1,4 @@
-// What is written differently for each compiler.
+// Compiler-specific attributes, pragmas and builtins.
 #pragma once
 
 #include <cstdint>

@@ -47,7 +47,7 @@ EMBKERN_INLINE void use_group(int64_t first, const Vector<float>* values, Use us
   }
 }
 
-// Does so for groups `group` to `last`, all of BITS bits; returns the words after them.
+// Decodes groups `group` to `last`, all of BITS bits, for use_group. Returns the words after them.
 template <class A, int BITS, class Use>
 EMBKERN_INLINE const int32_t* use_groups(int64_t group, int64_t last, const int32_t* words,
                                          const int16_t* levels, Use use) {

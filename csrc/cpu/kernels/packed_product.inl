@@ -1,5 +1,4 @@
-// Products with a right operand that is packed once and used for many rows, and sums of outer products in
-// place.
+// Products with a right operand that is packed once for many rows, and sums of outer products in place.
 
 // A packed right operand is a list of panels of kPanelVectors vectors by k terms. The last panel may be one
 // vector wide.

@@ -3,11 +3,11 @@
 //
 // The state at a value is the code of that value and those before it, 7 bits in all. A group is circular: the
 // code before its first value is that of its last one, so a path has to end in the state in which it began.
-// A first pass without that condition, which begins in the middle of the group, gives this state: the one that
-// its path passes at the group's end.
+// A first pass without that condition, which begins in the middle of the group, gives a good choice of this
+// state: the one that its path passes at the group's end.
 
-// Viterbi's algorithm for codes of BITS bits. States that agree in all but the oldest code, which the next step
-// drops, have the same successors. Such a set of states is called a parent here.
+// Viterbi's algorithm for codes of BITS bits. States that differ only in their highest BITS bits, which the
+// next step drops, have the same successors. Such a set of states is called a parent here.
 template <int BITS>
 struct Trellis {
   static constexpr int kParents = kTrellisStates >> BITS;
@@ -15,7 +15,7 @@ struct Trellis {
 
   const float* levels;
   alignas(64) float cost[kTrellisStates];
-  uint8_t dropped[32][kRoom];  // by step and parent: the oldest code of its cheapest state
+  uint8_t dropped[32][kRoom];  // by step and parent: the highest bits of its cheapest state
 
   // Extends the paths by the value x of step `step`.
   EMBKERN_INLINE void advance(int step, float x, float weight) {

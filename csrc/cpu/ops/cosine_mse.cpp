@@ -8,8 +8,7 @@
 //   (N, H), or (0,) if not needed. Sums are in fp32, or in fp64 if a row's squares leave fp32's range.
 //
 // Bytes moved: 2 N H read, N H written per gradient. A row stays in L1 between its sums and its gradient. The
-// gradient of the batch's root needs a sum over the batch first, for which output and target are read once
-// more.
+// gradient of the batch's root first needs a sum over the batch, which reads output and target once more.
 #include <cmath>
 #include <vector>
 

@@ -1,5 +1,4 @@
-// gather_decode: out[n] = scale * (scales[id] * row + offset), where row is the values of a record, or values @
-// basis
+// gather_decode: out[n] = scale * (scales[id] * row + offset); row is the values of a record, or values @ basis
 //
 //   ids (*) int32|int64, records (W,) int32, directory (ceil(V / 32), 5) int32, tiers (T, 1 + G) uint8, levels
 //   (4, 128) int16, scales (V,), basis (K, H) or none, offset (H,) or none -> out (*, H) of scales' dtype.
@@ -210,7 +209,8 @@ Tensor gather_decode_forward(const Tensor& ids_, const Tensor& records_, const T
                              int64_t embedding_dim, double scale) {
   check(ids_.is_cpu(), "ids: expected a CPU tensor");
   dispatch_index(ids_.scalar_type(), "ids", [](auto) {});
-  const Tensor ids = as_contiguous(ids_), records = as_contiguous(records_), directory = as_contiguous(directory_);
+  const Tensor ids = as_contiguous(ids_), records = as_contiguous(records_),
+               directory = as_contiguous(directory_);
   const Tensor tiers = as_contiguous(tiers_), levels = as_contiguous(levels_), scales = as_contiguous(scales_);
   const std::optional<Tensor> basis = as_contiguous(basis_), offset = as_contiguous(offset_);
   const PackedTable table =

@@ -6,8 +6,9 @@
 //   -> codes (N, W) uint8, or (0, W) if not needed; scales (N,), projections (N,) float.
 //
 // Every factor gives codes, those of the levels nearest to value / (root mean square * factor), and a decoded
-// row d. The factor with the largest projection <x, d> / |d| is chosen, with the scale <x, d> / |d|^2. Bytes
-// moved per row: 4 W read once (later tries find the row in L1), W written.
+// row d. The factor with the largest projection <x, d> / |d| is chosen, with the scale <x, d> / |d|^2.
+//
+// Bytes moved per row: 4 W read once (later tries find the row in L1), W written.
 #include <array>
 #include <cmath>
 #include <limits>

@@ -5,8 +5,9 @@
 //   -> codes (N, W) uint8, or (0, W) if not needed; scales (N,), projections (N,) float.
 //
 // Every scale gives codes, those whose decoded row d is nearest to the values divided by the scale. The scale
-// with the largest projection <x, d> / |d| is chosen, and replaced by <x, d> / |d|^2. Work: 2 passes over 128
-// states per value, about 100 cycles of a core with AVX-512.
+// with the largest projection <x, d> / |d| is chosen, and replaced by <x, d> / |d|^2.
+//
+// Work: 2 passes over 128 states per value, about 100 cycles of a core with AVX-512.
 #include <array>
 #include <vector>
 

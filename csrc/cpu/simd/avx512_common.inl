@@ -29,7 +29,7 @@ EMBKERN_INLINE Vector<double> square_root(Vector<double> x) {
   return (Vector<double>)_mm512_sqrt_pd((__m512d)x);
 }
 
-// Divides by a scaled square root: 1 / (scale * sqrt(x) + eps). In fp32 two estimates of 14 bits, each with a
+// 1 / (scale * sqrt(x) + eps). In fp32 two estimates of 14 bits, each with a
 // Newton step, replace a square root and a division, which take 20 cycles of Zen 4 for 16 floats; the estimates
 // take half of that. The result is within 3 ulp.
 template <class T>

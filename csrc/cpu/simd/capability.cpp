@@ -15,7 +15,6 @@ namespace embkern {
 namespace {
 
 constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
-
 constexpr int64_t kLevels = 4;
 
 // The highest level that the processor and the build have.

@@ -5,8 +5,8 @@
 
 namespace embkern {
 
-// In ascending order; each level includes those below it. avx2 has FMA and F16C, too; avx512 is F, BW, DQ and
-// VL; avx512_bf16 adds BF16, VBMI and GFNI.
+// In ascending order; each level includes those below it. avx2 includes FMA and F16C. avx512 means F, BW, DQ
+// and VL. avx512_bf16 adds BF16, VBMI and GFNI.
 enum class Capability : int64_t { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 
 // The level in use: the processor's best unless a lower one was set.

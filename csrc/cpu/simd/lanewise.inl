@@ -1,6 +1,6 @@
 // Primitives without an instruction below AVX-512, lane by lane.
 
-// Divides by a scaled square root: 1 / (scale * sqrt(x) + eps).
+// 1 / (scale * sqrt(x) + eps).
 template <class T>
 EMBKERN_INLINE Vector<T> inverse_of_root(Vector<T> x, T scale, T eps) {
   return constant(T(1)) / (scale * square_root(x) + eps);

@@ -12,7 +12,7 @@
 
 namespace embkern::autoencoder {
 
-// The bound on cancellation in the Gram form: an error loses at most about four bits.
+// The bound on cancellation in the Gram form: |x - y|^2 loses at most about four bits.
 constexpr double kSafeError = 1.0 / 16;
 
 // Up to kBlockRows rows of a batch.

@@ -1,8 +1,8 @@
 """The CUDA kernels of gather_project, compiled for the CPU and run on an emulator of the GPU's instructions.
 
-What is compiled is csrc/cuda/gather_project.cuh as it is; only the small functions of ptx.cuh and launch.cuh
-are replaced (tests/cuda/emulator). So these tests check indexing, barriers, fragment layouts and numbers.
-What only a GPU can show (nvcc's code, timing) they do not.
+csrc/cuda/gather_project.cuh is compiled unchanged; tests/cuda/emulator replaces only the functions of ptx.cuh
+and launch.cuh. So these tests check indexing, barriers, fragment layouts and numbers. They check neither
+nvcc's code nor timing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ pytestmark = MARKS
 
 @dataclass
 class Call:
-    """One call of the op on a device of so many multiprocessors and so much shared memory per block."""
+    """One call of the op, and the device that it runs on."""
 
     dtype: torch.dtype
     N: int
@@ -43,8 +43,8 @@ class Call:
     ids_dtype: torch.dtype = torch.int64
     scale: float = 1.0
     misaligned: int = 0  # elements between a 16-byte boundary and each tensor
-    multiprocessors: int = 132  # few of them and the large tiles are chosen
-    shared: int = HOPPER_SHARED
+    multiprocessors: int = 132  # with few of them the large tiles are chosen
+    shared: int = HOPPER_SHARED  # bytes per block
     order: str = "ascending"
     bad_id: int | None = None
 
@@ -91,7 +91,7 @@ def check(program: Path, calls: list[Call], folder: Path) -> None:
             raise AssertionError(f"{call}: {error}") from None
 
 
-# N: each kernel and both sides of its bounds. r: one, less than a fragment, a multiple of 16 bytes or not,
+# N: for each kernel, both sides of its bounds. r: one, less than a fragment, a multiple of 16 bytes or not,
 # more than a stage. H: less than a vector, odd, a multiple of 16 bytes or not, more than a tile.
 COUNTS = (1, 4, 16, 17, 64, 65, 128, 333)
 RANKS = (1, 16, 63, 75, 256, 257)
@@ -117,14 +117,14 @@ def test_no_worse_than_plain_torch(program, dtype, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_several_tiles_along_the_width(program, dtype, tmp_path):
-    """The pipeline runs on from one column tile to the next, and blocks share the columns of their rows."""
+    """The pipeline continues from one column tile to the next, and blocks share the columns of their rows."""
     calls = [Call(dtype, 150, r, 520, multiprocessors=m) for r in (24, 64, 75) for m in (1, 4, 9, 132)]
     check(program, calls, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_codes_that_do_not_fit_in_shared_memory(program, dtype, tmp_path):
-    """Then they come in panels; the decode kernel's come in turns at r in the thousands."""
+    """The tile kernel then takes them panel by panel; the decode kernel loops for r in the thousands."""
     few = dict(shared=72 * 1024, H=136, r=600)
     calls = [Call(dtype, 70, **few), Call(dtype, 140, **few, multiprocessors=1), Call(dtype, 9, 2100, 40)]
     check(program, calls, tmp_path)
@@ -145,7 +145,7 @@ def test_rank_zero_is_the_scaled_offset(program, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_same_bits_in_every_order_of_threads(program, dtype, tmp_path):
-    """Threads run one after another between barriers: where a barrier is missing, order shows."""
+    """The emulator runs threads one after another; where a barrier is missing, the order changes bits."""
     for N, r, H in ((1, 75, 40), (11, 2100, 40), (130, 264, 264), (70, 75, 77)):
         for device in (SMALL, LARGE):
             calls = []
@@ -158,7 +158,7 @@ def test_the_same_bits_in_every_order_of_threads(program, dtype, tmp_path):
 
 
 def test_no_access_out_of_bounds(sanitized_program, tmp_path):
-    """Under AddressSanitizer every buffer ends with its last element; alignment is checked too."""
+    """AddressSanitizer checks the bounds of every buffer and alignment."""
     calls = [
         Call(dtype, N, r, H, ids_dtype=torch.int32, **device)
         for dtype in DTYPES
