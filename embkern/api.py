@@ -186,7 +186,7 @@ def compress(
         facts=compressed.facts,
         head=model.config.quantization_config.table.head,
         table_bytes=table_bytes,
-        factors_bytes=compressed.nbytes,
+        compressed_bytes=compressed.nbytes,
         ratio=table_bytes / compressed.nbytes,
         model_bytes_before=bytes_before,
         model_bytes_after=model_bytes(model),

@@ -27,7 +27,7 @@ class RankSaving(BaseModel):
 
     model_config = ConfigDict(protected_namespaces=())
     rank: int
-    factors_bytes: int
+    compressed_bytes: int
     ratio: float
     model_share: float = Field(description="share of the whole model's bytes that goes away")
 
@@ -107,7 +107,7 @@ def inspect(name: str | os.PathLike) -> Summary:
             ranks.append(
                 RankSaving(
                     rank=rank,
-                    factors_bytes=size,
+                    compressed_bytes=size,
                     ratio=table.weight.nbytes / size,
                     model_share=(table.weight.nbytes - size) / common["model_bytes"],
                 )
@@ -148,7 +148,7 @@ def evaluate(
     nbytes = stored_table(compressed).nbytes
     result = Comparison(
         table_bytes=table.nbytes,
-        factors_bytes=nbytes,
+        compressed_bytes=nbytes,
         ratio=table.nbytes / nbytes,
         model_bytes_before=model_bytes(dense),
         model_bytes_after=model_bytes(compressed),

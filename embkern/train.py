@@ -26,8 +26,8 @@ class Trained(BaseModel):
     rank: int
     dtype: str
     table_bytes: int = Field(description="bytes of the table")
-    factors_bytes: int = Field(description="bytes of everything that replaces it")
-    ratio: float = Field(description="table_bytes / factors_bytes")
+    compressed_bytes: int = Field(description="bytes of everything that replaces it")
+    ratio: float = Field(description="table_bytes / compressed_bytes")
     epoch: int = Field(description="the best epoch, counted from 0")
     loss: float = Field(description="its loss over the table, with alpha at alpha_end")
     direction_error: float = Field(description="its mean over rows of 1 - cos(row, reconstruction)")
@@ -39,7 +39,7 @@ class Trained(BaseModel):
         """Return what is printed, by name."""
         return {
             "rank": f"{self.rank} of {self.embedding_dim}",
-            "table, bytes": f"{self.table_bytes:,} -> {self.factors_bytes:,} ({self.ratio:.2f}x)",
+            "table, bytes": f"{self.table_bytes:,} -> {self.compressed_bytes:,} ({self.ratio:.2f}x)",
             "best epoch": str(self.epoch),
             "direction error (1 - cos), mean": f"{self.direction_error:.4f}",
             "RMSE": f"{self.rmse:.5f}",
@@ -118,7 +118,7 @@ def train(
         rank=factors.rank,
         dtype=str(factors.dtype).removeprefix("torch."),
         table_bytes=table.nbytes,
-        factors_bytes=factors.nbytes,
+        compressed_bytes=factors.nbytes,
         ratio=table.nbytes / factors.nbytes,
         epoch=best["epoch"],
         loss=best["loss"],

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 T = pytest.importorskip("transformers")
 
 import embkern
-from embkern import Report, inspection
+from embkern import PackedTable, Report, inspection
 from embkern.cli import main as cli
 from embkern.models import saving
 from embkern.models.checkpoint import stored_table
@@ -49,7 +49,7 @@ def text(tmp_path):
 
 def test_the_rank_follows_from_the_ratio():
     report = embkern.compress(build("gpt2"), ratio=3, method="svd")
-    assert report.factors_bytes == (V + H) * report.rank * 4
+    assert report.compressed_bytes == (V + H) * report.rank * 4
     assert report.ratio >= 3
 
 
@@ -61,17 +61,38 @@ def test_a_live_model_is_changed_in_place(recipe):
     assert isinstance(model.get_input_embeddings(), CompressedEmbedding)
     assert (report.num_embeddings, report.embedding_dim) == (V, H)
     assert report.table_bytes == V * H * 4
-    assert report.factors_bytes == stored_table(model).nbytes
-    assert report.ratio == report.table_bytes / report.factors_bytes
-    assert report.model_bytes_before - report.model_bytes_after == report.table_bytes - report.factors_bytes
+    assert report.compressed_bytes == stored_table(model).nbytes
+    assert report.ratio == report.table_bytes / report.compressed_bytes
+    saved = report.table_bytes - report.compressed_bytes
+    assert report.model_bytes_before - report.model_bytes_after == saved
     assert report.head == "factorized"
     assert report.source == "GPT2LMHeadModel"
+
+
+def test_a_packed_table_is_validated_a_bounded_number_of_times(source, tmp_path, monkeypatch):
+    """It is when the method makes it or replaces its tensors, and when a file is read; nothing else does."""
+    calls = []
+    validate = PackedTable.validate
+    monkeypatch.setattr(PackedTable, "validate", lambda table: (calls.append(table), validate(table)))
+    report = embkern.compress(source, method="allocate", ratio=2, output=tmp_path / "out")
+    assert 1 <= len(calls) <= 2
+    calls.clear()
+    embedding = report.model.get_input_embeddings()
+    embedding(torch.tensor([0, 1]))
+    report.model(input_ids=torch.tensor([[0, 1]]))
+    table = embedding.table.to(torch.float64)
+    table.decode(torch.tensor([0]))
+    embkern.resize_token_embeddings(report.model, V + 3)
+    assert calls == []
+    load_model(tmp_path / "out")
+    assert sum(not table.scales.is_meta for table in calls) == 1
+    assert len(calls) <= 3, "the shapes in its config, which embkern and transformers parse, and its tensors"
 
 
 @both_kinds
 def test_a_dense_head_costs_what_it_costs(recipe):
     report = embkern.compress(build("gpt2"), **recipe, lm_head="dense")
-    assert report.model_bytes_after == report.model_bytes_before + report.factors_bytes
+    assert report.model_bytes_after == report.model_bytes_before + report.compressed_bytes
     assert report.head == "dense"
 
 
@@ -109,7 +130,7 @@ def test_the_tiers_of_a_packed_table_are_reported():
     ]  # fmt: skip
     assert report.tiers[0].bytes == 26 * H
     rest = 2 * (V + 32 * H + H) + 4 * 128 * 2  # scales, basis, offset in fp16; levels
-    assert sum(tier.bytes for tier in report.tiers) + rest < report.factors_bytes < 1.6 * rest
+    assert sum(tier.bytes for tier in report.tiers) + rest < report.compressed_bytes < 1.6 * rest
     assert report.dtype == "float16"
     shown = report.rows()
     assert (shown["method"], shown["rows at 2 bits"]) == ("quantize, 4 tiers", "25 (200 bytes)")
@@ -161,14 +182,14 @@ def test_inspect_dense_and_compressed(source, tmp_path):
     assert (dense.compressed, dense.heads) == (False, ["cls.predictions.decoder"])
     assert dense.table_bytes == V * H * 4
     assert dense.ranks[0].rank == H // 2
-    assert all(each.ratio == pytest.approx(dense.table_bytes / each.factors_bytes) for each in dense.ranks)
+    assert all(each.ratio == pytest.approx(dense.table_bytes / each.compressed_bytes) for each in dense.ranks)
     report = embkern.compress(source, **SVD, output=tmp_path / "small")
     small = inspection.inspect(tmp_path / "small")
-    assert (small.compressed, small.rank, small.table_bytes) == (True, 5, report.factors_bytes)
+    assert (small.compressed, small.rank, small.table_bytes) == (True, 5, report.compressed_bytes)
     assert small.heads == ["cls.predictions.decoder"]
     report = embkern.compress(source, **PACKED, output=tmp_path / "packed")
     packed = inspection.inspect(tmp_path / "packed")
-    assert (packed.rank, packed.tiers, packed.table_bytes) == (None, report.tiers, report.factors_bytes)
+    assert (packed.rank, packed.tiers, packed.table_bytes) == (None, report.tiers, report.compressed_bytes)
     assert packed.model_bytes == report.model_bytes_after
     assert packed.facts()["rows at 2 bits"] == "25 (200 bytes)"
 
@@ -461,6 +482,8 @@ def test_a_damaged_report_is_named(tmp_path, source):
             read_report(tmp_path / "out")
     content = json.loads(whole)
     assert content.pop("checksum").startswith("crc32:")
-    path.write_text(json.dumps(content))  # as reports were before they had checksums
-    assert read_report(tmp_path / "out").rank == 5
+    before = Report.model_validate(content)
+    content["factors_bytes"] = content.pop("compressed_bytes")
+    path.write_text(json.dumps(content))  # as older reports are: no checksum, and this name
+    assert read_report(tmp_path / "out") == before
     assert read_report(source) is None

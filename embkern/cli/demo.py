@@ -53,7 +53,7 @@ def demo(
             recipe.method,
             "-" if report.rank is None else str(report.rank),
             f"{reloaded['table_bytes']:,}",
-            f"{reloaded['factors_bytes']:,}",
+            f"{reloaded['compressed_bytes']:,}",
             f"{reloaded['ratio']:.2f}",
             f"{reloaded['table']['direction_error']:.4f}",
             f"{reloaded['sentences']['mean_cosine']:.4f}",

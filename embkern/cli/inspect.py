@@ -22,7 +22,7 @@ def inspect(model: Model, as_json: AsJson = False) -> None:
         ranks = Table("rank", "bytes of the factors", "ratio", "whole model", title="what a rank saves")
         for each in summary.ranks:
             ranks.add_row(
-                str(each.rank), f"{each.factors_bytes:,}", f"{each.ratio:.2f}x", f"-{each.model_share:.1%}"
+                str(each.rank), f"{each.compressed_bytes:,}", f"{each.ratio:.2f}x", f"-{each.model_share:.1%}"
             )
         console().print(ranks)
 

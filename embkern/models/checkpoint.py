@@ -88,7 +88,7 @@ def verify(root: CompressedEmbedding, state: TableState) -> None:
     known = {name: value for name, value in state.checksums.items() if name in tensors}
     try:
         verify_checksums(tensors, known)
-        _ = root.table
+        root.table.validate()
     except ValueError as error:
         raise ValueError(f"the saved embedding is damaged: {error}") from error
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr
 
 from ..fidelity import SentenceFidelity, TableComparison
 from ..io.checked_json import read_checked_json
@@ -47,9 +47,12 @@ class Comparison(BaseModel):
 
     model_config = ConfigDict(protected_namespaces=())
 
-    table_bytes: int = Field(description="bytes of the table before")
-    factors_bytes: int = Field(description="bytes of everything that replaces it")
-    ratio: float = Field(description="table_bytes / factors_bytes")
+    table_bytes: int = Field(description="bytes of the dense table")
+    compressed_bytes: int = Field(
+        description="bytes of everything that replaces it",
+        validation_alias=AliasChoices("compressed_bytes", "factors_bytes"),  # the latter in older reports
+    )
+    ratio: float = Field(description="table_bytes / compressed_bytes")
     model_bytes_before: int
     model_bytes_after: int
     table: TableComparison
@@ -59,7 +62,7 @@ class Comparison(BaseModel):
         """Return what is printed, and written into a model card, by name."""
         weighted = self.table.weighted_direction_error
         rows = {
-            "table, bytes": f"{self.table_bytes:,} -> {self.factors_bytes:,} ({self.ratio:.2f}x)",
+            "table, bytes": f"{self.table_bytes:,} -> {self.compressed_bytes:,} ({self.ratio:.2f}x)",
             "model, bytes": f"{self.model_bytes_before:,} -> {self.model_bytes_after:,}",
             "direction error (1 - cos), mean": f"{self.table.direction_error:.4f}",
             **({} if weighted is None else {"direction error, by frequency": f"{weighted:.5f}"}),

@@ -1,9 +1,9 @@
-"""PackedTable: a table whose rows are quantised at different rates, in memory and in a file."""
+"""PackedTable: a table whose rows are quantised at different bit rates, in memory and in a file."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from ..io.tensor_format import TensorFormat
 from ..ops.gather_decode import check_packed, gather_decode
 from ..ops.reference import GROUP, LEVEL_BITS, STATES
+from .factors import check_floating
 
 TENSORS = ("records", "directory", "tiers", "levels", "scales", "basis", "offset")
 FORMAT = TensorFormat(
@@ -21,21 +22,24 @@ FORMAT = TensorFormat(
     required=TENSORS[:5],
     optional=TENSORS[5:],
     settings=("embedding_dim",),
-    checked=("embedding_dim",),  # not all of the tensors show it
+    checked=("embedding_dim",),  # without basis and offset, no tensor has H columns
 )
 MAX_TIERS, MAX_BITS = 16, 8
-_DECODED_ROWS = 8192  # at a time, by to_dense
+_DECODED_ROWS = 8192  # rows that to_dense decodes at a time
 
 
 class Tier(NamedTuple):
-    """``bits[g]`` per value of group g, of the row itself or of its coefficients in the basis."""
+    """One rate: ``bits[g]`` for each of the 32 values of group g.
+
+    The values are the row's own or, with ``transform``, its coefficients in the basis.
+    """
 
     transform: bool
     bits: tuple[int, ...]
 
     @property
     def words(self) -> int:
-        """Words of 32 bits that a record takes."""
+        """32-bit words of a record."""
         return sum(self.bits)
 
     def __str__(self) -> str:
@@ -51,26 +55,28 @@ class Tier(NamedTuple):
 class PackedTable:
     """A (V, H) table whose rows are quantised, each at the rate of its tier.
 
-    ``row[i] = scales[i] * v + offset`` where v is the row of values that record i decodes to, or
-    ``values @ basis`` if the tier holds coefficients.
+    ``row[i] = scales[i] * v + offset`` where v is the values that record i decodes to, or ``values @ basis``
+    if the tier holds coefficients.
 
-    Rows lie one after the other in the order of their ids, so that no map from ids to places is stored: 4
-    bits a row name its tier, the tier says how long the record is, and every 32 rows have a word that says
-    where they begin. A record is bit planes of groups of 32 values: bit i of a group's word p is bit p of the
-    code of value i. Codes of up to 4 bits go through a trellis: levels by their state, which is the code and
-    those of the values before it in the group (``embkern.ops.reference.trellis_states``).
+    Records are stored in the order of the ids. The directory has 4 bits per row for its tier, which
+    determines the length of the record, and one word per 32 rows for the start of the first of their records.
+    A record consists of bit planes of groups of 32 values: bit i of a group's word p is bit p of the code of
+    value i. A code of up to 4 bits selects a level by the state of a trellis, which consists of the code and
+    the codes before it in the group (``embkern.ops.reference.trellis_states``).
 
     Attributes:
-        records, directory, tiers, levels: the codes and what they mean, as ``embkern.ops.gather_decode``
-            takes them; whole numbers, which no cast of a model touches.
+        records, directory, tiers, levels: the codes and their layout, as ``embkern.ops.gather_decode`` takes
+            them; integers, which no cast of a model changes.
         scales: (V,).
         basis: (K, H) or None.
         offset: (H,) or None.
         embedding_dim: H.
-        facts: what the method says of the result (JSON values); not saved.
+        facts: what the method reports about the result (JSON values); not saved.
+        check: whether to call ``validate``; False is for tensors of a table that passed it. Memory safety
+            does not depend on it: the kernels check every access.
 
     Raises:
-        ValueError: shapes do not fit each other, or the records do not fill what the directory describes.
+        ValueError: the shapes do not fit each other, or directory, tiers and records contradict each other.
         TypeError: a dtype is wrong.
     """
 
@@ -83,8 +89,17 @@ class PackedTable:
     offset: Tensor | None = None
     embedding_dim: int = 0
     facts: dict[str, Any] = field(default_factory=dict, repr=False)
+    check: InitVar[bool] = field(default=True, kw_only=True)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, check: bool) -> None:
+        if check:
+            self.validate()
+
+    def validate(self) -> None:
+        """Raise ValueError or TypeError unless the tensors describe a table.
+
+        This reads tiers and directory; on the meta device only shapes and dtypes are checked.
+        """
         check_packed(
             self.records,
             self.directory,
@@ -102,7 +117,10 @@ class PackedTable:
             self._check_ranges()
 
     def _check_width(self) -> None:
-        """Bound H by the tensors: basis and offset have H columns; without both, tiers have H values."""
+        """Bound H by the tensors, so that no file makes a caller allocate more than the file holds.
+
+        Basis and offset have H columns; without both, the tiers describe at least H values.
+        """
         if type(self.embedding_dim) is not int or self.embedding_dim < 1:
             raise ValueError(f"embedding_dim: expected a positive integer, got {self.embedding_dim!r}")
         if self.basis is not None and self.basis.shape[0] == 0:
@@ -115,6 +133,7 @@ class PackedTable:
             )
 
     def _check_ranges(self) -> None:
+        """Check the bits of the tiers, the tiers of the rows, and the places and number of the records."""
         if int(self.tiers[:, 1:].max()) > MAX_BITS or int(self.tiers[:, 0].max()) > 1:
             raise ValueError(f"tiers: expected 0 or 1, then 0 to {MAX_BITS} bits, got {self.tiers.tolist()}")
         size = self.basis.shape[0] if self.basis is not None else 0
@@ -130,23 +149,23 @@ class PackedTable:
         words = words_of_rows(tier_of, tiers)
         starts = words.cumsum(0) - words
         if not torch.equal(self.directory[:, 0].long(), starts[::GROUP]):
-            raise ValueError("directory: the places of the records do not follow from the rows' tiers")
+            raise ValueError("directory: the starts of the records do not follow from the rows' tiers")
         if (expected := max(1, int(words.sum()))) != len(self.records):
             raise ValueError(f"records: expected {expected} words, got {len(self.records)}")
 
     @property
     def num_embeddings(self) -> int:
-        """V, the rows of the table."""
+        """V, the number of rows."""
         return self.scales.shape[0]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the dtype of scales, basis and offset, and of the decoded rows."""
+        """Dtype of scales, basis and offset, and of the decoded rows."""
         return self.scales.dtype
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors together, as stored (a file adds a header of some hundred bytes)."""
+        """Total bytes of all tensors (a file adds a header of a few hundred bytes)."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
@@ -155,14 +174,14 @@ class PackedTable:
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def described_tiers(self) -> list[Tier]:
-        """Return the tiers as Python values."""
+        """Return the tiers as Python values, without trailing groups of 0 bits."""
         return [
             Tier(bool(transform), tuple(bits[: max((i + 1 for i, b in enumerate(bits) if b), default=0)]))
             for transform, *bits in self.tiers.tolist()
         ]
 
     def tier_of_rows(self) -> Tensor:
-        """Return the tier (V,) of every row."""
+        """Return the tier of every row, (V,) int64."""
         return tiers_of_rows(self.directory)[: self.num_embeddings]
 
     def decode(self, ids: Tensor) -> Tensor:
@@ -176,34 +195,48 @@ class PackedTable:
         return torch.cat([self.decode(some) for some in ids.split(_DECODED_ROWS)])
 
     def to(self, *args: Any, **kwargs: Any) -> PackedTable:
-        """Return the table moved, and its floating-point tensors cast, as ``Tensor.to`` does."""
-        moved = {name: tensor.to(*args, **kwargs) for name, tensor in self.tensors().items()}
+        """Return the table moved, and its floating-point tensors cast, as ``Tensor.to`` does.
+
+        Raises:
+            TypeError: the dtype is not floating-point.
+        """
+        moved: dict[str, Any] = {name: each.to(*args, **kwargs) for name, each in self.tensors().items()}
+        check_floating(moved["scales"].dtype)
         for name in TENSORS[:4]:  # codes keep their dtype
             moved[name] = getattr(self, name).to(moved[name].device)
-        return PackedTable(**moved, embedding_dim=self.embedding_dim, facts=self.facts)
+        return PackedTable(**moved, embedding_dim=self.embedding_dim, facts=self.facts, check=False)
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write the table to one safetensors file; a file already there is replaced whole or not at all."""
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the table to one safetensors file; an existing file is replaced atomically."""
         FORMAT.save(path, self.tensors(), embedding_dim=self.embedding_dim)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> PackedTable:
-        """Read what ``save`` wrote.
+    def load(cls, path: str | os.PathLike[str]) -> PackedTable:
+        """Read a file that ``save`` wrote.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: the file does not exist.
             ValueError: the file is truncated, edited, or not a file of a packed table.
         """
         return FORMAT.load(path, lambda tensors, settings: cls(**tensors, **settings))
 
 
 def packed_bytes(rows: Tensor, tiers: list[Tier], floats: int, basis_rows: int, embedding_dim: int) -> int:
-    """Bytes of a table with ``rows[t]`` rows in tier t and floating-point values of ``floats`` bytes."""
-    total = int(rows.sum())
-    words = max(1, sum(int(count) * tier.words for count, tier in zip(rows.tolist(), tiers, strict=True)))
+    """Return ``PackedTable.nbytes`` of a table before it is packed.
+
+    Args:
+        rows: (T,), the number of rows in each tier.
+        tiers: T tiers.
+        floats: bytes of a floating-point value.
+        basis_rows: K, 0 without a basis. The table has no offset.
+        embedding_dim: H.
+    """
+    counts: list[int] = rows.tolist()
+    V = sum(counts)
+    words = max(1, sum(count * tier.words for count, tier in zip(counts, tiers, strict=True)))
     groups = max([1, *(len(tier.bits) for tier in tiers)])
-    fixed = len(tiers) * (1 + groups) + LEVEL_BITS * STATES * 2
-    return 4 * words + 20 * -(-total // GROUP) + fixed + floats * (total + basis_rows * embedding_dim)
+    fixed: int = len(tiers) * (1 + groups) + LEVEL_BITS * STATES * 2
+    return 4 * words + 20 * -(-V // GROUP) + fixed + floats * (V + basis_rows * embedding_dim)
 
 
 def pack(
@@ -216,16 +249,17 @@ def pack(
     offset: Tensor | None,
     embedding_dim: int,
 ) -> PackedTable:
-    """Lay codes out as records.
+    """Return the packed table of codes.
 
     Args:
         tier_of: (V,) int64, the tier of every row.
-        codes: per tier with rows, the codes (rows, 32 groups) uint8 of its rows in the order of their ids.
+        codes: by tier, the codes (n, 32 G) uint8 of its n rows in the order of their ids; tiers without rows
+            or bits may be missing.
         tiers: up to 16.
-        levels: (4, 128) of the format, int16.
-        scales: (V,), in one floating-point dtype with
-        basis: (K, H) or None, and
-        offset: (H,) or None.
+        levels: (4, 128) int16, as ``embkern.ops.gather_decode`` takes them.
+        scales: (V,), floating-point.
+        basis: (K, H) in the dtype of scales, or None.
+        offset: (H,) in the dtype of scales, or None.
         embedding_dim: H.
     """
     words = words_of_rows(tier_of, tiers)
@@ -251,12 +285,12 @@ def pack(
 
 
 def words_of_rows(tier_of: Tensor, tiers: list[Tier]) -> Tensor:
-    """Words (V,) int64 of the rows' records."""
+    """Return the 32-bit words of every row's record, (V,) int64."""
     return torch.tensor([tier.words for tier in tiers], device=tier_of.device)[tier_of]
 
 
 def directory_of(tier_of: Tensor, tiers: list[Tier]) -> Tensor:
-    """Words (ceil(V / 32), 5) of the rows' tiers (V,): where 32 records begin, then 4 bits a row."""
+    """Return the directory (ceil(V / 32), 5) int32 of tiers (V,): a start and 4 bits for each of 32 rows."""
     words = words_of_rows(tier_of, tiers)
     starts = (words.cumsum(0) - words)[::GROUP]
     nibbles = F.pad(tier_of, (0, -len(tier_of) % GROUP)).view(-1, 4, 8) << torch.arange(0, 32, 4)
@@ -264,13 +298,13 @@ def directory_of(tier_of: Tensor, tiers: list[Tier]) -> Tensor:
 
 
 def tiers_of_rows(directory: Tensor) -> Tensor:
-    """Tiers (32 blocks,) int64 that a directory names; those beyond the last row are 0."""
+    """Return the tiers that a directory (B, 5) has, (32 B,) int64; those beyond the last row are 0."""
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=directory.device)
     return ((directory[:, 1:, None] >> shifts) & 15).flatten().long()
 
 
 def bit_planes(codes: Tensor, tier: Tier) -> Tensor:
-    """Records (n, W) of codes (n, 32 groups): bit i of a group's word p is bit p of the code of value i."""
+    """Return the records (n, W) int32 of codes (n, 32 G): bit i of a group's word p is bit p of code i."""
     lanes, planes = torch.arange(GROUP), [torch.zeros(len(codes), 0, dtype=torch.int64)]
     for group, bits in zip(codes.split(GROUP, 1), tier.bits, strict=False):
         values = group.long()
@@ -279,5 +313,5 @@ def bit_planes(codes: Tensor, tier: Tier) -> Tensor:
 
 
 def _wrapped(words: Tensor) -> Tensor:
-    """Whole numbers below 2^32 as int32 of the same bits."""
+    """Return integers below 2^32 as int32 with the same bits."""
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)

@@ -100,7 +100,7 @@ def test_train_writes_the_factors_of_a_table_in_a_file(table, tmp_path):
     expected = autoencoder(TableFile(table, "rows"), 4, **options)
     factors = Factors.load(out)
     assert torch.equal(factors.codes, expected.codes)
-    assert (report["rank"], report["table_bytes"], report["factors_bytes"]) == (4, 3600, factors.nbytes)
+    assert (report["rank"], report["table_bytes"], report["compressed_bytes"]) == (4, 3600, factors.nbytes)
     last = json.loads(log.read_text().splitlines()[-1])
     assert (report["epoch"], report["direction_error"]) == (last["epoch"], last["direction_error"])
 

@@ -25,6 +25,11 @@ def test_sizes(factors):
     assert Factors(factors.codes, factors.basis).nbytes == (11 * 3 + 3 * 5) * 4
 
 
+def test_a_cast_to_integers_is_refused(factors):
+    with pytest.raises(TypeError, match="dtype: expected a floating-point dtype, got torch.int64"):
+        factors.to(torch.int64)
+
+
 @pytest.mark.parametrize("activation", [None, "elu"])
 def test_decoding(factors, activation):
     factors = Factors(factors.codes, factors.basis, factors.offset, activation)

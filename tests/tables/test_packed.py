@@ -172,6 +172,21 @@ def test_a_cast_leaves_the_codes_alone():
     assert table.dtype == torch.float32
 
 
+def test_a_cast_to_integers_is_refused():
+    with pytest.raises(TypeError, match="dtype: expected a floating-point dtype, got torch.int8"):
+        make().to(torch.int8)
+
+
+def test_tensors_are_validated_when_asked():
+    table = make()
+    damaged = replace(table, records=table.records[:-1], check=False)
+    assert damaged.to("cpu").records is damaged.records
+    with pytest.raises(ValueError, match=r"records: expected \d+ words"):
+        damaged.validate()
+    with pytest.raises(ValueError, match="directory: expected records within"):
+        damaged.decode(torch.arange(70))
+
+
 def test_a_table_of_the_meta_device_has_shapes():
     table = make()
     meta = table.to("meta")
@@ -195,12 +210,12 @@ CORRUPT = [
     (lambda t: dict(tiers=t["tiers"].repeat(2, 1)), "tiers: expected shape .* T up to 16"),
     (lambda t: dict(tiers=edited(t["tiers"], (0, 1), 9)), "tiers: expected 0 or 1, then 0 to 8 bits"),
     (lambda t: dict(tiers=edited(t["tiers"], (0, 0), 2)), "tiers: expected 0 or 1, then 0 to 8 bits"),
-    (lambda t: dict(tiers=edited(t["tiers"], (0, 1), 5)), "directory: the places of the records do not"),
+    (lambda t: dict(tiers=edited(t["tiers"], (0, 1), 5)), "directory: the starts of the records do not"),
     (lambda t: dict(tiers=torch.nn.functional.pad(t["tiers"], (0, 1), value=1)), "tiers: expected at most 2"),
     (lambda t: dict(tiers=edited(t["tiers"], (-1, 2), 1)), "tiers: expected at most 1 groups, got basis"),
     (lambda t: dict(tiers=t["tiers"][:4]), "expected at most|directory: expected tiers below 4, got"),
     (lambda t: dict(directory=t["directory"][:2]), r"directory: expected shape \(3, 5\), got \(2, 5\)"),
-    (lambda t: dict(directory=edited(t["directory"], (1, 0), 7)), "directory: the places of the records"),
+    (lambda t: dict(directory=edited(t["directory"], (1, 0), 7)), "directory: the starts of the records"),
     (
         lambda t: dict(directory=edited(t["directory"], (1, 1), -1)),
         "directory: expected tiers below 15, got 15",
