@@ -1,1 +1,1 @@
-"""Files: atomic writes, checksummed JSON and tensors, tables read by memory map, the cache directory."""
+"""Files: atomic writes, checksummed JSON and tensors, memory-mapped tables, the cache directory."""

@@ -513,6 +513,6 @@ def test_a_hub_out_of_reach_is_one_line(run, monkeypatch):
     last = error.splitlines()[-1]
     assert code == 1
     assert last.startswith(
-        "embkern: text: 'some/texts::test' is neither a file here nor a data set to be had"
+        "embkern: text: 'some/texts::test' is neither a file nor a data set that the hub provides"
     )
     assert last.endswith("no route")
