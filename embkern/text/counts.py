@@ -1,4 +1,4 @@
-"""Token counts: ``count_tokens`` counts those of texts, ``TokenCounts`` holds them in memory and in a file."""
+"""Token counts: ``count_tokens`` makes them, ``TokenCounts`` holds them in memory and in a file."""
 
 from __future__ import annotations
 

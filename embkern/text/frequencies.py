@@ -62,7 +62,6 @@ def expected_frequencies(counts: TokenCounts | None, prior: Tensor, *, strength:
     return normalized(counts.resized(len(prior)).counts + strength * expected)
 
 
-
 def token_frequencies(
     num_embeddings: int,
     counts: TokenCounts | Tensor | str | os.PathLike | None,

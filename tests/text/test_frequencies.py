@@ -64,4 +64,4 @@ def test_the_prior_lowers_the_cross_entropy_of_real_text_and_counts_lower_it_fur
     uniform = bits(torch.full((V,), 1 / V, dtype=torch.float64))
     assert bits(prior) < uniform - 4, "14.9 bits per token for uniform frequencies, about 10 for the prior"
     assert bits(expected_frequencies(counts, prior)) < bits(prior)
-    assert bits(vocabulary_prior(None, V)) > bits(prior) + 2, "without a tokenizer, special tokens and characters rank first"
+    assert bits(vocabulary_prior(None, V)) > bits(prior) + 2, "special tokens rank first there"
