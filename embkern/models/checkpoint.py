@@ -32,35 +32,6 @@ def model_bytes(model: PreTrainedModel) -> int:
     return others + stored_table(model).nbytes
 
 
-def holds(keys: set[str], name: str) -> bool:
-    """Whether a checkpoint has a tensor ``name``, under any prefix."""
-    return any(f".{key}".endswith(f".{name}") for key in keys)
-
-
-def zero_missing_biases(model: PreTrainedModel, keys: set[str]) -> None:
-    """Set the biases of compressed heads to zero that are missing in the checkpoint, as in a backbone's."""
-    for head in model.modules():
-        if not isinstance(head, CompressedHead) or head.bias is None:
-            continue
-        names = [name for name, each in model.named_parameters(remove_duplicate=False) if each is head.bias]
-        if not any(holds(keys, canonical_name(model, name)) for name in names):
-            nn.init.zeros_(head.bias)
-
-
-def is_whole(root: CompressedEmbedding, state: TableState) -> bool:
-    """Whether all tensors of the table are here: none offloaded to meta, sharded or of another shape."""
-    tensors = root.tensors()
-    return all(type(tensor) is Tensor and not tensor.is_meta for tensor in tensors.values()) and all(
-        list(tensor.shape) == state.shapes[name] for name, tensor in tensors.items()
-    )
-
-
-def storage_dtype(root: CompressedEmbedding, state: TableState) -> torch.dtype:
-    """Return the dtype to save in: a packed table keeps the stored one unless the model's is narrower."""
-    widened = torch.promote_types(root.dtype, state.stored_dtype) == root.dtype
-    return state.stored_dtype if root.keeps_stored_dtype and widened else root.dtype
-
-
 def stored_table(model: PreTrainedModel) -> Table:
     """Return a compressed model's table in the dtype in which it is stored.
 
@@ -79,34 +50,18 @@ def stored_table(model: PreTrainedModel) -> Table:
     return table
 
 
-def verify(root: CompressedEmbedding, state: TableState) -> None:
-    """Raise ValueError if a loaded table differs from the saved one, or its tensors contradict each other.
+def storage_dtype(root: CompressedEmbedding, state: TableState) -> torch.dtype:
+    """Return the dtype to save in: a packed table keeps the stored one unless the model's is narrower."""
+    widened = torch.promote_types(root.dtype, state.stored_dtype) == root.dtype
+    return state.stored_dtype if root.keeps_stored_dtype and widened else root.dtype
 
-    Floating-point tensors are verified unless the model's dtype is narrower than the stored one; a table that
-    is not whole here is not verified.
-    """
-    if not is_whole(root, state):
-        return
+
+def is_whole(root: CompressedEmbedding, state: TableState) -> bool:
+    """Whether all tensors of the table are here: none offloaded to meta, sharded or of another shape."""
     tensors = root.tensors()
-    if torch.promote_types(root.dtype, state.stored_dtype) == root.dtype:
-        tensors = {n: t.to(state.stored_dtype) if t.is_floating_point() else t for n, t in tensors.items()}
-    else:
-        tensors = {name: tensor for name, tensor in tensors.items() if not tensor.is_floating_point()}
-    known = {name: value for name, value in state.checksums.items() if name in tensors}
-    try:
-        verify_checksums(tensors, known)
-        root.table.validate()
-    except ValueError as error:
-        raise ValueError(f"the saved embedding is damaged: {error}") from None
-
-
-def scale_of(state: TableState, name: str) -> float:
-    """Return the saved scale of an embedding module; if all are equal, also of one under another name."""
-    if name in state.scales:
-        return float(state.scales[name])
-    if len(distinct := set(state.scales.values())) == 1:
-        return float(distinct.pop())
-    raise ValueError(f"quantization_config.table.scales: no entry for {name}, only {sorted(state.scales)}")
+    return all(type(tensor) is Tensor and not tensor.is_meta for tensor in tensors.values()) and all(
+        list(tensor.shape) == state.shapes[name] for name, tensor in tensors.items()
+    )
 
 
 def check_files(files: list[str], root: str, state: TableState) -> dict[str, list[int]]:
@@ -162,3 +117,48 @@ def _stored(path: str) -> dict[str, tuple[list[int], torch.dtype | None]]:
             }
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error
+
+
+def scale_of(state: TableState, name: str) -> float:
+    """Return the saved scale of an embedding module; if all are equal, also of one under another name."""
+    if name in state.scales:
+        return float(state.scales[name])
+    if len(distinct := set(state.scales.values())) == 1:
+        return float(distinct.pop())
+    raise ValueError(f"quantization_config.table.scales: no entry for {name}, only {sorted(state.scales)}")
+
+
+def verify(root: CompressedEmbedding, state: TableState) -> None:
+    """Raise ValueError if a loaded table differs from the saved one, or its tensors contradict each other.
+
+    Floating-point tensors are verified unless the model's dtype is narrower than the stored one; a table that
+    is not whole here is not verified.
+    """
+    if not is_whole(root, state):
+        return
+    tensors = root.tensors()
+    if torch.promote_types(root.dtype, state.stored_dtype) == root.dtype:
+        tensors = {n: t.to(state.stored_dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+    else:
+        tensors = {name: tensor for name, tensor in tensors.items() if not tensor.is_floating_point()}
+    known = {name: value for name, value in state.checksums.items() if name in tensors}
+    try:
+        verify_checksums(tensors, known)
+        root.table.validate()
+    except ValueError as error:
+        raise ValueError(f"the saved embedding is damaged: {error}") from None
+
+
+def zero_missing_biases(model: PreTrainedModel, keys: set[str]) -> None:
+    """Set the biases of compressed heads to zero that are missing in the checkpoint, as in a backbone's."""
+    for head in model.modules():
+        if not isinstance(head, CompressedHead) or head.bias is None:
+            continue
+        names = [name for name, each in model.named_parameters(remove_duplicate=False) if each is head.bias]
+        if not any(holds(keys, canonical_name(model, name)) for name in names):
+            nn.init.zeros_(head.bias)
+
+
+def holds(keys: set[str], name: str) -> bool:
+    """Whether a checkpoint has a tensor ``name``, under any prefix."""
+    return any(f".{key}".endswith(f".{name}") for key in keys)

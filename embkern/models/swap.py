@@ -29,16 +29,6 @@ def check_installable(table: ModelTable, recipe: Recipe) -> None:
         )
 
 
-def compressed_models(model: PreTrainedModel) -> list[Any]:
-    """Return the model and its nested models that have a compressed embedding."""
-    return [
-        module
-        for module in model.modules()
-        if hasattr(module, "all_tied_weights_keys")
-        and any(isinstance(each, CompressedEmbedding) for each in module.modules())
-    ]
-
-
 @dataclass
 class DenseModules:
     """What a swap replaced, for ``dequantize`` to put back.
@@ -52,25 +42,6 @@ class DenseModules:
     modules: dict[str, Any]
     ties: dict[str, tuple[dict | None, dict | None]]
     table: ModelTable
-
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)
-
-
-def take_place(new: nn.Module, old: nn.Module) -> nn.Module:
-    """Return ``new`` in the training mode and with the hooks of ``old``.
-
-    Gradient checkpointing, for example, registers a hook on the embedding.
-    """
-    for name in _HOOKS:
-        setattr(new, name, getattr(old, name))
-    return new.train(old.training)
 
 
 def swap(model: PreTrainedModel, table: ModelTable, compressed: Table, compress_heads: bool) -> DenseModules:
@@ -149,36 +120,23 @@ def _retie(
     return before
 
 
-def canonical_name(model: PreTrainedModel, name: str) -> str:
-    """Return a module's name without the base model's prefix, so that it is the same in the backbone."""
-    return name.removeprefix(f"{model.base_model_prefix}.") if model.base_model_prefix else name
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
 
 
-def restore_tie(model: PreTrainedModel) -> None:
-    """Tie a model on the meta device whose config says that it is not, as PEFT leaves it after a merge."""
-    model.config.tie_word_embeddings = True
-    for module in model.modules():
-        if hasattr(module, "all_tied_weights_keys"):
-            module.all_tied_weights_keys = module.get_expanded_tied_weights_keys(all_submodels=True)
+def take_place(new: nn.Module, old: nn.Module) -> nn.Module:
+    """Return ``new`` in the training mode and with the hooks of ``old``.
 
-
-def keep_tie(model: PreTrainedModel, state: TableState) -> None:
-    """Set ``tie_word_embeddings`` again if the head shares the table and another library cleared the flag."""
-    if state.head == "factorized" and getattr(model.config, "tie_word_embeddings", None) is False:
-        model.config.tie_word_embeddings = True
-
-
-def compressed_embedding(model: PreTrainedModel) -> CompressedEmbedding:
-    """Return a model's compressed input embedding, or raise ValueError."""
-    module = input_embeddings(model)
-    if not isinstance(module, CompressedEmbedding):
-        raise ValueError("model: expected one compressed by embkern, got a dense one")
-    return module
-
-
-def modules_of_table(model: PreTrainedModel) -> list[Any]:
-    """Return a model's compressed embeddings and heads."""
-    return [each for each in model.modules() if isinstance(each, (CompressedEmbedding, CompressedHead))]
+    Gradient checkpointing, for example, registers a hook on the embedding.
+    """
+    for name in _HOOKS:
+        setattr(new, name, getattr(old, name))
+    return new.train(old.training)
 
 
 def materialize_buffers(model: PreTrainedModel, path: str, module: nn.Module, weight: Tensor) -> None:
@@ -219,3 +177,45 @@ def untie_heads(model: PreTrainedModel, table: ModelTable) -> None:
     # that the embedding and the head differ, and does not tie them.
     if not model.all_tied_weights_keys:
         model.config.tie_word_embeddings = False
+
+
+def restore_tie(model: PreTrainedModel) -> None:
+    """Tie a model on the meta device whose config says that it is not, as PEFT leaves it after a merge."""
+    model.config.tie_word_embeddings = True
+    for module in model.modules():
+        if hasattr(module, "all_tied_weights_keys"):
+            module.all_tied_weights_keys = module.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def keep_tie(model: PreTrainedModel, state: TableState) -> None:
+    """Set ``tie_word_embeddings`` again if the head shares the table and another library cleared the flag."""
+    if state.head == "factorized" and getattr(model.config, "tie_word_embeddings", None) is False:
+        model.config.tie_word_embeddings = True
+
+
+def compressed_embedding(model: PreTrainedModel) -> CompressedEmbedding:
+    """Return a model's compressed input embedding, or raise ValueError."""
+    module = input_embeddings(model)
+    if not isinstance(module, CompressedEmbedding):
+        raise ValueError("model: expected one compressed by embkern, got a dense one")
+    return module
+
+
+def modules_of_table(model: PreTrainedModel) -> list[Any]:
+    """Return a model's compressed embeddings and heads."""
+    return [each for each in model.modules() if isinstance(each, (CompressedEmbedding, CompressedHead))]
+
+
+def compressed_models(model: PreTrainedModel) -> list[Any]:
+    """Return the model and its nested models that have a compressed embedding."""
+    return [
+        module
+        for module in model.modules()
+        if hasattr(module, "all_tied_weights_keys")
+        and any(isinstance(each, CompressedEmbedding) for each in module.modules())
+    ]
+
+
+def canonical_name(model: PreTrainedModel, name: str) -> str:
+    """Return a module's name without the base model's prefix, so that it is the same in the backbone."""
+    return name.removeprefix(f"{model.base_model_prefix}.") if model.base_model_prefix else name
