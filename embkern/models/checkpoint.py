@@ -57,7 +57,7 @@ def storage_dtype(root: CompressedEmbedding, state: TableState) -> torch.dtype:
 
 
 def is_whole(root: CompressedEmbedding, state: TableState) -> bool:
-    """Whether all tensors of the table are here: none offloaded to meta, sharded or of another shape."""
+    """Return whether all tensors of the table are here: none offloaded to meta, sharded or of another shape."""
     tensors = root.tensors()
     return all(type(tensor) is Tensor and not tensor.is_meta for tensor in tensors.values()) and all(
         list(tensor.shape) == state.shapes[name] for name, tensor in tensors.items()
@@ -160,5 +160,5 @@ def zero_missing_biases(model: PreTrainedModel, keys: set[str]) -> None:
 
 
 def holds(keys: set[str], name: str) -> bool:
-    """Whether a checkpoint has a tensor ``name``, under any prefix."""
+    """Return whether a checkpoint has a tensor ``name``, under any prefix."""
     return any(f".{key}".endswith(f".{name}") for key in keys)

@@ -84,7 +84,7 @@ def _pieces(source: str | os.PathLike, errors: str, max_chars: int) -> Iterator[
 
 
 def _is_file_name(source: str | os.PathLike) -> bool:
-    """Whether a source that does not exist is meant as a file rather than a data set."""
+    """Return whether a source that does not exist is meant as a file rather than a data set."""
     return not isinstance(source, str) or source.startswith((".", "/", "~")) or source.endswith(SUFFIXES)
 
 
