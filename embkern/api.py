@@ -35,48 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def count_files(
-    model: str | os.PathLike,
-    sources: Iterable[str | os.PathLike],
-    output: str | os.PathLike,
-    *,
-    errors: str = "strict",
-    overwrite: bool = False,
-    progress: bool | None = None,
-) -> CountSummary:
-    """Count the tokens of texts with a model's tokenizer, and save the counts.
-
-    Args:
-        model: a directory with a tokenizer, or a name on the hub.
-        sources: sources of text, as ``read_texts`` takes them.
-        output: file to write, with ``TokenCounts.save``.
-        errors: what to do with bytes that are not UTF-8 text: ``strict`` raises, ``replace`` reads U+FFFD.
-        overwrite: whether to replace an existing file.
-        progress: whether to show a progress bar on stderr; None shows it on a terminal.
-
-    Raises:
-        ValueError: a source is not text or has none, or the tokenizer is damaged; the message names it.
-        FileNotFoundError: the tokenizer, a source, or the directory of ``output`` does not exist.
-        FileExistsError: ``output`` exists and ``overwrite`` is False, or it is one of the sources.
-        OSError: ``output`` cannot be written.
-    """
-    sources, path = list(sources), Path(output).resolve()
-    if any(path == Path(source).resolve() for source in sources):
-        raise FileExistsError(f"output: {output} is the text to read; choose another name")
-    check_writable(output, "output")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"output: {output} exists; choose another name, or pass --overwrite")
-    tokenizer = load_tokenizer(model)
-    if tokenizer is None:
-        raise FileNotFoundError(
-            f"tokenizer: expected a directory with one, or a name on the hub, found none at {model}"
-        )
-    texts = itertools.chain.from_iterable(read_texts(source, errors=errors) for source in sources)
-    counts = count_tokens(texts, tokenizer, progress=progress)
-    counts.save(path)
-    return counts.summary(tokenizer)
-
-
 def compress(
     model: PreTrainedModel | str | os.PathLike,
     *,
@@ -209,24 +167,6 @@ def compress(
     return report
 
 
-def _recipe(
-    recipe: Recipe | None,
-    method: str | None,
-    ratio: float | None,
-    rank: int | None,
-    lm_head: LMHead | None,
-    options: dict[str, Any],
-) -> Recipe:
-    """Return ``recipe``, or one of the other arguments; raise ValueError if both are given."""
-    fields = {"method": method, "ratio": ratio, "rank": rank, "lm_head": lm_head, "options": options or None}
-    given = {name: value for name, value in fields.items() if value is not None}
-    if recipe is None:
-        return Recipe.parse(**given)
-    if given:
-        raise ValueError(f"recipe: expected either a recipe or {', '.join(given)}, got both")
-    return recipe
-
-
 def export_dense(directory: str | os.PathLike, output: str | os.PathLike, *, overwrite: bool = False) -> None:
     """Decode a compressed model's table and save the model so that it loads without embkern.
 
@@ -246,3 +186,63 @@ def export_dense(directory: str | os.PathLike, output: str | os.PathLike, *, ove
     if getattr(model, "hf_quantizer", None) is None:
         raise ValueError(f"model: expected one compressed by embkern, got a dense one: {directory}")
     save(model.dequantize(), output, source=os.fspath(directory), tokenizer=load_tokenizer(directory))
+
+
+def count_files(
+    model: str | os.PathLike,
+    sources: Iterable[str | os.PathLike],
+    output: str | os.PathLike,
+    *,
+    errors: str = "strict",
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> CountSummary:
+    """Count the tokens of texts with a model's tokenizer, and save the counts.
+
+    Args:
+        model: a directory with a tokenizer, or a name on the hub.
+        sources: sources of text, as ``read_texts`` takes them.
+        output: file to write, with ``TokenCounts.save``.
+        errors: what to do with bytes that are not UTF-8 text: ``strict`` raises, ``replace`` reads U+FFFD.
+        overwrite: whether to replace an existing file.
+        progress: whether to show a progress bar on stderr; None shows it on a terminal.
+
+    Raises:
+        ValueError: a source is not text or has none, or the tokenizer is damaged; the message names it.
+        FileNotFoundError: the tokenizer, a source, or the directory of ``output`` does not exist.
+        FileExistsError: ``output`` exists and ``overwrite`` is False, or it is one of the sources.
+        OSError: ``output`` cannot be written.
+    """
+    sources, path = list(sources), Path(output).resolve()
+    if any(path == Path(source).resolve() for source in sources):
+        raise FileExistsError(f"output: {output} is the text to read; choose another name")
+    check_writable(output, "output")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"output: {output} exists; choose another name, or pass --overwrite")
+    tokenizer = load_tokenizer(model)
+    if tokenizer is None:
+        raise FileNotFoundError(
+            f"tokenizer: expected a directory with one, or a name on the hub, found none at {model}"
+        )
+    texts = itertools.chain.from_iterable(read_texts(source, errors=errors) for source in sources)
+    counts = count_tokens(texts, tokenizer, progress=progress)
+    counts.save(path)
+    return counts.summary(tokenizer)
+
+
+def _recipe(
+    recipe: Recipe | None,
+    method: str | None,
+    ratio: float | None,
+    rank: int | None,
+    lm_head: LMHead | None,
+    options: dict[str, Any],
+) -> Recipe:
+    """Return ``recipe``, or one of the other arguments; raise ValueError if both are given."""
+    fields = {"method": method, "ratio": ratio, "rank": rank, "lm_head": lm_head, "options": options or None}
+    given = {name: value for name, value in fields.items() if value is not None}
+    if recipe is None:
+        return Recipe.parse(**given)
+    if given:
+        raise ValueError(f"recipe: expected either a recipe or {', '.join(given)}, got both")
+    return recipe

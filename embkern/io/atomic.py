@@ -124,14 +124,6 @@ def check_writable_directory(path: str | os.PathLike, argument: str) -> None:
     _try_to_create(folder / "new", path, argument)
 
 
-def _try_to_create(file: Path, path: str | os.PathLike, argument: str) -> None:
-    try:
-        _new_file(file, 0o600).unlink()
-    except OSError as error:
-        reason = f"{argument}: cannot be written ({error.strerror})"
-        raise OSError(error.errno, reason, str(path)) from None
-
-
 @contextlib.contextmanager
 def alone_in(directory: str | os.PathLike, argument: str) -> Iterator[None]:
     """Hold an advisory lock on an existing directory; it is released when the block or the process ends.
@@ -170,6 +162,14 @@ def file_checksum(path: str | os.PathLike) -> str:
         while block := file.read(1 << 20):
             crc = zlib.crc32(block, crc)
     return f"crc32:{crc:08x}"
+
+
+def _try_to_create(file: Path, path: str | os.PathLike, argument: str) -> None:
+    try:
+        _new_file(file, 0o600).unlink()
+    except OSError as error:
+        reason = f"{argument}: cannot be written ({error.strerror})"
+        raise OSError(error.errno, reason, str(path)) from None
 
 
 def _new_name(path: Path) -> Path:

@@ -121,6 +121,32 @@ class TensorFormat:
         return settings
 
 
+def checksum(tensor: Tensor) -> str:
+    """Return the CRC-32 of a tensor's bytes, as ``crc32:`` and 8 hexadecimal digits."""
+    return checksum_of_parts([tensor])
+
+
+def checksum_of_parts(parts: Iterable[Tensor]) -> str:
+    """Return the CRC-32 of the concatenated bytes of tensors."""
+    crc = 0
+    for part in parts:
+        flat = part.detach().cpu().resolve_neg().contiguous().reshape(-1)
+        flat = flat.as_strided(flat.shape, (1,))  # the stride of a single element is arbitrary
+        data: Any = flat.view(torch.uint8).numpy()
+        crc = zlib.crc32(data, crc)
+    return f"crc32:{crc:08x}"
+
+
+def verify_checksums(tensors: Mapping[str, Tensor], checksums: Mapping[str, str]) -> None:
+    """Raise ValueError if the checksum of a tensor differs."""
+    for name, expected in checksums.items():
+        if (got := checksum(tensors[name])) != expected:
+            raise ValueError(
+                f"{name} was changed after it was saved (expected {expected}, got {got}); "
+                "the file is damaged or edited"
+            )
+
+
 def _read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the metadata of one version of a file that another process may replace.
 
@@ -181,29 +207,3 @@ def _sort_metadata(path: Path) -> None:
             raise RuntimeError(f"{path}: expected a header of {length} bytes once sorted, got {len(text)}")
         file.seek(8)
         file.write(text)
-
-
-def checksum(tensor: Tensor) -> str:
-    """Return the CRC-32 of a tensor's bytes, as ``crc32:`` and 8 hexadecimal digits."""
-    return checksum_of_parts([tensor])
-
-
-def checksum_of_parts(parts: Iterable[Tensor]) -> str:
-    """Return the CRC-32 of the concatenated bytes of tensors."""
-    crc = 0
-    for part in parts:
-        flat = part.detach().cpu().resolve_neg().contiguous().reshape(-1)
-        flat = flat.as_strided(flat.shape, (1,))  # the stride of a single element is arbitrary
-        data: Any = flat.view(torch.uint8).numpy()
-        crc = zlib.crc32(data, crc)
-    return f"crc32:{crc:08x}"
-
-
-def verify_checksums(tensors: Mapping[str, Tensor], checksums: Mapping[str, str]) -> None:
-    """Raise ValueError if the checksum of a tensor differs."""
-    for name, expected in checksums.items():
-        if (got := checksum(tensors[name])) != expected:
-            raise ValueError(
-                f"{name} was changed after it was saved (expected {expected}, got {got}); "
-                "the file is damaged or edited"
-            )

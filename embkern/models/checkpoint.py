@@ -57,7 +57,7 @@ def storage_dtype(root: CompressedEmbedding, state: TableState) -> torch.dtype:
 
 
 def is_whole(root: CompressedEmbedding, state: TableState) -> bool:
-    """Return whether all tensors of the table are here: none offloaded to meta, sharded or of another shape."""
+    """Return whether all tensors of the table are here: none is on meta, sharded or of another shape."""
     tensors = root.tensors()
     return all(type(tensor) is Tensor and not tensor.is_meta for tensor in tensors.values()) and all(
         list(tensor.shape) == state.shapes[name] for name, tensor in tensors.items()

@@ -27,33 +27,55 @@ FORMAT = TensorFormat("embkern.counts/1", "token counts", required=("counts",), 
 BATCH_CHARS = 1 << 18  # characters per call of the tokenizer, which needs about 100 bytes for each
 
 
-class TopToken(BaseModel):
-    """A token and its count."""
+def count_tokens(
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_embeddings: int | None = None,
+    progress: bool | None = None,
+    batch_chars: int = BATCH_CHARS,
+) -> TokenCounts:
+    """Count the tokens of texts.
 
-    id: int
-    token: str
-    count: int
+    ``sum(torch.bincount(torch.tensor(tokenizer(text).input_ids), minlength=V) for text in texts)``
 
+    Texts are not truncated. Tokens that the tokenizer adds (CLS, SEP, BOS) count once per text. Texts of
+    white space alone are skipped.
 
-class CountSummary(BaseModel):
-    """A summary of token counts, as ``embkern count`` prints it."""
+    Args:
+        texts: an iterable of str, such as ``read_texts`` returns; it is consumed once.
+        tokenizer: a fast tokenizer of transformers.
+        num_embeddings: V, the number of rows of the model's table; None takes the largest id plus 1.
+        progress: whether to show a progress bar on stderr; None shows it on a terminal.
+        batch_chars: characters per call of the tokenizer.
 
-    texts: int = Field(description="number of texts")
-    tokens: int = Field(description="number of tokens in them")
-    distinct: int = Field(description="tokens that occur at least once")
-    vocabulary_size: int = Field(description="tokens of the tokenizer, added ones included")
-    seen: float = Field(description="distinct / vocabulary_size")
-    fingerprint: str = Field(description="hash of the tokenizer's vocabulary")
-    top: list[TopToken] = Field(description="the most frequent tokens, in descending order")
-
-    def rows(self) -> dict[str, str]:
-        """Return the rows of the printed table by name."""
-        return {
-            "texts": f"{self.texts:,}",
-            "tokens": f"{self.tokens:,}",
-            "distinct": f"{self.distinct:,} of the vocabulary's {self.vocabulary_size:,} ({self.seen:.1%})",
-            "most frequent": "  ".join(f"{each.token} {each.count / self.tokens:.1%}" for each in self.top),
-        }
+    Raises:
+        ValueError: there is no text, or the tokenizer belongs to another model: an id is not below V.
+        TypeError: ``texts`` is a single string.
+    """
+    if isinstance(texts, (str, bytes)):
+        raise TypeError(f"texts: expected an iterable of str (read_texts reads a file), got {type(texts)}")
+    vocabulary = tokenizer.get_vocab()
+    V = check_size(tokenizer, vocabulary, num_embeddings)
+    counts, read = np.zeros(V, np.int64), 0
+    with tqdm(
+        desc="count tokens", unit="token", unit_scale=True, disable=None if progress is None else not progress
+    ) as bar:
+        for batch in _batches(texts, batch_chars):
+            encoded = tokenizer(
+                batch, add_special_tokens=True, padding=False, truncation=False, verbose=False,
+                return_attention_mask=False, return_token_type_ids=False,
+            )  # fmt: skip
+            ids = np.fromiter(itertools.chain.from_iterable(encoded["input_ids"]), np.int64)
+            found = np.bincount(ids, minlength=V)
+            if len(found) > V:
+                refuse_tokenizer(len(found), V)
+            counts += found
+            read += len(batch)
+            bar.update(len(ids))
+    if not counts.any():
+        raise ValueError("texts: expected some text, got none")
+    return TokenCounts(torch.from_numpy(counts), read, fingerprint(tokenizer), len(vocabulary))
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,81 +196,39 @@ class TokenCounts:
         return FORMAT.load(path, build)
 
 
-def _exact_sum(counts: Tensor) -> int:
-    """Return the sum of counts without int64 overflow."""
-    return (int((counts >> 32).sum()) << 32) + int((counts & 0xFFFFFFFF).sum())
+class TopToken(BaseModel):
+    """A token and its count."""
+
+    id: int
+    token: str
+    count: int
+
+
+class CountSummary(BaseModel):
+    """A summary of token counts, as ``embkern count`` prints it."""
+
+    texts: int = Field(description="number of texts")
+    tokens: int = Field(description="number of tokens in them")
+    distinct: int = Field(description="tokens that occur at least once")
+    vocabulary_size: int = Field(description="tokens of the tokenizer, added ones included")
+    seen: float = Field(description="distinct / vocabulary_size")
+    fingerprint: str = Field(description="hash of the tokenizer's vocabulary")
+    top: list[TopToken] = Field(description="the most frequent tokens, in descending order")
+
+    def rows(self) -> dict[str, str]:
+        """Return the rows of the printed table by name."""
+        return {
+            "texts": f"{self.texts:,}",
+            "tokens": f"{self.tokens:,}",
+            "distinct": f"{self.distinct:,} of the vocabulary's {self.vocabulary_size:,} ({self.seen:.1%})",
+            "most frequent": "  ".join(f"{each.token} {each.count / self.tokens:.1%}" for each in self.top),
+        }
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a hash of a tokenizer's vocabulary (tokens and ids) that is the same in every process."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     return f"sha256:{hashlib.sha256(vocabulary.encode()).hexdigest()[:32]}"
-
-
-def count_tokens(
-    texts: Iterable[str],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    num_embeddings: int | None = None,
-    progress: bool | None = None,
-    batch_chars: int = BATCH_CHARS,
-) -> TokenCounts:
-    """Count the tokens of texts.
-
-    ``sum(torch.bincount(torch.tensor(tokenizer(text).input_ids), minlength=V) for text in texts)``
-
-    Texts are not truncated. Tokens that the tokenizer adds (CLS, SEP, BOS) count once per text. Texts of
-    white space alone are skipped.
-
-    Args:
-        texts: an iterable of str, such as ``read_texts`` returns; it is consumed once.
-        tokenizer: a fast tokenizer of transformers.
-        num_embeddings: V, the number of rows of the model's table; None takes the largest id plus 1.
-        progress: whether to show a progress bar on stderr; None shows it on a terminal.
-        batch_chars: characters per call of the tokenizer.
-
-    Raises:
-        ValueError: there is no text, or the tokenizer belongs to another model: an id is not below V.
-        TypeError: ``texts`` is a single string.
-    """
-    if isinstance(texts, (str, bytes)):
-        raise TypeError(f"texts: expected an iterable of str (read_texts reads a file), got {type(texts)}")
-    vocabulary = tokenizer.get_vocab()
-    V = check_size(tokenizer, vocabulary, num_embeddings)
-    counts, read = np.zeros(V, np.int64), 0
-    with tqdm(
-        desc="count tokens", unit="token", unit_scale=True, disable=None if progress is None else not progress
-    ) as bar:
-        for batch in _batches(texts, batch_chars):
-            encoded = tokenizer(
-                batch, add_special_tokens=True, padding=False, truncation=False, verbose=False,
-                return_attention_mask=False, return_token_type_ids=False,
-            )  # fmt: skip
-            ids = np.fromiter(itertools.chain.from_iterable(encoded["input_ids"]), np.int64)
-            found = np.bincount(ids, minlength=V)
-            if len(found) > V:
-                refuse_tokenizer(len(found), V)
-            counts += found
-            read += len(batch)
-            bar.update(len(ids))
-    if not counts.any():
-        raise ValueError("texts: expected some text, got none")
-    return TokenCounts(torch.from_numpy(counts), read, fingerprint(tokenizer), len(vocabulary))
-
-
-def _batches(texts: Iterable[str], chars: int) -> Iterator[list[str]]:
-    """Yield lists of texts that together have ``chars`` characters or more; skip texts of white space."""
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        if text.strip():
-            batch.append(text)
-            size += len(text)
-            if size >= chars:
-                yield batch
-                batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def check_size(
@@ -283,3 +263,23 @@ def refuse_tokenizer(size: int, num_embeddings: int) -> NoReturn:
         f"tokenizer: expected ids below the table's {num_embeddings} rows, got ids up to {size - 1}; "
         "it belongs to another model"
     )
+
+
+def _batches(texts: Iterable[str], chars: int) -> Iterator[list[str]]:
+    """Yield lists of texts that together have ``chars`` characters or more; skip texts of white space."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        if text.strip():
+            batch.append(text)
+            size += len(text)
+            if size >= chars:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _exact_sum(counts: Tensor) -> int:
+    """Return the sum of counts without int64 overflow."""
+    return (int((counts >> 32).sum()) << 32) + int((counts & 0xFFFFFFFF).sum())
