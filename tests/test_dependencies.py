@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from pydantic import BaseModel
 
-from embkern.ops.library import reraise_refusal
+from embkern.ops.library import reraise_native
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -125,9 +125,9 @@ def test_constants_are_not_the_left_factor_of_a_tensor() -> None:
 def test_a_refused_argument_is_a_value_error_whatever_torch_makes_of_it() -> None:
     """Torch 2.15 surfaces std::invalid_argument as RuntimeError."""
     with pytest.raises(ValueError, match="^directory: expected records"):
-        reraise_refusal(RuntimeError("directory: expected records within their 160 words"))
-    reraise_refusal(RuntimeError("out of memory"))
-    reraise_refusal(IndexError("ids: expected 0 <= id < 3, got 9"))
+        reraise_native(RuntimeError("directory: expected records within their 160 words"))
+    reraise_native(RuntimeError("out of memory"))
+    reraise_native(IndexError("ids: expected 0 <= id < 3, got 9"))
 
 
 def test_fields_named_after_the_model_are_allowed() -> None:

@@ -12,8 +12,8 @@ from torch.autograd import Function
 from ..ops.backends import Backend
 from ..ops.gather_decode import gather_decode
 from ..ops.library import apply, differentiable_once, needs_autograd
-from ..ops.reference import GROUP, accumulation_dtype
-from ..tables.packed import tiers_of_rows
+from ..ops.packed_format import GROUP, tiers_of_rows
+from ..ops.reference import accumulation_dtype
 
 _BLOCK_ROWS = 512  # 0.8 MB at H = 384, which fits in L2
 _FEW = 16  # up to this many hidden states, products with the values of the codes cost less than decoding rows

@@ -16,11 +16,14 @@ import torch
 
 T = pytest.importorskip("transformers")
 
-from embkern import EmbkernConfig, Recipe, api
-from embkern.evaluate.finetune import RESULT_NAME, read_cell
+from embkern import EmbkernConfig, Recipe
+from embkern.evaluate.cells import RESULT_NAME, Cell
+from embkern.experiments.engine import read_result
+from embkern.models import loading, saving
 from embkern.models.config import _checksum_of
 from embkern.models.find_table import find_table
 from embkern.models.quantizer import install
+from embkern.models.report import REPORT_NAME, read_report
 from embkern.nn.base import CompressedEmbedding
 from tests.example_models import tiny_bert
 from tests.example_tables import packed_of
@@ -148,7 +151,7 @@ def test_models_with_a_damaged_file(case):
         path.write_bytes(with_header(damaged_json(header, case["changes"]), rest))
     # A config may ask for a model of any size that is not the table's: what it then takes is not embkern's.
     with bounded():
-        model = read(directory, lambda: api.load_model(directory), (FileNotFoundError,))
+        model = read(directory, lambda: loading.load_model(directory), (FileNotFoundError,))
         if model is None:
             return
         embedding = model.get_input_embeddings()
@@ -187,8 +190,8 @@ def test_documents(case):
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
     name, document = {
-        "manifest": (api.MANIFEST_NAME, ["config.json", "model.safetensors"]),
-        "report": (api.REPORT_NAME, REPORT),
+        "manifest": (saving.MANIFEST_NAME, ["config.json", "model.safetensors"]),
+        "report": (REPORT_NAME, REPORT),
         "cell": (RESULT_NAME, REPORT),
         "recipe": ("recipe.yaml", RECIPE),
     }[case["kind"]]
@@ -203,12 +206,12 @@ def test_documents(case):
     with bounded():
         if case["kind"] == "manifest":  # one that cannot be read lists nothing, so that nothing is replaced
             (directory / "config.json").touch()
-            foreign = api._foreign_files(directory)
+            foreign = saving._foreign_files(directory)
             assert set(foreign) <= {"config.json"} | {each.name for each in directory.iterdir()}
         elif case["kind"] == "report":
-            read(path, lambda: api.read_report(directory))
+            read(path, lambda: read_report(directory))
         elif case["kind"] == "cell":
-            read(path, lambda: read_cell(directory))
+            assert read_result(path, Cell, {}) is None  # nothing is raised: the cell runs again
         else:
             recipe = read(path, lambda: Recipe.from_yaml(path), named="recipe")
             assert recipe is None or recipe.model_dump()

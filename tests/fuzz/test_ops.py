@@ -13,12 +13,18 @@ import torch
 from torch import Tensor
 
 from embkern.methods.allocate import scalar_levels, uniform_steps
-from embkern.methods.quantizer_levels import trellis_levels
 from embkern.ops import autoencoder_loss, cosine_mse_loss, gather_decode, gather_project, reference
 from embkern.ops.backends import unavailable
+from embkern.ops.packed_format import (
+    Tier,
+    directory_of,
+    packed_values,
+    trellis_levels,
+    trellis_states,
+    words_of_rows,
+)
 from embkern.ops.quantize_rows import quantize_rows
 from embkern.ops.quantize_trellis import quantize_trellis
-from embkern.tables.packed import Tier, directory_of, words_of_rows
 from tests.fuzz import Case, fuzz, often
 from tests.fuzz.tensors import (
     FLOATS,
@@ -339,7 +345,7 @@ def test_gather_decode(case):
     out_unit, unit, flush = rounding(dtype)
     flat = ids.reshape(-1).long()
     codes = [tensors[name].contiguous() for name in ("records", "directory", "tiers", "levels")]
-    transform, values = reference.packed_values(flat, *codes)
+    transform, values = packed_values(flat, *codes)
     values = values.double()
     factor = scales.double()[flat].unsqueeze(1)
     b = torch.zeros(H, dtype=torch.float64) if offset is None else offset.double()
@@ -892,7 +898,7 @@ def decoded(codes: Tensor, bits: list[int], trellis: bool) -> Tensor:
         if width == 0:
             parts.append(torch.zeros(part.shape, dtype=torch.float64))
         elif trellis:
-            parts.append(trellis_levels()[width - 1].double()[reference.trellis_states(part, width)] / 4096)
+            parts.append(trellis_levels()[width - 1].double()[trellis_states(part, width)] / 4096)
         elif width > 4:
             parts.append(part - (2**width - 1) / 2)
         else:

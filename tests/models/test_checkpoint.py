@@ -87,10 +87,10 @@ def test_a_truncated_or_edited_checkpoint_is_refused(saved):
         ("records", lambda t: t.add_(1), "got"),
         ("scales", lambda t: t.add_(1), "got"),
         ("tiers", lambda t: t[0, 1:].fill_(9), "tiers: expected 0 or 1, then 0 to 8 bits"),
-        ("tiers", lambda t: t[0, 1:].fill_(7), "directory: the starts of the records do not"),
+        ("tiers", lambda t: t[0, 1:].fill_(7), "directory: the places of the records do not"),
         ("tiers", lambda t: t[1, 0].fill_(2), "tiers: expected 0 or 1"),
         ("directory", lambda t: t[0, 1].fill_(-1), "directory: expected tiers below 4, got 15"),
-        ("directory", lambda t: t[1, 0].fill_(0), "directory: the starts of the records do not follow"),
+        ("directory", lambda t: t[1, 0].fill_(0), "directory: the places of the records do not follow"),
     ],
 )
 def test_corrupt_packed_tables_are_refused(saved_packed, name, change, message):

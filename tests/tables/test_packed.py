@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from embkern.io.tensor_format import checksum
-from embkern.tables.packed import FORMAT, TENSORS, PackedTable, Tier, pack, packed_bytes
-from tests.ops.test_gather_decode import every_tier, packed
+from embkern.ops.packed_format import Tier, packed_bytes
+from embkern.tables.packed import FORMAT, TENSORS, PackedTable, pack
+from tests.ops.packed_problems import every_tier, packed
 
 H, K = 45, 32
 CODES = ("records", "directory", "tiers", "levels")
@@ -210,12 +211,12 @@ CORRUPT = [
     (lambda t: dict(tiers=t["tiers"].repeat(2, 1)), "tiers: expected shape .* T up to 16"),
     (lambda t: dict(tiers=edited(t["tiers"], (0, 1), 9)), "tiers: expected 0 or 1, then 0 to 8 bits"),
     (lambda t: dict(tiers=edited(t["tiers"], (0, 0), 2)), "tiers: expected 0 or 1, then 0 to 8 bits"),
-    (lambda t: dict(tiers=edited(t["tiers"], (0, 1), 5)), "directory: the starts of the records do not"),
+    (lambda t: dict(tiers=edited(t["tiers"], (0, 1), 5)), "directory: the places of the records do not"),
     (lambda t: dict(tiers=torch.nn.functional.pad(t["tiers"], (0, 1), value=1)), "tiers: expected at most 2"),
     (lambda t: dict(tiers=edited(t["tiers"], (-1, 2), 1)), "tiers: expected at most 1 groups, got basis"),
     (lambda t: dict(tiers=t["tiers"][:4]), "expected at most|directory: expected tiers below 4, got"),
     (lambda t: dict(directory=t["directory"][:2]), r"directory: expected shape \(3, 5\), got \(2, 5\)"),
-    (lambda t: dict(directory=edited(t["directory"], (1, 0), 7)), "directory: the starts of the records"),
+    (lambda t: dict(directory=edited(t["directory"], (1, 0), 7)), "directory: the places of the records"),
     (
         lambda t: dict(directory=edited(t["directory"], (1, 1), -1)),
         "directory: expected tiers below 15, got 15",
