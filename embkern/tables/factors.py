@@ -24,6 +24,8 @@ FORMAT = TensorFormat(
 class Factors:
     """A factorised (V, H) table: row i is ``activation(codes[i] @ basis + offset)``.
 
+    It is validated when it is made, unless with ``check=False``, for tensors that are known to fit each other.
+
     Attributes:
         codes: (V, r), one row per token.
         basis: (r, H), shared by all rows.
@@ -32,7 +34,6 @@ class Factors:
             activation cannot serve a tied head, which needs ``h @ basis.T @ codes.T``.
         facts: what the method reports about the result, such as its objective (JSON values); ``to`` keeps
             it, ``save`` does not.
-        check: whether to call ``validate``; False is for tensors of factors that passed it.
 
     Raises:
         ValueError: the shapes do not fit each other, or the activation is unknown.

@@ -39,6 +39,9 @@ class PackedTable:
     value i. A code of up to 4 bits selects a level by the state of a trellis, which consists of the code and
     the codes before it in the group (``embkern.ops.packed_format.trellis_states``).
 
+    The table is validated when it is made, unless with ``check=False``, for tensors that are known to be
+    valid. Memory safety does not depend on it: the kernels check every access.
+
     Attributes:
         records, directory, tiers, levels: the codes and their layout, as ``embkern.ops.gather_decode`` takes
             them; integers, which no cast of a model changes.
@@ -47,8 +50,6 @@ class PackedTable:
         offset: (H,) or None.
         embedding_dim: H.
         facts: what the method reports about the result (JSON values); not saved.
-        check: whether to call ``validate``; False is for tensors of a table that passed it. Memory safety
-            does not depend on it: the kernels check every access.
 
     Raises:
         ValueError: the shapes do not fit each other, or directory, tiers and records contradict each other.
