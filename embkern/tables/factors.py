@@ -24,7 +24,7 @@ FORMAT = TensorFormat(
 class Factors:
     """A factorised (V, H) table: row i is ``activation(codes[i] @ basis + offset)``.
 
-    It is validated when it is made, unless with ``check=False``, for tensors that are known to fit each other.
+    It is validated when it is made, unless with ``check=False``, for tensors that are known to fit.
 
     Attributes:
         codes: (V, r), one row per token.
