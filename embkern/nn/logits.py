@@ -1,4 +1,4 @@
-"""Logits over a packed table: ``F.linear(hidden, table)``, decoded a piece at a time, never a dense table."""
+"""Logits over a packed table: ``F.linear(hidden, table)`` with the table decoded in blocks of rows."""
 
 from __future__ import annotations
 
@@ -15,31 +15,35 @@ from ..ops.library import apply, differentiable_once, needs_autograd
 from ..ops.packed_format import GROUP, tiers_of_rows
 from ..ops.reference import accumulation_dtype
 
-_ROWS = 512  # decoded at a time: 0.8 MB at H = 384, which L2 holds
-_FEW = 16  # hidden states for which products with the values of the codes cost less than decoding
+_BLOCK_ROWS = 512  # 0.8 MB at H = 384, which fits in L2
+_FEW = 16  # up to this many hidden states, products with the values of the codes cost less than decoding rows
 
 
 def packed_logits(
     hidden: Tensor, tensors: tuple[Tensor | None, ...], *, backend: Backend | None = None
 ) -> Tensor:
-    """Logits of a head that is tied to a packed table: ``F.linear(hidden, gather_decode(arange(V), ...))``.
+    """Return ``F.linear(hidden, gather_decode(torch.arange(V), *tensors, embedding_dim=H))``.
 
-    The result has the dtype of ``hidden``, under autocast that of autocast. Gradients flow to hidden, scales,
-    basis and offset, once (no double backward); the backward decodes again.
+    Gradients flow to hidden, scales, basis and offset, once (no double backward); the backward decodes the
+    table again.
 
     Args:
-        hidden: (``*``, H).
+        hidden: (``*``, H), floating-point.
         tensors: records, directory, tiers, levels, scales, basis and offset, as ``gather_decode`` takes them.
-        backend: of ``gather_decode``.
+        backend: backend of ``gather_decode``.
 
     Returns:
-        (``*``, V).
+        (``*``, V) in the dtype of ``hidden``, or of autocast where it is enabled.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as ``gather_decode`` does.
     """
-    if torch.is_autocast_enabled(hidden.device.type):  # as F.linear would
+    if torch.is_autocast_enabled(hidden.device.type):  # as F.linear does
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     flat = hidden.reshape(-1, hidden.shape[-1])
     scales, basis, offset = tensors[4:]
     assert scales is not None
+    logits: Tensor
     with torch.autocast(hidden.device.type, enabled=False):
         if needs_autograd(flat, scales, basis, offset):
             logits = apply(_PackedLogits, flat, *tensors, backend)
@@ -51,20 +55,20 @@ def packed_logits(
 
 
 def _by_rows(hidden: Tensor, tensors: tuple[Any, ...], backend: Backend | None) -> Tensor:
-    """Logits (N, V) of hidden states (N, H): a product with rows."""
+    """Return logits (N, V) of hidden states (N, H) by products with decoded rows."""
     scales = tensors[4]
     logits = hidden.new_empty(len(hidden), len(scales))
     ids = torch.arange(len(scales), device=scales.device)
-    for some, columns in zip(ids.split(_ROWS), logits.split(_ROWS, 1), strict=True):
+    for some, columns in zip(ids.split(_BLOCK_ROWS), logits.split(_BLOCK_ROWS, 1), strict=True):
         rows = gather_decode(some, *tensors, embedding_dim=hidden.shape[1], backend=backend)
         columns.copy_(hidden @ rows.to(hidden.dtype).t())
     return logits
 
 
 def _by_values(hidden: Tensor, tensors: tuple[Any, ...], backend: Backend | None) -> Tensor:
-    """Logits of few hidden states: ``(h @ basis.T) @ values.T`` where a row is coefficients of the basis.
+    """Return logits of few hidden states: ``(h @ basis.T) @ values.T`` for rows of coefficients.
 
-    To decode a row of 384 from 128 coefficients takes some 10 times as long as the coefficients do.
+    Decoding a row of 384 from 128 coefficients takes about 10 times as long as decoding the coefficients.
     """
     *codes, scales, basis, offset = tensors
     decode = _Values(codes, scales, backend)
@@ -74,7 +78,7 @@ def _by_values(hidden: Tensor, tensors: tuple[Any, ...], backend: Backend | None
     ]
     logits = hidden.new_empty(len(hidden), len(scales))
     ids = torch.arange(len(scales))
-    for some, columns in zip(ids.split(_ROWS), logits.split(_ROWS, 1), strict=True):
+    for some, columns in zip(ids.split(_BLOCK_ROWS), logits.split(_BLOCK_ROWS, 1), strict=True):
         values = decode(some).to(hidden.dtype).t()
         torch.where(decode.in_basis[some], factors[1] @ values, factors[0] @ values, out=columns)
     if offset is not None:
@@ -83,13 +87,16 @@ def _by_values(hidden: Tensor, tensors: tuple[Any, ...], backend: Backend | None
 
 
 class _Values:
-    """What the codes stand for, times the rows' scales: (N, 32 G) for ids, whether a row or coefficients."""
+    """Decodes ids (N,) to the values of their codes times the scales of their rows, (N, 32 G).
+
+    ``in_basis`` (V,) tells which rows' values are coefficients of the basis.
+    """
 
     def __init__(self, codes: Any, scales: Tensor, backend: Backend | None) -> None:
         self.records, self.directory, tiers, self.levels = codes
         self.scales, self.backend = scales, backend
         self.width = GROUP * (tiers.shape[1] - 1)
-        self.tiers = torch.cat([torch.zeros_like(tiers[:, :1]), tiers[:, 1:]], 1)  # no tier has a basis
+        self.tiers = torch.cat([torch.zeros_like(tiers[:, :1]), tiers[:, 1:]], 1)  # decode without the basis
         self.in_basis = tiers[:, 0].bool()[tiers_of_rows(self.directory)[: len(scales)]]
 
     def __call__(self, ids: Tensor) -> Tensor:
@@ -98,7 +105,7 @@ class _Values:
 
 
 class _PackedLogits(Function):
-    """Autograd of logits by rows."""
+    """Autograd function of ``_by_rows``."""
 
     @staticmethod
     def forward(hidden: Tensor, *args: Any) -> Tensor:
@@ -106,12 +113,12 @@ class _PackedLogits(Function):
         return _by_rows(hidden, tuple(tensors), backend)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         *tensors, ctx.backend = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         hidden, *codes, scales, basis, offset = ctx.saved_tensors
         floats = (hidden, scales, basis, offset)
         needs = [ctx.needs_input_grad[i] for i in (0, 5, 6, 7)]
@@ -134,7 +141,7 @@ def _gradients(
     needs: list[bool],
     backend: Backend | None,
 ) -> list[Any]:
-    """Gradients of hidden, scales, basis and offset where they are needed, summed in fp32 or better."""
+    """Return the gradients that are needed of hidden, scales, basis and offset, summed in fp32 or fp64."""
     floats = (hidden, scales, basis, offset)
     tensors: tuple[Any, ...] = (*codes, scales, basis, offset)
     wide: list[Any] = [each if each is None else each.to(accumulation_dtype(each.dtype)) for each in floats]
@@ -143,13 +150,13 @@ def _gradients(
     values = _Values(codes, wide[1], backend) if needs[2] else None
     unscaled: tuple[Any, ...] = (*codes, torch.ones_like(wide[1]), wide[2])
     ids = torch.arange(len(scales), device=scales.device)
-    for some, columns in zip(ids.split(_ROWS), grad.split(_ROWS, 1), strict=True):
+    for some, columns in zip(ids.split(_BLOCK_ROWS), grad.split(_BLOCK_ROWS, 1), strict=True):
         if needs[0]:
             rows = gather_decode(some, *tensors, **options)
             sums[0] += columns @ rows.to(grad.dtype)
         if not any(needs[1:]):
             continue
-        upstream = (columns.t() @ hidden).to(wide[1].dtype)  # gradient of the rows
+        upstream = (columns.t() @ hidden).to(wide[1].dtype)  # gradient of the decoded rows
         if needs[1]:
             sums[1][some] = (gather_decode(some, *unscaled, **options) * upstream).sum(1)
         if values is not None:

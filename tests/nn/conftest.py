@@ -14,4 +14,4 @@ def kind(request) -> str:
 
 @pytest.fixture
 def in_pieces(monkeypatch) -> None:
-    monkeypatch.setattr("embkern.nn.logits._ROWS", 5)  # of 13
+    monkeypatch.setattr("embkern.nn.logits._BLOCK_ROWS", 5)  # of 13
