@@ -18,9 +18,11 @@ T = pytest.importorskip("transformers")
 
 from embkern import EmbkernConfig, Recipe, api
 from embkern.evaluate.finetune import RESULT_NAME, read_cell
+from embkern.models import saving
 from embkern.models.config import _checksum_of
 from embkern.models.find_table import find_table
 from embkern.models.quantizer import install
+from embkern.models.report import REPORT_NAME, read_report
 from embkern.nn.base import CompressedEmbedding
 from tests.example_models import tiny_bert
 from tests.example_tables import packed_of
@@ -187,8 +189,8 @@ def test_documents(case):
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
     name, document = {
-        "manifest": (api.MANIFEST_NAME, ["config.json", "model.safetensors"]),
-        "report": (api.REPORT_NAME, REPORT),
+        "manifest": (saving.MANIFEST_NAME, ["config.json", "model.safetensors"]),
+        "report": (REPORT_NAME, REPORT),
         "cell": (RESULT_NAME, REPORT),
         "recipe": ("recipe.yaml", RECIPE),
     }[case["kind"]]
@@ -203,10 +205,10 @@ def test_documents(case):
     with bounded():
         if case["kind"] == "manifest":  # an unreadable manifest lists no files, so no file is replaced
             (directory / "config.json").touch()
-            foreign = api._foreign_files(directory)
+            foreign = saving._foreign_files(directory)
             assert set(foreign) <= {"config.json"} | {each.name for each in directory.iterdir()}
         elif case["kind"] == "report":
-            read(path, lambda: api.read_report(directory))
+            read(path, lambda: read_report(directory))
         elif case["kind"] == "cell":
             read(path, lambda: read_cell(directory))
         else:
