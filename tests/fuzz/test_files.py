@@ -18,8 +18,8 @@ from embkern.io.mapped_table import DTYPES, TableFile
 from embkern.io.tensor_format import TensorFormat, _header_checksum, checksum
 from embkern.methods.autoencoder import autoencoder
 from embkern.methods.autoencoder.checkpoint import FORMAT as CHECKPOINT
-from embkern.methods.autoencoder.checkpoint import _read
-from embkern.methods.autoencoder.steps import Weights
+from embkern.methods.autoencoder.checkpoint import read_checkpoint
+from embkern.methods.autoencoder.weights import Weights
 from embkern.study.rows import Plan, Row, RowFiles
 from embkern.tables import factors as factors_module
 from embkern.tables import packed
@@ -134,7 +134,7 @@ def _identity() -> dict[str, Any]:
 
 def _load_checkpoint(path: Path) -> Any:
     weights = Weights(torch.zeros(2 * R * H + R + H), R, H)
-    state = _read(path, _identity(), 100, weights)
+    state = read_checkpoint(path, _identity(), 100, weights)
     weights.load(state)
     return state
 

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from embkern.io.mapped_table import TableFile
-from embkern.methods import autoencoder, svd
-from embkern.methods.direction import direction, repair_norms, solve_direction
+from embkern.methods import autoencoder, repair_norms, svd
+from embkern.methods.direction import direction
+from embkern.methods.direction_solver import solve_direction
 from embkern.methods.sharded import World
 from embkern.tables.factors import Factors
 

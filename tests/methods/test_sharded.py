@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 from embkern.io.mapped_table import TableFile
 from embkern.methods import autoencoder
-from embkern.methods.sharded import DistributedWorld, EverywhereError, World, joined, launched
+from embkern.methods.sharded import DistributedWorld, FirstProcessError, World, joined, launched
 from embkern.tables.factors import Factors
 
 SHARDS = 8
@@ -232,15 +232,15 @@ def test_an_error_of_the_first_process_is_raised_on_all(world, monkeypatch):
         "torch.distributed.broadcast_object_list",
         lambda outcome, source: outcome.__setitem__(slice(None), [None, "what"]),
     )
-    with pytest.raises(EverywhereError, match="^what$"):
+    with pytest.raises(FirstProcessError, match="^what$"):
         world.on_first(lambda: pytest.fail("called on a second process"))
 
 
 def test_processes_that_round_differently_are_noticed(world, monkeypatch):
-    world.agree(torch.ones(3))
-    monkeypatch.setattr(DistributedWorld, "all", lambda self, value: [value, value + 1])
+    world.check_equal_weights(torch.ones(3))
+    monkeypatch.setattr(DistributedWorld, "gather", lambda self, value: [value, value + 1])
     with pytest.raises(RuntimeError, match="no longer have the same weights"):
-        world.agree(torch.ones(3))
+        world.check_equal_weights(torch.ones(3))
 
 
 def test_what_cannot_be_sharded_is_named(path, monkeypatch):

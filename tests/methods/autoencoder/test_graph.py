@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from embkern.methods.autoencoder.engines import select_engine
+from embkern.methods.autoencoder.engines import TorchSteps, select_engine
 from embkern.methods.autoencoder.graph import GRAPH_STEPS, GraphSteps
-from embkern.methods.autoencoder.steps import Objective, TorchSteps, Weights
+from embkern.methods.autoencoder.objective import Objective
+from embkern.methods.autoencoder.weights import Weights
 from tests.conftest import seed_of
 
 OBJECTIVE = Objective(0.2, 0.1, 0.05, 0.01, 1e-6)

@@ -9,9 +9,10 @@ from torch import nn
 from torch.testing import assert_close
 
 from embkern.methods.autoencoder import AutoencoderOptions, autoencoder
-from embkern.methods.autoencoder.engines import ENGINES, select_engine
-from embkern.methods.autoencoder.steps import Objective, TorchSteps, Weights
+from embkern.methods.autoencoder.engines import ENGINES, TorchSteps, select_engine
+from embkern.methods.autoencoder.objective import Objective
 from embkern.methods.autoencoder.summed_steps import SummedSteps
+from embkern.methods.autoencoder.weights import Weights
 from embkern.methods.base import BLOCK_ROWS
 from embkern.methods.sharded import World
 from embkern.ops.reference import MEAN, SUM
@@ -100,7 +101,7 @@ def test_gradients_are_those_of_the_papers_formula(activation, reduction):
 def test_sums_are_the_terms_and_make_the_loss(activation):
     weights, x = weights_of(3, 10, activation, torch.float64), torch.randn(9, 10, dtype=torch.float64)
     y = weights.decode(weights.encode(x))
-    sums = EVERY_TERM.sums(weights, x, 0.4) / 9
+    sums = EVERY_TERM.term_sums(weights, x, 0.4) / 9
     assert_close(sums[0], (1 - F.cosine_similarity(x, y)).mean())
     assert_close(sums[1], F.mse_loss(x, y))
     assert_close(sums[2], ((x - y).abs() + 1e-10).pow(0.4).mean())
@@ -166,7 +167,7 @@ def test_summed_steps_are_the_steps_of_the_whole_batch(activation, shards):
 def test_a_perfect_fit_has_a_finite_gradient_with_a_root():
     rows = torch.eye(4, 6)
     weights = weights_of(4, 6)
-    weights.start_at(torch.eye(4, 6))
+    weights.set_projection(torch.eye(4, 6))
     only_root = Objective(0.0, 0.0, 1.0, 0.0, 1e-6)
     world = World()
     SummedSteps(weights, only_root, world).run(world.sections(rows), torch.arange(4), 4, 1.0, 1e-2)
