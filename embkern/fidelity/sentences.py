@@ -142,9 +142,8 @@ def _embed(
     max_length: int,
 ) -> Tensor:
     backbone = model.base_model
-    order = sorted(
-        range(len(sentences)), key=lambda i: len(sentences[i])
-    )  # batches of similar length need less padding
+    # Batches of similar length need less padding.
+    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
     embeddings: list[Tensor] = []
     for start in range(0, len(order), batch_size):
         batch = tokenizer(

@@ -125,7 +125,7 @@ def row_blocks(table: Rows, ids: Tensor) -> Iterator[Tensor]:
     """Yield the rows of distinct, sorted ids in blocks, in the dtype of training."""
     if not len(ids):
         return
-    if len(ids) == len(table):
+    if len(ids) == len(table):  # all rows of a tensor are not copied
         yield from training_blocks(table)
     else:
         for some in ids.split(block_rows(table)):
@@ -180,7 +180,7 @@ def byte_budget(table: Rows, ratio: float) -> int:
 def ratio_error(table: Rows, ratio: float, least: float, condition: str = "") -> ValueError:
     """Return the error for a ratio whose budget is below ``least``, the fewest bytes that a method needs."""
     what = f"a {table.shape[0]} x {table.shape[1]} table{condition}"
-    return _ratio_error(what, ratio, table.nbytes / least, "made smaller by this method")
+    return _too_high(what, ratio, table.nbytes / least, "made smaller by this method")
 
 
 def rank_for_ratio(num_embeddings: int, embedding_dim: int, ratio: float, *, offset: bool) -> int:
@@ -206,7 +206,7 @@ def rank_for_ratio(num_embeddings: int, embedding_dim: int, ratio: float, *, off
         rank += 1  # the division rounded down a rank that fits exactly
     if rank < 1:
         what = f"rank 1 of a {num_embeddings} x {embedding_dim} table"
-        raise _ratio_error(what, ratio, table / (per_rank + fixed), "factorised smaller")
+        raise _too_high(what, ratio, table / (per_rank + fixed), "factorised smaller")
     return min(rank, embedding_dim)
 
 
@@ -215,7 +215,7 @@ def _check_ratio(ratio: float) -> None:
         raise ValueError(f"ratio: expected at least 1 (bytes before over bytes after), got {ratio}")
 
 
-def _ratio_error(what: str, ratio: float, highest: float, impossible: str) -> ValueError:
+def _too_high(what: str, ratio: float, highest: float, impossible: str) -> ValueError:
     highest = math.floor(highest * 1000) / 1000
     return ValueError(
         f"ratio: {ratio:g} leaves no room for {what}; the highest that fits is {highest:g}"

@@ -219,9 +219,8 @@ def test_files_with_checksums_that_hold_are_valid_or_refused(case):
             how = (
                 {**how, "kind": "value"} if edit == "value" and tensors.get(how["name"]) is not None else how
             )
-            how = (
-                {**how, "kind": "dim"} if how["kind"] in ("meta", "layout") else how
-            )  # files have no layouts and no meta tensors
+            # Files have no layouts and no meta tensors.
+            how = {**how, "kind": "dim"} if how["kind"] in ("meta", "layout") else how
             changed = spoiled(tensors.get(how["name"]), how)
             tensors = {**tensors, how["name"]: changed}
             if changed is None:

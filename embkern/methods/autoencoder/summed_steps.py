@@ -30,9 +30,8 @@ class SummedSteps:
         optimizer, losses = Adam(self.weights), []
         with self.world.one_thread(self.objective.computed_by_torch(self.weights)):
             for batch in order.split(batch_size):
-                ids = (
-                    batch.sort().values
-                )  # order does not matter in a batch; sorted rows are read sequentially
+                # The order in a batch does not matter, and sorted rows are read sequentially.
+                ids = batch.sort().values
                 objective, loss_difference = self._linearised_root(sections, ids, alpha)
                 sums = (self._section_sum(section, ids, objective, alpha) for section in sections)
                 total = self.world.sum(sums).div_(len(ids))

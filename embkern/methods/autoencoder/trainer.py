@@ -42,7 +42,16 @@ _log = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Runs the epochs; passes over the whole table go by blocks and by the shards of this process."""
+    """Runs the epochs; passes over the whole table go by blocks and by the shards of this process.
+
+    Args:
+        table: (V, H), detached, of a checked shape; its values are checked here.
+        rank: r.
+        options: the checked options.
+        engine: the requested engine, or None.
+        world: the processes and shards of the run.
+        progress: whether to show a progress bar; None shows it only on a terminal.
+    """
 
     def __init__(
         self,
@@ -103,9 +112,8 @@ class Trainer:
         self._set_checkpoint_status(files, state["epoch"] if state else 0)
         if state is not None:
             run.load(state)
-            self.world.on_first(
-                lambda: files.write_log(run)
-            )  # a run without remaining epochs writes no other
+            # A run without remaining epochs writes the log nowhere else.
+            self.world.on_first(lambda: files.write_log(run))
         elif options.init == "svd":
             self._initialise_by_svd()
         steps = -(-len(self.rows) // self.batch_size)
@@ -148,9 +156,8 @@ class Trainer:
 
         def save() -> int:
             epoch = files.save_if_due(run, last=run.epoch == self.options.epochs)
-            self._set_checkpoint_status(
-                files, epoch
-            )  # before the broadcast, which fails if a process is lost
+            # Set before the broadcast of the epoch, which fails if another process is lost.
+            self._set_checkpoint_status(files, epoch)
             return epoch
 
         epoch = self.world.on_first(save)
