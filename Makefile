@@ -11,7 +11,7 @@ SOURCES := pyproject.toml setup.py constraints.txt embkern/_version.py
 NATIVE  := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 CPP     := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test test-slow test-interpreter test-all lint format sanitized sanitize fuzz docs bench clean
+.PHONY: help setup demo test test-slow test-interpreter test-all lint format sanitized sanitize fuzz docs bench sdist clean
 
 help:
 	@echo "make demo       compress a real model, reload it, compare (a minute or two after the set-up)"
@@ -27,6 +27,7 @@ help:
 	@echo "make constraints   pin the newest version of everything that make installs"
 	@echo "make docs       the documentation, into build/docs"
 	@echo "make bench      the benchmarks, into benchmarks/results"
+	@echo "make sdist      the source distribution, into dist"
 	@echo "make clean      remove .venv and what was built"
 
 # ---- set-up: what the demo needs first, the rest for those who test or lint ---------------------------------
@@ -128,5 +129,9 @@ docs: $(VENV)/.docs
 
 include environments.mk
 
+sdist: $(UV)
+	@$(UV) build --quiet --sdist --out-dir dist
+	@ls dist/*.tar.gz
+
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-latest build demo-output *.egg-info embkern/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-latest build dist demo-output *.egg-info embkern/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

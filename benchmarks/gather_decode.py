@@ -27,7 +27,7 @@ from torch import Tensor
 from embkern.nn.packed import PackedEmbedding
 from embkern.ops import gather_decode
 from embkern.ops.backends import BACKENDS, unavailable
-from embkern.ops.reference import GROUP
+from embkern.ops.packed_format import GROUP
 from embkern.tables.packed import TENSORS, PackedTable
 
 from . import common

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from embkern.ops.reference import GROUP, LEVEL_BITS, LEVEL_STEP, STATES
-from embkern.tables.packed import PackedTable, Tier, pack
+from embkern.ops.packed_format import GROUP, LEVEL_BITS, LEVEL_STEP, STATES, Tier
+from embkern.tables.packed import PackedTable, pack
 
 
 def random_packed_table(

@@ -16,12 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import embkern
 from embkern.methods.quantizer_levels import distortion
+from embkern.ops.packed_format import GROUP, LEVEL_BITS, LEVEL_STEP, STATES, TRELLIS_FILE, trellis_states
 from embkern.ops.quantize_trellis import quantize_trellis
-from embkern.ops.reference import GROUP, LEVEL_BITS, LEVEL_STEP, STATES, trellis_states
 
-PATH = Path(embkern.__file__).parent / "data" / "trellis_levels.txt"
 SAMPLES = (1000, 512)
 HEADER = """# Levels of the trellises of packed tables, in steps of 2^-12, for a standard normal variable:
 # codes of 1 bit by their 128 states, then 2, 3 and 4. Found by `python -m benchmarks trellis_levels`.
@@ -33,7 +31,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks trellis_levels", description=__doc__)
     parser.add_argument("--orders", type=int, default=12, help="random orders to begin with")
     parser.add_argument("--steps", type=int, default=40, help="of Lloyd's iteration")
-    parser.add_argument("--output", type=Path, default=PATH)
+    parser.add_argument("--output", type=Path, default=TRELLIS_FILE)
     options = parser.parse_args(arguments)
     found = []
     for bits in range(1, LEVEL_BITS + 1):

@@ -113,16 +113,18 @@ def candidates(case: Case, device: Any) -> list[Any]:
 
 def launches(case: Case, tile: Any, tensors: dict[str, Any], device: Any) -> list[Any]:
     """Return the launches of one call of the case's kernel."""
-    from embkern.triton import gather_project as gp
+    from embkern.triton.gather_project.forward import forward_launch
+    from embkern.triton.gather_project.grad_basis import grad_basis_launches
+    from embkern.triton.gather_project.grad_codes import project_grad_launch
 
     t = tensors
     if case.kernel == "forward":
-        return [gp.forward_launch(t["ids"], t["codes"], t["basis"], t["offset"], 1.0, t["out"], device, tile)]
+        return [forward_launch(t["ids"], t["codes"], t["basis"], t["offset"], 1.0, t["out"], device, tile)]
     if case.kernel == "project_grad":
         arguments = (t["grad"], t["ids"], t["codes"], t["basis"], 1.0, -1, t["rows"], device, tile)
-        return [gp.project_grad_launch(*arguments)]
+        return [project_grad_launch(*arguments)]
     gradients = t["grad_basis"], t["grad_offset"]
-    return gp.grad_basis_launches(t["grad"], t["ids"], t["codes"], 1.0, -1, *gradients, device, tile)
+    return grad_basis_launches(t["grad"], t["ids"], t["codes"], 1.0, -1, *gradients, device, tile)
 
 
 def problem(case: Case, device: str) -> dict[str, torch.Tensor]:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from embkern.methods import METHODS, Method
 from embkern.methods.base import Options
-from embkern.ops.reference import GROUP, LEVEL_BITS, LEVEL_STEP, STATES
-from embkern.tables.packed import PackedTable, Tier, pack
+from embkern.ops.packed_format import GROUP, LEVEL_BITS, LEVEL_STEP, STATES, Tier
+from embkern.tables.packed import PackedTable, pack
 
 
 def uniform_levels() -> Tensor:

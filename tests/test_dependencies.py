@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from pydantic import BaseModel
 
-from embkern.ops.library import reraise_refusal
+from embkern.ops.library import reraise_native
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -126,9 +126,9 @@ def test_constants_are_not_the_left_factor_of_a_tensor() -> None:
 def test_a_refused_argument_is_a_value_error_in_every_version_of_torch() -> None:
     """Torch 2.15 converts std::invalid_argument to RuntimeError."""
     with pytest.raises(ValueError, match="^directory: expected records"):
-        reraise_refusal(RuntimeError("directory: expected records within their 160 words"))
-    reraise_refusal(RuntimeError("out of memory"))
-    reraise_refusal(IndexError("ids: expected 0 <= id < 3, got 9"))
+        reraise_native(RuntimeError("directory: expected records within their 160 words"))
+    reraise_native(RuntimeError("out of memory"))
+    reraise_native(IndexError("ids: expected 0 <= id < 3, got 9"))
 
 
 def test_fields_that_begin_with_model_are_allowed() -> None:

@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import save_file
 
 from embkern.cli import main as cli
+from embkern.experiments.engine import write_result
 from embkern.io.atomic import check_writable, check_writable_directory, replacing, replacing_directory
 from embkern.io.errors import disk_error
 from embkern.methods import autoencoder
-from embkern.study.rows import Row, RowFiles
+from embkern.study.rows import Row
 from embkern.tables.factors import Factors
 from embkern.text.counts import TokenCounts
 from tests.example_tables import packed_of
@@ -49,7 +50,7 @@ def save_rows(path: Path, size: int) -> None:
         id=path.stem, measure="m", method="svd", ratio=2.0, depends={}, command="", seconds=1.0,
         reason="x" * size, environment={},
     )  # fmt: skip
-    RowFiles(path.parent).put(row)
+    write_result(path, row)
 
 
 WRITERS = {

@@ -48,7 +48,7 @@ def test_what_cannot_be_written_is_refused_before_training(table, tmp_path, monk
     def never(*args, **kwargs):
         raise AssertionError("trained before the place of the result was tried")
 
-    trainer = importlib.import_module("embkern.methods.autoencoder.method")._Trainer
+    trainer = importlib.import_module("embkern.methods.autoencoder.trainer").Trainer
     monkeypatch.setattr(trainer, "__init__", never)
     path, error, message = tmp_path / "missing" / "f", FileNotFoundError, "expected a file in a directory"
     if place == "directory":

@@ -88,14 +88,14 @@ class StandIn(Device):
     @contextlib.contextmanager
     def form(self, by_gram: bool) -> Iterator[None]:
         """Take one form of the autoencoder's loss whatever the shape, and the rows in several blocks."""
-        from embkern.triton import autoencoder
+        from embkern.triton.autoencoder import gram_form, row_form
 
-        before = autoencoder._gram_pays, autoencoder._Y_BYTES
-        autoencoder._gram_pays, autoencoder._Y_BYTES = (lambda *_: by_gram), 3000
+        before = gram_form.gram_pays, row_form.Y_BYTES
+        gram_form.gram_pays, row_form.Y_BYTES = (lambda *_: by_gram), 3000
         try:
             yield
         finally:
-            autoencoder._gram_pays, autoencoder._Y_BYTES = before
+            gram_form.gram_pays, row_form.Y_BYTES = before
 
     def release(self) -> None:
         """Nothing is cached."""

@@ -14,7 +14,7 @@ from rich.table import Table
 from .console import AsJson, ManyValues, Model, Text, console, print_comparison, print_json
 
 if TYPE_CHECKING:
-    from ..evaluate.finetune import FineTuned
+    from ..evaluate.cells import FineTuned
     from ..evaluate.harness import HarnessRun
     from ..evaluate.tasks import Task
 
@@ -80,7 +80,7 @@ def perplexity(
     as_json: AsJson = False,
 ) -> None:
     """Measure zero-shot perplexity: of one model, or of a dense one beside those compressed from it."""
-    from ..evaluate.perplexity import measure_perplexity
+    from ..evaluate.against import measure_perplexity
 
     flags: dict[str, Any] = {
         "seed": seed, "masking": masking, "mask_probability": mask_probability, "line_filter": line_filter,

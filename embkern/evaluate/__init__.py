@@ -1,4 +1,4 @@
-"""What compression costs a model: perplexity, scores after fine-tuning, and the harnesses of others."""
+"""Evaluation of compressed models: perplexity, fine-tuning, and the harnesses of others."""
 
 from __future__ import annotations
 
@@ -6,24 +6,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .finetune import FineTuned, fine_tune
+    from .against import measure_perplexity
+    from .cells import FineTuned
+    from .finetune import fine_tune
     from .glue import GLUE
     from .harness import HarnessRun, run_lm_eval, run_mteb
-    from .perplexity import Perplexity, PerplexityReport, TableSwap, evaluate_perplexity, measure_perplexity
+    from .perplexity import Perplexity, PerplexityReport, evaluate_perplexity
     from .squad import SQUAD
+    from .table_swap import TableSwap
 
-# Public names by the module that has them, imported at first use: the command line starts without torch.
+# Public names and their modules, imported at first use so that the command line starts without torch.
 _PUBLIC = {
     "GLUE": "glue",
     "SQUAD": "squad",
-    "FineTuned": "finetune",
+    "FineTuned": "cells",
     "HarnessRun": "harness",
     "Perplexity": "perplexity",
     "PerplexityReport": "perplexity",
-    "TableSwap": "perplexity",
+    "TableSwap": "table_swap",
     "evaluate_perplexity": "perplexity",
     "fine_tune": "finetune",
-    "measure_perplexity": "perplexity",
+    "measure_perplexity": "against",
     "run_lm_eval": "harness",
     "run_mteb": "harness",
 }

@@ -1,4 +1,4 @@
-"""The nine tasks of GLUE (arXiv 1804.07461): single sentences and pairs, to classify or to rate."""
+"""The nine tasks of GLUE (arXiv 1804.07461): classification or rating of sentences and of pairs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .tasks import Prepared, Task, Training, check_records, find_file, load_with_head, read_file, read_hub
+from .records import check_records, find_file, read_file, read_hub
+from .tasks import Prepared, Task, Training, load_with_head
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,28 +22,28 @@ Metric = Callable[[np.ndarray, np.ndarray], dict[str, float]]  # of labels and p
 
 
 def accuracy(labels: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
-    """Return the share of right classes."""
+    """Return the share of correct classes."""
     from sklearn.metrics import accuracy_score
 
     return {"accuracy": accuracy_score(labels, predictions)}
 
 
 def accuracy_and_f1(labels: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
-    """Return the share of right classes, and F1 of class 1."""
+    """Return the share of correct classes, and the F1 score of class 1."""
     from sklearn.metrics import f1_score
 
     return {**accuracy(labels, predictions), "f1": f1_score(labels, predictions, zero_division=0)}
 
 
 def matthews(labels: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
-    """Return Matthews' correlation coefficient; 0 where either side is constant."""
+    """Return Matthews' correlation coefficient, 0 if labels or predictions are constant."""
     from sklearn.metrics import matthews_corrcoef
 
     return {"matthews": matthews_corrcoef(labels, predictions)}
 
 
 def correlations(labels: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
-    """Return Pearson's and Spearman's correlation; 0 where either side is constant, as Matthews' has it."""
+    """Return Pearson's and Spearman's correlation, 0 (as for Matthews') if an argument is constant."""
     from scipy.stats import pearsonr, spearmanr
 
     if np.ptp(labels) == 0 or np.ptp(predictions) == 0:
@@ -54,9 +55,9 @@ def correlations(labels: np.ndarray, predictions: np.ndarray) -> dict[str, float
 
 
 class GlueTask(Task):
-    """A task of GLUE: one or two columns of text, and a label: a class, or a rating if ``classes`` is 1.
+    """A task of GLUE: one or two columns of text and a label, a class or (if ``classes`` is 1) a rating.
 
-    Scored on the validation set, as the labels of the test set are not public.
+    It is scored on the validation set, as the labels of the test set are not public.
     """
 
     training = Training(learning_rate=2e-5, batch_size=32, max_length=128)
@@ -77,17 +78,17 @@ class GlueTask(Task):
         self.metrics = tuple(each + suffix for suffix in self._suffixes for each in metrics)
 
     def load_model(self, name: str) -> PreTrainedModel:
-        """Return the model with a new classifier, or regressor."""
+        """Return the model with a new classifier or regressor."""
         return load_with_head("AutoModelForSequenceClassification", name, num_labels=self.classes)
 
     def read_split(self, split: str, data: Path | None) -> Dataset:
-        """Return the records of a split; columns as in the hub's data set."""
+        """Return the records of a split, with the columns of the hub's data set."""
         return read_hub(HUB_NAME, self.name, split) if data is None else read_file(find_file(data, split))
 
     def prepare(
         self, splits: list[Dataset], tokenizer: PreTrainedTokenizerBase, training: Training
     ) -> Prepared:
-        """Cut every text, or pair of them, to ``max_length`` tokens."""
+        """Tokenise every text or pair of texts, truncated to ``max_length`` tokens."""
         for split, records in zip(self.splits, splits, strict=True):
             check_records(records, self.text_columns, ("label",), f"{self.name}, {split}")
             self._check_labels(records["label"][:], f"{self.name}, {split}")

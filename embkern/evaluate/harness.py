@@ -1,7 +1,7 @@
-"""lm-evaluation-harness and MTEB on a compressed model, and on the dense one beside it.
+"""lm-evaluation-harness and MTEB on a compressed model, and on a second model for comparison.
 
-Both run in this process, where embkern is imported: by their own command lines they would load a compressed
-model with random embeddings.
+Both run in this process, in which embkern is imported. Their own command lines do not import it, and would
+load a compressed model with random embeddings.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ from pydantic import BaseModel, Field
 
 from ..models.loading import load_model, load_tokenizer, not_loaded
 from ..models.report import public_name
-from .tasks import quiet_libraries, require
+from .libraries import quiet_libraries, require
 
 
 class HarnessScore(BaseModel):
-    """A metric of a task."""
+    """The value of a metric on a task."""
 
     task: str
     metric: str
     value: float | None = Field(description="null where the harness has no number")
-    stderr: float | None = Field(default=None, description="as the harness estimates it")
-    against: float | None = Field(default=None, description="value of the model compared with")
+    stderr: float | None = Field(default=None, description="standard error, as the harness estimates it")
+    against: float | None = Field(default=None, description="value of the model compared against")
 
     @property
     def difference(self) -> float | None:
-        """``value - against``, if both are there."""
+        """``value - against``, None if either is missing."""
         return None if self.value is None or self.against is None else self.value - self.against
 
 
 class HarnessRun(BaseModel):
-    """What a harness says of a model, and of another one beside it."""
+    """The result of a harness on a model, and on another one if given."""
 
     harness: str
     version: str
     model: str
     against: str | None
     scores: list[HarnessScore]
-    results: list[dict[str, Any]] = Field(description="what the harness returned: of the model, of the other")
+    results: list[dict[str, Any]] = Field(description="the harness' output for the model, then for the other")
     command: str | None
 
 
@@ -64,18 +64,18 @@ def run_lm_eval(
 
     Args:
         model: a causal or encoder-decoder language model, compressed or dense: a directory or hub name.
-        tasks: names, or what else ``simple_evaluate`` takes.
-        against: another model, such as the dense one, to run beside.
+        tasks: names, or other values that ``simple_evaluate`` takes.
+        against: another model to compare with, such as the dense one.
         include_path: directory of task files (YAML) of your own.
-        batch_size: requests at once, or ``auto``.
-        device: such as ``cuda``; the CPU by default.
-        command: of the command line, kept with the result.
+        batch_size: requests per batch, or ``auto``.
+        device: such as ``cuda``; default: the CPU.
+        command: command line to record in the result.
         options: further arguments of ``simple_evaluate``, such as ``num_fewshot=5``.
 
     Raises:
         ImportError: lm-eval is not installed.
         ValueError: an option or a task is unknown, or a model cannot be used.
-        FileNotFoundError: a model, or the data set of a task, cannot be had.
+        FileNotFoundError: a model, or the data set of a task, cannot be loaded.
     """
     lm_eval = require("lm_eval", "harness")
     _check_options(options, lm_eval.simple_evaluate, own={"model", "model_args", "tasks", "task_manager"})
@@ -108,9 +108,7 @@ def run_lm_eval(
 def _scores_of_lm_eval(found: dict[str, Any]) -> Iterable[HarnessScore]:
     for task, values in found["results"].items():
         for key, value in values.items():
-            metric, comma, source = key.partition(
-                ","
-            )  # "acc,none": a metric of the answers that a filter left
+            metric, comma, source = key.partition(",")  # "acc,none": metric and filter of the answers
             if comma and not metric.endswith("_stderr"):
                 shown = metric if source == "none" else key
                 stderr = _number(values.get(f"{metric}_stderr,{source}"))
@@ -130,22 +128,22 @@ def run_mteb(
 ) -> HarnessRun:
     """Run tasks of MTEB: ``mteb.evaluate(SentenceTransformer(model), tasks)``.
 
-    MTEB's cache of results is not used: it knows a model by its name, whatever became of its table.
+    MTEB's cache of results is not used, because it identifies a model by its name alone.
 
     Args:
         model: a sentence encoder, compressed or dense: a directory or hub name.
         tasks: names, or task objects.
-        against: another model, such as the dense one, to run beside.
-        languages: of tasks in many languages, such as ``eng``.
-        batch_size: sentences at once.
-        device: such as ``cuda``; what sentence-transformers chooses by default.
-        command: of the command line, kept with the result.
+        against: another model to compare with, such as the dense one.
+        languages: languages of multilingual tasks, such as ``eng``.
+        batch_size: sentences per batch.
+        device: such as ``cuda``; default: the choice of sentence-transformers.
+        command: command line to record in the result.
         options: further arguments of ``mteb.evaluate``.
 
     Raises:
         ImportError: mteb is not installed.
         ValueError: an option or a task is unknown, or a model cannot be loaded.
-        FileNotFoundError: a model, or the data set of a task, cannot be had.
+        FileNotFoundError: a model, or the data set of a task, cannot be loaded.
     """
     mteb = require("mteb", "harness")
     encoder = require("sentence_transformers", "harness").SentenceTransformer
@@ -156,19 +154,19 @@ def run_mteb(
     }
     _check_options(options, mteb.evaluate, own={"model", "tasks", *settings})
     try:
-        asked = [
+        loaded = [
             mteb.get_task(task, languages=languages) if isinstance(task, str) else task for task in tasks
         ]
     except KeyError as error:
         raise ValueError(f"tasks: {error.args[0].removeprefix('KeyError: ')}") from error
-    metrics = {task.metadata.name: task.metadata.main_score for task in asked}
+    metrics = {task.metadata.name: task.metadata.main_score for task in loaded}
 
     def run(name: str) -> dict[str, Any]:
         try:
             live = encoder(name, device=device)
-        except Exception as error:  # many kinds, as transformers'
+        except Exception as error:  # transformers raises many kinds
             raise not_loaded(name, error) from error
-        found = mteb.evaluate(live, asked, **settings, **options)
+        found = mteb.evaluate(live, loaded, **settings, **options)
         tasks = {each.task_name: {**each.to_dict(), "score": each.get_score()} for each in found.task_results}
         return json.loads(json.dumps(tasks, default=str))
 
@@ -223,7 +221,7 @@ def _number(value: Any) -> float | None:
 
 
 def parse_options(words: Sequence[str]) -> dict[str, Any]:
-    """Return ``--name value``, ``--name=value`` and ``--flag`` as a dictionary; values are read as YAML.
+    """Parse ``--name value``, ``--name=value`` and ``--flag`` to a dictionary; values are YAML.
 
     Raises:
         ValueError: a word is not a name where one is expected, or a value is not YAML.

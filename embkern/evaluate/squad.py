@@ -1,7 +1,7 @@
-"""SQuAD 1.1 (arXiv 1606.05250): mark the answer to a question in a paragraph.
+"""SQuAD 1.1 (arXiv 1606.05250): find the answer to a question in a paragraph.
 
 A paragraph that is longer than the model's input is read in windows that overlap by ``stride`` tokens. An
-answer's score is the sum of its first and its last token's logit; the best one over all windows is taken.
+answer's score is the sum of the logits of its first and its last token; the best one over all windows counts.
 """
 
 from __future__ import annotations
@@ -17,17 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .tasks import (
-    Prepared,
-    Task,
-    Training,
-    check_records,
-    find_file,
-    load_with_head,
-    read_file,
-    read_hub,
-    require,
-)
+from .libraries import require
+from .records import check_records, find_file, read_file, read_hub
+from .tasks import Prepared, Task, Training, load_with_head
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,7 +28,7 @@ if TYPE_CHECKING:
 HUB_NAME = "rajpurkar/squad"
 MAX_QUESTION_TOKENS = 64  # as in BERT's own code
 MAX_ANSWER_TOKENS = 30
-N_BEST = 20  # first tokens, and last tokens, of a window that are paired
+N_BEST = 20  # candidates for the first and for the last token of an answer in a window
 
 _OFFICIAL_FILES = {"train": "train-v1.1", "validation": "dev-v1.1"}
 
@@ -45,20 +37,20 @@ _OFFICIAL_FILES = {"train": "train-v1.1", "validation": "dev-v1.1"}
 
 
 def normalize_answer(text: str) -> str:
-    """Lower the case, drop ASCII punctuation and articles, and make white space single."""
+    """Return a text in lower case, without ASCII punctuation and articles, with single spaces."""
     text = "".join(char for char in text.lower() if char not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def exact_match(answer: str, truth: str) -> float:
-    """Return 1 if both are the same after ``normalize_answer``, else 0."""
+    """Return 1 if both are equal after ``normalize_answer``, else 0."""
     return float(normalize_answer(answer) == normalize_answer(truth))
 
 
 def f1(answer: str, truth: str) -> float:
     """Return the harmonic mean of precision and recall of the words that ``normalize_answer`` leaves.
 
-    0 where it leaves none on either side, as the official script of version 1.1 has it.
+    It is 0 if no word is left in either text, as in the official script of version 1.1.
     """
     words, wanted = normalize_answer(answer).split(), normalize_answer(truth).split()
     common = (Counter(words) & Counter(wanted)).total()
@@ -66,7 +58,7 @@ def f1(answer: str, truth: str) -> float:
 
 
 def squad_scores(answers: list[str], truths: list[list[str]]) -> dict[str, float]:
-    """Return exact match and F1, times 100: the mean over questions of the best over a question's truths."""
+    """Return exact match and F1, times 100: means over questions of the best over a question's truths."""
 
     def mean(metric: Callable[[str, str], float]) -> float:
         best = [max(metric(a, each) for each in known) for a, known in zip(answers, truths, strict=True)]
@@ -84,8 +76,8 @@ def windows_of(
     """Tokenise questions with their paragraphs; a long paragraph gives several windows.
 
     Returns:
-        What the tokenizer returns, and per window ``record``, the index of its record, and ``spans``: where
-        in the paragraph each token is from, [first character, one past the last], [-1, -1] outside of it.
+        The tokenizer's output, and for each window ``record``, the index of its record, and ``spans``, the
+        characters of each token in the paragraph: [first, last + 1], or [-1, -1] outside the paragraph.
     """
     questions = [_shortened(question.strip(), tokenizer) for question in batch["question"]]
     windows = tokenizer(
@@ -120,7 +112,7 @@ def _shortened(question: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def mark_answer(spans: list[list[int]], start: int, end: int) -> tuple[int, int] | None:
-    """Return the first and last token of the characters from ``start`` to ``end``, None if any is missing."""
+    """Return the first and last token of characters ``start`` to ``end``, None if any is missing."""
     inside = [i for i, (first, _) in enumerate(spans) if first >= 0]
     if not inside or spans[inside[0]][0] > start or spans[inside[-1]][1] < end:
         return None
@@ -134,13 +126,13 @@ def best_answer(
 ) -> tuple[float, int, int] | None:
     """Return the best answer of a window: its score, and its characters in the paragraph.
 
-    The ``N_BEST`` first tokens are paired with the ``N_BEST`` last tokens; of the pairs in order and no
-    longer than ``MAX_ANSWER_TOKENS``, the one with the largest sum of logits.
+    The ``N_BEST`` best first tokens are paired with the ``N_BEST`` best last tokens. Of the pairs that are in
+    order and not longer than ``MAX_ANSWER_TOKENS``, the one with the largest sum of logits is returned.
 
     Args:
-        start_logits: (L,); what is beyond the window's own tokens is padding.
-        end_logits: (L,), likewise.
-        spans: of ``windows_of``, (L or fewer, 2).
+        start_logits: (L,) logits of the first token, padding included.
+        end_logits: (L,) logits of the last token, padding included.
+        spans: (L or fewer, 2), as ``windows_of`` returns them.
     """
     inside = np.flatnonzero(spans[:, 0] >= 0)
     first = inside[np.argsort(-start_logits[inside], kind="stable")[:N_BEST]]
@@ -167,11 +159,11 @@ class SquadTask(Task):
     text_columns = ("question", "context")
 
     def load_model(self, name: str) -> PreTrainedModel:
-        """Return the model with a new head that marks spans."""
+        """Return the model with a new head that predicts spans."""
         return load_with_head("AutoModelForQuestionAnswering", name)
 
     def files(self, data: Path) -> list[Path]:
-        """Return the files of local data, SQuAD's own JSON among them."""
+        """Return the files of local data, which may be SQuAD's own JSON."""
         return [_find(data, split) for split in self.splits]
 
     def read_split(self, split: str, data: Path | None) -> Dataset:
@@ -184,12 +176,12 @@ class SquadTask(Task):
     def prepare(
         self, splits: list[Dataset], tokenizer: PreTrainedTokenizerBase, training: Training
     ) -> Prepared:
-        """Cut paragraphs into windows; to train, mark the first answer, or [CLS] where a window lacks it."""
+        """Cut paragraphs into windows; the target of a window is the first answer, or [CLS] without one."""
         for split, records in zip(self.splits, splits, strict=True):
             check_records(records, self.text_columns, ("answers",), f"squad, {split}")
         if not tokenizer.is_fast:
-            raise ValueError("tokenizer: expected a fast one, which tells where in the text a token is from")
-        if tokenizer.padding_side != "right":  # answers are marked by how many tokens stand before them
+            raise ValueError("tokenizer: expected a fast one, which knows the characters of each token")
+        if tokenizer.padding_side != "right":  # positions of answers count from the first token
             raise ValueError(
                 f"tokenizer: expected one that pads on the right, got padding_side {tokenizer.padding_side}"
             )
@@ -243,14 +235,14 @@ class SquadTask(Task):
 
 
 def answers_of(answers: Any, place: str) -> tuple[list[str], list[int]]:
-    """Return texts and first characters of a record's answers, which in a CSV file are JSON.
+    """Return texts and first characters of a record's answers, which are JSON in a CSV file.
 
     Raises:
-        ValueError: they are none (SQuAD 1.1 has an answer to every question), or not texts with a place.
+        ValueError: there is no answer (SQuAD 1.1 has one to every question), or one without text or place.
     """
     try:
         answers = json.loads(answers) if isinstance(answers, str) else answers
-        if isinstance(answers, list):  # of records, where the hub has a record of lists
+        if isinstance(answers, list):  # a list of records; the hub has a record of lists
             answers = {key: [each[key] for each in answers] for key in ("text", "answer_start")}
         texts, starts = list(answers["text"]), [int(each) for each in answers["answer_start"]]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -268,10 +260,10 @@ def _find(data: Path, split: str) -> Path:
 
 
 def read_official(path: Path) -> Dataset:
-    """Return the records of a JSON file as SQuAD is published.
+    """Return the records of a JSON file in the format in which SQuAD is published.
 
     Raises:
-        ValueError: it is not one.
+        ValueError: it has another format, or no records.
     """
     try:
         articles = json.loads(path.read_text(encoding="utf-8"))["data"]

@@ -1,4 +1,4 @@
-"""Texts to windows: what a language model reads at once, and which of its outputs should predict what."""
+"""Texts to windows: the inputs of a language model, with the positions to score and their targets."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ Masking = Literal["80-10-10", "mask"]
 LineFilter = Literal["authors"]
 Separator = Literal["newline", "eos"]
 
-TOKENIZED_AT_ONCE = 1 << 18  # characters: a tokenizer holds some 100 bytes for each
-AUTHORS_SHORTEST = 20  # tokens of a line that their filter keeps
+TOKENIZED_AT_ONCE = 1 << 18  # characters; a tokenizer needs some 100 bytes for each
+AUTHORS_SHORTEST = 20  # least number of tokens of a line that the authors' filter keeps
 _EQUAL_SIGNS = ("=", "Ġ=", "▁=")
 
 
 class Window(NamedTuple):
-    """What a model reads at once, without padding.
+    """One input of a model, without padding.
 
     Attributes:
-        ids: (T,) int64, masked where the model is to fill in.
-        positions: (n,) of the outputs that are scored, n may be 0.
-        targets: (n,) the ids they should predict.
-        read: tokens of text that no window before had.
+        ids: (T,) int64, with masks in place of the tokens to predict.
+        positions: (n,) positions of the scored outputs; n may be 0.
+        targets: (n,) ids that they should predict.
+        read: number of tokens that no earlier window had.
     """
 
     ids: np.ndarray
@@ -49,13 +49,13 @@ def masked_windows(
     line_filter: LineFilter | None = None,
     max_tokens: int | None = None,
 ) -> Iterator[Window]:
-    """Yield each text with some of its words masked; what is longer than a window goes on in the next.
+    """Yield each text with some of its words masked; a text longer than a window continues in the next.
 
-    Which words, and by what they are replaced, is drawn with ``(seed, number of the window)``: it depends on
-    the text and the tokenizer alone.
+    The words and their replacements are drawn with ``(seed, number of the window)``, so that they depend on
+    the texts and the tokenizer alone.
 
     Raises:
-        ValueError: the tokenizer has no mask, or cannot tell which tokens make a word.
+        ValueError: the tokenizer has no mask, or does not know which tokens form a word.
     """
     if tokenizer.mask_token_id is None:
         raise ValueError("tokenizer: has no mask token, which a masked language model fills in")
@@ -87,13 +87,13 @@ def masked_windows(
 def whole_words(words: np.ndarray, probability: float, generator: np.random.Generator) -> np.ndarray:
     """Return the sorted positions (n,) of the words to mask.
 
-    Words are taken in random order until ``max(1, round(probability * T))`` tokens are: one that has more
-    tokens than are left is skipped. That is how transformers' ``DataCollatorForWholeWordMask`` took them when
-    the paper was measured; its later form masks every word with the probability.
+    Words are taken in random order until ``max(1, round(probability * T))`` tokens are chosen; a word with
+    more tokens than remain to be chosen is skipped. Transformers' ``DataCollatorForWholeWordMask`` worked in
+    this way when the paper was measured; its later version masks every word with the probability.
 
     Args:
-        words: (T,) number of the word that a token belongs to, -1 for special tokens.
-        probability: share of the tokens, special ones counted.
+        words: (T,) index of each token's word, -1 for special tokens.
+        probability: share of the tokens to mask, relative to all tokens.
         generator: draws the order.
     """
     left = max(1, round(probability * len(words)))
@@ -111,7 +111,7 @@ def whole_words(words: np.ndarray, probability: float, generator: np.random.Gene
 def _some_kept(
     masks: np.ndarray, ids: np.ndarray, vocabulary_size: int, generator: np.random.Generator
 ) -> np.ndarray:
-    """Of masked tokens, let a tenth be a random one and a tenth what they were."""
+    """Replace a tenth of the masks by random tokens, and a tenth by the original ones."""
     draw = generator.random(len(ids))
     random = generator.integers(vocabulary_size, size=len(ids))
     return np.select([draw < 0.8, draw < 0.9], [masks, random], ids)
@@ -120,8 +120,8 @@ def _some_kept(
 def _chunks(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the token ids of each text with the numbers of their words, -1 for special tokens."""
-    for batch in _together(texts):
+    """Yield the token ids of each text with the indices of their words, -1 for special tokens."""
+    for batch in _grouped(texts):
         encoded = tokenizer(
             batch, truncation=True, max_length=max_length, return_overflowing_tokens=True, padding=False,
             return_attention_mask=False, return_token_type_ids=False, verbose=False,
@@ -140,18 +140,18 @@ def causal_windows(
     separator: Separator = "newline",
     max_tokens: int | None = None,
 ) -> Iterator[Window]:
-    """Yield windows that slide by ``stride`` over all texts, joined to one.
+    """Yield windows that slide by ``stride`` tokens over all texts, joined to one.
 
-    Every token but the first is predicted once, after ``max_length - stride`` tokens of context or more. With
-    ``stride == max_length`` the first token of each window has no context and is not predicted.
+    Every token but the first is predicted once; after the first window, with at least ``max_length - stride``
+    tokens of context. With ``stride == max_length`` the first token of each window is not predicted.
 
     Raises:
-        ValueError: the tokenizer has no end-of-text token to separate by.
+        ValueError: ``separator`` is ``eos`` and the tokenizer has no end-of-text token.
     """
     if separator == "eos" and tokenizer.eos_token_id is None:
         raise ValueError("separator: expected newline, as the tokenizer has no end-of-text token; got eos")
     window: list[int] = []
-    fresh = 0  # tokens at its end that no window before had
+    fresh = 0  # number of tokens at its end that no earlier window had
     for token in itertools.islice(_joined(texts, tokenizer, separator), max_tokens):
         window.append(token)
         fresh += 1
@@ -169,13 +169,13 @@ def _predicting(window: Sequence[int], fresh: int) -> Window:
 
 
 def _joined(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, separator: Separator) -> Iterator[int]:
-    """Yield the ids of all texts, after what the tokenizer puts before a text (BOS)."""
+    """Yield the ids of all texts, after the special tokens that begin a text (BOS)."""
     probe = tokenizer("a", return_special_tokens_mask=True)
     marked = zip(probe["input_ids"], probe["special_tokens_mask"], strict=True)
     yield from (id for id, special in itertools.takewhile(lambda pair: pair[1], marked))
     plain = functools.partial(tokenizer, add_special_tokens=False, truncation=False, verbose=False)
     newline = ""
-    for batch in _together(texts):
+    for batch in _grouped(texts):
         if separator == "eos":
             for ids in plain(batch)["input_ids"]:
                 yield from ids
@@ -185,8 +185,8 @@ def _joined(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, separator:
             newline = "\n"
 
 
-def _together(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Yield texts together until they have ``TOKENIZED_AT_ONCE`` characters."""
+def _grouped(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Yield lists of texts with ``TOKENIZED_AT_ONCE`` characters or more, the last one with the rest."""
     batch: list[str] = []
     size = 0
     for text in texts:

@@ -1,1 +1,6 @@
 """Files: atomic writes, checksummed JSON and tensors, tables read by memory map, the cache directory."""
+
+from .mapped_table import TableFile
+from .tensor_format import TensorFormat
+
+__all__ = ["TableFile", "TensorFormat"]

@@ -37,10 +37,18 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from ..ops.packed_format import (
+    GROUP,
+    LEVEL_BITS,
+    LEVEL_STEP,
+    Tier,
+    packed_bytes,
+    packed_values,
+    trellis_levels,
+)
 from ..ops.quantize_rows import quantize_rows
 from ..ops.quantize_trellis import quantize_trellis
-from ..ops.reference import GROUP, LEVEL_BITS, LEVEL_STEP, packed_values
-from ..tables.packed import PackedTable, Tier, pack, packed_bytes
+from ..tables.packed import PackedTable, pack
 from .base import (
     Options,
     Rows,
@@ -51,7 +59,7 @@ from .base import (
     ratio_error,
     row_weights,
 )
-from .quantizer_levels import TRELLIS_DISTORTION, UNIFORM_STEPS, lloyd_max_levels, trellis_levels
+from .quantizer_levels import TRELLIS_DISTORTION, UNIFORM_STEPS, lloyd_max_levels
 from .rate_search import RateSearch
 
 ROW_BITS = (8, 6, 4, 3, 2, 1)

@@ -4,32 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.reference import LEVEL_BITS, STATES
-
 # Steps of uniform codes with the least mean squared error, by bits: Max (1960).
 UNIFORM_STEPS = {5: 0.1881, 6: 0.1041, 7: 0.0569, 8: 0.0308}
 # Mean squared error at the levels of ``trellis_levels``, by bits: `python -m benchmarks trellis_levels`.
 TRELLIS_DISTORTION = (1.0, 0.3094, 0.0828, 0.0227, 0.0064)
-_TRELLIS_LEVELS = Path(__file__).parent.parent / "data" / "trellis_levels.txt"
-
-
-@functools.cache
-def trellis_levels() -> Tensor:
-    """Return the levels (4, 128) int16 of trellis codes of 1 to 4 bits by state, in units of 2^-12.
-
-    They were found by Lloyd's iteration over best paths (``python -m benchmarks trellis_levels``). Their
-    error is 0.7 to 1.8 dB below that of ``lloyd_max_levels``, which is 1.6 to 3.9 dB above 4^-bits, the
-    rate-distortion bound.
-    """
-    lines = _TRELLIS_LEVELS.read_text(encoding="ascii").splitlines()
-    numbers = [int(each) for line in lines if not line.startswith("#") for each in line.split()]
-    return torch.tensor(numbers, dtype=torch.int16).view(LEVEL_BITS, STATES)
 
 
 @functools.cache

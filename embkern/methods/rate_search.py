@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..tables.packed import MAX_TIERS, Tier
+from ..ops.packed_format import MAX_TIERS, Tier
 
 
 class RateSearch:

@@ -12,8 +12,8 @@ from torch.autograd import Function
 from ..ops.backends import Backend
 from ..ops.gather_decode import gather_decode
 from ..ops.library import apply, differentiable_once, needs_autograd
-from ..ops.reference import GROUP, accumulation_dtype
-from ..tables.packed import tiers_of_rows
+from ..ops.packed_format import GROUP, tiers_of_rows
+from ..ops.reference import accumulation_dtype
 
 _ROWS = 512  # decoded at a time: 0.8 MB at H = 384, which L2 holds
 _FEW = 16  # hidden states for which products with the values of the codes cost less than decoding

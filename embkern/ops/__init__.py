@@ -1,4 +1,4 @@
-"""The ops of embkern: one file each, read top-down: schema, fake, autograd function, public function."""
+"""The ops of embkern. Each has one file, read top-down: fake, schema, autograd function, public function."""
 
 from .autoencoder import autoencoder_loss
 from .cosine_mse import cosine_mse_loss

@@ -1,7 +1,7 @@
 """autoencoder_loss: the loss of a linear decoder and its gradients, without the reconstruction.
 
-For ``y = codes @ basis + offset`` every quantity of the loss lives in r dimensions. A kernel that takes a
-block of rows at a time never writes the (N, H) reconstruction or its gradient.
+For ``y = codes @ basis + offset`` every sum of the loss over H is a sum in r dimensions. A kernel that takes
+a block of rows at a time never writes the (N, H) reconstruction or its gradient.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch.autograd import Function
 from . import reference
 from .backends import Backend, select
 from .cosine_mse import check_loss_options, check_row_values
-from .library import apply, define, needs_autograd, overload, scaled_gradient, second_derivative_refused
+from .library import apply, define, needs_autograd, overload, second_derivative_refused
+from .scale_gradient import scaled_gradient
 
 
 def _forward_fake(
@@ -62,9 +63,9 @@ def _train_fake(rows: Tensor, order: Tensor, batch_size: int, *_: object) -> Ten
     return rows.new_empty(-(-order.shape[0] // batch_size))
 
 
-# Steps of Adam over batches of `order` (ids of rows, the last batch may be smaller), in place; returns the
-# losses before each. The vectors hold encoder weight (r, H), encoder bias (r,), basis (r, H) and offset (H,);
-# `step` steps were taken before.
+# Takes steps of Adam in place, over batches of `order` (ids of rows; the last batch may be smaller), and
+# returns the loss before each step. The vectors hold encoder weight (r, H), encoder bias (r,), basis (r, H)
+# and offset (H,); `step` is the number of steps taken before.
 define(
     "autoencoder_train",
     "(Tensor rows, Tensor order, int batch_size, Tensor(a!) parameters, Tensor(b!) first_moment, "
@@ -75,7 +76,7 @@ define(
     fake=_train_fake,
 )
 
-_FORWARD: dict[str, Callable] = {
+_FORWARD: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "native": overload("autoencoder_forward", "native"),
     "triton": overload("autoencoder_forward", "triton"),
     "torch": reference.autoencoder_forward,
@@ -83,7 +84,7 @@ _FORWARD: dict[str, Callable] = {
 
 
 class AutoencoderLoss(Function):
-    """Autograd of autoencoder_loss: all gradients come with the loss, the backward scales them."""
+    """Autograd of autoencoder_loss: the forward computes all gradients, the backward scales them."""
 
     @staticmethod
     def forward(
@@ -95,23 +96,23 @@ class AutoencoderLoss(Function):
         target: Tensor,
         row_weight: Tensor | None,
         target_norm: Tensor | None,
-        options: tuple,
+        options: tuple[Any, ...],
         backend: str,
     ) -> tuple[Tensor, ...]:
-        """Run the backend's forward on validated arguments; return the terms and the five gradients."""
+        """Run the backend's forward on validated arguments and return the terms and the five gradients."""
         parameters = (codes, encoder_weight, encoder_bias, basis, offset)
         return _FORWARD[backend](target, *parameters, row_weight, target_norm, *options, True)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Keep the gradients."""
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad_terms: Tensor | None, *second: Tensor | None) -> tuple:
+    def backward(ctx: Any, grad_terms: Tensor | None, *second: Tensor | None) -> tuple[Any, ...]:
         """Return the gradients of the five parameters."""
-        # A compiled graph has a tangent for every output and refuses second derivatives itself.
+        # A compiled graph passes a tangent for every output and refuses second derivatives itself.
         if not torch.compiler.is_compiling() and any(each is not None for each in second):
             raise second_derivative_refused()
         grads: list[Tensor | None] = [None] * 5
@@ -140,7 +141,7 @@ def autoencoder_loss(
     eps: float = 1e-8,
     backend: Backend | None = None,
 ) -> Tensor:
-    """The loss of a linear autoencoder or of a factorised table, never writing the reconstruction.
+    """Compute the loss of a linear autoencoder or of a factorised table without writing the reconstruction.
 
     ``cosine_mse_loss(codes @ basis + offset, target, ...)``, and with an encoder
     ``codes = F.linear(target, encoder_weight, encoder_bias)``.
@@ -149,31 +150,34 @@ def autoencoder_loss(
     ``P = target @ basis.T`` and ``G = basis @ basis.T``, ``<x, y> = c.P``, ``|y|^2 = c G c``, and the
     gradient of a row is ``s y + t x`` with two numbers per row. ``|x - y|^2 = |x|^2 - 2 c.P + c G c`` cancels
     where the fit is good.
-    On CUDA a row whose error falls below a hundredth of what is subtracted is summed over H again, so the
-    loss stays right at any fit; the gradients keep that form, and their relative error grows as the inverse
-    of ``|x - y| / |x|`` as plain torch's does. It is at most that of the products with the table, ``sqrt(H)
-    2^-24 |t| |target| |basis|`` for codes and ``(sqrt(N) + 1) 2^-24 |t codes| |target|`` for the basis: for a
-    well-conditioned basis 2 to 16 times plain torch's, by the order in which a processor adds, and no greater
-    for an ill-conditioned one (embkern/triton/autoencoder.py). Large batches on CPU take this form block by
-    block. A block with a row whose error is below 1/16 of what is subtracted, ``|x|^2`` and the larger of
-    ``|y|^2`` and ``p = sum_j c_j^2 G_jj + |offset|^2``, whose ``|y|^2`` is below p / 16 (codes that undo each
-    other or the offset), or whose norms are near the ends of fp32 is computed in the direct form, whose y
-    stays in cache.
+
+    On CUDA, a row whose squared error is below a hundredth of the terms that are subtracted is summed over H
+    again, so that the loss is right at any fit. The gradients keep the Gram form; their relative error grows
+    as the inverse of ``|x - y| / |x|``, as plain torch's does. It is at most that of the products with the
+    table, ``sqrt(H) 2^-24 |t| |target| |basis|`` for codes and ``(sqrt(N) + 1) 2^-24 |t codes| |target|`` for
+    the basis: 2 to 16 times plain torch's for a well-conditioned basis, depending on the order in which a
+    processor adds, and no greater for an ill-conditioned one (embkern/triton/autoencoder/gram_form.py).
+
+    On CPU, large batches take the Gram form block by block. A block is computed in the direct form, with y in
+    cache, if one of its rows has norms near the ends of fp32; a squared error below 1/16 of the terms that
+    are subtracted (``|x|^2`` and the larger of ``|y|^2`` and ``p = sum_j c_j^2 G_jj + |offset|^2``); or a
+    ``|y|^2`` below p / 16, where codes cancel each other or the offset.
 
     Args:
-        target: (N, H), the rows; take no gradient.
+        target: (N, H), the rows; without gradient.
         basis: (r, H), the decoder's weight.
         offset: (H,), the decoder's bias.
-        codes: (N, r), the latents. Either these or an encoder.
-        encoder_weight: (r, H), of the encoder that makes the codes of ``target``.
-        encoder_bias: (r,), with ``encoder_weight`` only.
-        cosine_weight: as in ``cosine_mse_loss``, like all that follow.
-        mse_weight: of the squared error.
-        rmse_weight: of its root; with the mean its gradient costs a forward pass more.
-        power_weight: of the power term, which needs y: blocks of it are computed and dropped.
+        codes: (N, r), the latents; given if and only if there is no encoder.
+        encoder_weight: (r, H), weight of the encoder that computes the codes of ``target``.
+        encoder_bias: (r,), its bias; only with ``encoder_weight``.
+        cosine_weight: weight of the cosine distance. This and all arguments below are those of
+            ``cosine_mse_loss``.
+        mse_weight: weight of the mean squared error.
+        rmse_weight: weight of its root. With the mean, its gradient costs another forward pass.
+        power_weight: weight of the power term, which needs y: blocks of y are computed and dropped.
         alpha: exponent of the power term.
-        row_weight: (N,).
-        target_norm: (N,), ``target.norm(dim=-1)``.
+        row_weight: (N,), weights of the rows.
+        target_norm: (N,), ``target.norm(dim=-1)`` where it is known.
         reduction: ``mean`` or ``sum``.
         eps: lower bound of the product of the two norms.
         backend: ``native``, ``triton`` or ``torch``; None takes the best for the device.
@@ -185,7 +189,7 @@ def autoencoder_loss(
         TypeError: a dtype is not supported, or dtypes differ.
         ValueError: shapes or devices do not fit, not exactly one of codes and encoder_weight is given,
             target, row_weight or target_norm requires a gradient, or an option is out of range.
-        RuntimeError: the backend asked for cannot serve this call.
+        RuntimeError: the requested backend cannot serve this call.
 
     Source: arXiv 2106.08181, section 3, for the model and the loss.
     """
@@ -200,7 +204,10 @@ def autoencoder_loss(
     ]
     contiguous = [None if each is None else each.contiguous() for each in parameters]
     if needs_autograd(*parameters):
-        return apply(AutoencoderLoss, *contiguous, target.contiguous(), *row_values, options, chosen)[0][0]
+        loss: Tensor = apply(AutoencoderLoss, *contiguous, target.contiguous(), *row_values, options, chosen)[
+            0
+        ][0]
+        return loss
     return _FORWARD[chosen](target.contiguous(), *contiguous, *row_values, *options, False)[0][0]
 
 
@@ -211,7 +218,7 @@ def autoencoder_forward(
     needs_grad: bool,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    """Run the raw op: the terms (4,) and the gradients of the five parameters; for trainers."""
+    """Run the raw op of a backend, for trainers: the terms (4,) and the gradients of the five parameters."""
     return _FORWARD[backend](target, *parameters, None, None, *options, needs_grad)
 
 

@@ -1,7 +1,7 @@
-"""Which backend can serve an op on a device, which one is taken, and why not another.
+"""The choice of a backend: which ones can serve an op on a device, in which order, and why one cannot.
 
-The order below is the measured preference. A backend that is asked for by name and cannot serve raises
-and says why; the automatic choice falls back and logs the reason once. Nothing is decided at import.
+The order is that of the measurements. A backend requested by name that cannot serve raises with the reason;
+the automatic choice falls back and logs the reason once. Nothing is decided at import.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ Backend: TypeAlias = Literal["native", "triton", "torch"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 ENVIRONMENT_VARIABLE = "EMBKERN_BACKEND"
 
-# Best first, per device type, as `python -m benchmarks gather_project` and `cosine_mse` measure it on CPU. A
-# device that is not listed is served by torch alone.
+# The fastest first, per device type, as measured on CPU by `python -m benchmarks gather_project` and
+# `cosine_mse`. Only torch serves a device that is not listed.
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": ("native", "torch"),
     "cuda": ("native", "triton", "torch"),
 }
-# Where a regime of one op differs. On CUDA this is by design and not yet measured: a decoding step is one
-# launch of the C++ kernel without Triton's launcher, prefill is for Triton's wgmma.
+# Another order for one regime of one op. This one is by design and not yet measured: a decoding step is one
+# launch of the C++ kernel without the overhead of Triton's launcher; prefill uses the wgmma of Triton.
 REGIMES: dict[tuple[str, str, str], tuple[str, ...]] = {
     ("gather_project", "cuda", "prefill"): ("triton", "native", "torch"),
 }
 
-# The ops each kernel backend implements, per device type. A new kernel adds its line here.
+# The ops that each kernel backend implements, per device type. A new kernel adds its op here.
 KERNELS: dict[tuple[str, str], frozenset[str]] = {
     ("native", "cpu"): frozenset(
         {"gather_project", "gather_decode", "quantize_rows", "quantize_trellis", "cosine_mse", "autoencoder"}
@@ -42,10 +42,10 @@ KERNELS: dict[tuple[str, str], frozenset[str]] = {
     ("native", "cuda"): frozenset({"gather_project", "cosine_mse"}),
     ("triton", "cuda"): frozenset({"gather_project", "gather_decode", "cosine_mse", "autoencoder"}),
 }
-# Those of them that have no backward of their own.
+# Kernels without a backward of their own.
 FORWARD_ONLY: frozenset[tuple[str, str, str]] = frozenset({("native", "cuda", "gather_project")})
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Where a kernel does not take all of them.
+# Kernels that do not take all of these dtypes.
 KERNEL_DTYPES: dict[tuple[str, str, str], tuple[torch.dtype, ...]] = {
     ("native", "cpu", "autoencoder"): (torch.float32, torch.float64),
     ("native", "cpu", "quantize_rows"): (torch.float32,),
@@ -93,19 +93,19 @@ def select(
 ) -> str:
     """Return the backend that serves ``op``.
 
-    A choice is made once per combination of arguments and kept, ``EMBKERN_BACKEND`` included; ``forget``
-    makes the next call choose anew.
+    The choice for a combination of arguments, ``EMBKERN_BACKEND`` included, is made once and kept until
+    ``forget``.
 
     Args:
-        op: name of the op, ``"gather_project"`` or ``"cosine_mse"``.
-        device_type: of the tensors, such as ``"cpu"``.
-        dtype: of the floating-point tensors.
-        backend: the caller's choice; None reads ``EMBKERN_BACKEND``, and without that takes the best.
+        op: name of the op, such as ``"gather_project"``.
+        device_type: device type of the tensors, such as ``"cpu"``.
+        dtype: dtype of the floating-point tensors.
+        backend: the caller's choice. None reads ``EMBKERN_BACKEND`` and takes the best if it is not set.
         regime: a class of shapes for which ``REGIMES`` has an order of its own.
 
     Raises:
         ValueError: the name is not one of ``native``, ``triton`` and ``torch``.
-        RuntimeError: the backend asked for cannot serve the call, and why.
+        RuntimeError: the requested backend cannot serve the call; the message says why.
         TypeError: no backend takes this dtype.
     """
     key = (op, device_type, dtype, backend, regime)
@@ -116,21 +116,21 @@ def select(
 
 
 def select_backward(op: str, device_type: str, dtype: torch.dtype, forward: str) -> str:
-    """Return the backend of the gradient: the forward's own, or the best that has one."""
+    """Return the backend of the gradient: that of the forward, or the best that has a gradient."""
     if (forward, device_type, op) not in FORWARD_ONLY:
         return forward
     return "torch" if unavailable("triton", op, device_type, dtype) else "triton"
 
 
-_chosen: dict[tuple, str] = {}
-# Under torch.compile the choice is made while tracing and is a constant of the graph. This is all that
-# torch.compiler.assume_constant_result does, but that imports torch._dynamo: 1.4 s at `import embkern.ops`.
+_chosen: dict[tuple[str, str, torch.dtype, str | None, str | None], str] = {}
+# Under torch.compile the choice is made while tracing and is a constant of the graph. The function
+# torch.compiler.assume_constant_result sets this attribute, but imports torch._dynamo: 1.4 s at import.
 select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 select_backward._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def forget() -> None:
-    """Forget the choices made so far, so that a change of ``EMBKERN_BACKEND`` takes effect."""
+    """Forget all choices, so that a change of ``EMBKERN_BACKEND`` takes effect."""
     _chosen.clear()
 
 

@@ -1,7 +1,7 @@
-"""cosine_mse_loss: the direction-aware reconstruction loss of the paper, in four terms.
+"""cosine_mse_loss: the direction-aware reconstruction loss of arXiv 2106.08181, in four terms.
 
 The gradient is computed with the loss, while a row is in registers or L1: output and target are read once,
-the gradient is written once, and a backward whose incoming gradient is 1 touches none of them again.
+the gradient is written once, and a backward whose incoming gradient is 1 accesses none of them again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch.autograd import Function
 
 from . import reference
 from .backends import Backend, select
-from .library import apply, define, needs_autograd, overload, scaled_gradient, second_derivative_refused
+from .library import apply, define, needs_autograd, overload, second_derivative_refused
+from .scale_gradient import scaled_gradient
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -54,15 +55,7 @@ define(
     fake=_forward_fake,
 )
 
-
-def _scale_fake(grad: Tensor, grad_loss: Tensor) -> None:
-    return None
-
-
-# grad *= grad_loss, a scalar or one value per row, that reads no gradient where grad_loss is 1.
-define("scale_gradient_", "(Tensor(a!) grad, Tensor grad_loss) -> ()", backends=("triton",), fake=_scale_fake)
-
-_FORWARD: dict[str, Callable] = {
+_FORWARD: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
     "native": overload("cosine_mse_forward", "native"),
     "triton": overload("cosine_mse_forward", "triton"),
     "torch": reference.cosine_mse_forward,
@@ -72,8 +65,8 @@ _FORWARD: dict[str, Callable] = {
 class CosineMSE(Function):
     """Autograd of cosine_mse_loss: the forward returns the gradients with the loss, the backward scales them.
 
-    In fp16 a gradient of the mean would vanish before the loss scale that is to save it arrives: there the
-    backward runs the kernel again, with the incoming gradient.
+    In fp16 the gradient of the mean would underflow before a loss scale is applied to it. There the backward
+    runs the kernel again with the incoming gradient.
     """
 
     @staticmethod
@@ -82,37 +75,39 @@ class CosineMSE(Function):
         target: Tensor,
         row_weight: Tensor | None,
         target_norm: Tensor | None,
-        options: tuple,
+        options: tuple[Any, ...],
         needs: tuple[bool, bool],
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Run the backend's forward on (N, H) validated arguments; return the loss and its gradients."""
+        """Run the backend's forward on validated (N, H) arguments and return the loss and its gradients."""
         now = (False, False) if output.dtype == torch.float16 else needs
         return _FORWARD[backend](output, target, row_weight, target_norm, None, *options, *now)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        """Keep the gradients, or what computes them."""
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Keep the gradients or, in fp16, the inputs that they are computed from."""
         rows, target, row_weight, target_norm, ctx.options, ctx.needs, ctx.backend = inputs
-        ctx.later = rows.dtype == torch.float16
+        ctx.deferred = rows.dtype == torch.float16
         ctx.set_materialize_grads(False)
-        if ctx.later:
+        if ctx.deferred:
             ctx.save_for_backward(rows, target, row_weight, target_norm)
         else:
             ctx.save_for_backward(*output[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *second: Tensor | None) -> tuple:
+    def backward(ctx: Any, grad_loss: Tensor | None, *second: Tensor | None) -> tuple[Any, ...]:
         """Return the gradients of output and target."""
-        # A compiled graph has a tangent for every output and refuses second derivatives itself.
+        # A compiled graph passes a tangent for every output and refuses second derivatives itself.
         if not torch.compiler.is_compiling() and any(each is not None for each in second):
             raise second_derivative_refused()
         nothing = (None,) * 5
         if grad_loss is None:
             return None, None, *nothing
-        if ctx.later:
-            grad_loss = grad_loss.contiguous()  # that of a sum is one number, expanded
-            grads = apply(_Later, grad_loss, *ctx.saved_tensors, ctx.options, ctx.needs, ctx.backend)
+        if ctx.deferred:
+            grad_loss = grad_loss.contiguous()  # The incoming gradient of a sum is one number, expanded.
+            grads = apply(
+                _DeferredGradients, grad_loss, *ctx.saved_tensors, ctx.options, ctx.needs, ctx.backend
+            )
         else:
             grads = [
                 scaled_gradient(each, grad_loss) if needed else None
@@ -121,8 +116,8 @@ class CosineMSE(Function):
         return *(each if needed else None for each, needed in zip(grads, ctx.needs, strict=True)), *nothing
 
 
-class _Later(Function):
-    """The gradients of CosineMSE from its inputs and the incoming gradient; differentiable no further."""
+class _DeferredGradients(Function):
+    """The gradients of CosineMSE, computed from its inputs and the incoming gradient; not differentiable."""
 
     @staticmethod
     def forward(
@@ -131,7 +126,7 @@ class _Later(Function):
         target: Tensor,
         row_weight: Tensor | None,
         target_norm: Tensor | None,
-        options: tuple,
+        options: tuple[Any, ...],
         needs: tuple[bool, bool],
         backend: str,
     ) -> tuple[Tensor, Tensor]:
@@ -139,11 +134,11 @@ class _Later(Function):
         return grads[0], grads[1]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         pass
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple:
+    def backward(ctx: Any, *_: Tensor) -> tuple[Any, ...]:
         raise second_derivative_refused()
 
 
@@ -162,7 +157,7 @@ def cosine_mse_loss(
     eps: float = 1e-8,
     backend: Backend | None = None,
 ) -> Tensor:
-    """Cosine distance, squared error, its root, and a power of the absolute error.
+    """Compute cosine distance, mean squared error, its root, and a power of the absolute error, weighted.
 
     ``(w * rows).sum() / w.sum() + rmse_weight * ((w * mse).sum() / w.sum()).sqrt()`` with ``w = row_weight``
     (ones by default), ``e = output - target`` and, per row::
@@ -172,16 +167,16 @@ def cosine_mse_loss(
         rows = cosine_weight * (1 - cos) + mse_weight * mse
                + power_weight * (e.abs() + 1e-10).pow(alpha).mean(-1)
 
-    ``reduction="none"`` returns ``w * (rows + rmse_weight * mse.sqrt())``, ``"sum"`` its sum: only the mean
-    has one root for the whole batch, as the paper's authors do.
+    ``reduction="none"`` returns ``w * (rows + rmse_weight * mse.sqrt())``, ``"sum"`` its sum. Only the mean
+    takes one root for the whole batch, as the authors' code does.
 
-    A row of zeros has cosine 0, so it costs ``cosine_weight``; the gradient of a root at 0 is 0, that of an
-    absolute value too. Gradients flow to output and target, once (no double backward). Sums run in fp32
-    (float64 for float64); where the squares of a row would leave fp32's range (norms of 1e-20 or 1e20), the
-    row is summed in a wider one. A NaN stays in the gradient of its row, but for the batch's root.
+    A row of zeros has cosine 0, so that its distance is 1. The gradient of a root or an absolute value at 0
+    is 0. Gradients flow to output and target, once (no double backward). Sums run in fp32 (float64 for
+    float64); where the squares of a row would leave the range of fp32 (norms of 1e-20 or 1e20), the row is
+    summed in a wider range. A NaN stays in the gradient of its row unless there is a root of the batch.
 
-    One pass over output and target, but for ``rmse_weight`` with the mean: its gradient needs the batch's
-    sum first, which is a pass of its own.
+    There is one pass over output and target. ``rmse_weight`` with the mean needs a second one, because the
+    gradient depends on the sum over the batch.
 
     Args:
         output: (``*``, H), the reconstruction.
@@ -191,10 +186,10 @@ def cosine_mse_loss(
         mse_weight: weight of the squared error.
         rmse_weight: weight of the root of the mean squared error.
         power_weight: weight of the power of the absolute error.
-        alpha: its exponent, above 0.
-        row_weight: (``*``), non-negative with a positive sum; takes no gradient.
-        target_norm: (``*``), ``target.norm(dim=-1)`` in the accumulation dtype, where it is known (a table
-            is a constant); then target takes no gradient.
+        alpha: exponent of that power, above 0.
+        row_weight: (``*``), weights of the rows, non-negative with a positive sum; without gradient.
+        target_norm: (``*``), ``target.norm(dim=-1)`` in the accumulation dtype, where it is known, as for a
+            constant table. Target then takes no gradient.
         reduction: ``mean``, ``sum`` or ``none``.
         eps: lower bound of the product of the two norms. A row of zeros beside one that is not has a
             gradient of the order of 1/eps: below about 1e-4 that is infinite in float16.
@@ -209,10 +204,10 @@ def cosine_mse_loss(
         ValueError: shapes or devices do not fit, ``row_weight`` or ``target_norm`` requires a gradient,
             ``eps`` is not a positive normal number of the accumulation dtype, ``alpha`` is not positive, or
             ``reduction`` or ``backend`` is unknown.
-        RuntimeError: the backend asked for cannot serve this call.
+        RuntimeError: the requested backend cannot serve this call.
 
-    Source: arXiv 2106.08181, section 3 (the loss that weighs direction), and its authors' released training
-    code (root and power terms); their eps is 1e-6.
+    Source: arXiv 2106.08181, section 3 (the loss that weighs direction), and the training code that its
+    authors released (root and power terms; eps 1e-6).
     """
     check_loss_arguments(output, target, row_weight, target_norm, reduction, alpha, eps)
     width, shape = output.shape[-1], output.shape[:-1]
@@ -220,7 +215,7 @@ def cosine_mse_loss(
         dtype = torch.promote_types(output.dtype, target.dtype)
         output, target = output.to(dtype), target.to(dtype)
     chosen = select("cosine_mse", output.device.type, output.dtype, backend)
-    if output.dim() != 2:  # a view is a node of the graph: 5 us more in the backward
+    if output.dim() != 2:  # A view is a node of the graph, which costs the backward 5 us.
         output, target = output.reshape(-1, width), target.reshape(-1, width)
     output, target = output.contiguous(), target.contiguous()
     accumulation = reference.accumulation_dtype(output.dtype)
@@ -232,7 +227,7 @@ def cosine_mse_loss(
     options = (reference.REDUCTIONS.index(reduction), *weights, float(alpha), float(eps))
     if needs_autograd(output, target):
         needs = (output.requires_grad, target.requires_grad)
-        loss = apply(CosineMSE, output, target, row_weight, target_norm, options, needs, chosen)[0]
+        loss: Tensor = apply(CosineMSE, output, target, row_weight, target_norm, options, needs, chosen)[0]
     else:
         loss = _FORWARD[chosen](output, target, row_weight, target_norm, None, *options, False, False)[0]
     return loss.view(shape) if reduction == "none" else loss
@@ -247,7 +242,7 @@ def check_loss_arguments(
     alpha: float,
     eps: float,
 ) -> None:
-    """Raise the errors that cosine_mse_loss documents."""
+    """Raise the errors that ``cosine_mse_loss`` documents."""
     if output.dim() == 0 or output.shape[-1] == 0 or output.shape != target.shape:
         raise ValueError(
             "output, target: expected equal shapes (*, H) with H >= 1, "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,7 +11,17 @@ from torch.autograd import Function
 
 from . import reference
 from .backends import Backend, select
-from .library import apply, check_ids, define, differentiable_once, needs_autograd, overload, reraise_refusal
+from .library import (
+    apply,
+    check_ids,
+    define,
+    differentiable_once,
+    needs_autograd,
+    overload,
+    raise_refusal,
+    reraise_native,
+)
+from .packed_format import PackedTensors, check_packed
 
 _NO_PADDING = -1
 
@@ -28,7 +38,8 @@ def _forward_fake(
     embedding_dim: int,
     scale: float,
 ) -> Tensor:
-    _check(ids, records, directory, tiers, levels, scales, basis, offset, embedding_dim)
+    # A trace does not reach the checks of the native op.
+    _check(ids, PackedTensors(records, directory, tiers, levels, scales, basis, offset), embedding_dim)
     return scales.new_empty(*ids.shape, embedding_dim)
 
 
@@ -40,7 +51,7 @@ define(
     fake=_forward_fake,
 )
 
-_FORWARD: dict[str, Callable] = {
+_FORWARD: dict[str, Callable[..., Tensor]] = {
     "native": overload("gather_decode_forward", "native"),
     "triton": overload("gather_decode_forward", "triton"),
     "torch": reference.gather_decode_forward,
@@ -48,7 +59,7 @@ _FORWARD: dict[str, Callable] = {
 
 
 class GatherDecode(Function):
-    """Autograd of gather_decode: the codes are frozen, the backward is products of plain torch."""
+    """Autograd of gather_decode: the codes are frozen; the backward consists of products in plain torch."""
 
     @staticmethod
     def forward(
@@ -70,14 +81,14 @@ class GatherDecode(Function):
         return _FORWARD[backend](ids, *codes, scales, basis, offset, embedding_dim, scale)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        """Keep what the backward reads."""
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep the tensors that the backward reads."""
         *tensors, _offset, _, ctx.scale, ctx.padding_idx, _ = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        """Return the gradients of scales, basis and offset that are asked for."""
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        """Return the gradients of scales, basis and offset that are needed."""
         ids, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad[5:8]
         flat = grad.reshape(ids.numel(), grad.shape[-1])
@@ -105,10 +116,10 @@ def gather_decode(
     padding_idx: int | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
-    """Rows of a table whose rows are packed at different rates (``embkern.PackedTable`` has the format).
+    """Look up rows of a packed table, whose rows are quantised at different rates.
 
-    ``scale * (scales[ids] * rows + offset)`` where a row is the values of its codes, or ``values @ basis``
-    if its tier holds coefficients of the basis.
+    ``scale * (scales[ids] * rows + offset)`` where a row consists of the values of its codes, or is ``values
+    @ basis`` if its tier holds coefficients of the basis. ``embkern.PackedTable`` describes the format.
 
     Sums run in fp32 (float64 for float64) and are rounded once; the result has the dtype of ``scales``.
     Gradients flow to scales, basis and offset, once (no double backward); the codes are frozen.
@@ -118,15 +129,15 @@ def gather_decode(
         records: (W,) int32, the bit planes of all rows, one row after the other.
         directory: (ceil(V / 32), 5) int32: where the records of 32 rows begin, and the tier of each row,
             four bits a row.
-        tiers: (T, 1 + G) uint8, T up to 16: whether a tier's values are coefficients of the basis, then the
-            bits, 0 to 8, of each group of 32 values.
+        tiers: (T, 1 + G) uint8, T up to 16: whether the values of a tier are coefficients of the basis, then
+            the number of bits, 0 to 8, per value of each group of 32 values.
         levels: (4, 128) int16, in steps of 2^-12: the values of codes of 1 to 4 bits, by the state of their
-            trellis (``embkern.ops.reference.trellis_states``). Wider codes are uniform, ``code - (2**bits -
-            1) / 2``.
-        scales: (V,), factor on each row.
+            trellis (``embkern.ops.packed_format.trellis_states``). Wider codes are uniform, ``code -
+            (2**bits - 1) / 2``.
+        scales: (V,), a factor on each row.
         basis: (K, H), K a multiple of 32; None if no tier needs it.
         offset: (H,), added to every row, or None.
-        embedding_dim: H.
+        embedding_dim: H, the number of columns.
         scale: factor on the result, applied before the rounding.
         padding_idx: positions with this id contribute no gradient.
         backend: ``native``, ``triton`` or ``torch``; None takes the best for the device.
@@ -138,97 +149,70 @@ def gather_decode(
         IndexError: an id is negative or not below V (on CPU; on CUDA a device-side assertion).
         TypeError: a dtype is not the one above, or the floating-point dtypes differ.
         ValueError: shapes or devices do not fit, or ``backend`` is unknown.
-        RuntimeError: the backend asked for cannot serve this call.
+        RuntimeError: the requested backend cannot serve this call.
 
-    Source: rate allocation is reverse water-filling (Cover and Thomas, Elements of Information Theory,
-    section 10.3) with rows in the place of components.
+    Source: the rates are allocated by reverse water-filling (Cover and Thomas, Elements of Information
+    Theory, section 10.3) with rows as components.
     """
+    packed = (records, directory, tiers, levels, scales, basis, offset)
+    device_type = "cpu" if scales.is_cpu else scales.device.type  # is_cpu makes no torch.device
+    chosen = select("gather_decode", device_type, scales.dtype, backend)
+    if chosen != "native":  # The native op checks its arguments itself.
+        _check(ids, PackedTensors(*packed), embedding_dim)
+    if padding_idx is not None and scales.numel() and not -len(scales) <= padding_idx < len(scales):
+        raise ValueError(f"padding_idx: expected an id below {len(scales)}, got {padding_idx}")
+    return _decode(ids, packed, embedding_dim, scale, padding_idx, chosen)
+
+
+def decode_rows(
+    ids: Tensor,
+    packed: PackedTensors,
+    embedding_dim: int,
+    *,
+    scale: float = 1.0,
+    padding_idx: int | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """``gather_decode`` of a table that was checked when it was made: only the ids are checked."""
+    scales = packed.scales
     device_type = "cpu" if scales.is_cpu else scales.device.type
     chosen = select("gather_decode", device_type, scales.dtype, backend)
-    arguments: tuple[Tensor | None, ...]
-    arguments = (ids, records, directory, tiers, levels, scales, basis, offset)
+    if chosen != "native":
+        _check_ids(ids, scales)
+    return _decode(ids, packed, embedding_dim, scale, padding_idx, chosen)
+
+
+# A PackedTensors, or the same without a name: making one takes 3 % of the lookup of a single row.
+_Tensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def _decode(
+    ids: Tensor, packed: _Tensors, embedding_dim: int, scale: float, padding_idx: int | None, chosen: str
+) -> Tensor:
     try:
-        if chosen != "native":  # the CPU op checks its arguments itself
-            _check(ids, records, directory, tiers, levels, scales, basis, offset, embedding_dim)
-            arguments = tuple(None if each is None else each.contiguous() for each in arguments)
-        if padding_idx is not None and not -len(scales) <= padding_idx < len(scales):
-            raise ValueError(f"padding_idx: expected an id below {len(scales)}, got {padding_idx}")
-        if needs_autograd(scales, basis, offset):
-            padding = _NO_PADDING if padding_idx is None else padding_idx % len(scales)
-            return apply(GatherDecode, *arguments, embedding_dim, scale, padding, chosen)
-        return _FORWARD[chosen](*arguments, embedding_dim, scale)
+        if chosen == "triton":
+            ids, packed = ids.contiguous(), PackedTensors(*packed).contiguous()
+        if needs_autograd(packed[4], packed[5], packed[6]):
+            padding = _NO_PADDING if padding_idx is None else padding_idx % len(packed[4])
+            rows: Tensor = apply(GatherDecode, ids, *packed, embedding_dim, scale, padding, chosen)
+            return rows
+        return _FORWARD[chosen](ids, *packed, embedding_dim, scale)
     except Exception as error:
-        _check(ids, records, directory, tiers, levels, scales, basis, offset, embedding_dim)
-        check_ids(ids, len(scales))
-        reraise_refusal(error)
+        raise_refusal(_check, ids, PackedTensors(*packed), embedding_dim)
+        raise_refusal(check_ids, ids, len(packed[4]))
+        reraise_native(error)
         raise
 
 
-_INTEGERS = {"records": torch.int32, "directory": torch.int32, "tiers": torch.uint8, "levels": torch.int16}
-
-
-def _check(
-    ids: Tensor,
-    records: Tensor,
-    directory: Tensor,
-    tiers: Tensor,
-    levels: Tensor,
-    scales: Tensor,
-    basis: Tensor | None,
-    offset: Tensor | None,
-    embedding_dim: int,
-) -> None:
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"ids: expected dtype torch.int32 or torch.int64, got {ids.dtype}")
-    check_packed(records, directory, tiers, levels, scales, basis, offset, embedding_dim)
+def _check(ids: Tensor, packed: PackedTensors, embedding_dim: int) -> None:
+    _check_ids(ids, packed.scales)
+    check_packed(packed, embedding_dim)
     if embedding_dim < 1:
         raise ValueError(f"embedding_dim: expected at least 1, got {embedding_dim}")
+
+
+def _check_ids(ids: Tensor, scales: Tensor) -> None:
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"ids: expected dtype torch.int32 or torch.int64, got {ids.dtype}")
     if ids.device != scales.device:
         raise ValueError(f"ids: expected device {scales.device} as in scales, got {ids.device}")
-
-
-def check_packed(
-    records: Tensor,
-    directory: Tensor,
-    tiers: Tensor,
-    levels: Tensor,
-    scales: Tensor,
-    basis: Tensor | None,
-    offset: Tensor | None,
-    embedding_dim: int,
-) -> None:
-    """Raise unless the tensors of a packed table have shapes, dtypes and devices that fit each other."""
-    named = dict(records=records, directory=directory, tiers=tiers, levels=levels, scales=scales)
-    rows, groups = len(scales) if scales.dim() else 0, tiers.shape[1] - 1 if tiers.dim() == 2 else 0
-    expected = {
-        "directory": (-(-rows // reference.GROUP), 5),
-        "levels": (reference.LEVEL_BITS, reference.STATES),
-        "scales": (rows,),
-    }
-    if rows == 0:
-        raise ValueError(f"scales: expected shape (V,) with V >= 1, got {tuple(scales.shape)}")
-    for name, tensor in named.items():
-        if name in expected and tuple(tensor.shape) != expected[name]:
-            raise ValueError(f"{name}: expected shape {expected[name]}, got {tuple(tensor.shape)}")
-        if name in _INTEGERS and tensor.dtype != _INTEGERS[name]:
-            raise TypeError(f"{name}: expected dtype {_INTEGERS[name]}, got {tensor.dtype}")
-    if records.dim() != 1 or records.shape[0] == 0:
-        raise ValueError(f"records: expected shape (W,) with W >= 1, got {tuple(records.shape)}")
-    if tiers.dim() != 2 or not 1 <= tiers.shape[0] <= 16 or groups < 1:
-        raise ValueError(
-            f"tiers: expected shape (T, 1 + G) with T up to 16 and G >= 1, got {tuple(tiers.shape)}"
-        )
-    if basis is not None and (basis.dim() != 2 or basis.shape[1] != embedding_dim or basis.shape[0] % 32):
-        raise ValueError(
-            f"basis: expected shape (K, {embedding_dim}) with K a multiple of 32, got {tuple(basis.shape)}"
-        )
-    if offset is not None and tuple(offset.shape) != (embedding_dim,):
-        raise ValueError(f"offset: expected shape ({embedding_dim},), got {tuple(offset.shape)}")
-    for name, optional in dict(basis=basis, offset=offset).items():
-        if optional is not None and optional.dtype != scales.dtype:
-            raise TypeError(f"{name}: expected dtype {scales.dtype} as in scales, got {optional.dtype}")
-        if optional is not None:
-            named[name] = optional
-    for name, tensor in named.items():
-        if tensor.device != scales.device:
-            raise ValueError(f"{name}: expected device {scales.device} as in scales, got {tensor.device}")

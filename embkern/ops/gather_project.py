@@ -11,15 +11,15 @@ from torch.autograd import Function
 
 from . import reference
 from .backends import Backend, select, select_backward
-from .library import apply, check_ids, define, differentiable_once, needs_autograd, overload
+from .library import apply, check_ids, define, differentiable_once, needs_autograd, overload, raise_refusal
 
 _NO_PADDING = -1
-# Ids up to this many count as decoding: launches and the basis decide there, not the tensor cores.
+# Up to this many ids are decoding: the launch and the reads of the basis bound it, not the tensor cores.
 DECODE_TOKENS = 64
 
 
 def _forward_fake(ids: Tensor, codes: Tensor, basis: Tensor, offset: Tensor | None, scale: float) -> Tensor:
-    _check(ids, codes, basis, offset)
+    _check(ids, codes, basis, offset)  # A trace does not reach the checks of the native op.
     return codes.new_empty(*ids.shape, basis.shape[1])
 
 
@@ -41,7 +41,7 @@ def _backward_fake(
     needs_offset: bool,
     sparse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = ids.numel() if sparse else codes.shape[0]  # the native kernel returns one row per distinct id
+    rows = ids.numel() if sparse else codes.shape[0]  # The native kernel returns one row per distinct id.
     return (
         ids.new_empty(rows if sparse and needs_codes else 0, dtype=torch.int64),
         codes.new_empty((rows, codes.shape[1]) if needs_codes else (0,)),
@@ -77,17 +77,17 @@ def _torch_out(
     out.copy_(reference.gather_project_forward(ids, codes, basis, offset, scale))
 
 
-_FORWARD: dict[str, Callable] = {
+_FORWARD: dict[str, Callable[..., Tensor]] = {
     "native": overload("gather_project_forward", "native"),
     "triton": overload("gather_project_forward", "triton"),
     "torch": reference.gather_project_forward,
 }
-_OUT: dict[str, Callable] = {
+_OUT: dict[str, Callable[..., None]] = {
     "native": overload("gather_project_out", "native"),
     "triton": overload("gather_project_out", "triton"),
     "torch": _torch_out,
 }
-_BACKWARD: dict[str, Callable] = {
+_BACKWARD: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = {
     "native": overload("gather_project_backward", "native"),
     "triton": overload("gather_project_backward", "triton"),
     "torch": reference.gather_project_backward,
@@ -95,7 +95,7 @@ _BACKWARD: dict[str, Callable] = {
 
 
 class GatherProject(Function):
-    """Autograd of gather_project; the backend of the forward runs the backward if it has one."""
+    """Autograd of gather_project; the backend of the forward runs the backward if it implements one."""
 
     @staticmethod
     def forward(
@@ -112,14 +112,14 @@ class GatherProject(Function):
         return _FORWARD[backend](ids, codes, basis, offset, scale)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        """Keep what the backward reads."""
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep the tensors that the backward reads."""
         ids, codes, basis, _, *ctx.options, ctx.backend = inputs
         ctx.save_for_backward(ids, codes, basis)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        """Return the gradients of codes, basis and offset that are asked for."""
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        """Return the gradients of codes, basis and offset that are needed."""
         ids, codes, basis = ctx.saved_tensors
         scale, padding_idx, sparse = ctx.options
         needs = ctx.needs_input_grad[1:4]
@@ -129,9 +129,9 @@ class GatherProject(Function):
         with torch.no_grad():
             code_ids, *grads = _BACKWARD[backend](flat, ids, codes, basis, scale, padding_idx, *needs, sparse)
             if sparse and needs[0]:
-                # The native CPU kernel returns each id once, in order; the others one row per position.
+                # The native CPU kernel returns each id once, in order; others one row per position.
                 coalesced = backend == "native" and device_type == "cpu"
-                # Not the argument check_invariants: torch 2.11 warns, whatever it is, that it was not given.
+                # The argument check_invariants makes torch 2.11 warn that it is missing, whatever its value.
                 with torch.sparse.check_sparse_tensor_invariants(False):
                     grads[0] = torch.sparse_coo_tensor(
                         code_ids[None], grads[0], codes.shape, is_coalesced=coalesced
@@ -155,27 +155,27 @@ def gather_project(
     out: Tensor | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
-    """Rows of a factorised embedding table, gathered and projected.
+    """Look up rows of a factorised embedding table: gather codes, project them onto the basis.
 
     ``scale * (F.embedding(ids, codes) @ basis + offset)``
 
     Sums run in fp32 (float64 for float64 factors) and are rounded once; the result has the factors' dtype,
     under autocast too, like ``F.embedding``. Gradients flow to codes, basis and offset, once
-    (no double backward); those of repeated ids are summed in fp32. With the native CPU kernels the bits of a
+    (no double backward); those of repeated ids are summed in fp32. With the native CPU kernels, the bits of a
     row depend neither on the other ids nor on the number of threads.
 
     Args:
         ids: indices into the vocabulary, any shape (``*``), int32 or int64.
-        codes: (V, r), one row per token; rows may lie any stride apart.
+        codes: (V, r), one row per token; the stride between rows is arbitrary.
         basis: (r, H), shared by all tokens.
         offset: (H,), added to every row.
         scale: factor on the result, applied before the rounding.
         padding_idx: positions with this id contribute no gradient, to codes (as in ``F.embedding``), basis
             and offset alike.
         sparse: make the gradient of codes a sparse COO tensor of the rows that were looked up, as in
-            ``F.embedding``; a dense one is V x r. Not under ``torch.compile``.
+            ``F.embedding``, in place of a dense (V, r) one. Not supported under ``torch.compile``.
         out: (``*``, H), contiguous, in the factors' dtype: written in place and returned. It saves the
-            allocation, whose page faults dominate a large look-up on CPU. No gradient flows through it.
+            allocation, whose page faults dominate a large lookup on CPU. No gradient flows through it.
         backend: ``native``, ``triton`` or ``torch``; None takes the best for the device.
 
     Returns:
@@ -185,8 +185,8 @@ def gather_project(
         IndexError: an id is negative or not below V (on CPU; on CUDA a device-side assertion).
         TypeError: a dtype is not supported, or the factors' dtypes differ.
         ValueError: shapes or devices do not fit, ``out`` has another shape than the result or is given where
-            a gradient is asked for, or ``backend`` is unknown.
-        RuntimeError: the backend asked for cannot serve this call.
+            a gradient is needed, or ``backend`` is unknown.
+        RuntimeError: the requested backend cannot serve this call.
 
     Source: arXiv 2106.08181, section 3: at inference a token's row is decoded from its latent code.
     """
@@ -194,7 +194,7 @@ def gather_project(
     regime = None if codes.is_cpu else _regime(ids)
     chosen = select("gather_project", device_type, codes.dtype, backend, regime)
     try:
-        if chosen != "native" or device_type != "cpu":  # the CPU op checks its arguments itself
+        if chosen != "native" or device_type != "cpu":  # The native CPU op checks its arguments itself.
             _check(ids, codes, basis, offset, out)
             ids, codes, basis = ids.contiguous(), codes.contiguous(), basis.contiguous()
             offset = None if offset is None else offset.contiguous()
@@ -202,26 +202,27 @@ def gather_project(
             _check_padding(padding_idx, codes)
         if needs_autograd(codes, basis, offset, out):
             if out is not None:
-                raise ValueError("out: expected None where a gradient is asked for; use torch.no_grad()")
+                raise ValueError("out: expected None where a gradient is needed; use torch.no_grad()")
             if sparse and torch.compiler.is_compiling():
                 raise ValueError("sparse: expected False under torch.compile, which has no sparse gradients")
             padding = _NO_PADDING if padding_idx is None else padding_idx % codes.shape[0]
-            return apply(GatherProject, ids, codes, basis, offset, scale, padding, sparse, chosen)
+            rows: Tensor = apply(GatherProject, ids, codes, basis, offset, scale, padding, sparse, chosen)
+            return rows
         if out is None:
             return _FORWARD[chosen](ids, codes, basis, offset, scale)
         _OUT[chosen](ids, codes, basis, offset, scale, out)
         if not torch.compiler.is_compiling():
-            torch.autograd.graph.increment_version(out)  # autograd must know that a saved `out` has changed
+            torch.autograd.graph.increment_version(out)  # Autograd has to notice if `out` was saved.
         return out
     except Exception:
-        _check(ids, codes, basis, offset, out)
-        check_ids(ids, codes.shape[0])
+        raise_refusal(_check, ids, codes, basis, offset, out)
+        raise_refusal(check_ids, ids, codes.shape[0])
         raise
 
 
 def _regime(ids: Tensor) -> str | None:
-    """Return which CUDA kernels suit the number of ids: those of decoding or of prefill."""
-    if torch.compiler.is_compiling():  # a compiled graph serves every number of ids
+    """Return the class of the number of ids that chooses between CUDA kernels: ``decode`` or ``prefill``."""
+    if torch.compiler.is_compiling():  # A compiled graph serves every number of ids.
         return None
     return "decode" if ids.numel() <= DECODE_TOKENS else "prefill"
 

@@ -1,14 +1,14 @@
-"""The op namespace, in one place: schemas, fakes and the native extension that implements them.
+"""The op namespace: schemas, fakes, what the ops share, and the native extension that implements them.
 
-Schemas are defined here and not in C++, so that the ops exist, can be traced and can say what is missing
-where the extension was not built. One overload per backend: ``embkern::gather_project_forward.native``.
+Schemas are defined in Python and not in C++, so that the ops exist, can be traced and can say what is
+missing where the extension is not built. There is one overload per backend, such as
+``embkern::gather_project_forward.native``.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -20,14 +20,14 @@ from torch.autograd import Function, forward_ad
 NAMESPACE = "embkern"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 LIBRARY.define("cpu_capability(int level) -> int")
-LIBRARY.define("poison_memory(bool on) -> ()")  # NaN in fresh memory of the native CPU kernels, for tests
+LIBRARY.define("poison_memory(bool on) -> ()")  # For tests: NaN in new memory of the kernels.
 
 
-def define(name: str, schema: str, *, backends: tuple[str, ...], fake: Callable) -> None:
+def define(name: str, schema: str, *, backends: tuple[str, ...], fake: Callable[..., Any]) -> None:
     """Define one overload of ``name`` per backend, with ``fake`` as its shape function.
 
-    The native implementations are bound by the extension; a Triton one is the function ``name`` of the module
-    of ``embkern.triton`` that is called like the module of ``fake``, imported at the first call.
+    The extension binds the native implementations. The Triton one is the function ``name`` in the module of
+    ``embkern.triton`` that has the name of the module of ``fake``; it is imported at the first call.
     """
     for backend in backends:
         overload = f"{name}.{backend}"
@@ -39,22 +39,22 @@ def define(name: str, schema: str, *, backends: tuple[str, ...], fake: Callable)
             LIBRARY.impl(overload, launcher, "CPU")  # Triton's interpreter
 
 
-def _lazy(module: str, name: str) -> Callable:
+def _lazy(module: str, name: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         return getattr(importlib.import_module(module), name)(*args)
 
     return call
 
 
-def overload(name: str, backend: str) -> torch._ops.OpOverload:
+def overload(name: str, backend: str) -> Any:
     """Return the raw op of one backend."""
     return getattr(getattr(getattr(torch.ops, NAMESPACE), name), backend)
 
 
 def check_ids(ids: torch.Tensor, count: int) -> None:
-    """Raise IndexError if an id is out of range, where a backend that noticed did not say which.
+    """Raise IndexError with the first id that is out of range, if there is one.
 
-    For the path of errors: it reads all ids. Those of a device that has its own assertion are left alone.
+    It reads all ids and therefore runs only after a backend failed. Ids on CUDA have the kernels' assertions.
     """
     if not ids.is_cpu or torch.compiler.is_compiling():
         return
@@ -67,28 +67,28 @@ def check_ids(ids: torch.Tensor, count: int) -> None:
 
 
 def needs_autograd(*tensors: torch.Tensor | None) -> bool:
-    """Whether a call must go through its autograd.Function; the raw op alone is faster but has no gradient.
+    """Return whether a call must go through its autograd.Function, which is slower than the raw op.
 
-    Forward-mode AD goes there too: the Function refuses it, where the raw op would drop the tangent.
+    Forward-mode AD goes there, too: the Function refuses it, where the raw op would drop the tangent.
     """
     if torch.is_grad_enabled():
-        for tensor in tensors:  # on the path of a single token: no generator
+        for tensor in tensors:  # A generator would slow down the lookup of a single token.
             if tensor is not None and tensor.requires_grad:
                 return True
     return forward_ad._current_level >= 0
 
 
-# What Function.apply does with its arguments unless functorch is at work.
+# What Function.apply does with its arguments unless a functorch transform is active.
 try:
     from torch._functorch.utils import unwrap_dead_wrappers as _unwrap_dead_wrappers
 
     _functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
-except (ImportError, AttributeError):  # private names of torch
+except (ImportError, AttributeError):  # These names of torch are private.
     _functorch_active = lambda: True  # noqa: E731
 
 
 def apply(function: type[Function], *args: Any) -> Any:
-    """Return ``function.apply(*args)``, every argument of its forward being given.
+    """Return ``function.apply(*args)``, for calls that pass every argument of the forward.
 
     ``Function.apply`` first binds them to the forward's signature, which takes longer than a small kernel.
     """
@@ -97,11 +97,19 @@ def apply(function: type[Function], *args: Any) -> Any:
     return super(Function, function).apply(*_unwrap_dead_wrappers(args))  # type: ignore[misc]
 
 
-# How the checks of the native ops begin (csrc/checks.h), such as "directory: expected".
+def raise_refusal(check: Callable[..., None], *arguments: Any) -> None:
+    """Run a check in the handler of a failed call; its error has one traceback, not a chain of two."""
+    try:
+        check(*arguments)
+    except (IndexError, TypeError, ValueError) as error:
+        raise error from None
+
+
+# How the errors of the native ops begin (csrc/checks.h), such as "directory: expected".
 _REFUSED_ARGUMENT = re.compile(r"\w+: expected ")
 
 
-def reraise_refusal(error: Exception) -> None:
+def reraise_native(error: Exception) -> None:
     """Raise the ValueError that a native op threw, if ``error`` stands for one.
 
     Up to 2.14 torch surfaces std::invalid_argument as ValueError itself, 2.15 as RuntimeError.
@@ -111,7 +119,7 @@ def reraise_refusal(error: Exception) -> None:
 
 
 def second_derivative_refused() -> RuntimeError:
-    """Return the error of a gradient that is to be differentiated."""
+    """Return the error that refuses to differentiate a gradient."""
     return RuntimeError(
         "embkern's ops are differentiable once, and this needs a second derivative (create_graph, or "
         "nested torch.func.grad); use the plain torch formula of the op's docstring for that"
@@ -119,10 +127,10 @@ def second_derivative_refused() -> RuntimeError:
 
 
 class _OnceDifferentiable(Function):
-    """Identity of a gradient whose own gradient is refused.
+    """The identity on a gradient; its own backward is refused.
 
-    ``torch.autograd.function.once_differentiable`` refuses only what reaches it through the incoming
-    gradient: a penalty on the gradient of a sum would vanish in silence.
+    ``torch.autograd.function.once_differentiable`` refuses only second derivatives that pass through the
+    incoming gradient. It would silently drop a penalty on the gradient of a sum.
     """
 
     @staticmethod
@@ -130,11 +138,11 @@ class _OnceDifferentiable(Function):
         return grad.clone() if grad.is_sparse else grad.view_as(grad)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         pass
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         raise second_derivative_refused()
 
 
@@ -142,32 +150,8 @@ def differentiable_once(grad: torch.Tensor, *sources: torch.Tensor | None) -> to
     """Return a computed gradient that refuses to be differentiated with respect to ``sources``."""
     if not torch.is_grad_enabled():
         return grad
-    return apply(_OnceDifferentiable, grad, *(each for each in sources if each is not None))
-
-
-# Whether the graph that is now differentiated will be needed again (retain_graph, create_graph).
-_keeps_graph: Callable[[], bool] = getattr(
-    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
-)
-
-
-def scaled_gradient(grad: torch.Tensor, grad_loss: torch.Tensor) -> torch.Tensor:
-    """Return ``grad * grad_loss`` for a gradient that the forward computed for an incoming gradient of 1.
-
-    grad (N, ...), grad_loss a scalar or (N,). Unless the graph is kept, ``grad`` is nobody else's: it is
-    scaled in place, and not touched at all if grad_loss is 1 (which on CUDA the kernel finds out, so that
-    the host need not wait).
-    """
-    factor = grad_loss.reshape(-1, *(1,) * (grad.dim() - 1)) if grad_loss.dim() else grad_loss
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or _keeps_graph():
-        return (grad * factor).to(grad.dtype)
-    if grad.is_cpu:
-        ones = grad_loss.item() == 1 if grad_loss.dim() == 0 else bool((grad_loss == 1).all())
-        return grad if ones else grad.mul_(factor)
-    if grad.is_cuda and importlib.util.find_spec("triton") is not None:
-        overload("scale_gradient_", "triton")(grad, grad_loss.contiguous())
-        return grad
-    return grad.mul_(factor)
+    once: torch.Tensor = apply(_OnceDifferentiable, grad, *(each for each in sources if each is not None))
+    return once
 
 
 @functools.cache
@@ -193,11 +177,11 @@ CPU_CAPABILITIES = ("portable", "avx2", "avx512", "avx512_bf16")
 def cpu_capability(level: str | None = None) -> str:
     """Return the instruction set that the native CPU kernels use, after setting it to ``level`` if given.
 
-    The default is the best this processor has; ``EMBKERN_CPU_CAPABILITY`` sets a lower one.
+    The default is the best that this processor has; ``EMBKERN_CPU_CAPABILITY`` sets a lower one.
 
     Raises:
         ValueError: the level is unknown, or the processor or the build lacks it.
-        RuntimeError: the native extension cannot be used, and why.
+        RuntimeError: the native extension cannot be used; the message says why.
     """
     if reason := load_native():
         raise RuntimeError(reason)

@@ -1,4 +1,4 @@
-"""quantize_rows: codes of rows, value by value, with the best of some scales for each row."""
+"""quantize_rows: scalar codes of rows, with the best of some scales for each row."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from . import reference
 from .backends import Backend, select
 from .library import define, needs_autograd, overload
+from .packed_format import GROUP, LEVEL_BITS, MAX_BITS
 
 
 def _fake(
@@ -34,7 +35,7 @@ define(
     fake=_fake,
 )
 
-_FORWARD: dict[str, Callable] = {
+_FORWARD: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
     "native": overload("quantize_rows", "native"),
     "torch": reference.quantize_rows,
 }
@@ -51,40 +52,40 @@ def quantize_rows(
     needs_codes: bool,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantise rows value by value, trying some scales on each.
+    """Quantise rows value by value and choose the best of some scales for each row.
 
-    A packed table has these codes from 5 bits on. Up to 4 its own are those of ``quantize_trellis``, and
-    these tell quickly which scale suits.
+    A packed table stores these codes from 5 bits on. Up to 4 bits it stores those of ``quantize_trellis``;
+    there, scalar codes serve to find the scale, because they take a tenth of the time.
 
-    For every factor f the codes are those of the nearest levels of ``values / (rms * f)`` with ``rms =
+    For every factor f, the codes are those of the levels nearest to ``values / (rms * f)`` with ``rms =
     values.square().mean(1).sqrt()``. With ``d = decoded * spread`` and ``x = values * spread``, the factor
-    with the largest ``projection = (x * d).sum(1) / d.norm(dim=1)`` is taken, and ``scale = (x * d).sum(1) /
-    d.square().sum(1)``.
+    with the largest ``projection = (x * d).sum(1) / d.norm(dim=1)`` is chosen, and the scale is ``(x *
+    d).sum(1) / d.square().sum(1)``.
 
     Args:
         values: (N, 32 G) float32, without gradient.
-        spread: (32 G,) float32, what the values were divided by; None for ones.
-        bits: (G,) uint8, 0 to 8 per group of 32 values.
-        levels: (4, 16) int16, in steps of 2^-12: the levels of codes of 1 to 4 bits, ascending.
-        steps: (9,) float32: of uniform codes of 5 to 8 bits, by their bits.
+        spread: (32 G,) float32, the divisors of the values; None for ones.
+        bits: (G,) uint8, bits per value of each group of 32 values, 0 to 8.
+        levels: (4, 16) int16, in steps of 2^-12: the ascending levels of codes of 1 to 4 bits.
+        steps: (9,) float32: the step of uniform codes of 5 to 8 bits, at the index of their bits.
         factors: (F,) float32, positive.
-        needs_codes: whether the codes are wanted.
+        needs_codes: whether the codes are returned.
         backend: ``native`` or ``torch``; None takes the best.
 
     Returns:
-        codes (N, 32 G) uint8, empty unless wanted; scales (N,); projections (N,). A row of zeros has
+        codes (N, 32 G) uint8, empty unless needed; scales (N,); projections (N,). A row of zeros has
         projection 0.
 
     Raises:
         TypeError: a dtype is not the one above.
         ValueError: shapes or devices do not fit, there is no group or no factor, bits are above 8, values or
             spread require a gradient, or ``backend`` is unknown.
-        RuntimeError: the backend asked for cannot serve this call.
+        RuntimeError: the requested backend cannot serve this call.
     """
-    check_rows_to_quantize(values, spread, bits, most_bits=8)
-    width = reference.GROUP * len(bits)
+    check_rows_to_quantize(values, spread, bits, most_bits=MAX_BITS)
+    width = GROUP * len(bits)
     for name, tensor, dtype, shape in (
-        ("levels", levels, torch.int16, (reference.LEVEL_BITS, 2**reference.LEVEL_BITS)),
+        ("levels", levels, torch.int16, (LEVEL_BITS, 2**LEVEL_BITS)),
         ("steps", steps, torch.float32, (9,)),
         ("factors", factors, torch.float32, (max(1, factors.numel()),)),
         ("spread", spread, torch.float32, (width,)),
@@ -98,11 +99,11 @@ def quantize_rows(
 
 
 def check_rows_to_quantize(values: Tensor, spread: Tensor | None, bits: Tensor, most_bits: int) -> None:
-    """Raise unless values (N, 32 G) and bits (G,) fit each other and no gradient is asked for."""
+    """Raise unless values (N, 32 G) and bits (G,) fit each other and need no gradient."""
     if values.dtype != torch.float32:
         raise TypeError(f"values: expected dtype torch.float32, got {values.dtype}")
     check_tensor("bits", bits, torch.uint8, (max(1, bits.numel()),), values.device)
-    width = reference.GROUP * len(bits)
+    width = GROUP * len(bits)
     if values.dim() != 2 or values.shape[1] != width:
         raise ValueError(
             f"values: expected shape (N, {width}), 32 columns for each of {len(bits)} groups in bits, "

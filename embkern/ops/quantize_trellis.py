@@ -1,4 +1,4 @@
-"""quantize_trellis: trellis codes of rows at one rate of a packed table, at the best of some scales."""
+"""quantize_trellis: trellis codes of rows at one rate, with the best of some scales for each row."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from . import reference
 from .backends import Backend, select
 from .library import define, overload
+from .packed_format import LEVEL_BITS, STATES
 from .quantize_rows import check_rows_to_quantize, check_tensor
 
 
@@ -34,7 +35,7 @@ define(
     fake=_fake,
 )
 
-_FORWARD: dict[str, Callable] = {
+_FORWARD: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
     "native": overload("quantize_trellis", "native"),
     "torch": reference.quantize_trellis,
 }
@@ -50,36 +51,36 @@ def quantize_trellis(
     needs_codes: bool,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantise rows on trellises, trying some scales on each.
+    """Quantise rows by trellis codes and choose the best of some scales for each row.
 
-    For every scale s the codes are those whose decoded row ``d`` (by ``reference.trellis_states``) makes
-    ``((values / s - d) * spread).square().sum(1)`` least, found group by group by Viterbi's algorithm. With
-    ``y = d * spread`` and ``x = values * spread``, the scale with the largest ``projection = (x * y).sum(1) /
-    y.norm(dim=1)`` is taken, and ``(x * y).sum(1) / y.square().sum(1)`` returned for it.
+    For every scale s, Viterbi's algorithm finds the codes of each group whose decoded values ``d`` (see
+    ``packed_format.trellis_states``) minimise ``((values / s - d) * spread).square().sum(1)``. With ``y = d *
+    spread`` and ``x = values * spread``, the scale with the largest ``projection = (x * y).sum(1) /
+    y.norm(dim=1)`` is chosen, and ``(x * y).sum(1) / y.square().sum(1)`` is returned for it.
 
     Args:
         values: (N, 32 G) float32, without gradient.
-        spread: (32 G,) float32, what the values were divided by; None for ones.
-        bits: (G,) uint8, 0 to 4 per group of 32 values.
-        levels: (4, 128) int16, in steps of 2^-12: of codes of 1 to 4 bits, by their state.
-        scales: (N, F) float32, to try, positive but in rows of zeros.
-        needs_codes: whether the codes are wanted.
+        spread: (32 G,) float32, the divisors of the values; None for ones.
+        bits: (G,) uint8, bits per value of each group of 32 values, 0 to 4.
+        levels: (4, 128) int16, in steps of 2^-12: the levels of codes of 1 to 4 bits, by their state.
+        scales: (N, F) float32, the scales to try; positive except in rows of zeros.
+        needs_codes: whether the codes are returned.
         backend: ``native`` or ``torch``; None takes the best.
 
     Returns:
-        codes (N, 32 G) uint8, empty unless wanted; scales (N,); projections (N,). A row of zeros has
-        projection 0. Where two paths are as near as each other, backends may choose either.
+        codes (N, 32 G) uint8, empty unless needed; scales (N,); projections (N,). A row of zeros has
+        projection 0. Where two paths have equal errors, backends may choose either.
 
     Raises:
         TypeError: a dtype is not the one above.
         ValueError: shapes or devices do not fit, there is no group or no scale, bits are above 4, values or
             spread require a gradient, or ``backend`` is unknown.
-        RuntimeError: the backend asked for cannot serve this call.
+        RuntimeError: the requested backend cannot serve this call.
     """
-    check_rows_to_quantize(values, spread, bits, most_bits=reference.LEVEL_BITS)
+    check_rows_to_quantize(values, spread, bits, most_bits=LEVEL_BITS)
     count, tries = len(values), max(1, scales.shape[-1] if scales.dim() else 1)
     for name, tensor, dtype, shape in (
-        ("levels", levels, torch.int16, (reference.LEVEL_BITS, reference.STATES)),
+        ("levels", levels, torch.int16, (LEVEL_BITS, STATES)),
         ("scales", scales, torch.float32, (count, tries)),
         ("spread", spread, torch.float32, (values.shape[1],)),
     ):

@@ -1,4 +1,4 @@
-"""The pictures of a study: SVG that reads in print and in grey, every line named at its end."""
+"""The pictures of a study: SVG for screen, print and greyscale, with a name at the end of every line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Colour-blind safe (Okabe and Ito); dashes and markers tell the lines apart without colour.
+# Colours for the colour-blind (Okabe and Ito); dashes and markers distinguish the lines without colour.
 _STYLES: tuple[tuple[str, Any, str], ...] = (
     ("#000000", ":", "D"),
     ("#0072B2", "--", "s"),
@@ -29,23 +29,23 @@ _RC = {
     "axes.linewidth": 0.6,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
-    "svg.fonttype": "path",  # looks the same everywhere, and needs no font
+    "svg.fonttype": "path",  # letters as outlines, which need no installed font
     "svg.hashsalt": "embkern",  # the same figures give the same file
 }
-# Inches: a panel's axes, what is around them, and the room for a line's name, with each letter of it.
+# Inches: a panel's axes, its margins, and the space for a line's name, fixed and per letter.
 _AXES, _LEFT, _BOTTOM, _TOP, _NAME, _LETTER = (2.4, 2.5), 0.6, 0.45, 0.3, 0.4, 0.075
-_NAME_POINTS = 10.5  # between two names
-_LOST = 20.0  # times the dense model's value, beyond which nothing is drawn
+_NAME_POINTS = 10.5  # least distance between two names
+_LOST = 20.0  # a panel ends at this multiple of the dense model's value
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One of a picture's panels.
+    """A panel of a picture.
 
     Attributes:
-        title: what is drawn.
+        title: the quantity on the vertical axis.
         lines: by method, pairs of the ratio reached and a value above 0.
-        level: the dense model's value, drawn across, if it has one.
+        level: the dense model's value, drawn as a horizontal line, if it has one.
     """
 
     title: str
@@ -54,7 +54,7 @@ class Panel:
 
 
 def draw(panels: Sequence[Panel], methods: Sequence[str], ratios: Sequence[float]) -> str:
-    """Return panels side by side as SVG, both axes logarithmic; a method looks alike in every picture."""
+    """Return panels side by side as SVG, with logarithmic axes; the place in ``methods`` gives the style."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -62,7 +62,7 @@ def draw(panels: Sequence[Panel], methods: Sequence[str], ratios: Sequence[float
     width, height = cell * len(panels), _BOTTOM + _AXES[1] + _TOP
     styles = {method: _STYLES[i % len(_STYLES)] for i, method in enumerate(methods)}
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # neither a user's style nor another picture's changes this one
+        matplotlib.rcdefaults()  # the picture does not depend on the caller's settings
         matplotlib.rcParams.update(_RC)
         figure = Figure(figsize=(width, height))
         for i, panel in enumerate(panels):
@@ -101,9 +101,9 @@ def _draw(axes: Any, panel: Panel, styles: dict[str, tuple[str, Any, str]], rati
 
 
 def _limit(axes: Any, panel: Panel, points: list[tuple[float, float]], ratios: Sequence[float]) -> float:
-    """Leave room around the values, give the axis numbers that one can read off, and return its upper end.
+    """Set the limits and the ticks of both axes, and return the upper limit of the values.
 
-    A line that is lost altogether leaves the panel, so that the others can be told apart.
+    A line with far larger values leaves the panel, so that the others remain distinguishable.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -123,7 +123,7 @@ def _limit(axes: Any, panel: Panel, points: list[tuple[float, float]], ratios: S
 
 
 def _name(axes: Any, ends: list[tuple[str, str, float, float]]) -> None:
-    """Write each line's name beside its end, moved apart where they would overlap."""
+    """Write the name of each line beside its end, moved apart where names would overlap."""
     points = axes.figure.dpi / 72
     ends = sorted(ends, key=lambda end: end[3])
     heights = [axes.transData.transform((x, y))[1] / points for _, _, x, y in ends]
@@ -139,11 +139,11 @@ def _name(axes: Any, ends: list[tuple[str, str, float, float]]) -> None:
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:
-    """Move sorted places apart until neighbours are ``gap`` away, by the least sum of squares.
+    """Move sorted places apart to a distance of at least ``gap``, with the least sum of squared moves.
 
-    Places that have to touch form a block around their mean (pool adjacent violators).
+    Places that end up ``gap`` apart form a block around their mean (pool adjacent violators).
     """
-    blocks: list[list[float]] = []  # of places less their rank times the gap, which must not fall
+    blocks: list[list[float]] = []  # place - rank * gap, which must not decrease
     for rank, place in enumerate(places):
         block = [place - rank * gap]
         while blocks and sum(blocks[-1]) / len(blocks[-1]) > sum(block) / len(block):

@@ -1,7 +1,7 @@
 """The report of a study: Markdown with figures beside it, and one HTML page that loads nothing.
 
-Both are written from one document. The page carries all rows as JSON, and with every number the row and the
-key that it is from.
+Both are rendered from the same sections. The page holds all rows as JSON, and with every number the row and
+the key that it comes from.
 """
 
 from __future__ import annotations
@@ -11,22 +11,20 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .._version import __version__
 from ..io.atomic import replacing
-from .document import Cell, Section, Table, document, names_of
+from .document import Cell, Section, Table, names_of
+from .result import PAGE_NAME, Study
+from .sections import sections_of
 
-if TYPE_CHECKING:
-    from . import Study
-
-MARKDOWN_NAME, PAGE_NAME, FIGURES_NAME = "report.md", "report.html", "figures"
+MARKDOWN_NAME, FIGURES_NAME = "report.md", "figures"
 _TEMPLATE = Path(__file__).parent.parent / "data" / "study.html"
 
 
 def write_report(study: Study, directory: Path) -> None:
     """Write the Markdown, its figures and the HTML page."""
-    sections = document(study)
+    sections = sections_of(study)
     (directory / FIGURES_NAME).mkdir(parents=True, exist_ok=True)
     for picture in (each for section in sections for each in section.pictures):
         _write(directory / FIGURES_NAME / f"{picture.name}.svg", picture.svg)
@@ -43,10 +41,10 @@ def _write(path: Path, text: str) -> None:
 
 
 def to_markdown(study: Study, sections: Sequence[Section]) -> str:
-    """Return the report as Markdown; figures are beside it."""
+    """Return the report as Markdown, which shows the figures beside it."""
     parts = [f"# {_plain(_title(study))}", _plain(_about(study)), f"```sh\n{study.command}\n```"]
     for section in sections:
-        parts += [f"## {section.title}", *map(_plain, section.words)]
+        parts += [f"## {section.title}", *map(_plain, section.paragraphs)]
         parts += [f"![{each.caption}]({FIGURES_NAME}/{each.name}.svg)" for each in section.pictures]
         parts += [_markdown_table(each) for each in section.tables]
     measured = [[Cell(row.measure), *names_of(row)] for row in study.rows]
@@ -76,12 +74,12 @@ def _markdown_cell(cell: Cell) -> str:
 
 
 def _plain(text: str) -> str:
-    """Write text so that Markdown and HTML read nothing into it."""
+    """Escape everything that Markdown or HTML would interpret."""
     return re.sub(r"[&<>|`*_\\\[\]#~$@]|:(?=\S)", lambda found: f"&#{ord(found.group())};", text)
 
 
 def visible(token: str) -> str:
-    """Return a token, spaces and control characters made visible, right-to-left ones isolated."""
+    """Return a token with visible spaces and control characters, isolated if it runs from right to left."""
     shown = "".join(_visible(character) for character in token) or "∅"
     if unicodedata.category(shown[0]).startswith("M"):
         shown = "◌" + shown
@@ -108,7 +106,7 @@ def to_html(study: Study, sections: Sequence[Section]) -> str:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["visible"] = visible
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    # As ASCII: a token may hold characters that turn the order of what is around them.
+    # ASCII, because a token may hold characters that reverse the direction of the text around them.
     rows = [(row, json.dumps(json.loads(row.model_dump_json()), indent=1)) for row in study.rows]
     return template.render(
         title=_title(study), about=_about(study), study=study, sections=sections, rows=rows
@@ -122,6 +120,6 @@ def _title(study: Study) -> str:
 def _about(study: Study) -> str:
     return (
         f"{len(study.rows)} rows of data, written by embkern {__version__}. Every line of a table names the "
-        "row that it is from. A row holds what it depends on and the command that measures it "
-        "again: that of the study, below, with --row and its id."
+        "row that it comes from. A row holds what it depends on and the command that measures it "
+        "again: the command of the study, below, with --row and the row's id."
     )

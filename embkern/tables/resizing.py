@@ -10,10 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.packed_format import (
+    GROUP,
+    LEVEL_BITS,
+    LEVEL_STEP,
+    Tier,
+    bit_planes,
+    directory_of,
+    trellis_states,
+    words_of_rows,
+)
 from ..ops.quantize_trellis import quantize_trellis
-from ..ops.reference import GROUP, LEVEL_BITS, LEVEL_STEP, trellis_states
 from .factors import Factors
-from .packed import PackedTable, Tier, bit_planes, directory_of, words_of_rows
+from .packed import PackedTable
 
 _SCALES = 64  # tried for a new row
 _ROWS = 8192  # decoded at a time

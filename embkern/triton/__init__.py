@@ -1,5 +1,5 @@
-"""Triton kernels: one module per op, `_x_kernel` jit functions and `x_forward` launchers.
+"""Triton kernels: one module or package per op, with `_x_kernel` jit functions and their launchers.
 
-`launch.py` makes a launch a value, which `aot.py` compiles without a GPU; `tiles.py` holds the tile sizes.
-Nothing here is imported, and Triton not loaded, before an op first runs on this backend.
+`launch.py` represents a launch as a value, which `aot.py` compiles without a GPU; `tiles.py` holds the tile
+sizes. Neither these modules nor Triton are imported before an op first runs on this backend.
 """

@@ -2,9 +2,9 @@
 
     python -m embkern.triton.aot [--capability 80 90 100] [--json PATH]
 
-The launches are those that the launchers make (`embkern/triton/gather_project.py`), for A100, H100 and B200
-and for shapes of every class in the tile table; equal ones compile once. Registers and shared memory are the
-cubin's resource usage; spills (loads and stores of local memory) and instructions are counted in its SASS.
+The launches are those of the launchers, for A100, H100 and B200 and for shapes of every class in the tile
+table; equal ones compile once. Registers and shared memory are the cubin's resource usage; spills (loads and
+stores of local memory) and instructions are counted in its SASS.
 """
 
 from __future__ import annotations
@@ -28,12 +28,17 @@ import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from ..ops.reference import GROUP, LEVEL_BITS, MEAN, NONE, accumulation_dtype
-from . import autoencoder as ae
+from ..ops.packed_format import GROUP, LEVEL_BITS
+from ..ops.reference import MEAN, NONE, accumulation_dtype
 from . import cosine_mse as cm
 from . import gather_decode as gd
-from . import gather_project as gp
+from .autoencoder import gram_form, row_form
+from .autoencoder.shared import Options, finish_launch
+from .gather_project.forward import forward_launch
+from .gather_project.grad_basis import grad_basis_launches
+from .gather_project.grad_codes import project_grad_launch, segment_launches
 from .launch import Launch
+from .scale_gradient import scale_launch
 from .tiles import REPRESENTATIVE, Device
 
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -44,7 +49,7 @@ V = 128256
 
 @dataclass(frozen=True)
 class Shape:
-    """One problem: N positions, rank r, H columns, and the dtype of the factors."""
+    """One problem of gather_project: N positions, rank r, H columns, and the dtype of the factors."""
 
     N: int
     r: int
@@ -57,7 +62,7 @@ class Shape:
         return f"N={self.N} r={self.r} H={self.H} {str(self.dtype).removeprefix('torch.')}"
 
 
-# Every length and rank class, aligned and not; BERT's and Llama's widths; an odd width.
+# Every class of length and rank, aligned and not; the widths of BERT and Llama; an odd width.
 SHAPES = (
     *(Shape(16384, r, H) for r, H in ((256, 2048), (75, 768), (299, 768), (512, 4096), (640, 2048))),
     *(Shape(512, r, H) for r, H in ((256, 2048), (75, 768))),
@@ -71,10 +76,10 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class LossShape:
-    """One problem of cosine_mse_loss: N rows of H columns, the weights of its terms and what is asked for.
+    """One problem of cosine_mse_loss: N rows of H columns, and the weights of its terms.
 
-    With ``everything`` there are row weights, target norms, an incoming gradient and both gradients; else the
-    gradient of output alone, as in training.
+    With ``everything`` there are row weights, target norms, an incoming gradient and both gradients;
+    otherwise only the gradient of output, as in training.
     """
 
     N: int
@@ -92,8 +97,8 @@ class LossShape:
 
 
 _TERMS = (0.5, 1.0, 0.25, 0.0025)
-# Widths that are not powers of two, rows in one warp to four, rows that are walked, short and odd rows, the
-# authors' batch of 32; every term, with the batch's root and with each row's own.
+# Widths that are not powers of two, rows in one to four warps, rows in several blocks of columns, short and
+# odd rows, the authors' batch of 32; every term, with the root of the batch and with roots of the rows.
 LOSS_SHAPES = (
     *(LossShape(30522, H) for H in (384, 768, 1152, 4096)),
     *(LossShape(30522, H, torch.bfloat16) for H in (384, 768, 1152, 4096)),
@@ -111,7 +116,7 @@ LOSS_SHAPES = (
 
 @dataclass(frozen=True)
 class AutoencoderShape:
-    """One problem of autoencoder_loss: N rows of H columns at rank r; bare: no offset, no row values."""
+    """One problem of autoencoder_loss: N rows of H columns, rank r; bare: without offset and row values."""
 
     N: int
     r: int
@@ -153,7 +158,7 @@ class PackedShape:
         return f"N={self.N} K={self.K} H={self.H} {str(self.dtype).removeprefix('torch.')}"
 
 
-# Every length; coefficients kept on chip and walked; widths of small models, of large ones, odd; no basis.
+# Every class of length; coefficients on chip and in steps; widths of small and large models; odd; no basis.
 PACKED_SHAPES = (
     *(PackedShape(N, 128, 768, dtype) for N in (16384, 512, 4) for dtype in (torch.float32, torch.bfloat16)),
     PackedShape(16384, 128, 384),
@@ -207,11 +212,11 @@ def loss_launches(shape: LossShape, device: Device) -> Iterator[Launch]:
         grad_output=grad_output,
         grad_target=grad_target if shape.everything else None,
     )
-    yield cm.scale_launch(grad_output, tensor(*per_loss), device)
+    yield scale_launch(grad_output, tensor(*per_loss), device)
 
 
 def autoencoder_launches(shape: AutoencoderShape) -> Iterator[Launch]:
-    """Yield the launches between the products of both forms, on tensors of the meta device."""
+    """Yield the launches of both forms, which run between the products, on tensors of the meta device."""
     N, r, H, work = shape.N, shape.r, shape.H, accumulation_dtype(shape.dtype)
 
     def tensor(*size: int, dtype: torch.dtype = work) -> Tensor:
@@ -223,8 +228,8 @@ def autoencoder_launches(shape: AutoencoderShape) -> Iterator[Launch]:
     inner = work if shape.dtype.itemsize == 2 else torch.float64
     both, gram_products = tensor(N, 2 * width), tensor(N, width, dtype=inner)
     codes, products = both[:, :width], both[:, width:]
-    options = ae._Options(MEAN, 1.0, 1.0, 0.25, 0.0, 0.5, 1e-8)
-    by_gram, sums, slopes = ae.row_losses_launches(
+    options = Options(MEAN, 1.0, 1.0, 0.25, 0.0, 0.5, 1e-8)
+    by_gram, sums, slopes = gram_form.row_losses_launches(
         target,
         codes,
         products,
@@ -236,16 +241,16 @@ def autoencoder_launches(shape: AutoencoderShape) -> Iterator[Launch]:
         options,
         True,
     )
-    finish, _, totals = ae.finish_launch(sums, H, work, options)
+    finish, _, totals = finish_launch(sums, H, work, options)
     yield finish
     if shape.dtype != torch.float16:
         yield from by_gram
         assert slopes is not None
         grads = left[:, :width], left[:, width:]
-        yield ae.row_gradients_launch(codes, products, gram_products, weight, slopes, totals, *grads)
+        yield gram_form.row_gradients_launch(codes, products, gram_products, weight, slopes, totals, *grads)
     power = options._replace(power_weight=0.0025)
-    for tile in (ae._FEW_ROWS_TILE, ae._ROWS_TILE):
-        yield ae.rows_launch(target, target, norm, weight, sums, power, tile)
+    for tile in (row_form.FEW_ROWS_TILE, row_form.ROWS_TILE):
+        yield row_form.rows_launch(target, target, norm, weight, sums, power, tile)
 
 
 def packed_launches(shape: PackedShape, device: Device) -> Iterator[Launch]:
@@ -271,7 +276,7 @@ def packed_launches(shape: PackedShape, device: Device) -> Iterator[Launch]:
 
 
 def launches(shape: AnyShape, device: Device) -> Iterator[Launch]:
-    """Yield every launch of the forward and both backwards, on tensors of the meta device."""
+    """Yield every launch of a problem, forward and backward, on tensors of the meta device."""
     if isinstance(shape, LossShape):
         yield from loss_launches(shape, device)
         return
@@ -288,10 +293,10 @@ def launches(shape: AnyShape, device: Device) -> Iterator[Launch]:
     N, r, H = shape.N, shape.r, shape.H
     ids, codes, basis, offset = tensor(N, dtype=shape.ids_dtype), tensor(V, r), tensor(r, H), tensor(H)
     rows = tensor(N, r, dtype=accumulation_dtype(shape.dtype))
-    yield gp.forward_launch(ids, codes, basis, offset, 1.0, tensor(N, H), device)
-    yield gp.project_grad_launch(tensor(N, H), ids, codes, basis, 1.0, -1, rows, device)
-    yield from gp.segment_launches(rows, ids, tensor(N, dtype=torch.int64), codes)
-    yield from gp.grad_basis_launches(tensor(N, H), ids, codes, 1.0, -1, basis, offset, device)
+    yield forward_launch(ids, codes, basis, offset, 1.0, tensor(N, H), device)
+    yield project_grad_launch(tensor(N, H), ids, codes, basis, 1.0, -1, rows, device)
+    yield from segment_launches(rows, ids, tensor(N, dtype=torch.int64), codes)
+    yield from grad_basis_launches(tensor(N, H), ids, codes, 1.0, -1, basis, offset, device)
 
 
 def report(launch: Launch, device: Device, shape: str = "") -> Report:

@@ -6,14 +6,14 @@
     grad    = d loss / d output, d loss / d target
 
 output, target and the gradients (N, H), e = output - target; reference.cosine_mse_forward is the definition.
-Bytes moved: output and target read once, each gradient that is asked for written once. A row wider than
-a program can hold is walked twice (the second time mostly from L2), and the root of a whole batch needs a
-pass over output and target of its own.
+Bytes moved: output and target are read once, each gradient that is needed is written once. A row wider than a
+program can hold is read twice (the second time mostly from L2), and the root of a whole batch needs a
+separate pass over output and target.
 
-A program owns whole rows; a term of weight 0 is compiled out. Partial sums of the loss go to one value per
-program and one more program adds them: no atomics, so the same call gives the same bits. Sums run in fp32
-(fp64 for fp64). Where the squares of a row leave fp32's range, the program that has the row takes its sums
-once more, scaled by a power of two. H is a constant of a model and therefore constexpr; N is not.
+A program owns whole rows; a term of weight 0 is compiled out. Each program stores its partial sum of the loss
+and another program adds them: there are no atomics, so that the same call gives the same bits. Sums run in
+fp32 (fp64 for fp64). Where the squares of a row leave the range of fp32, its program takes the sums again,
+scaled by a power of two. H is a constant of a model and therefore constexpr; N is not.
 """
 # mypy: disable-error-code="no-untyped-def"
 # (Triton reads the annotations of a jit kernel: constants have one, and scalars that must not become fp32.)
@@ -28,135 +28,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.reference import MEAN, NONE, POWER_BIAS, accumulation_dtype
+from ..ops.reference import MEAN, NONE, accumulation_dtype
+from .device_functions import (
+    POWER_BIAS,
+    append,
+    divide,
+    error_power,
+    inverse_scale,
+    out_of_range,
+    square_root,
+)
 from .launch import Launch
-from .tiles import Device, describe_device, row_tile_of
+from .tiles import row_tile_of
 
-_POWER_BIAS = tl.constexpr(POWER_BIAS)
-# Sums of squares within these need no scale: entries whose squares vanish beside them do not count.
-_ORDINARY_FP32 = tl.constexpr((2.0**-64, 2.0**64))
-_ORDINARY_FP64 = tl.constexpr((2.0**-512, 2.0**512))
-# Partial sums of the weights, all of which every program of the loss adds up, and weights per step.
+# Partial sums of the weights, all of which every program of the loss adds, and weights per step.
 _WEIGHT_SUMS = 128
 _WEIGHT_BLOCK = 4096
-# Programs' sums per step of the one program that adds them: 16 a thread, in flight together. The root needs
-# more registers, of which 512 threads have twice as many as 1024.
+# Partial sums per step of the program that adds them: 16 per thread, in flight together. The root needs more
+# registers, of which each of 512 threads has twice as many as each of 1024.
 _PARTIAL_BLOCK = 16384
 _ROOT_BLOCK = 8192
-_SCALE_BLOCK = 4096
-
-
-@triton.jit
-def _high_bits(x):
-    """The upper 12 bits of fp32 mantissas: products of two such values are exact."""
-    return (x.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _two_to_the(n):
-    return ((n + 127) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _power_fp32(u, exponent):
-    """``u ** exponent`` for normal fp32 u > 0, to about an ulp.
-
-    2^(exponent * log2(u)) with the logarithm in two fp32 numbers: in one, and with the hardware's approximate
-    logarithm, the result is off by a relative 1e-6 where u is small. Products that have to be exact are of
-    12 by 12 bits. 55 instructions, none of them in the special function unit.
-    """
-    # u = m 2^k with m in [sqrt(1/2), sqrt(2)), f = m - 1
-    bits = u.to(tl.int32, bitcast=True)
-    k = (bits - 0x3F3504F3) >> 23
-    f = (bits - (k << 23)).to(tl.float32, bitcast=True) - 1.0
-    # log(1 + f) = f - f^2/2 + f^3 R(f), as g + low. The minimax R is good for 2^-29.
-    f_high = _high_bits(f)
-    half_square = 0.5 * f_high * f_high
-    g = f - half_square
-    remainder = -0.0763545447
-    remainder = remainder * f + 0.128546252
-    remainder = remainder * f - 0.132058133
-    remainder = remainder * f + 0.141898691
-    remainder = remainder * f - 0.166167645
-    remainder = remainder * f + 0.20001636
-    remainder = remainder * f - 0.250010513
-    remainder = remainder * f + 0.333333277
-    low = (f - g) - half_square - 0.5 * (f - f_high) * (f + f_high) + f * f * f * remainder
-    # log2(u) = k + log(1 + f) / log(2), as logarithm + low; 1 / log(2) = 1.4423828125 (12 bits) + ...
-    g_high = _high_bits(g)
-    product = 1.4423828125 * g_high
-    # An integer beside 1.5 * 2^23 becomes a float, and a float is rounded to an integer, by plain addition.
-    whole = (k + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
-    logarithm = whole + product
-    low = 1.4423828125 * (g - g_high) + 0.00031222839606925845 * g + 1.4426950408889634 * low
-    low += product - (logarithm - whole)
-    # 2^(n + r): a polynomial for r in [-1/2, 1/2], and n, beyond fp32's exponents in two halves.
-    exponent_high = _high_bits(exponent)
-    logarithm_high = _high_bits(logarithm)
-    t = exponent_high * logarithm_high
-    t_low = (
-        exponent_high * (logarithm - logarithm_high) + (exponent - exponent_high) * logarithm + exponent * low
-    )
-    t = tl.minimum(tl.maximum(t, -300.0), 300.0)
-    shifted = t + 12582912.0
-    n = shifted.to(tl.int32, bitcast=True) - 0x4B400000
-    r = (t - (shifted - 12582912.0)) + t_low
-    result = 0.000153456969 * r + 0.00134000633
-    result = result * r + 0.0096184904
-    result = result * r + 0.0555032845
-    result = result * r + 0.240226469
-    result = result * r + 0.693147206
-    result = result * r + 1.0
-    half = n >> 1
-    return result * _two_to_the(half) * _two_to_the(n - half)
-
-
-@triton.jit
-def _power(e, exponent, element: tl.constexpr):
-    """``(|e| + 1e-10) ** exponent``."""
-    u = tl.abs(e) + _POWER_BIAS
-    # Rounding 16-bit rows cost a hundred times the error of the fast fp32 functions; those of fp64 are exact.
-    return _power_fp32(u, exponent) if element == tl.float32 else tl.exp2(exponent * tl.log2(u))
-
-
-@triton.jit
-def _divide(a, b):
-    """Rounded to nearest; ``/`` of fp32 is off by up to two ulps."""
-    return a / b if a.dtype == tl.float64 else tl.div_rn(a, b)
-
-
-@triton.jit
-def _root(a):
-    return tl.sqrt(a) if a.dtype == tl.float64 else tl.sqrt_rn(a)
-
-
-@triton.jit
-def _inverse_scale(largest):
-    """2^-k for a largest entry of about 2^k, kept where both 2^k and 2^-k are normal numbers."""
-    if largest.dtype == tl.float64:
-        exponent = largest.to(tl.int64, bitcast=True) & 0x7FF0000000000000
-        exponent = tl.minimum(tl.maximum(exponent, 1 << 52), 2045 << 52)
-        inverse = ((2046 << 52) - exponent).to(tl.float64, bitcast=True)
-    else:
-        exponent = largest.to(tl.int32, bitcast=True) & 0x7F800000
-        exponent = tl.minimum(tl.maximum(exponent, 1 << 23), 253 << 23)
-        inverse = ((254 << 23) - exponent).to(tl.float32, bitcast=True)
-    return inverse
-
-
-@triton.jit
-def _out_of_range(squares):
-    """Whether a sum of squares may have left the range in which it is exact enough."""
-    if squares.dtype == tl.float64:
-        outside = (squares < _ORDINARY_FP64[0]) | (squares > _ORDINARY_FP64[1])
-    else:
-        outside = (squares < _ORDINARY_FP32[0]) | (squares > _ORDINARY_FP32[1])
-    return outside
-
-
-@triton.jit
-def _append(parts, part):
-    return parts + (part,)  # noqa: RUF005 (Triton has no starred expressions)
 
 
 @triton.jit
@@ -171,7 +62,7 @@ def _load_block(
     PARTS: tl.constexpr,
     power: tl.constexpr = None,
 ):
-    """Rows ``n`` of output and target, in PARTS from column ``h`` on, zero outside; _power of their error."""
+    """Rows ``n`` of output and target, in PARTS from column ``h`` on, zero outside; powers of their error."""
     element: tl.constexpr = output_ptr.dtype.element_ty
     accumulator: tl.constexpr = tl.float64 if element == tl.float64 else tl.float32
     ys, xs, ps = (), (), ()
@@ -179,13 +70,13 @@ def _load_block(
         columns = h + part * h.shape[0]
         offsets = n[:, None] * H + columns[None, :]
         mask = (n < N)[:, None] & (columns < H)[None, :]
-        ys = _append(ys, tl.load(output_ptr + offsets, mask=mask, other=0.0).to(accumulator))
-        xs = _append(xs, tl.load(target_ptr + offsets, mask=mask, other=0.0).to(accumulator))
+        ys = append(ys, tl.load(output_ptr + offsets, mask=mask, other=0.0).to(accumulator))
+        xs = append(xs, tl.load(target_ptr + offsets, mask=mask, other=0.0).to(accumulator))
     for part in tl.static_range(PARTS):
         if power == "linear":
-            ps = _append(ps, tl.full(ys[part].shape, 1.0, accumulator))
+            ps = append(ps, tl.full(ys[part].shape, 1.0, accumulator))
         elif power == "power":
-            ps = _append(ps, _power(ys[part] - xs[part], exponent, element))
+            ps = append(ps, error_power(ys[part] - xs[part], exponent, element))
     return ys, xs, ps
 
 
@@ -260,15 +151,15 @@ def _cosine_mse_kernel(
 ):
     """Loss and gradients of BLOCK_N rows, in blocks of PARTS times BLOCK_H columns.
 
-    cosine, mse, rmse (of each row) and power ("power", or "linear" where alpha is 1; else None) say which
-    terms there are; the weights of all but the cosine are those of one column. loss_ptr takes a value per row
-    with ``per_row``, else one per program. For the root of the batch a first pass leaves, per program, the
-    largest root of a row and a sum of squares relative to it (largest_ptr, squares_ptr); the second finds
-    the batch's root in root_ptr.
+    cosine, mse, rmse (of each row) and power ("power", "linear" for alpha 1, or None) say which terms there
+    are; all weights but that of the cosine are per column. loss_ptr receives a value per row with
+    ``per_row``, otherwise one per program. For the root of the batch, a first pass stores the largest root of
+    a row per program and a sum of squares relative to it (largest_ptr, squares_ptr); the second pass reads
+    the root of the batch from root_ptr.
     """
     accumulator: tl.constexpr = tl.float64 if output_ptr.dtype.element_ty == tl.float64 else tl.float32
     WIDTH: tl.constexpr = PARTS * BLOCK_H
-    RESIDENT: tl.constexpr = H <= WIDTH  # one block, in registers; else each loop loads the blocks anew
+    RESIDENT: tl.constexpr = H <= WIDTH  # One block stays in registers; several are loaded in each loop.
     x_known: tl.constexpr = target_norm_ptr is not None
     error: tl.constexpr = mse or rmse or largest_ptr is not None
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -292,18 +183,18 @@ def _cosine_mse_kernel(
             values = tl.zeros_like(ys[0])
             for part in tl.static_range(PARTS):
                 there = (start + part * BLOCK_H + columns < H)[None, :]
-                values += tl.where(there, (tl.abs(ys[part] - xs[part]) + _POWER_BIAS) * ps[part], 0.0)
+                values += tl.where(there, (tl.abs(ys[part] - xs[part]) + POWER_BIAS) * ps[part], 0.0)
             powers += tl.sum(values, 1)
     if x_known:
         x_norm = tl.load(target_norm_ptr + n, mask=inside, other=0.0)
         sums = (sums[0], sums[1], x_norm * x_norm, sums[3])
 
-    # Once more with scales where squares are out of range; rows of zeros get here too.
+    # Again with scales where squares are out of range, rows of zeros included.
     outside = n < 0
     if cosine:
-        outside |= _out_of_range(sums[1]) | _out_of_range(sums[2])
+        outside |= out_of_range(sums[1]) | out_of_range(sums[2])
     if error:
-        outside |= _out_of_range(sums[3])
+        outside |= out_of_range(sums[3])
     if tl.max((outside & inside).to(tl.int32), 0) > 0:
         y_largest, x_largest, e_largest = zero, zero, zero
         for start in range(0, H, WIDTH):
@@ -318,7 +209,7 @@ def _cosine_mse_kernel(
             y_largest = tl.maximum(y_largest, tl.max(y_part, 1))
             x_largest = tl.maximum(x_largest, tl.max(x_part, 1))
             e_largest = tl.maximum(e_largest, tl.max(e_part, 1))
-        inverse = (_inverse_scale(y_largest), _inverse_scale(x_largest), _inverse_scale(e_largest))
+        inverse = (inverse_scale(y_largest), inverse_scale(x_largest), inverse_scale(e_largest))
         sums = (zero, zero, zero, zero)
         for start in range(0, H, WIDTH):
             if not RESIDENT:
@@ -327,13 +218,13 @@ def _cosine_mse_kernel(
     dot, yy, xx, ee = sums
     y_inverse, x_inverse, e_inverse = inverse
 
-    # The loss of each row, and its derivatives by the sums times the incoming gradient.
+    # The loss of each row, and its derivatives with respect to the sums, times the incoming gradient.
     weight = tl.full((BLOCK_N,), row_scale, accumulator)
     if row_weight_ptr is not None:
         weight = tl.load(row_weight_ptr + n, mask=inside, other=0.0)
         if weight_sums_ptr is not None:
             i = tl.arange(0, BLOCK_WEIGHTS)
-            weight = _divide(weight, tl.sum(tl.load(weight_sums_ptr + i, mask=i < weight_sums, other=0.0), 0))
+            weight = divide(weight, tl.sum(tl.load(weight_sums_ptr + i, mask=i < weight_sums, other=0.0), 0))
     weight = tl.where(inside, weight, 0.0)
     slope = weight
     if grad_loss_ptr is not None:
@@ -345,34 +236,34 @@ def _cosine_mse_kernel(
     from_error, from_power, y_from_y, y_from_x, x_from_x, x_from_y = zero, zero, zero, zero, zero, zero
     if cosine:
         eps = tl.full((), eps, accumulator)
-        y_scale, x_scale = _inverse_scale(y_inverse), _inverse_scale(x_inverse)
+        y_scale, x_scale = inverse_scale(y_inverse), inverse_scale(x_inverse)
         if x_known:
             x_norm *= x_inverse
             xx = x_norm * x_norm
         else:
-            x_norm = _root(xx)
-        product = _root(yy) * x_norm
+            x_norm = square_root(xx)
+        product = square_root(yy) * x_norm
         clamped = product * (y_scale * x_scale) < eps
-        cos = tl.where(clamped, _divide(dot * (y_scale * x_scale), eps), _divide(dot, product))
+        cos = tl.where(clamped, divide(dot * (y_scale * x_scale), eps), divide(dot, product))
         factor = tl.full((), cosine_weight, accumulator)
         rows += factor * (1.0 - cos)
         factor = slope * factor
-        across = _divide(factor, product)
-        at_eps = _divide(factor, eps)
-        y_from_y = tl.where(clamped, 0.0, _divide(factor * cos, yy) * y_inverse)
-        x_from_x = tl.where(clamped, 0.0, _divide(factor * cos, xx) * x_inverse)
+        across = divide(factor, product)
+        at_eps = divide(factor, eps)
+        y_from_y = tl.where(clamped, 0.0, divide(factor * cos, yy) * y_inverse)
+        x_from_x = tl.where(clamped, 0.0, divide(factor * cos, xx) * x_inverse)
         y_from_x = -tl.where(clamped, at_eps * x_scale, across * y_inverse)
         x_from_y = -tl.where(clamped, at_eps * y_scale, across * x_inverse)
     if error:
-        e_scale = _inverse_scale(e_inverse)
-        root = e_scale * _root(_divide(ee, H))
+        e_scale = inverse_scale(e_inverse)
+        root = e_scale * square_root(divide(ee, H))
     if mse:
         factor = tl.full((), mse_weight, accumulator)
         rows += factor * (ee * e_scale * e_scale)
         from_error += slope * (2.0 * factor)
     if largest_ptr is not None:
         largest = tl.max(tl.where(weight > 0, root, 0.0), 0)
-        relative = _divide(root, tl.where(largest > 0, largest, 1.0))
+        relative = divide(root, tl.where(largest > 0, largest, 1.0))
         tl.store(largest_ptr + tl.program_id(0), largest)
         tl.store(squares_ptr + tl.program_id(0), tl.sum(weight * relative * relative, 0))
     if rmse or root_ptr is not None:
@@ -381,7 +272,7 @@ def _cosine_mse_kernel(
             rows += factor * H * root
         else:
             root = tl.load(root_ptr)
-        from_error += tl.where(root == 0, 0.0, _divide(slope * factor, root))
+        from_error += tl.where(root == 0, 0.0, divide(slope * factor, root))
     if power is not None:
         rows += tl.full((), power_weight, accumulator) * powers
         from_power = slope * tl.full((), power_slope, accumulator)
@@ -391,7 +282,7 @@ def _cosine_mse_kernel(
         else:
             tl.store(loss_ptr + tl.program_id(0), tl.sum(weight * rows, 0))
 
-    # The gradients: two or three numbers per row times what is in registers.
+    # The gradients: two or three numbers per row times the row.
     if grad_output_ptr is not None or grad_target_ptr is not None:
         for start in range(0, H, WIDTH):
             if not RESIDENT:
@@ -404,7 +295,7 @@ def _cosine_mse_kernel(
                 by_error = from_error[:, None] * e
                 if power is not None:
                     steep = from_power[:, None] * ps[part]
-                    by_error += tl.where(e > 0, steep, tl.where(e < 0, -steep, e))  # 0 of 0, NaN of NaN
+                    by_error += tl.where(e > 0, steep, tl.where(e < 0, -steep, e))  # 0 for 0, NaN for NaN
                 h = start + part * BLOCK_H + columns
                 offsets = n[:, None] * H + h[None, :]
                 mask = inside[:, None] & (h < H)[None, :]
@@ -423,7 +314,7 @@ def _cosine_mse_kernel(
 
 @triton.jit(do_not_specialize=["N", "chunk"], debug=True)
 def _sum_kernel(values_ptr, root_ptr, sums_ptr, rmse_weight: tl.float64, N, chunk, BLOCK: tl.constexpr):
-    """sums[i]: the i-th ``chunk`` of values (N,) added in a fixed order, plus ``rmse_weight`` times root."""
+    """sums[i] is the sum of the i-th ``chunk`` of values (N,), in a fixed order, plus rmse_weight * root."""
     first = tl.program_id(0).to(tl.int64) * chunk
     last = tl.minimum(first + chunk, N)
     sums = tl.zeros((BLOCK,), values_ptr.dtype.element_ty)
@@ -438,7 +329,7 @@ def _sum_kernel(values_ptr, root_ptr, sums_ptr, rmse_weight: tl.float64, N, chun
 
 @triton.jit(do_not_specialize=["N"], debug=True)
 def _root_kernel(largest_ptr, squares_ptr, root_ptr, N, BLOCK: tl.constexpr):
-    """The root of sums of squares (N,), each relative to the square of its ``largest``; NaN if one is."""
+    """The root of sums of squares (N,), each relative to the square of its ``largest``; NaN propagates."""
     largest = tl.zeros((BLOCK,), squares_ptr.dtype.element_ty)
     for start in range(0, N, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -448,44 +339,9 @@ def _root_kernel(largest_ptr, squares_ptr, root_ptr, N, BLOCK: tl.constexpr):
     sums = tl.zeros((BLOCK,), squares_ptr.dtype.element_ty)
     for start in range(0, N, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        ratio = _divide(tl.load(largest_ptr + i, mask=i < N, other=0.0), scale)
+        ratio = divide(tl.load(largest_ptr + i, mask=i < N, other=0.0), scale)
         sums += tl.load(squares_ptr + i, mask=i < N, other=0.0) * (ratio * ratio)
-    tl.store(root_ptr, largest * _root(tl.sum(sums, 0)))
-
-
-@triton.jit(do_not_specialize=["size"], debug=True)
-def _scale_kernel(grad_ptr, factor_ptr, size, BLOCK: tl.constexpr):
-    """``grad *= factor``, a scalar, in a few programs that all stop at once if it is 1."""
-    accumulator: tl.constexpr = tl.float64 if grad_ptr.dtype.element_ty == tl.float64 else tl.float32
-    factor = tl.load(factor_ptr).to(accumulator)
-    if factor != 1.0:
-        i = tl.arange(0, BLOCK)
-        whole = size // BLOCK  # unmasked: a mask that depends on size would cut loads to an element each
-        for block in range(tl.program_id(0), whole, tl.num_programs(0)):
-            at = grad_ptr + tl.cast(block, tl.int64) * BLOCK + i
-            tl.store(at, (tl.load(at).to(accumulator) * factor).to(grad_ptr.dtype.element_ty))
-        if tl.program_id(0) == 0:
-            rest = whole.to(tl.int64) * BLOCK + i
-            grad = tl.load(grad_ptr + rest, mask=rest < size, other=0.0).to(accumulator)
-            tl.store(grad_ptr + rest, (grad * factor).to(grad_ptr.dtype.element_ty), mask=rest < size)
-
-
-@triton.jit(do_not_specialize=["N"], debug=True)
-def _scale_rows_kernel(
-    grad_ptr, factor_ptr, N, H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr
-):
-    """``grad *= factor``, one per row; a row whose factor is 1 is not touched."""
-    accumulator: tl.constexpr = tl.float64 if grad_ptr.dtype.element_ty == tl.float64 else tl.float32
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    factor = tl.load(factor_ptr + n, mask=n < N, other=1.0).to(accumulator)
-    scaled = factor != 1.0
-    if tl.max(scaled.to(tl.int32), 0) > 0:
-        for start in range(0, H, BLOCK_H):
-            h = start + tl.arange(0, BLOCK_H)
-            at = grad_ptr + n[:, None] * H + h[None, :]
-            mask = scaled[:, None] & (h < H)[None, :]
-            grad = tl.load(at, mask=mask, other=0.0).to(accumulator) * factor[:, None]
-            tl.store(at, grad.to(grad_ptr.dtype.element_ty), mask=mask)
+    tl.store(root_ptr, largest * square_root(tl.sum(sums, 0)))
 
 
 def cosine_mse_forward(
@@ -504,7 +360,7 @@ def cosine_mse_forward(
     needs_output: bool,
     needs_target: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return loss, grad_output and grad_target; a gradient that is not asked for is empty.
+    """Return loss, grad_output and grad_target; a gradient that is not needed is empty.
 
     The arguments and results are those of ``reference.cosine_mse_forward``: output and target (N, H),
     row_weight and target_norm (N,) in the accumulation dtype, all of them contiguous.
@@ -517,7 +373,7 @@ def cosine_mse_forward(
     if N == 0:
         return loss.fill_(math.nan if reduction == MEAN else 0.0), grad_output, grad_target
     if grad_loss is not None:
-        grad_loss = grad_loss.to(dtype).contiguous()  # autograd's is often expanded from a scalar
+        grad_loss = grad_loss.to(dtype).contiguous()  # Autograd often expands it from a scalar.
     weights = (cosine_weight, mse_weight, rmse_weight, power_weight)
     with torch.cuda.device_of(output):
         for launch in forward_launches(
@@ -538,16 +394,6 @@ def cosine_mse_forward(
     return loss, grad_output, grad_target
 
 
-def scale_gradient_(grad: Tensor, grad_loss: Tensor) -> None:
-    """Multiply grad (N, ...) in place by grad_loss, a scalar or (N,); what has the factor 1 is not touched.
-
-    The device decides that, the host does not wait. grad is contiguous.
-    """
-    if grad.numel():
-        with torch.cuda.device_of(grad):
-            scale_launch(grad, grad_loss.contiguous()).run()
-
-
 def forward_launches(
     output: Tensor,
     target: Tensor,
@@ -562,7 +408,7 @@ def forward_launches(
     grad_output: Tensor | None,
     grad_target: Tensor | None,
 ) -> list[Launch]:
-    """Return the launches of cosine_mse_forward in their order."""
+    """Return the launches of cosine_mse_forward in order."""
     N, H = output.shape
     cosine_weight, mse_weight, rmse_weight, power_weight = weights
     tile = row_tile_of(output.dtype, N, H)
@@ -649,19 +495,3 @@ def _sum_launch(
         BLOCK=block,
     )
     return Launch(_sum_kernel, (sums.numel(),), arguments, num_warps=max(1, block // 512))
-
-
-def scale_launch(grad: Tensor, grad_loss: Tensor, device: Device | None = None) -> Launch:
-    """Return the launch of scale_gradient_."""
-    device = device or describe_device(grad)
-    if grad_loss.dim() == 0:
-        arguments = dict(grad_ptr=grad, factor_ptr=grad_loss, size=grad.numel(), BLOCK=_SCALE_BLOCK)
-        # Eight programs fill a multiprocessor, and so few cost nothing where they stop at once.
-        programs = min(triton.cdiv(grad.numel(), _SCALE_BLOCK), 8 * device.processors)
-        return Launch(_scale_kernel, (programs,), arguments, num_warps=8)
-    N = grad.shape[0]
-    H = grad.numel() // N
-    tile = row_tile_of(grad.dtype, N, H)
-    width = tile.BLOCK_H * triton.next_power_of_2(tile.PARTS)
-    arguments = dict(grad_ptr=grad, factor_ptr=grad_loss, N=N, H=H, BLOCK_N=tile.BLOCK_N, BLOCK_H=width)
-    return Launch(_scale_rows_kernel, (triton.cdiv(N, tile.BLOCK_N),), arguments, tile.num_warps)

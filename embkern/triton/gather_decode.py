@@ -4,27 +4,29 @@
     row of coefficients    row = values of its codes @ basis
 
 ids (*), records (W,), directory (ceil(V / 32), 5), tiers (T, 1 + G), levels (4, 128), scales (V,), basis
-(K, H), offset (H,) -> (*, H) in the dtype of scales; embkern/packed.py has the format and
+(K, H), offset (H,) -> (*, H) in the dtype of scales. docs/packed-format.md specifies the format;
 reference.gather_decode_forward is the definition.
 
-Two launches, each of which writes the rows of its kind; the second only if there is a basis. One kernel for
-both would hold the shared memory of the product while it unpacks rows of values, and a block of positions
-is seldom all of one kind. Neither mixes the kinds by arithmetic: an infinite entry of the basis stays out of
-rows of values. A program that has no row of its kind ends after looking: no launch depends on the ids, so
-nothing waits for the device.
+There are two launches, one for rows of values and one, if there is a basis, for rows of coefficients. A
+single kernel would hold the shared memory of the product while it unpacks rows of values, and a block of
+positions seldom has rows of only one kind. Each kernel masks the rows of the other kind, so that an infinite
+entry of the basis does not reach rows of values. A program without a row of its kind ends early: no launch
+depends on the ids, so that the host does not wait for the device.
 
-    _rows_kernel         BLOCK_N positions, all columns in steps of BLOCK_G groups of 32; 40 instructions an
-                         element, no shared memory to speak of
-    _products_kernel     BLOCK_N positions by a run of column tiles, as gather_project; the coefficients are
-                         unpacked on chip and never written
+    _rows_kernel         BLOCK_N positions, all columns in steps of BLOCK_G groups of 32; 40 instructions per
+                         element, almost no shared memory
+    _products_kernel     BLOCK_N positions by a run of column tiles, as in gather_project; the coefficients
+                         are unpacked on chip and never written
 
-A row is found by counting: its directory word says where 32 rows begin, and each tier's size goes in as often
-as its nibble occurs before the row's own, 8 nibbles at a time. A code, or the state that selects its level,
-is put together from planes by shifts, highest first: the lane's bit to the top of the word, and from there
-into the code. The codes of values before are planes turned round.
+The record of a row is located by counting: its entry of the directory says where the records of 32 rows
+begin, and the size of each tier is added as often as its nibble occurs before that of the row, 8 nibbles at a
+time. A code, or the state that selects its level, is composed of bit planes by shifts, the highest plane
+first: the bit of the lane moves to the top of the word and from there into the code. The codes of earlier
+values are rotated planes.
 
-The product is exact up to its sums. Values are whole numbers of at most 16 bits, times a power of two, which
-is two bf16 or fp16 numbers: tensor cores multiply both. fp32 takes ``input_precision="ieee"`` (no TF32).
+The product is exact except for its sums. Values are whole numbers of at most 16 bits times a power of two,
+which is the sum of two bf16 or fp16 numbers; tensor cores multiply both. fp32 takes
+``input_precision="ieee"`` (no TF32).
 
 Run: ``gather_decode(..., backend="triton")``, and without a device under TRITON_INTERPRET=1; compile with
 ``python -m embkern.triton.aot``.
@@ -41,7 +43,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.reference import GROUP, LEVEL_BITS, LEVEL_STEP, STATE_BITS, STATES
+from ..ops.packed_format import GROUP, LEVEL_BITS, LEVEL_STEP, STATE_BITS, STATES
 from .launch import Launch
 from .tiles import Device, GroupTile, Tile, describe_device, group_tile_of, tile_of
 
@@ -72,7 +74,7 @@ def _locate(
 ):
     """Tier, first word and factor of the rows at positions ``n``, and two masks.
 
-    ``known``: no id out of range is there; ``present``: a row is, and its record lies within ``records``.
+    ``known``: the id is in range; ``present``: there is a row, and its record lies within ``records``.
     """
     ids = tl.load(ids_ptr + n, mask=n < N, other=0).to(tl.int64)
     known = (ids >= 0) & (ids < V)
@@ -97,9 +99,9 @@ def _locate(
         counted = ((tl.full(before.shape, 1, tl.int64) << (4 * before)) - 1).to(tl.int32)
         differ = nibbles[:, None] ^ (t * 0x11111111)[None, :]
         differ |= differ >> 2
-        differ |= differ >> 1  # the lowest bit of a nibble: whether it is another tier
+        differ |= differ >> 1  # The lowest bit of a nibble says whether it is another tier.
         equal = ~differ & 0x11111111 & counted[:, None]
-        counts += ((equal * 0x11111111).to(tl.uint32, bitcast=True) >> 28).to(tl.int32)  # of up to 8
+        counts += ((equal * 0x11111111).to(tl.uint32, bitcast=True) >> 28).to(tl.int32)  # up to 8
     start += tl.sum(counts * sizes[None, :], 1)
     size = tl.sum(tl.where(tier[:, None] == t[None, :], sizes[None, :], 0), 1)
     present = there & (tier < T) & (start >= 0) & (start + size <= W)
@@ -113,15 +115,15 @@ def _values(records_ptr, levels_ptr, place, bits):
     own = (bits > 0) & (bits <= _LEVEL_BITS)
     code = tl.zeros((bits.shape[0], bits.shape[1], _GROUP), tl.uint32)
     for bit in tl.static_range(_PLANES - 1, -1, -1):
-        # Bit `bit` of a state is that of a code `before` values earlier: its plane, turned round.
+        # Bit `bit` of a state is a bit of the code `before` values earlier: its plane, rotated.
         before = tl.where(own, 0, 0)
         for each in tl.static_range(1, _LEVEL_BITS + 1):
             before = tl.where(bits == each, bit // each, before)
         mask = (bit < bits) | (own & (bit < _STATE_BITS))
         word = tl.load(records_ptr + place + (bit - before * bits), mask=mask, other=0)
         word = word.to(tl.uint32, bitcast=True)
-        turned = before.to(tl.uint32)
-        word = (word << turned) | ((word >> 1) >> (31 - turned))
+        rotation = before.to(tl.uint32)
+        word = (word << rotation) | ((word >> 1) >> (31 - rotation))
         code = (code << 1) | ((word[:, :, None] << (31 - lane).to(tl.uint32)) >> 31)
     code = code.to(tl.int32)
     width = bits[:, :, None]
@@ -204,7 +206,7 @@ def _coefficients(
     G: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Coefficients (rows, BLOCK_R) in fp32 from group ``first`` on, and where those after them begin."""
+    """Coefficients (rows, BLOCK_R) in fp32 from group ``first`` on, and the place of the next."""
     group = first + tl.arange(0, BLOCK_R // _GROUP)
     bits = _group_bits(tiers_ptr, tier, group, present, G, K // _GROUP)
     place = start[:, None] + tl.cumsum(bits, 1) - bits
@@ -214,19 +216,19 @@ def _coefficients(
 
 @triton.jit
 def _operands(values, element: tl.constexpr):
-    """The factors that sum to values: ``high`` in the dtype of the basis, and what that rounds off."""
+    """The factors that sum to values: ``high`` in the dtype of the basis, and its rounding error ``low``."""
     high = values.to(element)
     low = (values - high.to(tl.float32)).to(element)
     if element == tl.float64:
-        # Triton 3.6 lays an operand out for the narrowest load that it was computed from, here a tier's byte,
-        # and has no such layout for fp64. It does not look behind a sum, which is over one value here.
+        # Triton 3.6 chooses the layout of an operand by the narrowest load that it was computed from, here
+        # the byte of a tier, and has no such layout for fp64. A sum, here of one value, hides the load.
         high = tl.sum(high[:, :, None], 2)
     return high, low
 
 
 @triton.jit
 def _add_product(sums, high, low, basis_ptr, k, h, K: tl.constexpr, H: tl.constexpr):
-    """``sums + (high + low) @ basis[k, h]``; low is nothing unless the factors have 16 bits."""
+    """``sums + (high + low) @ basis[k, h]``; low is zero unless the factors have 16 bits."""
     mask = (k < K)[:, None] & (h < H)[None, :]
     basis = tl.load(basis_ptr + k[:, None] * H + h[None, :], mask=mask, other=0.0)
     sums = tl.dot(high, basis, sums, input_precision="ieee", out_dtype=sums.dtype)
@@ -263,8 +265,8 @@ def _products_kernel(
 ):
     """Rows of coefficients among BLOCK_N positions times ``tiles_per_program`` column tiles of the basis.
 
-    Up to BLOCK_R coefficients stay on chip and the basis streams past them; more are unpacked step by step,
-    for every column tile anew. _rows_kernel has made the assertions.
+    Up to BLOCK_R coefficients stay on chip while the basis is streamed; more are unpacked in steps, again for
+    every column tile. _rows_kernel makes the assertions.
     """
     element: tl.constexpr = basis_ptr.dtype.element_ty
     accumulator: tl.constexpr = tl.float64 if element == tl.float64 else tl.float32
@@ -345,7 +347,7 @@ def forward_launches(
     """Yield the launches that fill ``out``; ``device`` and the tiles stand in for the tensors' own."""
     N, H = ids.numel(), out.shape[-1]
     if basis is not None and basis.shape[0] == 0:
-        basis = None  # then no tier has a coefficient
+        basis = None  # No tier has coefficients.
     shared = dict(
         ids_ptr=ids,
         records_ptr=records,
@@ -375,7 +377,7 @@ def forward_launches(
     device = device or describe_device(scales)
     tile = tile or tile_of("packed_product", device, scales.dtype, N, K, H)
     row_blocks, h_tiles = triton.cdiv(N, tile.BLOCK_N), triton.cdiv(H, tile.BLOCK_H)
-    # As long a run of tiles per program as leaves two programs for every multiprocessor.
+    # The longest run of tiles per program that leaves two programs for every multiprocessor.
     tiles_per_program = max(1, min(h_tiles, row_blocks * h_tiles // (2 * device.processors)))
     arguments = dict(shared, basis_ptr=basis, tiles_per_program=tiles_per_program, K=K, **tile.blocks())
     grid = (row_blocks * triton.cdiv(h_tiles, tiles_per_program),)

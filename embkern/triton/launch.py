@@ -1,4 +1,4 @@
-"""A kernel launch as a value: the launchers run it on a device, `aot.py` compiles the same without one."""
+"""A kernel launch as a value: the launchers run it on a device, `aot.py` compiles it without one."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _TYPES = {
     torch.int16: "*i16",
     torch.uint8: "*u8",
 }
-# Assertions on ids are compiled in only with `debug`; with it Triton would check every integer sum as well.
+# `debug` compiles the assertions on ids. Without sanitize_overflow=False it would check every integer sum.
 _OPTIONS = {"debug": True, "sanitize_overflow": False, "enable_fp_fusion": True}
 # The ptxas of Triton 3.6 to 3.8 spills some registers where that makes room for one more block on a
-# multiprocessor. It does not where it is told a bound, so it is told the hardware's own.
+# multiprocessor. Given a bound on the registers, here the hardware's own, it does not.
 _BOUND_REGISTERS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 
 
@@ -32,8 +32,8 @@ _BOUND_REGISTERS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 class Launch:
     """One launch of ``kernel``: the grid, every argument by name, and the compiler's options.
 
-    The kernels declare every integer argument ``do_not_specialize``, so that a new number of ids or tokens
-    never compiles again; shapes that belong to the model (r, H) are constexpr.
+    The kernels declare every integer argument ``do_not_specialize``, so that another number of ids does not
+    compile again; sizes of the model (r, H) are constexpr.
     """
 
     kernel: Any

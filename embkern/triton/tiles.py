@@ -1,9 +1,10 @@
-"""Tile sizes of the Triton kernels: a table, and how a device or shape that is not in it is served.
+"""Tile sizes of the Triton kernels: a table, and the rules for devices and shapes that are not in it.
 
-**No entry is measured yet.** They are chosen by arithmetic (programs per multiprocessor, shared memory, bytes
-read again from L2) and by the compiler's report (`python -m embkern.triton.aot`: no spills, tensor cores in
-use). On a device `python -m benchmarks tune_gather_project` measures candidates and prints the entries.
-There is no `@triton.autotune`: it would time kernels inside the first call and break CUDA graph capture.
+**No entry has been measured yet.** They are chosen by arithmetic (programs per multiprocessor, shared memory,
+bytes read again from L2) and by the compiler's report (`python -m embkern.triton.aot`: no spills, tensor
+cores in use). On a device, `python -m benchmarks tune_gather_project` measures candidates and prints the
+entries. There is no `@triton.autotune`: it would time kernels inside the first call and break the capture of
+CUDA graphs.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class Device:
 class Tile:
     """Positions, columns and ranks per program or step, and the compiler's warps and pipeline stages.
 
-    The forward keeps BLOCK_R + BLOCK_TAIL ranks on chip if that covers r and walks r in steps of BLOCK_R
-    otherwise. ``measured_on`` names the device whose timings chose the entry; None: chosen by arithmetic.
+    The forward keeps BLOCK_R + BLOCK_TAIL ranks on chip if that covers r; otherwise it takes r in steps of
+    BLOCK_R. ``measured_on`` names the device whose timings chose the entry; None if arithmetic did.
     """
 
     BLOCK_N: int
@@ -48,15 +49,16 @@ class Tile:
         return dict(BLOCK_N=self.BLOCK_N, BLOCK_H=self.BLOCK_H, BLOCK_R=self.BLOCK_R)
 
 
-# Upper bounds of the shape classes. Positions: decoding, a prompt, and "batch" beyond.
+# Upper bounds of the classes of positions: decoding, a prompt, and "batch" beyond.
 LENGTHS = {"decode": 64, "prompt": 1024}
-# Ranks that the forward keeps on chip; a fourth class is everything beyond, which it walks in steps.
+# Upper bounds of the classes of ranks that the forward keeps on chip. Greater ones, which it takes in steps,
+# are a fourth class.
 RANKS = (128, 256, 512)
 
-# (kernel, capability, bytes per element) -> {length: a tile per rank class, the last one for the rest}.
-# A capability that has no row or no such length takes the newest older one that has it.
+# (kernel, capability, bytes per element) -> {length: a tile per class of ranks, the last one for the rest}.
+# A capability without a row or without that length takes those of the newest older capability.
 TILES: dict[tuple[str, int, int], dict[str, tuple[Tile, ...]]] = {
-    # Batches: 128 rows halve how often the basis is read from L2; from r = 257 the codes need the space.
+    # Batches: 128 rows halve the reads of the basis from L2; from r = 257 on, the codes need the space.
     ("forward", 80, 2): {
         "decode": (
             Tile(16, 32, 128, 4, 2),
@@ -77,7 +79,7 @@ TILES: dict[tuple[str, int, int], dict[str, tuple[Tile, ...]]] = {
             Tile(64, 64, 64, 8, 3),
         ),
     },
-    # 227 KiB of shared memory: a third stage of the basis beside 128 rows of 256 codes.
+    # 227 KiB of shared memory hold a third stage of the basis beside 128 rows of 256 codes.
     ("forward", 90, 2): {
         "batch": (
             Tile(128, 64, 128, 8, 3),
@@ -86,7 +88,8 @@ TILES: dict[tuple[str, int, int], dict[str, tuple[Tile, ...]]] = {
             Tile(128, 128, 64, 8, 3),
         ),
     },
-    # fp32 multiplies outside the tensor cores, fp64 in small ones: registers decide, r is walked in steps.
+    # fp32 products run outside the tensor cores, fp64 ones in small tiles: registers are the bound, and r is
+    # taken in steps.
     ("forward", 80, 4): {
         "decode": (Tile(16, 32, 64, 4, 3),),
         "prompt": (Tile(32, 32, 32, 4, 3),),
@@ -106,7 +109,7 @@ TILES: dict[tuple[str, int, int], dict[str, tuple[Tile, ...]]] = {
     ("project_grad", 90, 2): {
         "batch": (Tile(128, 64, 128, 8, 3), Tile(128, 64, 256, 8, 3), Tile(128, 64, 128, 8, 3)),
     },
-    # For Blackwell Triton 3.7 and 3.8 spill registers of 256 ranks at once.
+    # For Blackwell, Triton 3.7 and 3.8 spill registers with 256 ranks at a time.
     ("project_grad", 100, 2): {"batch": (Tile(128, 64, 128, 8, 3),)},
     ("project_grad", 80, 4): {
         "decode": (Tile(16, 32, 32, 4, 3),),
@@ -118,7 +121,7 @@ TILES: dict[tuple[str, int, int], dict[str, tuple[Tile, ...]]] = {
         "prompt": (Tile(32, 16, 32, 4, 2),),
         "batch": (Tile(32, 16, 32, 4, 2),),
     },
-    # Positions are the inner dimension here: BLOCK_N is the length of a step.
+    # Positions are the inner dimension of this product: BLOCK_N is the length of a step.
     ("grad_basis", 80, 2): {
         "decode": (Tile(16, 64, 64, 4, 3),),
         "prompt": (Tile(64, 64, 64, 4, 3),),
@@ -135,13 +138,13 @@ TILES: dict[tuple[str, int, int], dict[str, tuple[Tile, ...]]] = {
         "batch": (Tile(16, 32, 32, 4, 2),),
     },
     # Coefficients of packed rows, on chip in two parts for 16-bit factors; 256 of them spilled registers.
-    # BLOCK_R is of groups of 32.
+    # BLOCK_R is a multiple of 32, the size of a group.
     ("packed_product", 80, 2): {
         "decode": (Tile(16, 32, 128, 4, 3), Tile(16, 32, 64, 4, 3)),
         "prompt": (Tile(32, 64, 128, 4, 3), Tile(32, 64, 64, 4, 3)),
         "batch": (Tile(64, 64, 128, 8, 3), Tile(64, 64, 64, 8, 3)),
     },
-    # 64 columns in a batch took 179 registers with Triton 3.9, and spilled with 3.6.
+    # In a batch, 64 columns took 179 registers with Triton 3.9 and spilled with 3.6.
     ("packed_product", 80, 4): {
         "decode": (Tile(16, 32, 32, 4, 3),),
         "prompt": (Tile(32, 32, 32, 4, 3),),
@@ -156,7 +159,7 @@ TILES: dict[tuple[str, int, int], dict[str, tuple[Tile, ...]]] = {
 
 
 def tile_of(kernel: str, device: Device, dtype: torch.dtype, N: int, r: int, H: int) -> Tile:
-    """Return the tile of a kernel of the table for N positions, rank r (or K coefficients), H columns."""
+    """Return the tile of a kernel for N positions, rank r (or K coefficients) and H columns."""
     aligned = (r * dtype.itemsize) % 16 == 0 and (H * dtype.itemsize) % 16 == 0
     return _tile_of(kernel, device, dtype.itemsize, _length(N), r, aligned)
 
@@ -168,7 +171,7 @@ def _tile_of(kernel: str, device: Device, itemsize: int, length: str, r: int, al
         for (name, capability, size), row in TILES.items()
         if name == kernel and size == itemsize and length in row
     ]
-    # A device older than every row takes the oldest.
+    # A device older than every row takes the oldest row.
     capability = max((each for each in capabilities if each <= device.capability), default=min(capabilities))
     ranks = TILES[kernel, capability, itemsize][length]
     tile = ranks[min(sum(r > bound for bound in RANKS), len(ranks) - 1)]
@@ -179,7 +182,7 @@ def _tile_of(kernel: str, device: Device, itemsize: int, length: str, r: int, al
             bound = 32 if itemsize == 2 else 16
         tile = replace(tile, BLOCK_N=min(tile.BLOCK_N, bound))
         if kernel == "grad_basis" and itemsize == 4:
-            # Its BLOCK_N is at the least already: Triton 3.6 took 255 registers of 4 warps and spilled.
+            # Its BLOCK_N is minimal already; with 4 warps, Triton 3.6 took 255 registers and spilled.
             tile = replace(tile, num_warps=8)
     return shrink(kernel, fit_rank(kernel, tile, r), r, itemsize, device.shared_bytes)
 
@@ -189,7 +192,7 @@ def _length(N: int) -> str:
 
 
 def fit_rank(kernel: str, tile: Tile, r: int) -> Tile:
-    """Cut BLOCK_R down to what r needs; in the forward to two powers of two, which pad r less than one."""
+    """Reduce BLOCK_R to what r needs; in the forward to two powers of two, which pad r less than one does."""
     whole = max(16, triton.next_power_of_2(r))
     if kernel != "forward":
         return replace(tile, BLOCK_R=min(tile.BLOCK_R, whole))
@@ -229,7 +232,7 @@ def shared_estimate(kernel: str, tile: Tile, r: int, itemsize: int) -> int:
 
 @dataclass(frozen=True)
 class RowTile:
-    """Of a kernel that reduces over whole rows: BLOCK_N rows by PARTS times BLOCK_H columns in num_warps."""
+    """Tile of a kernel that reduces over whole rows: BLOCK_N rows, PARTS times BLOCK_H columns, num_warps."""
 
     BLOCK_N: int
     BLOCK_H: int
@@ -239,14 +242,14 @@ class RowTile:
 
 @dataclass(frozen=True)
 class RowRule:
-    """Elements of one tensor that a thread holds, and the widest row that a program does; as in Tile."""
+    """Elements of a tensor per thread, and the widest row that a program holds; measured_on as in Tile."""
 
     elements: int
     widest: int
     measured_on: str | None = None
 
 
-# Bytes per element -> {length: rule}, for every capability. In a batch a warp by itself holds a row of up to
+# Bytes per element -> {length: rule}, for every capability. In a batch, a single warp holds a row of up to
 # 1024 columns: its sums need no barrier, and the registers of a multiprocessor hold 17 such rows, 100 KB of
 # fp32 or 50 KB of bf16 in flight. Fewer rows are spread over more warps, for latency.
 ROW_RULES: dict[int, dict[str, RowRule]] = {
@@ -263,18 +266,18 @@ def row_tile_of(dtype: torch.dtype, N: int, H: int) -> RowTile:
 
 @functools.cache
 def _row_tile_of(rule: RowRule, itemsize: int, H: int) -> RowTile:
-    vector = math.gcd(16, H * itemsize) // itemsize  # elements that a thread can load at once
+    vector = math.gcd(16, H * itemsize) // itemsize  # elements that a thread loads at once
     width = min(H, rule.widest)
     warps = min(16, triton.next_power_of_2(triton.cdiv(width, 32 * rule.elements)))
     columns = min(32 * warps * vector, triton.next_power_of_2(width))
     if warps > 1 or columns == 32 * vector:
         return RowTile(1, columns, triton.cdiv(width, columns), warps)
-    # Rows that leave threads of a warp idle share it; two such loads in flight, four warps to a program.
+    # Rows too short for a warp share one, with two such loads in flight and four warps per program.
     return RowTile(4 * 2 * (32 * vector // columns), columns, 1, 4)
 
 
 class GroupTile(NamedTuple):
-    """Of a kernel that unpacks whole rows: BLOCK_N of them, in steps of BLOCK_G groups of 32 values."""
+    """Tile of a kernel that unpacks whole rows: BLOCK_N rows, in steps of BLOCK_G groups of 32 values."""
 
     BLOCK_N: int
     BLOCK_G: int
@@ -282,11 +285,12 @@ class GroupTile(NamedTuple):
 
 
 def group_tile_of(N: int, groups: int) -> GroupTile:
-    """Return the tile of a kernel that unpacks N rows of so many groups; chosen by arithmetic.
+    """Return the tile of a kernel that unpacks N rows of some groups; chosen by arithmetic.
 
-    A row to a program, and 8 values a thread: no thread waits for what another one found out about the row
-    (four rows to a program took 19 barriers). In a batch a warp walks the row in steps of 8 or 4 groups,
-    whichever leave less of the last step empty; fewer rows have up to 1024 columns at once, for latency.
+    A program has one row, and a thread 8 values, so that no thread waits for another one that locates the
+    record (with four rows per program there were 19 barriers). In a batch, a warp takes the row in steps of 8
+    or 4 groups, whichever leaves fewer groups of the last step empty. Fewer rows have up to 1024 columns at
+    once, for latency.
     """
     if _length(N) == "batch":
         block = min((8, 4), key=lambda size: -(-groups // size) * size)
@@ -305,7 +309,7 @@ def _device(index: int) -> Device:
     )
 
 
-# What the compiler-only report assumes for A100, H100 and B200.
+# A100, H100 and B200, as the report of compilation without a device assumes them.
 REPRESENTATIVE = {
     80: Device(80, 108, 163 << 10),
     90: Device(90, 132, 227 << 10),
@@ -314,5 +318,5 @@ REPRESENTATIVE = {
 
 
 def describe_device(tensor: Tensor) -> Device:
-    """Return the device of a tensor; off CUDA (the interpreter) an H100's."""
+    """Return the device of a tensor; for the interpreter, on CPU, that of an H100."""
     return _device(tensor.get_device()) if tensor.is_cuda else REPRESENTATIVE[90]

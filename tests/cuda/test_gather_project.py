@@ -13,7 +13,7 @@ from benchmarks.gpu_check.assertions import ASSERTIONS, check
 from embkern.ops import gather_project
 from embkern.ops.backends import unavailable
 from tests.conftest import assert_no_worse_than
-from tests.ops.test_gather_project import plain, problem
+from tests.ops.factorised_problems import plain, problem
 
 pytestmark = pytest.mark.gpu
 OP = "gather_project"

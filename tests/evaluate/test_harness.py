@@ -1,4 +1,4 @@
-"""lm-evaluation-harness and MTEB, really run, on tiny models and tasks of a few records."""
+"""lm-evaluation-harness and MTEB themselves, on tiny models and tasks of a few records."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ T = pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
 import embkern
-from embkern.cli import main as cli
 from embkern.evaluate import harness, run_lm_eval, run_mteb
 from embkern.evaluate.harness import parse_options
 from tests.example_models import build, tiny_bert, word_tokenizer
@@ -24,11 +23,11 @@ from tests.example_models import build, tiny_bert, word_tokenizer
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Any:
-    """A dense and a compressed generator, and sentence encoders likewise."""
+    """A dense and a compressed language model, and a dense and a compressed sentence encoder."""
     path = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     for name, model in (("gpt2", build("gpt2")), ("bert", tiny_bert(add_pooling_layer=False))):
-        with torch.no_grad():  # larger than at the start, so that compression shows
+        with torch.no_grad():  # larger than the initialisation, so that compression changes the scores
             model.get_input_embeddings().weight.mul_(50)
         model.save_pretrained(path / name)
         tokenizer = word_tokenizer()
@@ -50,7 +49,7 @@ DOCUMENTS = [
 
 @pytest.fixture(scope="module")
 def choices(tmp_path_factory) -> Any:
-    """A task file of one's own, over a local file. lm-eval takes seconds to index its own: once is enough."""
+    """A directory with a task of a local file. lm-eval indexes its own tasks once, as that takes seconds."""
     tasks = pytest.importorskip("lm_eval.tasks")
     tmp_path = tmp_path_factory.mktemp("choices")
     (tmp_path / "documents.jsonl").write_text("".join(json.dumps(each) + "\n" for each in DOCUMENTS))
@@ -74,7 +73,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 
 def accuracy(path: Any) -> float:
-    """The task by hand: the colour with the largest logit behind the text."""
+    """Compute the task's accuracy: the answer is the colour with the largest logit after the text."""
     model = T.AutoModelForCausalLM.from_pretrained(path)
     tokenizer = T.AutoTokenizer.from_pretrained(path)
     candidates = tokenizer.convert_tokens_to_ids(COLORS)
@@ -100,7 +99,7 @@ def test_lm_eval_scores_the_compressed_model_beside_the_dense_one(models, choice
     assert "samples" not in run.results[0]
 
 
-def test_lm_eval_names_what_it_cannot_run(models, choices):
+def test_lm_eval_refuses_unknown_names_and_unusable_models(models, choices):
     with pytest.raises(ValueError, match="tasks: lm-eval knows no colours"):
         run_lm_eval(models / "gpt2", ["colors", "colours"], include_path=choices)
     with pytest.raises(ValueError, match="options: expected some of .*num_fewshot.*, got fewshot"):
@@ -121,7 +120,7 @@ PAIRS = [
 
 @pytest.fixture
 def pairs(monkeypatch) -> Any:
-    """A task of MTEB over a few pairs, known to it by name."""
+    """A task of a few pairs, registered with MTEB."""
     mteb = pytest.importorskip("mteb")
     from datasets import Dataset, DatasetDict
     from mteb.abstasks import AbsTaskSTS
@@ -147,7 +146,7 @@ def pairs(monkeypatch) -> Any:
 
 
 def spearman(path: Any) -> float:
-    """The task by hand: mean-pooled states, cosines, their rank correlation with the ratings."""
+    """Compute the task's score: rank correlation of ratings with cosines of mean-pooled states."""
     from scipy.stats import spearmanr
 
     model, tokenizer = T.AutoModel.from_pretrained(path), T.AutoTokenizer.from_pretrained(path)
@@ -169,7 +168,7 @@ def test_mteb_scores_the_compressed_encoder_beside_the_dense_one(models, pairs):
     assert set(run.results[0]["Colors"]["scores"]) == {"test"}
 
 
-def test_mteb_names_what_it_cannot_run(models, pairs):
+def test_mteb_refuses_unknown_names_and_missing_models(models, pairs):
     with pytest.raises(ValueError, match="tasks: 'Colorz' not found. Did you mean: 'Colors'"):
         run_mteb(models / "bert", ["Colorz"])
     with pytest.raises(ValueError, match="options: expected some of .*public_only.*, got cache"):
@@ -181,24 +180,20 @@ def test_mteb_names_what_it_cannot_run(models, pairs):
 # ---- both ------------------------------------------------------------------------------------------------
 
 
-def run(monkeypatch: Any, capsys: Any, *arguments: object) -> str:
-    monkeypatch.setattr(sys, "argv", ["embkern", "evaluate", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    shown = capsys.readouterr()
-    assert end.value.code in (0, None), shown.err
-    return shown.out
+def test_the_command_lines(models, choices, pairs, run_command):
+    def run(*arguments: object) -> str:
+        done = run_command(*arguments)
+        assert done.code == 0, done.err
+        return done.out
 
-
-def test_the_command_lines(models, choices, pairs, monkeypatch, capsys):
     command = ("lm-eval", models / "gpt2-small", "--tasks", "colors", "--include-path", choices)
-    found = json.loads(run(monkeypatch, capsys, *command, "--json", "--", "--limit", 3, "--num-fewshot=0"))
+    found = json.loads(run(*command, "--json", "--", "--limit", 3, "--num-fewshot=0"))
     assert found["results"][0]["n-samples"]["colors"]["effective"] == 3
     assert found["command"].endswith("-- --limit 3 --num-fewshot=0")
-    table = run(monkeypatch, capsys, *command, "--against", models / "gpt2")
+    table = run(*command, "--against", models / "gpt2")
     assert f"{accuracy(models / 'gpt2'):.4f}" in table
     assert "difference" in table
-    table = run(monkeypatch, capsys, "mteb", models / "bert", "--task", "Colors", "--device", "cpu")
+    table = run("mteb", models / "bert", "--task", "Colors", "--device", "cpu")
     assert f"{spearman(models / 'bert'):.4f}" in table
 
 

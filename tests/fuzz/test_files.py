@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from embkern.experiments.engine import read_result
 from embkern.io.checked_json import to_checked_json
 from embkern.io.mapped_table import DTYPES, TableFile
 from embkern.io.tensor_format import TensorFormat, _header_checksum, checksum
@@ -20,11 +21,13 @@ from embkern.methods.autoencoder import autoencoder
 from embkern.methods.autoencoder.checkpoint import FORMAT as CHECKPOINT
 from embkern.methods.autoencoder.checkpoint import read_checkpoint
 from embkern.methods.autoencoder.weights import Weights
-from embkern.study.rows import Plan, Row, RowFiles
+from embkern.ops.packed_format import Tier
+from embkern.study.plans import Plan
+from embkern.study.rows import Row
 from embkern.tables import factors as factors_module
 from embkern.tables import packed
 from embkern.tables.factors import Factors
-from embkern.tables.packed import PackedTable, Tier, pack
+from embkern.tables.packed import PackedTable, pack
 from embkern.text import counts
 from embkern.text.counts import TokenCounts
 from tests.example_tables import packed_of, uniform_levels
@@ -344,8 +347,8 @@ def test_rows_of_a_study(case):
         text = damaged_json(study_row(), case["changes"])
         path.write_bytes((rechecked(text) if case["checked"] else text).encode("utf-8", "surrogatepass"))
     with bounded():
-        row = RowFiles(directory).get(PLAN)
-    assert row is None or (row.depends == PLAN.depends and not row.passing)
+        row = read_result(path, Row, PLAN.depends)
+    assert row is None or (row.depends == PLAN.depends and not row.retry)
     if row is not None:
         row.model_dump_json()
 
@@ -362,9 +365,9 @@ def test_what_is_no_file_is_refused(case):
     if case["kind"] == "study":
         directory = place() / "hostile-study"
         directory.mkdir(exist_ok=True)
-        hostile_place(case["place"], directory / f"{PLAN.id}.json")
+        path = hostile_place(case["place"], directory / f"{PLAN.id}.json")
         with bounded():
-            assert RowFiles(directory).get(PLAN) is None
+            assert read_result(path, Row, PLAN.depends) is None
         return
     path = hostile_place(case["place"], place() / "hostile")
     load = KINDS[case["kind"]].load if case["kind"] in KINDS else lambda path: TableFile(path, "table")

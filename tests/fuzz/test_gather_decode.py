@@ -7,8 +7,8 @@ from random import Random
 import torch
 from torch import Tensor
 
-from embkern.ops import gather_decode, reference
-from embkern.tables.packed import Tier, directory_of, words_of_rows
+from embkern.ops import gather_decode
+from embkern.ops.packed_format import Tier, directory_of, packed_values, words_of_rows
 from tests.fuzz import Case, fuzz, often
 from tests.fuzz.ops import (
     BACKENDS,
@@ -103,7 +103,7 @@ def test_gather_decode(case):
     out_unit, unit, flush = rounding(dtype)
     flat = ids.reshape(-1).long()
     codes = [tensors[name].contiguous() for name in ("records", "directory", "tiers", "levels")]
-    transform, values = reference.packed_values(flat, *codes)
+    transform, values = packed_values(flat, *codes)
     values = values.double()
     factor = scales.double()[flat].unsqueeze(1)
     b = torch.zeros(H, dtype=torch.float64) if offset is None else offset.double()

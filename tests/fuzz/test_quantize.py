@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from embkern.methods.allocate import scalar_levels, uniform_steps
-from embkern.methods.quantizer_levels import trellis_levels
-from embkern.ops import reference
+from embkern.ops.packed_format import trellis_levels, trellis_states
 from embkern.ops.quantize_rows import quantize_rows
 from embkern.ops.quantize_trellis import quantize_trellis
 from tests.fuzz import Case, fuzz, often
@@ -86,7 +85,7 @@ def decoded(codes: Tensor, bits: list[int], trellis: bool) -> Tensor:
         if width == 0:
             parts.append(torch.zeros(part.shape, dtype=torch.float64))
         elif trellis:
-            parts.append(trellis_levels()[width - 1].double()[reference.trellis_states(part, width)] / 4096)
+            parts.append(trellis_levels()[width - 1].double()[trellis_states(part, width)] / 4096)
         elif width > 4:
             parts.append(part - (2**width - 1) / 2)
         else:

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from embkern.methods.allocate import scalar_levels, uniform_steps
-from embkern.methods.quantizer_levels import trellis_levels
 from embkern.ops.backends import unavailable
 from embkern.ops.library import overload
-from embkern.tables.packed import Tier, directory_of, words_of_rows
+from embkern.ops.packed_format import Tier, directory_of, trellis_levels, words_of_rows
 from tests.fuzz import Case, fuzz
 from tests.fuzz.tensors import dtype_of, generator_of, outcome, spoiled, spoiling
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from embkern.methods.rate_search import RateSearch
-from embkern.tables.packed import Tier
+from embkern.ops.packed_format import Tier
 
 TIERS = [Tier(False, (bits,)) for bits in (1, 2, 4, 8)]  # 4, 8, 16 and 32 bytes a row
 V = 6

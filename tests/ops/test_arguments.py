@@ -13,9 +13,9 @@ from torch.testing import assert_close
 pytest.importorskip("pydantic", reason="the methods need pydantic")
 
 from embkern.methods.allocate import scalar_levels, uniform_steps
-from embkern.methods.quantizer_levels import trellis_levels
 from embkern.ops import autoencoder_loss, cosine_mse_loss, gather_decode, gather_project
 from embkern.ops.backends import BACKENDS, unavailable
+from embkern.ops.packed_format import trellis_levels
 from embkern.ops.quantize_rows import quantize_rows
 from embkern.ops.quantize_trellis import quantize_trellis
 
@@ -121,6 +121,8 @@ def outcome(case: Case, backend: str, **change: Any) -> Any:
     try:
         result = case.function(**arguments, backend=backend)
     except Exception as error:
+        chained = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        assert chained is None, "a wrong argument has one traceback"
         return type(error).__name__, str(error)
     if not leaves:
         return result

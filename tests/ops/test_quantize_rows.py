@@ -7,7 +7,6 @@ pytest.importorskip("pydantic", reason="the methods need pydantic")
 
 from embkern.methods.allocate import scalar_levels, uniform_steps
 from embkern.ops.backends import unavailable
-from embkern.ops.library import CPU_CAPABILITIES, cpu_capability
 from embkern.ops.quantize_rows import quantize_rows
 from tests.conftest import seed_of
 
@@ -18,17 +17,6 @@ native = pytest.mark.skipif(
     reason="the extension is not built",
 )
 PROFILES = [(bits,) * 3 for bits in range(1, 9)] + [(4, 3, 0, 1, 6), (0,), (1,)]
-
-
-@pytest.fixture(params=CPU_CAPABILITIES)
-def level(request: pytest.FixtureRequest):
-    before = cpu_capability()
-    try:
-        cpu_capability(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    cpu_capability(before)
 
 
 def _arguments(profile: tuple[int, ...], spread: bool, rows: int = 301):

@@ -5,26 +5,15 @@ import torch
 
 pytest.importorskip("pydantic", reason="the methods need pydantic")
 
-from embkern.methods.quantizer_levels import TRELLIS_DISTORTION, distortion, lloyd_max_levels, trellis_levels
-from embkern.ops.library import CPU_CAPABILITIES, cpu_capability, load_native
+from embkern.methods.quantizer_levels import TRELLIS_DISTORTION, distortion, lloyd_max_levels
+from embkern.ops.library import load_native
+from embkern.ops.packed_format import LEVEL_STEP, trellis_levels, trellis_states
 from embkern.ops.quantize_trellis import quantize_trellis
-from embkern.ops.reference import LEVEL_STEP, trellis_states
 from tests.conftest import seed_of
 from tests.example_tables import uniform_levels, values_of
 
 PROFILES = [(1,), (2,), (3,), (4,), (3, 0, 1, 4, 2), (0,)]
 native = pytest.mark.skipif(load_native() is not None, reason=str(load_native()))
-
-
-@pytest.fixture(params=CPU_CAPABILITIES)
-def level(request: pytest.FixtureRequest):
-    before = cpu_capability()
-    try:
-        cpu_capability(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    cpu_capability(before)
 
 
 @pytest.fixture(params=[pytest.param("native", marks=native), "torch"])

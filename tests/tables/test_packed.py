@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from embkern.io.tensor_format import checksum
-from embkern.tables.packed import FORMAT, TENSORS, PackedTable, Tier, pack, packed_bytes
-from tests.ops.test_gather_decode import every_tier, packed
+from embkern.ops.packed_format import Tier, packed_bytes
+from embkern.tables.packed import FORMAT, TENSORS, PackedTable, pack
+from tests.ops.packed_problems import every_tier, packed
 
 H, K = 45, 32
 CODES = ("records", "directory", "tiers", "levels")

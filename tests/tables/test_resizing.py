@@ -9,7 +9,8 @@ import torch
 from torch.testing import assert_close
 
 from embkern import Factors
-from embkern.tables.packed import PackedTable, Tier, pack
+from embkern.ops.packed_format import Tier
+from embkern.tables.packed import PackedTable, pack
 from embkern.tables.resizing import resized
 from tests.example_tables import packed_of
 

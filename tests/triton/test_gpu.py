@@ -13,8 +13,9 @@ from embkern.ops import reference
 from embkern.ops.reference import MEAN, NONE, SUM
 from embkern.triton import cosine_mse as cm
 from embkern.triton import gather_project as gp
+from embkern.triton.scale_gradient import scale_gradient_
 from tests.conftest import assert_no_worse_than
-from tests.ops.test_gather_project import problem as factorised
+from tests.ops.factorised_problems import problem as factorised
 
 pytestmark = pytest.mark.gpu
 SCALE = 0.7
@@ -149,7 +150,7 @@ def test_the_loss_and_its_scaled_gradient_replay_in_a_cuda_graph(reduction):
 
     def both():
         results = cm.cosine_mse_forward(*arguments)
-        cm.scale_gradient_(results[1], factor)
+        scale_gradient_(results[1], factor)
         return results
 
     both()  # compiles
@@ -170,13 +171,13 @@ def test_a_factor_of_one_leaves_the_gradient_untouched():
     grad = pattern.clone().view(torch.float32)
     one, factor = torch.ones((), device="cuda"), torch.ones(5000, device="cuda")
     factor[::3] = 2.0
-    cm.scale_gradient_(pattern.clone().view(torch.float32), one)  # compiles
-    cm.scale_gradient_(pattern.clone().view(torch.float32), factor)
+    scale_gradient_(pattern.clone().view(torch.float32), one)  # compiles
+    scale_gradient_(pattern.clone().view(torch.float32), factor)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        cm.scale_gradient_(grad, one)
+        scale_gradient_(grad, one)
         whole = grad.clone()
-        cm.scale_gradient_(grad, factor)
+        scale_gradient_(grad, factor)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(whole.view(torch.int32), pattern)
@@ -195,5 +196,5 @@ def test_a_loss_of_more_than_two_to_the_31st_elements():
     assert torch.equal(loss[-2000:], tail[0])
     assert torch.equal(grad[-2000:], tail[1])
     twice = grad[-2000:] * 2
-    cm.scale_gradient_(grad, torch.full((), 2.0, device="cuda"))
+    scale_gradient_(grad, torch.full((), 2.0, device="cuda"))
     assert torch.equal(grad[-2000:], twice)

@@ -9,6 +9,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from embkern.ops import reference
 from embkern.triton import autoencoder as ae
+from embkern.triton.autoencoder.gram_form import ALIGNMENT, gram_pays
+from embkern.triton.autoencoder.row_form import Y_BYTES
 from tests.conftest import assert_no_worse_than, relative_error
 from tests.triton.gram_bounds import assert_gradients_within_bounds
 
@@ -61,7 +63,7 @@ def test_a_good_fit_does_not_cancel(fit):
     target = codes @ basis + offset
     target += fit * target.norm(dim=1, keepdim=True) / 512**0.5 * torch.randn_like(target)
     arguments = [target, codes, None, None, basis, offset, None, None]
-    assert ae._gram_pays(target, 64)
+    assert gram_pays(target, 64)
     squares = options((0.0, float(target.shape[1]), 0.0, 0.0))
     ours = ae.autoencoder_forward(*arguments, *squares)
     native = reference.autoencoder_forward(*arguments, *squares)
@@ -130,9 +132,9 @@ def peak(arguments, weights):
 @pytest.mark.parametrize("weights", [COSINE_AND_SQUARES, EVERY_TERM], ids=["two terms", "all terms"])
 def test_neither_the_reconstruction_nor_its_gradient_exists(weights):
     N, r, H = shape = (65536, 64, 2048)
-    width = r + ae._ALIGNMENT  # of codes and a one, padded
+    width = r + ALIGNMENT  # of codes and a one, padded
     of_rows = 8 * N * width * 4 + N * (4 + 2) * 8  # what the text of the module counts; sums and slopes
-    blocks = 5 * ae._Y_BYTES  # of y, its gradients and products
+    blocks = 5 * Y_BYTES  # of y, its gradients and products
     parameters = 16 * width * H * 4
     bound = of_rows + parameters if weights == COSINE_AND_SQUARES else blocks + parameters
     bound += 16 << 20

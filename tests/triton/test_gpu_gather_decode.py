@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from benchmarks.gpu_check.assertions import ASSERTIONS, check
 from embkern.triton import gather_decode as gd
 from tests.conftest import assert_no_worse_than
-from tests.ops.test_gather_decode import problem
+from tests.ops.packed_problems import problem
 
 pytestmark = pytest.mark.gpu
 SCALE = 0.7

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from embkern.ops import autoencoder_loss, reference
 from embkern.triton import autoencoder as ae
+from embkern.triton.autoencoder import gram_form, row_form
 from tests.conftest import assert_no_worse_than, relative_error
 from tests.triton.gram_bounds import assert_gradients_within_bounds
 
@@ -33,8 +34,8 @@ CASES = [
 @pytest.fixture(params=["gram", "rows"])
 def form(request, monkeypatch):
     """One form for every shape and dtype, the rows in several blocks."""
-    monkeypatch.setattr(ae, "_gram_pays", lambda *_: request.param == "gram")
-    monkeypatch.setattr(ae, "_Y_BYTES", 3000)
+    monkeypatch.setattr(gram_form, "gram_pays", lambda *_: request.param == "gram")
+    monkeypatch.setattr(row_form, "Y_BYTES", 3000)
     return request.param
 
 
@@ -86,7 +87,7 @@ def test_no_worse_than_plain_torch(form, shape, given, weights, reduction):
 @pytest.mark.parametrize("bytes", [2000, 1 << 20], ids=["several blocks", "one"])
 @pytest.mark.usefixtures("poisoned")
 def test_the_power_term_by_rows(monkeypatch, reduction, alpha, bytes):
-    monkeypatch.setattr(ae, "_Y_BYTES", bytes)
+    monkeypatch.setattr(row_form, "Y_BYTES", bytes)
     given = dict() if reduction == "sum" else dict(encoder=False, offset=False, weights=False, norms=False)
     check(problem((18, 5, 33), **given), options(POWER, reduction, alpha))
 
@@ -124,7 +125,7 @@ def fitted(fit, condition=1.0, shape=(256, 12, 96)):
 @pytest.mark.parametrize("condition", [1.0, 100.0])
 def test_the_loss_of_a_good_fit_does_not_cancel(monkeypatch, fit, condition):
     """The loss is right at any fit, gradients to what rounding the products over the table costs."""
-    monkeypatch.setattr(ae, "_gram_pays", lambda *_: True)
+    monkeypatch.setattr(gram_form, "gram_pays", lambda *_: True)
     arguments = fitted(fit, condition)
     weights = (0.0, float(arguments[0].shape[1]), 0.0, 0.0)
     got = ae.autoencoder_forward(*arguments, *options(weights))
@@ -137,8 +138,8 @@ def test_the_loss_of_a_good_fit_does_not_cancel(monkeypatch, fit, condition):
 
 def test_without_the_second_sums_a_good_fit_would_cancel(monkeypatch):
     """The test above would fail: what it measures is there."""
-    monkeypatch.setattr(ae, "_gram_pays", lambda *_: True)
-    monkeypatch.setattr(ae, "_SAFE_SHARE", -1.0)
+    monkeypatch.setattr(gram_form, "gram_pays", lambda *_: True)
+    monkeypatch.setattr(gram_form, "_SAFE_SHARE", -1.0)
     arguments = fitted(1e-3)
     got = ae.autoencoder_forward(*arguments, *options())
     exact = reference.autoencoder_forward(*double(arguments), *options())
@@ -177,7 +178,7 @@ def test_huge_and_tiny_rows(form, size):
 
 def test_a_product_beyond_fp32_does_not_reach_the_loss(monkeypatch):
     """<x, offset> of 1e40 is infinite in fp32, whichever its sign, where y and its sums are in range."""
-    monkeypatch.setattr(ae, "_gram_pays", lambda *_: True)
+    monkeypatch.setattr(gram_form, "gram_pays", lambda *_: True)
     for sign in (1, -1):
         target, offset = torch.rand(20, 24) + 1, sign * (torch.rand(24) + 1)
         codes = 1e20 * torch.randn(20, 6)
@@ -222,8 +223,8 @@ def test_the_reconstruction_is_never_written(monkeypatch, encoder):
     arguments = problem(shape, encoder=encoder)
     # Both products, padded; a few rows of y.
     for gram, bytes, bound in ((True, 0, 2 * 8 * N), (False, 16 * H * 4, 16 * H)):
-        monkeypatch.setattr(ae, "_gram_pays", lambda *_, gram=gram: gram)
-        monkeypatch.setattr(ae, "_Y_BYTES", bytes)
+        monkeypatch.setattr(gram_form, "gram_pays", lambda *_, gram=gram: gram)
+        monkeypatch.setattr(row_form, "Y_BYTES", bytes)
         with _Largest() as largest:
             ae.autoencoder_forward(*arguments, *options())
         assert largest.elements <= bound < N * H
@@ -231,7 +232,7 @@ def test_the_reconstruction_is_never_written(monkeypatch, encoder):
 
 def test_the_form_follows_the_shape():
     def pays(N, r, H, dtype=torch.float32):
-        return ae._gram_pays(torch.empty(N, H, dtype=dtype, device="meta"), r)
+        return gram_form.gram_pays(torch.empty(N, H, dtype=dtype, device="meta"), r)
 
     assert pays(30522, 299, 768)
     assert not pays(32, 75, 768)
@@ -252,7 +253,7 @@ def test_fp32_products_are_not_cut_and_the_setting_is_left_as_it_was(monkeypatch
         if fails:
             raise MemoryError
 
-    monkeypatch.setattr(ae, "_by_rows", form)
+    monkeypatch.setattr(row_form, "loss_by_rows", form)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:

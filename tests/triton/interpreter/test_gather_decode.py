@@ -8,12 +8,12 @@ from torch.testing import assert_close
 from triton.runtime import interpreter
 
 from embkern.ops import gather_decode
-from embkern.tables.packed import Tier
+from embkern.ops.packed_format import Tier
 from embkern.triton import gather_decode as gd
 from embkern.triton.launch import Launch
 from embkern.triton.tiles import GroupTile, Tile
 from tests.conftest import assert_no_worse_than
-from tests.ops.test_gather_decode import every_tier, guarded, problem, small
+from tests.ops.packed_problems import every_tier, guarded, problem, small
 
 # (V, H, K, N): groups that fill the blocks; a basis that is not a power of two, odd rows; rows within one
 # group; one token; a table without a basis.

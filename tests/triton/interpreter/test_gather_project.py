@@ -8,10 +8,11 @@ from torch.testing import assert_close
 from triton.runtime import interpreter
 
 from embkern.triton import gather_project as gp
+from embkern.triton.gather_project.grad_codes import segment_launches
 from embkern.triton.launch import Launch
 from tests.conftest import assert_no_worse_than
-from tests.ops.test_gather_project import plain as unscaled
-from tests.ops.test_gather_project import problem
+from tests.ops.factorised_problems import plain as unscaled
+from tests.ops.factorised_problems import problem
 
 # (V, r, H, N). Even; odd everything; rank 1; one token; the paper's table; a full row block; one row more;
 # blocks without a rest; a batch; a rank that is walked in steps for every dtype.
@@ -154,7 +155,7 @@ def test_segments_of_every_length(counts):
     order = torch.randperm(N)
     rows = torch.randn(N, 3)
     grad_codes = torch.zeros(V, 3)
-    for launch in gp.segment_launches(rows, sorted_ids, order, grad_codes):
+    for launch in segment_launches(rows, sorted_ids, order, grad_codes):
         launch.run()
     exact = torch.zeros(V, 3, dtype=torch.float64).index_add(0, sorted_ids, rows[order].double())
     native = torch.zeros(V, 3).index_add(0, sorted_ids, rows[order])
@@ -237,7 +238,7 @@ def test_offsets_beyond_two_to_the_31st():
 
     grad_codes, rows = lazy(V, r), torch.randn(40, r)
     sorted_ids = torch.tensor([0] + 39 * [V - 1], dtype=torch.int32)  # the last segment crosses a block
-    for launch in gp.segment_launches(rows, sorted_ids, torch.arange(40), grad_codes):
+    for launch in segment_launches(rows, sorted_ids, torch.arange(40), grad_codes):
         launch.run()
     assert_close(grad_codes[-1], rows[1:].sum(0).half())
     assert_close(grad_codes[0], rows[0].half())

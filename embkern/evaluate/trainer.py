@@ -1,4 +1,4 @@
-"""One run of Trainer: what is fixed of the token embeddings, checkpoints to go on from, the final score."""
+"""One run of transformers' Trainer: frozen token embeddings, checkpoints to resume from, the final score."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ _SHARED_BY_ALL_TOKENS = ("basis", "offset")
 
 
 def freeze_table(model: PreTrainedModel, rule: Freeze) -> None:
-    """Fix a model's token embeddings, dense or compressed: none, what each token has for itself, or all."""
+    """Freeze parameters of a model's token embeddings, dense or compressed, by a rule of ``fine_tune``."""
     for name, parameter in input_embeddings(model).named_parameters():
         trained = rule == "none" or (rule == "codes" and name in _SHARED_BY_ALL_TOKENS)
         parameter.requires_grad_(trained)
 
 
 class Trained(NamedTuple):
-    """What came of a run."""
+    """The result of a run."""
 
     scores: dict[str, float]
     steps: int
-    seconds: float  # since it started, or went on from a checkpoint
+    seconds: float  # since it started, or was resumed from a checkpoint
 
 
 def train_and_score(
@@ -70,7 +70,7 @@ def train_and_score(
     """Train a model in place, from the last checkpoint in ``folder`` if there is one, and score it.
 
     Raises:
-        ValueError: the batch cannot be divided as asked, or training diverged.
+        ValueError: the batch size is not a multiple of the parts, or training diverged.
         OSError: a checkpoint cannot be written.
     """
     parts = training.accumulation * max(1, torch.cuda.device_count())
@@ -102,16 +102,13 @@ def train_and_score(
         data_collator=DataCollatorWithPadding(tokenizer),
         callbacks=[_StepBar(quiet), _Checksums()],
     )
-    for printing in (PrinterCallback, ProgressCallback):  # they write to stdout, which is for results
+    for printing in (PrinterCallback, ProgressCallback):  # they write to stdout, which holds the results
         trainer.remove_callback(printing)
     started = time.perf_counter()
     with _whole_checkpoints(model):
         try:
             trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-        except (
-            SafetensorError,
-            RuntimeError,
-        ) as error:  # of a full disk
+        except (SafetensorError, RuntimeError) as error:  # raised where the disk is full
             if isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error):
                 raise OSError(f"output: no checkpoint could be written in {folder}: {error}") from error
             raise
@@ -121,7 +118,7 @@ def train_and_score(
 
 
 class _StepBar(TrainerCallback):
-    """A bar of the steps of one run, on stderr."""
+    """A progress bar of the steps of one run, on stderr."""
 
     def __init__(self, quiet: bool | None) -> None:
         self.quiet = quiet
@@ -142,7 +139,7 @@ class _StepBar(TrainerCallback):
 
 
 class _Checksums(TrainerCallback):
-    """Notes the checksum of every file of a checkpoint once Trainer has written them all."""
+    """Writes the checksums of a checkpoint's files once Trainer has written them all."""
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not state.is_world_process_zero:
@@ -153,7 +150,7 @@ class _Checksums(TrainerCallback):
 
 
 def _checksums_in(folder: Path) -> dict[str, str]:
-    """Checksums of the files in a checkpoint, by name."""
+    """Return the checksums of the files in a checkpoint, by name."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".tmp")
     return {
         path.relative_to(folder).as_posix(): file_checksum(path)
@@ -163,19 +160,19 @@ def _checksums_in(folder: Path) -> dict[str, str]:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """Return the last checkpoint in a folder that is whole: every file has the checksum noted when written.
+    """Return the last whole checkpoint in a folder: one whose files all have their recorded checksums.
 
-    Later ones are removed with a warning: Trainer keeps the highest number, it would delete new ones instead.
+    Later ones are removed with a warning, because Trainer keeps the highest number and would delete new ones.
     """
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     for path in reversed(found):
         try:
             if read_checked_json(path / CHECKSUMS_NAME) == _checksums_in(path):
                 return str(path)
-            reason = "a file was changed after it was written"
+            reason = "a file has changed since it was written"
         except (FileNotFoundError, ValueError) as error:
             reason = str(error)
-        _log.warning("%s is not whole and is removed: %s", path, reason)
+        _log.warning("%s is damaged and is removed: %s", path, reason)
         shutil.rmtree(path)
     return None
 
@@ -188,7 +185,7 @@ def remove_checkpoints(folder: Path) -> None:
 
 @contextmanager
 def _whole_checkpoints(model: PreTrainedModel) -> Iterator[None]:
-    """Save a packed table in the dtype it is trained in: going on from a checkpoint then loses nothing."""
+    """Save a packed table in the dtype it is trained in, so that resuming from a checkpoint loses nothing."""
     if not isinstance(input_embeddings(model), CompressedEmbedding):
         yield
         return
@@ -201,7 +198,7 @@ def _whole_checkpoints(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _round_as_stored(model: PreTrainedModel) -> None:
-    """Round what was trained of a packed table to the dtype it has on disk."""
+    """Round the trained parameters of a packed table to the dtype that they have on disk."""
     embedding: Any = input_embeddings(model)
     if isinstance(embedding, CompressedEmbedding):
         with torch.no_grad():

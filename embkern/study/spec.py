@@ -1,4 +1,4 @@
-"""What a study is asked: one object behind the command line and the Python call."""
+"""The options of a study: one object behind the command line and the Python call."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from ..evaluate.perplexity import usable_device
+from ..evaluate.language_model import usable_device
 from ..methods.base import parse_options
 from ..recipe import Recipe
 from ..rivals import ALL_METHODS, RIVALS, ComparisonRecipe
 
 
 @dataclass(frozen=True)
-class Spec:
-    """A method as it is asked for: ``NAME``, or ``NAME:option=value,...``."""
+class MethodSpec:
+    """A method with its options, parsed from ``NAME`` or ``NAME:option=value,...``."""
 
     text: str
     name: str
     options: dict[str, Any]
 
     @classmethod
-    def parse(cls, text: str, seed: int) -> Spec:
-        """Read one; a method that draws takes the study's seed unless it has its own.
+    def parse(cls, text: str, seed: int) -> MethodSpec:
+        """Parse a method; one that draws random numbers takes the study's seed unless it names its own.
 
         Raises:
             ValueError: there is no such method, or its options are not a list of ``option=value``.
@@ -48,7 +48,7 @@ class Spec:
 
     @property
     def installable(self) -> bool:
-        """Whether a model can hold what the method makes."""
+        """Whether a model can hold the method's result."""
         return self.name not in RIVALS
 
     def recipe(self, ratio: float) -> Recipe:
@@ -56,8 +56,8 @@ class Spec:
         return ComparisonRecipe.parse(method=self.name, ratio=ratio, options=self.options)
 
 
-class Asked(BaseModel):
-    """What a study is asked."""
+class StudyOptions(BaseModel):
+    """What a study measures, and of which model."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -69,52 +69,56 @@ class Asked(BaseModel):
     methods: list[str] = Field(
         ["svd", "autoencoder", "direction", "allocate"],
         min_length=1,
-        description="NAME or NAME:option=value,...; those that no model can hold are not timed",
+        description="NAME or NAME:option=value,...; the lookup of those that no model can hold is not timed",
     )
     dataset: str | None = Field(
-        None, description="a file, directory or data set: perplexity of a language model on it"
+        None, description="text to measure the perplexity of a language model on: file, directory or data set"
     )
-    max_tokens: int | None = Field(None, ge=1, description="of the data set that are read")
-    max_length: int | None = Field(None, ge=2, description="tokens that a language model reads at once")
-    stride: int | None = Field(None, ge=1, description="causal: tokens by which it goes on")
+    max_tokens: int | None = Field(None, ge=1, description="number of tokens of the data set to read")
+    max_length: int | None = Field(None, ge=2, description="tokens per window of a language model")
+    stride: int | None = Field(None, ge=1, description="causal models: tokens between the starts of windows")
     separator: Literal["newline", "eos"] | None = Field(
-        None, description="causal: between texts, newline by default"
+        None, description="causal models: what separates texts, newline by default"
     )
-    line_filter: Literal["authors"] | None = Field(None, description="masked: that of the paper's authors")
-    text: Path | None = Field(None, description="sentences, one a line: compares their embeddings")
+    line_filter: Literal["authors"] | None = Field(
+        None, description="masked models: the line filter of the paper's authors"
+    )
+    text: Path | None = Field(None, description="sentences, one per line, to compare the embeddings of")
     counts: Path | None = Field(None, description="token frequencies, a file of `embkern count`")
-    count_text: list[str] = Field([], description="text to count as well, see embkern.compress")
-    words: list[str] = Field([], description="whose neighbours are listed; default: frequent and rare ones")
-    device: str | None = Field(None, description="such as cuda; the CPU by default")
-    seed: int = Field(0, description="of methods that draw, and of what is sampled")
-    keep_models: bool = Field(False, description="save the compressed models, in `models`")
+    count_text: list[str] = Field([], description="text to count token frequencies in, see embkern.compress")
+    words: list[str] = Field(
+        [], description="words whose nearest neighbours are listed; default: some frequent and some rare ones"
+    )
+    device: str | None = Field(None, description="such as cuda; default: cpu")
+    seed: int = Field(0, description="random seed of the methods and of every sample")
+    keep_models: bool = Field(False, description="save the compressed models in `models`")
 
     @field_validator("ratios", "methods", "words")
     @classmethod
-    def _once(cls, values: list) -> list:
+    def _without_duplicates(cls, values: list) -> list:
         return list(dict.fromkeys(values))
 
     @classmethod
-    def parse(cls, **fields: Any) -> Asked:
-        """Build one; a ValueError names each field, method or option that is wrong, and what was expected."""
-        asked = parse_options(cls, fields, "compare")
-        for spec, ratio in itertools.product(asked.specs(), asked.ratios):
+    def parse(cls, **fields: Any) -> StudyOptions:
+        """Validate options; a ValueError names each field, method or option that is wrong."""
+        options = parse_options(cls, fields, "compare")
+        for spec, ratio in itertools.product(options.specs(), options.ratios):
             spec.recipe(ratio)
-        usable_device(asked.device)
-        return asked
+        usable_device(options.device)
+        return options
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """Settings of ``evaluate_perplexity``."""
+        """The settings of ``evaluate_perplexity``."""
         names = ("seed", "max_tokens", "max_length", "stride", "separator", "line_filter")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
-    def specs(self) -> list[Spec]:
+    def specs(self) -> list[MethodSpec]:
         """Return the methods with their options."""
-        return [Spec.parse(text, self.seed) for text in self.methods]
+        return [MethodSpec.parse(text, self.seed) for text in self.methods]
 
     def command(self, row: str | None = None) -> str:
-        """Return the command line that asks this; with an id, the one that measures one row again."""
+        """Return the command line of this study; with a row's id, the one that measures that row again."""
         parts = ["embkern", "compare", self.model]
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
@@ -122,18 +126,18 @@ class Asked(BaseModel):
                 continue
             flag = f"--{name.replace('_', '-')}"
             values = value if isinstance(value, list) else [] if value is True else [value]
-            parts += [flag, *map(_written, values)]
+            parts += [flag, *map(_argument, values)]
         parts += ["-o", str(self.output)]
         return " ".join(map(_quoted, [*parts, *(["--row", row] if row else [])]))
 
 
-def _written(value: Any) -> str:
-    """Write a value as one types it: 5 for a ratio of 5.0, text as it is."""
+def _argument(value: Any) -> str:
+    """Format a value for the command line: 5 for a ratio of 5.0, text unchanged."""
     return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def _quoted(word: str) -> str:
-    """Quote a word for a shell, what cannot be seen as an escape."""
+    """Quote a word for a shell, with escapes for characters that cannot be printed."""
     if word.isprintable():
         return shlex.quote(word)
     return "$'" + word.encode("unicode_escape").decode().replace("'", "\\'") + "'"

@@ -1,0 +1,185 @@
+"""Language models: their kind and limits, and a split into body and head that saves computation."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .batches import Batch
+
+Kind = Literal["masked", "causal"]
+
+LOGITS_AT_ONCE = 1 << 24  # 64 MB in fp32
+
+
+def usable_device(name: str | torch.device | None) -> torch.device | None:
+    """Return a device that can be used here.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    try:
+        return None if name is None else torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"device: expected one that is there, got {str(name)!r} ({reason})") from error
+
+
+# ---- what a model is -------------------------------------------------------------------------------------
+
+
+def kind_of(model: PreTrainedModel) -> Kind:
+    """Return whether a model is a masked or a causal language model, judged by its class.
+
+    Raises:
+        ValueError: it is neither: an encoder without a head, an encoder-decoder, a classifier.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"model: {name} is an encoder-decoder; perplexity is of masked and causal language models"
+        )
+    masked = name.endswith("ForMaskedLM") or name in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+    causal = name.endswith("ForCausalLM") or name in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    if masked and causal:  # XLM can be either; its config decides
+        masked = not getattr(model.config, "causal", False)
+    if not (masked or causal):
+        raise ValueError(
+            f"model: {name} has no language-model head, so it has no perplexity; expected a masked or causal "
+            "language model, such as BertForMaskedLM or GPT2LMHeadModel"
+        )
+    return "masked" if masked else "causal"
+
+
+def no_perplexity(model: PreTrainedModel) -> str | None:
+    """Return why a model has no perplexity, or None for a language model."""
+    try:
+        kind_of(model)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def longest_input(model: PreTrainedModel) -> int:
+    """Return how many tokens a model can read at once; 2^30 where nothing limits them."""
+    limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None) or -1]
+    for name, module in model.named_modules():
+        # RoBERTa and related models start to count positions after the padding token's.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            limits.append(module.num_embeddings - module.padding_idx - 1)
+    return min((limit for limit in limits if limit > 0), default=1 << 30)
+
+
+def check_causal(model: PreTrainedModel) -> None:
+    """Raise ValueError if later tokens change earlier predictions: XLNet, or BERT with a causal head."""
+    ids = torch.zeros(2, 6, dtype=torch.long, device=model.device)
+    ids[1, 1:] = 1
+    first, second = model(input_ids=ids).logits[:, 0]
+    if not _same(first, second):
+        raise ValueError(
+            f"model: {type(model).__name__} attends to later tokens as it is configured; its loss is not a "
+            "perplexity"
+        )
+
+
+# ---- body and head ---------------------------------------------------------------------------------------
+
+
+class SplitModel:
+    """A language model split into a body, which runs once, and a head, which runs on chosen hidden states.
+
+    Attributes:
+        body: the module whose last hidden state the head reads position by position; None if the model cannot
+            be split, which is tested when the object is made.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.body, self._output = _body_of(model)
+        if self.body is None:
+            return
+        probe = torch.arange(6, device=model.device)[None] % model.config.get_text_config().vocab_size
+        whole, split = model(input_ids=probe).logits[0], self.logits(self.body(input_ids=probe)[0][0])
+        if not _same(whole, split):
+            self.body = None
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Return the hidden states of the scored positions, (n, H); their logits if there is no body."""
+        output = self.model(**batch.inputs).logits if self.body is None else self.body(**batch.inputs)[0]
+        return output.flatten(0, 1)[batch.positions]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits (n, V) of the result of ``hidden``."""
+        if self.body is None:
+            return hidden
+        with _returning(self.body, self._output(last_hidden_state=hidden[None])):
+            return self.model(input_ids=hidden.new_zeros((1, len(hidden)), dtype=torch.long)).logits[0]
+
+    def loss(self, hidden: Tensor, targets: Tensor) -> float:
+        """Return ``F.cross_entropy(self.logits(hidden), targets, reduction="sum")``, computed in blocks."""
+        rows = max(1, LOGITS_AT_ONCE // self.model.config.get_text_config().vocab_size)
+        return sum(
+            float(F.cross_entropy(self.logits(block).float(), wanted, reduction="sum"))
+            for block, wanted in zip(hidden.split(rows), targets.split(rows), strict=True)
+        )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Return whether two logits differ by rounding at most."""
+    tolerance = 16 * torch.finfo(one.dtype).eps * float(one.abs().nan_to_num().max())
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=tolerance, equal_nan=True)
+
+
+def _body_of(model: PreTrainedModel) -> tuple[nn.Module | None, Any]:
+    """Return the outermost module inside a model that returns a last hidden state, and its output's type."""
+    finished: list[tuple[nn.Module | None, Any]] = [(None, None)]
+
+    def note(module: nn.Module, _: Any, output: Any) -> None:
+        if getattr(output, "last_hidden_state", None) is not None:
+            finished.append((module, type(output)))
+
+    hooks = [each.register_forward_hook(note) for each in model.modules() if each is not model]
+    try:
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return finished[-1]  # the outermost module finishes last
+
+
+@contextlib.contextmanager
+def _returning(module: nn.Module, output: Any) -> Iterator[None]:
+    """Make a module return an output without running."""
+    own = {"forward": module.__dict__["forward"]} if "forward" in module.__dict__ else {}
+    module.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        del module.forward
+        module.__dict__.update(own)
+
+
+@contextlib.contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Turn off dropout, and the cache of keys and values, which nothing reads; restore both afterwards."""
+    config = model.config.get_text_config()
+    training, cached = model.training, getattr(config, "use_cache", None)
+    model.eval()
+    if cached is not None:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        model.train(training)
+        if cached is not None:
+            config.use_cache = cached

@@ -1,0 +1,303 @@
+"""The packed format: sizes, tiers, directory, records, trellises, levels, and the checks of a table.
+
+docs/packed-format.md specifies the format. No other Python module knows how a table is laid out.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GROUP = 32  # This many values share the words of a record, and this many rows an entry of the directory.
+MAX_TIERS, MAX_BITS = 16, 8
+LEVEL_BITS = 4  # Codes of up to 4 bits are trellis codes with levels of their own, wider ones are uniform.
+STATE_BITS = 7
+STATES: int = 2**STATE_BITS
+LEVELS_PER_UNIT = 4096
+LEVEL_STEP = 1 / LEVELS_PER_UNIT  # Levels are whole numbers of steps, so that no cast of a model rounds them.
+ENTRY_WORDS = 5  # An entry of the directory has the place of its first record and four words of tiers.
+_TIERS_PER_WORD = 8
+TRELLIS_FILE = Path(__file__).parent.parent / "data" / "trellis_levels.txt"
+_CODE_DTYPES = {
+    "records": torch.int32,
+    "directory": torch.int32,
+    "tiers": torch.uint8,
+    "levels": torch.int16,
+}
+
+
+class PackedTensors(NamedTuple):
+    """The tensors of a packed table, in the order of the schema of ``gather_decode``."""
+
+    records: Tensor
+    directory: Tensor
+    tiers: Tensor
+    levels: Tensor
+    scales: Tensor
+    basis: Tensor | None = None
+    offset: Tensor | None = None
+
+    def contiguous(self) -> PackedTensors:
+        """Return the tensors, those that are not contiguous copied."""
+        tensors: list[Any] = [each if each is None else each.contiguous() for each in self]
+        return PackedTensors(*tensors)
+
+    def named(self) -> Iterator[tuple[str, Tensor]]:
+        """Return the tensors that exist, by name."""
+        return ((name, each) for name, each in zip(self._fields, self, strict=True) if each is not None)
+
+
+class Tier(NamedTuple):
+    """A rate: ``bits[g]`` per value of group g, of the row itself or of its coefficients in the basis."""
+
+    transform: bool
+    bits: tuple[int, ...]
+
+    @property
+    def words(self) -> int:
+        """Words of 32 bits that a record takes."""
+        return sum(self.bits)
+
+    def __str__(self) -> str:
+        """Return a short name: ``4 bits``, ``basis 3-2-1-1``."""
+        if not self.transform and len(set(self.bits)) == 1:
+            return f"{self.bits[0]} bits"
+        if not self.bits:
+            return "0 bits"
+        return ("basis " if self.transform else "") + "-".join(map(str, self.bits))
+
+
+def described_tiers(tiers: Tensor) -> list[Tier]:
+    """Return the tensor of tiers as Python values, without the groups of no bits at the end."""
+    return [
+        Tier(bool(transform), tuple(bits[: max((i + 1 for i, b in enumerate(bits) if b), default=0)]))
+        for transform, *bits in tiers.tolist()
+    ]
+
+
+# ---- sizes and layout --------------------------------------------------------------------------------
+
+
+def packed_bytes(rows: Tensor, tiers: list[Tier], floats: int, basis_rows: int, embedding_dim: int) -> int:
+    """Bytes of a table with ``rows[t]`` rows in tier t and floating-point values of ``floats`` bytes."""
+    total = int(rows.sum())
+    words = max(1, sum(int(count) * tier.words for count, tier in zip(rows.tolist(), tiers, strict=True)))
+    directory = 4 * ENTRY_WORDS * -(-total // GROUP)
+    fixed = len(tiers) * (1 + _groups(tiers)) + LEVEL_BITS * STATES * 2
+    return 4 * words + directory + fixed + floats * (total + basis_rows * embedding_dim)
+
+
+def lay_out(tier_of: Tensor, codes: dict[int, Tensor], tiers: list[Tier]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return records, directory and tiers of rows.
+
+    Args:
+        tier_of: (V,) int64, the tier of every row.
+        codes: per tier with rows, the codes (rows, 32 groups) uint8 of its rows in the order of their ids.
+        tiers: up to 16.
+    """
+    words = words_of_rows(tier_of, tiers)
+    starts = words.cumsum(0) - words
+    records = torch.zeros(max(1, int(words.sum())), dtype=torch.int32)
+    for index, tier in enumerate(tiers):
+        rows = torch.nonzero(tier_of == index).flatten()
+        if len(rows) and tier.words:
+            planes = bit_planes(codes[index], tier)
+            records[(starts[rows].unsqueeze(1) + torch.arange(tier.words)).flatten()] = planes.flatten()
+    groups = _groups(tiers)
+    described = [[int(t.transform), *t.bits, *[0] * (groups - len(t.bits))] for t in tiers]
+    return records, directory_of(tier_of, tiers), torch.tensor(described, dtype=torch.uint8)
+
+
+def _groups(tiers: list[Tier]) -> int:
+    return max([1, *(len(tier.bits) for tier in tiers)])
+
+
+def words_of_rows(tier_of: Tensor, tiers: list[Tier]) -> Tensor:
+    """Words (V,) int64 of the rows' records."""
+    return torch.tensor([tier.words for tier in tiers], device=tier_of.device)[tier_of]
+
+
+def directory_of(tier_of: Tensor, tiers: list[Tier]) -> Tensor:
+    """Directory (ceil(V / 32), 5) of the rows' tiers (V,): where 32 records begin, then 4 bits a row."""
+    words = words_of_rows(tier_of, tiers)
+    starts = (words.cumsum(0) - words)[::GROUP]
+    nibbles = F.pad(tier_of, (0, -len(tier_of) % GROUP)).view(-1, ENTRY_WORDS - 1, _TIERS_PER_WORD)
+    nibbles = nibbles << torch.arange(0, 32, 4)
+    return _wrapped(torch.cat([starts.unsqueeze(1), nibbles.sum(2)], 1))
+
+
+def tiers_of_rows(directory: Tensor) -> Tensor:
+    """Tiers (32 blocks,) int64 that a directory names; those beyond the last row are 0."""
+    return _nibbles(directory[:, 1:]).flatten().long()
+
+
+def _nibbles(words: Tensor) -> Tensor:
+    """The eight tiers (N, 4, 8) in each of some words (N, 4)."""
+    shifts = torch.arange(0, 32, 4, device=words.device, dtype=torch.int32)
+    return (words.unsqueeze(2) >> shifts) & 15
+
+
+def bit_planes(codes: Tensor, tier: Tier) -> Tensor:
+    """Records (n, W) of codes (n, 32 groups): bit i of a group's word p is bit p of the code of value i."""
+    lanes, planes = torch.arange(GROUP), [torch.zeros(len(codes), 0, dtype=torch.int64)]
+    for group, bits in zip(codes.split(GROUP, 1), tier.bits, strict=False):
+        values = group.long()
+        planes += [((values >> plane & 1) << lanes).sum(1, keepdim=True) for plane in range(bits)]
+    return _wrapped(torch.cat(planes, 1))
+
+
+def _wrapped(words: Tensor) -> Tensor:
+    """Whole numbers below 2^32 as int32 of the same bits."""
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+# ---- values ------------------------------------------------------------------------------------------
+
+
+def packed_values(
+    ids: Tensor, records: Tensor, directory: Tensor, tiers: Tensor, levels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Whether the rows of ids (N,) are coefficients of the basis (N,), and their values (N, 32 G) in fp32.
+
+    A value of ``b`` bits is ``levels[b - 1, state] / 4096`` with the state of ``trellis_states``, or ``code -
+    (2**b - 1) / 2`` beyond four bits; 0 where the tier has no bits in the group.
+    """
+    block, lane = ids // GROUP, ids % GROUP
+    tier_of = _nibbles(directory[block, 1:]).flatten(1).long()  # (N, 32), for the rows of the blocks
+    bits = tiers[:, 1:].long()
+    sizes = F.pad(bits.sum(1), (0, MAX_TIERS - len(tiers)))
+    lanes = torch.arange(GROUP, device=ids.device)
+    before = torch.where(lanes < lane.unsqueeze(1), sizes[tier_of], 0).sum(1)
+    tier = tier_of.gather(1, lane.unsqueeze(1)).squeeze(1)
+    transform, bits = tiers[tier, 0].bool(), bits[tier]
+    group = (directory[block, 0].long() + before).unsqueeze(1) + bits.cumsum(1) - bits
+
+    code = torch.zeros(*bits.shape, GROUP, dtype=torch.int64, device=ids.device)
+    for plane in range(MAX_BITS):
+        present = plane < bits
+        word = records[torch.where(present, group + plane, 0)]
+        bit = (word.unsqueeze(2) >> lanes.to(torch.int32)) & 1
+        code += torch.where(present.unsqueeze(2), bit.long() << plane, 0)
+    width = bits.unsqueeze(2)
+    own = width.clamp(1, LEVEL_BITS)
+    chosen = levels.flatten()[(own - 1) * STATES + trellis_states(code, own)].float()
+    chosen = chosen / LEVELS_PER_UNIT  # The compiler of torch 2.10 fails on a global float in a backward.
+    uniform = code.float() - ((1 << width).float() - 1) / 2
+    values = torch.where(width > LEVEL_BITS, uniform, torch.where(width > 0, chosen, 0.0))
+    return transform, values.flatten(1)
+
+
+def trellis_states(code: Tensor, bits: Tensor | int) -> Tensor:
+    """States of 7 bits by which values are looked up: a value's code and those of the values before it.
+
+    ``state[i] = (code[i] + (code[i - 1] << bits) + (code[i - 2] << 2 * bits) + ...) % 128`` for codes
+    (..., 32) of a group; the code before a group's first value is that of its last one. Every choice of codes
+    is a path through a trellis of 128 states, so that a value has 128 levels although only ``bits`` are
+    stored for it (trellis-coded quantisation: Marcellin and Fischer 1990; levels by a shift register of
+    codes: QTIP, arXiv 2406.11235; a path that ends in the state it begins in: tail-biting).
+    """
+    state, shift = code, torch.as_tensor(bits, device=code.device)
+    for before in range(1, STATE_BITS):
+        state = state + (code.roll(before, -1) << (before * shift).clamp(max=STATE_BITS))
+    return state % STATES
+
+
+@functools.cache
+def trellis_levels() -> Tensor:
+    """Levels (4, 128) int16 of codes of 1 to 4 bits for standard normal values, in steps of 2^-12, by state.
+
+    Found by Lloyd's iteration over best paths (`python -m benchmarks trellis_levels`): 0.7 to 1.8 dB less
+    error than Lloyd-Max levels, which miss the bound of any code, 4^-bits, by 1.6 to 3.9 dB.
+    """
+    lines = TRELLIS_FILE.read_text(encoding="ascii").splitlines()
+    numbers = [int(each) for line in lines if not line.startswith("#") for each in line.split()]
+    return torch.tensor(numbers, dtype=torch.int16).view(LEVEL_BITS, STATES)
+
+
+# ---- checks ------------------------------------------------------------------------------------------
+
+
+def check_packed(packed: PackedTensors, embedding_dim: int) -> None:
+    """Raise unless the tensors of a packed table have shapes, dtypes and devices that fit each other."""
+    records, _, tiers, _, scales, basis, offset = packed
+    rows, groups = len(scales) if scales.dim() else 0, tiers.shape[1] - 1 if tiers.dim() == 2 else 0
+    expected = {
+        "directory": (-(-rows // GROUP), ENTRY_WORDS),
+        "levels": (LEVEL_BITS, STATES),
+        "scales": (rows,),
+    }
+    if rows == 0:
+        raise ValueError(f"scales: expected shape (V,) with V >= 1, got {tuple(scales.shape)}")
+    for name, tensor in packed.named():
+        if name in expected and tuple(tensor.shape) != expected[name]:
+            raise ValueError(f"{name}: expected shape {expected[name]}, got {tuple(tensor.shape)}")
+        if name in _CODE_DTYPES and tensor.dtype != _CODE_DTYPES[name]:
+            raise TypeError(f"{name}: expected dtype {_CODE_DTYPES[name]}, got {tensor.dtype}")
+    if records.dim() != 1 or records.shape[0] == 0:
+        raise ValueError(f"records: expected shape (W,) with W >= 1, got {tuple(records.shape)}")
+    if tiers.dim() != 2 or not 1 <= tiers.shape[0] <= MAX_TIERS or groups < 1:
+        raise ValueError(
+            f"tiers: expected shape (T, 1 + G) with T up to {MAX_TIERS} and G >= 1, got {tuple(tiers.shape)}"
+        )
+    if basis is not None and (basis.dim() != 2 or basis.shape[1] != embedding_dim or basis.shape[0] % GROUP):
+        raise ValueError(
+            f"basis: expected shape (K, {embedding_dim}) with K a multiple of {GROUP}, "
+            f"got {tuple(basis.shape)}"
+        )
+    if offset is not None and tuple(offset.shape) != (embedding_dim,):
+        raise ValueError(f"offset: expected shape ({embedding_dim},), got {tuple(offset.shape)}")
+    for name, tensor in packed.named():
+        if name in ("basis", "offset") and tensor.dtype != scales.dtype:
+            raise TypeError(f"{name}: expected dtype {scales.dtype} as in scales, got {tensor.dtype}")
+    for name, tensor in packed.named():
+        if tensor.device != scales.device:
+            raise ValueError(f"{name}: expected device {scales.device} as in scales, got {tensor.device}")
+
+
+def check_table(packed: PackedTensors, embedding_dim: int) -> None:
+    """Raise unless the tensors are a valid table, values included; values of meta tensors are not read.
+
+    A table is checked once, when it is made from outside or read from a file.
+    """
+    check_packed(packed, embedding_dim)
+    if not packed.scales.is_floating_point():
+        raise TypeError(f"scales: expected a floating-point dtype, got {packed.scales.dtype}")
+    # Basis and offset have H columns; without both, only the tiers bound H.
+    if type(embedding_dim) is not int or embedding_dim < 1:
+        raise ValueError(f"embedding_dim: expected a positive integer, got {embedding_dim!r}")
+    if packed.basis is not None and packed.basis.shape[0] == 0:
+        raise ValueError(f"basis: expected (K, H) with K of at least {GROUP}, or None, got no rows")
+    widest = GROUP * (packed.tiers.shape[1] - 1)
+    if packed.basis is None and packed.offset is None and embedding_dim > widest:
+        raise ValueError(
+            f"embedding_dim: expected at most {widest}, the values that tiers describe, got {embedding_dim}"
+        )
+    if not packed.scales.is_meta:
+        _check_values(packed, embedding_dim)
+
+
+def _check_values(packed: PackedTensors, embedding_dim: int) -> None:
+    """Raise unless the tiers fit row and basis, and the records are those that the directory describes."""
+    if int(packed.tiers[:, 1:].max()) > MAX_BITS or int(packed.tiers[:, 0].max()) > 1:
+        raise ValueError(f"tiers: expected 0 or 1, then 0 to {MAX_BITS} bits, got {packed.tiers.tolist()}")
+    basis_groups = packed.basis.shape[0] // GROUP if packed.basis is not None else 0
+    tiers = described_tiers(packed.tiers)
+    for tier in tiers:
+        most = basis_groups if tier.transform else -(-embedding_dim // GROUP)
+        if any(tier.bits[most:]):
+            raise ValueError(f"tiers: expected at most {most} groups, got {tier}")
+    tier_of = tiers_of_rows(packed.directory)[: len(packed.scales)]
+    if int(tier_of.max()) >= len(tiers):
+        raise ValueError(f"directory: expected tiers below {len(tiers)}, got {int(tier_of.max())}")
+    words = words_of_rows(tier_of, tiers)
+    starts = words.cumsum(0) - words
+    if not torch.equal(packed.directory[:, 0].long(), starts[::GROUP]):
+        raise ValueError("directory: the places of the records do not follow from the rows' tiers")
+    if (expected := max(1, int(words.sum()))) != len(packed.records):
+        raise ValueError(f"records: expected {expected} words, got {len(packed.records)}")

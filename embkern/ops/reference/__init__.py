@@ -1,0 +1,31 @@
+"""Every op in plain torch: the definition, the oracle of the tests, and the backend of last resort.
+
+The forwards are the formulas of the public docstrings; the tests check every kernel against them in float64.
+The gradients that the kernels compute are written out and checked by numerical differentiation. Sums run in
+fp32 for narrower dtypes (float64 for float64).
+"""
+
+from .autoencoder import autoencoder_forward
+from .cosine_mse import MEAN, NONE, POWER_BIAS, REDUCTIONS, SUM, cosine_mse_forward
+from .gather_decode import gather_decode_backward, gather_decode_forward
+from .gather_project import gather_project_backward, gather_project_forward
+from .numerics import accumulation_dtype
+from .quantize_rows import quantize_rows
+from .quantize_trellis import quantize_trellis
+
+__all__ = [
+    "MEAN",
+    "NONE",
+    "POWER_BIAS",
+    "REDUCTIONS",
+    "SUM",
+    "accumulation_dtype",
+    "autoencoder_forward",
+    "cosine_mse_forward",
+    "gather_decode_backward",
+    "gather_decode_forward",
+    "gather_project_backward",
+    "gather_project_forward",
+    "quantize_rows",
+    "quantize_trellis",
+]

@@ -1,0 +1,1 @@
+REQUIRED = ("transformers", "jinja2", "matplotlib", "scipy")
