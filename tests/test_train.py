@@ -50,7 +50,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_training(
     def never(*args, **kwargs):
         raise AssertionError("training began before the output was checked")
 
-    trainer = importlib.import_module("embkern.methods.autoencoder.method")._Trainer
+    trainer = importlib.import_module("embkern.methods.autoencoder.trainer").Trainer
     monkeypatch.setattr(trainer, "__init__", never)
     path, error, message = tmp_path / "missing" / "f", FileNotFoundError, "expected a file in a directory"
     if place == "directory":

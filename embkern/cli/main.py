@@ -58,6 +58,6 @@ def main() -> None:
     except (ValueError, TypeError, LookupError, OSError, RuntimeError, ImportError) as error:
         if os.environ.get("EMBKERN_DEBUG"):
             raise
-        if not getattr(error, "told_by_the_first", False):
+        if not getattr(error, "reported_by_first_process", False):
             typer.echo(f"embkern: {error}", err=True)
         sys.exit(1)
