@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 pytest.importorskip("pydantic", reason="the methods need pydantic")
 
@@ -13,6 +14,8 @@ from embkern.ops.quantize_trellis import quantize_trellis
 from ..conftest import seed_of
 from ..tables import uniform_levels, values_of
 
+# A sum of n products in fp32 is within sqrt(n) 2^-24, 8e-7 for the 160 values of a row; a projection has two.
+TOLERANCE = 2e-6
 PROFILES = [(1,), (2,), (3,), (4,), (3, 0, 1, 4, 2), (0,)]
 native = pytest.mark.skipif(load_native() is not None, reason=str(load_native()))
 
@@ -46,16 +49,14 @@ def test_the_kernel_finds_what_the_definition_finds(profile, spread, level) -> N
     arguments = _arguments(profile, spread)
     codes, scales, projections = quantize_trellis(*arguments, needs_codes=True, backend="native")
     expected = quantize_trellis(*arguments, needs_codes=True, backend="torch")
-    assert torch.allclose(projections, expected[2], atol=1e-5, rtol=1e-4)
-    assert (codes != expected[0]).any(1).float().mean() < 0.1, (
-        "only where two paths are as near as each other"
-    )
-    values, each = arguments[0], arguments[1]
-    weight = torch.ones_like(values[0]) if each is None else each
-    decoded, x = _decoded(codes, profile) * weight, values * weight
-    square = decoded.square().sum(1)
-    assert torch.allclose(scales * square, (x * decoded).sum(1), atol=1e-3, rtol=1e-4)
-    assert torch.allclose(projections * square.sqrt(), (x * decoded).sum(1), atol=1e-3, rtol=1e-4)
+    tied = (codes != expected[0]).any(1)  # Where two paths have equal errors, either may be taken.
+    assert int(tied.sum()) <= 1
+    assert_close(projections[~tied], expected[2][~tied], rtol=TOLERANCE, atol=TOLERANCE)
+    values, each = arguments[0].double(), 1.0 if arguments[1] is None else arguments[1].double()
+    decoded, x = _decoded(codes, profile).double() * each, values * each
+    dot, norm = (x * decoded).sum(1), decoded.norm(dim=1)
+    assert_close(scales * norm.square(), dot, rtol=TOLERANCE, atol=TOLERANCE)
+    assert_close(projections * norm, dot, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
@@ -124,9 +125,11 @@ def test_a_scale_far_too_large_has_codes_as_well(bits, kernel) -> None:
     width, scale = torch.tensor([bits], dtype=torch.uint8), torch.full((200, 1), 1e6)
     given = (values, None, width, trellis_levels(), scale)
     codes, scales, projections = quantize_trellis(*given, needs_codes=True, backend=kernel)
-    decoded = _decoded(codes, (bits,))
-    assert torch.allclose(projections * decoded.norm(dim=1), (values * decoded).sum(1), atol=1e-2)
-    assert torch.allclose(scales * decoded.norm(dim=1), projections, atol=1e-2, rtol=1e-3)
+    decoded = _decoded(codes, (bits,)).double()
+    dot, norm = (values * decoded).sum(1), decoded.norm(dim=1)
+    size = float((values.norm(dim=1) * norm).max())  # Products of both signs cancel in the sum.
+    assert_close(projections * norm, dot, rtol=0, atol=TOLERANCE * size)
+    assert_close(scales * norm, projections.double(), rtol=TOLERANCE, atol=0)
     assert int(codes.max()) < 2**bits
 
 

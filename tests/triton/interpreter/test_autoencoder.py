@@ -65,7 +65,7 @@ def options(weights=WEIGHTS[0], reduction="mean", alpha=0.7):
     return reference.REDUCTIONS.index(reduction), *weights, alpha, EPS, True
 
 
-def check(arguments, options, tiny=1e-6):
+def check(arguments, options, tiny=3e-7):  # The loss may be exact by chance.
     ours = ae.autoencoder_forward(*arguments, *options)
     native = reference.autoencoder_forward(*arguments, *options)
     exact = reference.autoencoder_forward(*double(arguments), *options)
@@ -96,7 +96,7 @@ def test_the_power_term_by_rows(monkeypatch, reduction, alpha, bytes):
 @pytest.mark.parametrize("encoder", [True, False])
 @pytest.mark.usefixtures("poisoned")
 def test_factors_of_16_bits(form, encoder):
-    check(problem(ODD, torch.float16, encoder=encoder), options(), 1e-3)
+    check(problem(ODD, torch.float16, encoder=encoder), options())
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -132,7 +132,7 @@ def test_the_loss_of_a_good_fit_does_not_cancel(monkeypatch, fit, condition):
     got = ae.autoencoder_forward(*arguments, *options(weights))
     exact = reference.autoencoder_forward(*double(arguments), *options(weights))
     native = reference.autoencoder_forward(*arguments, *options(weights))
-    assert_no_worse_than(got[0], native[0], exact[0], 1e-6)
+    assert_no_worse_than(got[0], native[0], exact[0], 3e-7)
     target, codes, basis = arguments[0], arguments[1], arguments[4]
     assert_gradients_within_bounds(target, codes, basis, got, exact)
 

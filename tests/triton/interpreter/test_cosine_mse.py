@@ -80,7 +80,9 @@ def check(output, target, reduction, grads=2, **options):
     for got, theirs, expected in list(zip(ours, plain, true, strict=True))[: 1 + grads]:
         assert got.dtype == theirs.dtype
         assert got.shape == expected.shape
-        assert_no_worse_than(got, theirs, expected, tiny=3e-7)  # a scalar is off by ulps, by luck by none
+        assert_no_worse_than(
+            got, theirs, expected, tiny=3e-7
+        )  # A scalar has an error of some ulps, or none by chance.
 
 
 # Rows that share a program and leave some of it; odd rows; one entry; three parts; rows that are walked.
@@ -248,7 +250,8 @@ def test_the_public_loss_and_its_backward(dtype):
     (3 * loss).backward()
     weights = (1.0, 1.0, 0.5, 0.1)
     true = exact(output.detach(), target.detach(), MEAN, torch.tensor(3.0), weights=weights)
-    tolerance = dict(rtol=2e-3, atol=2e-4) if dtype == torch.float16 else dict(rtol=1e-5, atol=1e-6)
+    # One rounding to fp16, or sums of 21 terms in fp32.
+    tolerance = dict(rtol=2**-11 + 1e-5, atol=1e-6) if dtype == torch.float16 else dict(rtol=2e-6, atol=1e-6)
     assert_close([loss.detach().double(), output.grad.double(), target.grad.double()], true, **tolerance)
 
 
