@@ -13,7 +13,7 @@ from ..conftest import assert_no_worse_than, compile_counting, relative_error
 from .autoencoder_problems import composed
 
 OP = "autoencoder"
-# One batch that is not cut, and one of several chunks of blocks; neither fits a tile.
+# A batch of one block and one of several chunks of blocks; neither is a multiple of a tile.
 SHAPES = [(45, 33, 7), (1031, 80, 19)]
 NAMES = ("encoder_weight", "encoder_bias", "codes", "basis", "offset")
 
@@ -97,7 +97,7 @@ def test_gradcheck(backend, device, form, terms):
 
 @pytest.mark.parametrize("form", ["encoder", "codes"])
 def test_the_gram_form_is_the_direct_form_in_float64(native, form):
-    # Large batches of cosine and squared error alone take the Gram form; an invisible power term forbids it.
+    # Large batches of cosine and squared error alone take the Gram form; a negligible power term prevents it.
     target, parameters = problem(1031, 80, 19, torch.float64)
     results = [
         loss_and_gradients(
@@ -152,7 +152,7 @@ def test_zero_and_extreme_rows_fall_back(backend, device):
 @pytest.mark.parametrize("size", [10.0, 1e3])
 @pytest.mark.parametrize("cancels", ["codes", "offset"])
 def test_codes_that_undo_each_other_or_the_offset_fall_back(backend, device, cancels, size):
-    """|y|^2 is small against the squares that it is made of: in r dimensions their rounding would remain."""
+    """|y|^2 is small against the squares that it sums, whose rounding would remain in r dimensions."""
     target, parameters = problem(1031, 80, 19, torch.float64)
     codes, basis = parameters["codes"], parameters["basis"]
     if cancels == "codes":
@@ -176,7 +176,7 @@ def test_codes_that_undo_each_other_or_the_offset_fall_back(backend, device, can
 
 
 def test_products_beyond_fp32_fall_back(backend, device):
-    """<x, d> and <d, d> are infinite for a d of 1e30, where its codes make y an ordinary row."""
+    """<x, d> and <d, d> are infinite for a row d of the basis of 1e30, although y is an ordinary row."""
     target, parameters = problem(1031, 80, 19, device=device)
     target *= 1e9
     parameters["basis"] *= 1e30

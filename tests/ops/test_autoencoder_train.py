@@ -86,7 +86,7 @@ def test_training_refuses_an_id_out_of_range_untouched(native):
 
 
 def test_another_thread_that_writes_the_order_makes_no_read_beyond_the_rows(native):
-    """The ids of all steps are read once, and checked, before the first step."""
+    """The ids of all steps are read once and checked before the first step."""
     script = """
 import threading, time, torch
 from embkern.ops.library import load_native

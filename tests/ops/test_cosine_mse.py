@@ -26,7 +26,7 @@ DEFAULTS = dict(cosine_weight=1.0, mse_weight=1.0, rmse_weight=0.0, power_weight
 
 
 def plain(y, x, row_weight=None, reduction="mean", **terms):
-    """The formula of the docstring in the torch functions that a user would write it with."""
+    """The formula of the docstring in torch functions, as a user would write it."""
     chosen = {**DEFAULTS, **terms}
     w = torch.ones_like(y[..., 0]) if row_weight is None else row_weight
     mse = (y - x).square().mean(-1)
@@ -77,7 +77,7 @@ def test_loss_and_gradients_are_no_worse_than_plain_torch(backend, device, shape
 @pytest.mark.parametrize("terms", ["cosine and mse", "rmse"])
 @pytest.mark.usefixtures("poisoned")
 def test_one_column_has_no_direction(backend, device, terms):
-    """The gradient of its cosine is two terms of 1 / |y| that cancel, each of at most eight roundings."""
+    """The gradient of the cosine is two terms 1 / |y| that cancel, with up to eight roundings each."""
     output, target = rows(300, 1, device=device)
     options = dict(DEFAULTS | TERMS[terms], reduction="sum", backend=backend)
     leaves = [each.clone().requires_grad_() for each in (output, target)]
@@ -136,7 +136,9 @@ def test_the_gradient_of_the_mean_survives_fp16(backend, device):
     output, target = rows(2048, 32, torch.float16, device)
     output.requires_grad_()
     loss = cosine_mse_loss(output, target, cosine_weight=0.0, mse_weight=1e-3, backend=backend)
-    (got,) = torch.autograd.grad(65536 * loss, output)  # as a loss scaler does; unscaled it would be 0
+    (got,) = torch.autograd.grad(
+        65536 * loss, output
+    )  # This is the work of a loss scaler; unscaled, it is 0.
     exact = 65536 * 1e-3 * 2 * (output.detach().double() - target.double()) / output.numel()
     # One rounding of normal fp16 numbers, half a step of subnormal ones.
     assert_close(got.double(), exact, rtol=2**-11 + 1e-6, atol=2**-25)
@@ -174,7 +176,7 @@ def test_a_kept_graph_gives_the_same_gradient_twice(backend, device):
         (first,) = torch.autograd.grad(loss, output, retain_graph=True)
         kept = first.clone()
         (second,) = torch.autograd.grad(loss, output, retain_graph=True)
-        second.mul_(0)  # a gradient is its caller's own
+        second.mul_(0)  # The caller may modify a gradient.
         (third,) = torch.autograd.grad(loss, output)
         assert torch.equal(first, kept)
         assert torch.equal(third, kept)
@@ -205,7 +207,7 @@ def test_zero_rows_are_defined(backend, device):
     output[2] = 2.0
     output.requires_grad_()
     loss = cosine_mse_loss(output, target, eps=1e-6, backend=backend)
-    # every row has one zero side, so cosine 0 and distance 1; the errors are 0, 1 and 4 per entry
+    # One side of every row is zero: the distance is 1. The squared errors are 0, 1 and 4 per entry.
     assert_close(loss, torch.tensor(1 + (0 + 1 + 4) / 3, dtype=torch.float64, device=device))
     loss.backward()
     assert torch.isfinite(output.grad).all()
@@ -367,7 +369,7 @@ def test_a_second_derivative_is_refused_not_dropped(backend, device):
 @pytest.mark.parametrize(("alpha", "largest"), [(0.1, 30), (0.55, 30), (1.0, 30), (2.0, 18)])
 def test_every_instruction_set_computes_the_power_term(native, alpha, largest):
     before = library.cpu_capability()
-    sign = torch.tensor([1.0, -1.0]).repeat(2050)[:4099]  # a tail of every vector length
+    sign = torch.tensor([1.0, -1.0]).repeat(2050)[:4099]  # The length leaves a rest for every vector length.
     output = (torch.logspace(-12, largest, 4099) * sign)[None]
     output[0, 7] = 0
     wide = output.double().requires_grad_()

@@ -1,4 +1,4 @@
-"""quantize_rows: the native kernel against its definition, on every instruction set."""
+"""quantize_rows: the native kernel against the definition, with every instruction set."""
 
 import pytest
 import torch

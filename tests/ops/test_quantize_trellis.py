@@ -1,4 +1,4 @@
-"""Codes of trellises: the kernel finds what the definition finds, and no path is nearer."""
+"""quantize_trellis: the kernel finds the codes of the definition, and no path has less error."""
 
 import pytest
 import torch
@@ -72,7 +72,7 @@ def test_levels_without_memory_make_it_round_to_the_nearest(bits, kernel) -> Non
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_no_change_of_codes_is_nearer(bits, kernel) -> None:
-    """Nor of two neighbours, anywhere in a group: that its ends meet costs nothing but in one row of many."""
+    """One or two adjacent codes are changed. The estimate of the boundary state may fail in one row."""
     values, weight = torch.randn(30, 32), torch.rand(32) + 0.1
     width, scale = torch.tensor([bits], dtype=torch.uint8), torch.ones(30, 1)
     given = (values, weight, width, trellis_levels(), scale)
@@ -120,7 +120,7 @@ def test_the_best_scale_is_taken(kernel) -> None:
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_a_scale_far_too_large_has_codes_as_well(bits, kernel) -> None:
-    """Whose path is nearest to nothing at all, so that it may well point the other way."""
+    """The best path is then the one nearest to zero, whose direction may be opposite to that of the row."""
     values = 20 * torch.randn(200, 32)
     width, scale = torch.tensor([bits], dtype=torch.uint8), torch.full((200, 1), 1e6)
     given = (values, None, width, trellis_levels(), scale)
