@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from triton.runtime import interpreter
 
 from embkern.ops import gather_decode
-from embkern.ops.packed_format import Tier
+from embkern.ops.packed_format import PackedTensors, Tier
 from embkern.triton import gather_decode as gd
 from embkern.triton.launch import Launch
 from embkern.triton.tiles import GroupTile, Tile
@@ -25,11 +25,11 @@ SCALE = 0.7
 def forward(p, ids=None, scale=SCALE, **tiles):
     """Run gather_decode_forward, with the given tiles if any."""
     ids = p.ids if ids is None else ids
-    arguments = (ids, *p.codes, p.scales, p.basis, p.offset)
+    packed = PackedTensors(*p.codes, p.scales, p.basis, p.offset)
     if not tiles:
-        return gd.gather_decode_forward(*arguments, p.H, scale)
+        return gd.gather_decode_forward(ids, *packed, p.H, scale)
     out = p.scales.new_empty(*ids.shape, p.H)
-    for launch in gd.forward_launches(*arguments, scale, out, **tiles):
+    for launch in gd.forward_launches(ids, packed, scale, out, **tiles):
         launch.run()
     return out
 
