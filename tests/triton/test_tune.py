@@ -1,4 +1,4 @@
-"""The tuner: what it can do without a device."""
+"""The tuner, as far as it runs without a device."""
 
 from __future__ import annotations
 
