@@ -8,15 +8,13 @@ import hashlib
 import json
 import logging
 import os
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from .._version import __version__
+from ..experiments.environment import environment_in_words
 from ..files import replacing
 from ..json_file import read_checked_json, to_checked_json
 
@@ -50,21 +48,6 @@ class Plan:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-@functools.cache
-def environment() -> dict[str, str]:
-    """Return what a figure may depend on besides its inputs."""
-    import transformers
-
-    threads = torch.get_num_threads()
-    return {
-        "embkern": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {threads} thread(s)",
-    }
-
-
 class Row(BaseModel):
     """One measurement: what it depends on, what came of it, and the command that repeats it."""
 
@@ -83,7 +66,7 @@ class Row(BaseModel):
     created: str = Field(
         default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     )
-    environment: dict[str, str] = Field(default_factory=environment)
+    environment: dict[str, str] = Field(default_factory=environment_in_words)
 
 
 class RowFiles:
