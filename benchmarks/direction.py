@@ -22,13 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from embkern.experiments.timing import interleaved
 from embkern.factors import Factors
 from embkern.methods import autoencoder, direction, svd
 from embkern.methods.svd import gram
 
-from .common import RESULTS, interleaved, peak_bytes, write_results
-from .cosine_mse import TERMS
-from .train import LR, TABLES, PlainLoop, Table, ids_of_steps, table_rows
+from .losses import TERMS
+from .machine import peak_bytes
+from .results_file import RESULTS, write_results
+from .training_check import ids_of_steps
+from .training_loops import LR, TABLES, PlainLoop, Table, table_rows
 
 RECIPE_EPOCHS, RECIPE_BATCH = 30, 32
 PLAIN_STEPS = 400

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .common import RESULTS
+from .results_file import RESULTS
 
 # Colour-blind safe (Okabe and Ito). Backends by name stay in the JSON: the pictures show what a user gets
 # without asking for one.

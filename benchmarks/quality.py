@@ -33,7 +33,8 @@ from embkern.frequencies import (
 )
 from embkern.methods import METHODS, rank_for_ratio
 
-from .common import RESULTS, table_line, write_results
+from .results_file import RESULTS, write_results
+from .runner import table_line
 from .shapes import SENTENCES
 from .text import docstrings
 
