@@ -1,8 +1,8 @@
 """English prose that any Debian or Python installation has, split into train, valid and test by document.
 
 Documents are the Python files of the standard library and of installed packages (docstrings and comments),
-the descriptions and licences of installed distributions, and where they exist /usr/share/doc and the manual
-pages. What is installed decides what they are; their order does not depend on the machine.
+the descriptions and licences of installed distributions, and /usr/share/doc and the manual pages where they
+exist. The set of documents depends on the installation, their order does not depend on the machine.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ FUNCTION_SHARE = 0.25  # of the words of a paragraph: code, tables and other lan
 LETTER_SHARE = 0.9  # of the characters, spaces and the marks of sentences included
 
 SHINGLE = 8  # words
-SEEN_SHARE = 0.3  # of a paragraph's shingles: the most that earlier paragraphs may have
-DOCUMENT_CHARS = 60_000  # of one document: no manual shall be most of the text
+SEEN_SHARE = 0.3  # the largest share of a paragraph's shingles that earlier paragraphs may contain
+DOCUMENT_CHARS = 60_000  # of one document, so that no manual dominates the text
 HELD_OUT_CHARS = 3_000  # of one held-out document, so that many are held out
 
 
 @dataclass
 class Document:
-    """The paragraphs of a file, and the kind of source that it is from."""
+    """The paragraphs of a file, and the kind of source it comes from."""
 
     source: str
     name: str
@@ -43,7 +43,7 @@ class Document:
 
 @dataclass
 class Splits:
-    """Texts of one paragraph each; neighbours are from one document, and no document is in two splits."""
+    """Texts of one paragraph each; those of a document are consecutive, and all in one split."""
 
     train: list[str] = field(default_factory=list)
     valid: list[str] = field(default_factory=list)
@@ -56,10 +56,10 @@ class Splits:
 
 
 def split(documents: Iterable[Document], *, held_out_chars: int, train_chars: int) -> Splits:
-    """Deal documents to test, valid and train, in the order of a hash of their names.
+    """Assign documents to test, valid and train, in the order of a hash of their names.
 
-    A paragraph is left out where an earlier one, of any split, has more than ``SEEN_SHARE`` of its runs of
-    ``SHINGLE`` words: what is held out has no near copy in what is trained on.
+    A paragraph is left out if more than ``SEEN_SHARE`` of its runs of ``SHINGLE`` words occur in earlier
+    paragraphs of any split, so that held-out text has no near copy in the train text.
 
     Args:
         documents: of distinct (source, name).
@@ -78,7 +78,7 @@ def split(documents: Iterable[Document], *, held_out_chars: int, train_chars: in
             if len(shingles & seen) > SEEN_SHARE * len(shingles):
                 continue
             seen |= shingles
-            if limit > 0:  # what is beyond the limit is not dealt to another split either
+            if limit > 0:  # paragraphs beyond the limit go to no other split
                 splits.named()[name].append(paragraph)
                 splits.sources[document.source] += len(paragraph)
                 room[name] -= len(paragraph)
@@ -117,7 +117,7 @@ def _sources() -> Iterator[tuple[str, Path, str, Reader]]:
     stdlib, packages = Path(paths["stdlib"]), Path(paths["purelib"])
     yield "standard library", stdlib, "**/*.py", _python
     yield "packages", packages, "**/*.py", _python
-    beside = stdlib / "site-packages"  # of a virtual environment's base: pip and what else is there
+    beside = stdlib / "site-packages"  # in the base of a virtual environment: pip and other packages
     if beside.is_dir() and not beside.samefile(packages):
         yield "base packages", beside, "**/*.py", _python
     for file in ("METADATA", "license*/**/*", "LICENSE*"):
@@ -175,7 +175,9 @@ def _manual(text: str) -> Iterator[str]:
             lines.append(line)
         elif re.fullmatch("[BIR]|SM|SB", macro[1]):
             lines.append(macro[2].replace('"', ""))
-        elif re.fullmatch("[BIR]{2}", macro[1]):  # arguments in fonts by turns, without space between them
+        elif re.fullmatch(
+            "[BIR]{2}", macro[1]
+        ):  # arguments in alternating fonts, without spaces between them
             words = re.findall(r'"([^"]*)"?|(\S+)', macro[2])
             lines.append("".join(quoted or bare for quoted, bare in words))
         elif line.strip() not in (".", "'"):

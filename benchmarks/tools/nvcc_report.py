@@ -1,4 +1,4 @@
-"""What nvcc makes of every CUDA kernel: registers, spills, stack, shared memory, instructions that matter.
+"""Report on every CUDA kernel as nvcc compiles it: registers, spills, stack, shared memory, instructions.
 
     python -m benchmarks.tools.nvcc_report [--arch sm_90 ...] [--json PATH]
 

@@ -1,8 +1,8 @@
 """Writes two small tasks in the formats of GLUE and SQuAD, made of docstrings, to fine-tune on offline.
 
-`sst2`: which of two packages a sentence is from, as sentence and label. `squad`: the question is a sentence
-with one word blanked, the context that sentence among its neighbours, the answer the word. They stand in for
-GLUE and SQuAD where no hub can be reached; nobody else's figures compare with theirs.
+`sst2` asks which of two packages a sentence comes from. In `squad` the question is a sentence with one word
+blanked, the context holds that sentence and those around it, and the answer is the word. The tasks replace
+GLUE and SQuAD without network access; their figures cannot be compared with published ones.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def sentences() -> list[dict[str, Any]]:
 
 
 def clozes() -> list[dict[str, Any]]:
-    """A blanked sentence to look up among its neighbours, per stretch of a docstring."""
+    """Yield a blanked sentence and its context for each group of sentences of a docstring."""
     draw = random.Random(0)
     records: list[dict[str, Any]] = []
     for name in PACKAGES:

@@ -1,10 +1,10 @@
 """Finds the levels of the trellises of packed tables, embkern/data/trellis_levels.txt, and their error.
 
-Codes of a standard normal variable by the best path, then every level the mean of what it stands for, and
-again (Lloyd's iteration, as for a quantiser without memory). It ends in a local optimum that depends on which
-state begins with which level: several random orders are tried and the best is kept. The squared error, of
-samples that no level was found from, stands beside that of Lloyd-Max levels of as many bits, and beside the
-least that any code of that rate can have, 4^-bits.
+Lloyd's iteration, as for a memoryless quantiser: samples of a standard normal variable are coded by the best
+path, then every level becomes the mean of the samples coded with it. The local optimum depends on the initial
+order of the levels among the states, so the best of several random orders is kept. The squared error on
+independent samples is printed beside that of Lloyd-Max levels at the same bits, and the lower bound of any
+code of that rate, 4^-bits.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ def main(arguments: list[str]) -> None:
         best = min(range(len(tried)), key=errors.__getitem__)
         found.append(tried[best])
         rivals = {"trellis": errors[best], "Lloyd-Max": distortion(bits), "bound": 4.0**-bits}
-        told = ", ".join(f"{name} {-10 * math.log10(error):.2f} dB" for name, error in rivals.items())
-        print(f"{bits} bits: error {errors[best]:.5f}, worst order {max(errors):.5f}; {told}", flush=True)
+        shown = ", ".join(f"{name} {-10 * math.log10(error):.2f} dB" for name, error in rivals.items())
+        print(f"{bits} bits: error {errors[best]:.5f}, worst order {max(errors):.5f}; {shown}", flush=True)
     lines = [" ".join(map(str, part)) for levels in found for part in levels.view(-1, 16).tolist()]
     options.output.write_text(HEADER + "\n".join(lines) + "\n")
     print("->", options.output)
 
 
 def _levels(bits: int, seed: int, steps: int) -> Tensor:
-    """Levels (128,) int16 from a random order."""
+    """Return levels (128,) int16, found from a random initial order."""
     generator = torch.Generator().manual_seed(seed)
     quantiles = (torch.arange(STATES, dtype=torch.float64) + 0.5) / STATES
     values = torch.special.ndtri(quantiles).float() * math.sqrt(1 - 4.0**-bits)

@@ -3,9 +3,9 @@
     python -m benchmarks tune_gather_project                                    # on a CUDA device
     python -m benchmarks tune_gather_project --compile-only --capability 90     # anywhere
 
-A candidate that is wrong (error over twice plain torch's) or does not fit the device is dropped before it is
-timed. The candidates of one shape class are timed in turn, by CUDA events over several batches of ids.
-Nothing here runs inside the package: the entries printed at the end go into `embkern/triton/tiles.py`.
+A candidate is dropped before it is timed if its error exceeds twice plain torch's or if it does not fit the
+device. The candidates of a shape class are timed in paired rounds, with CUDA events, over several batches.
+The package itself runs nothing of this: the entries printed at the end go into `embkern/triton/tiles.py`.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def problem(case: Case, device: str) -> dict[str, torch.Tensor]:
 
 
 def _compile(cases: list[Case], capability: int) -> int:
-    """Print what the compiler makes of every candidate, those that spill or do not fit marked as dropped."""
+    """Compile every candidate and print its report; those that spill or do not fit are marked as dropped."""
     import multiprocessing
     import os
     from concurrent.futures import ProcessPoolExecutor
@@ -246,7 +246,7 @@ def _call(these: list[Any]) -> Callable[[], None]:
 
 
 def _wrong(case: Case, tile: Any, tensors: dict[str, torch.Tensor], device: Any) -> str | None:
-    """Return why a candidate is dropped, or None: its error may be twice plain torch's in the same dtype."""
+    """Return why a candidate is dropped, or None; its error limit is twice plain torch's in its dtype."""
     from triton.runtime.errors import OutOfResources
 
     result = {"forward": "out", "project_grad": "rows", "grad_basis": "grad_basis"}[case.kernel]
@@ -279,7 +279,7 @@ def _row(case: Case, tile: Any, **more: Any) -> dict[str, Any]:
 
 
 def _entry(case: Case, tile: Any) -> str:
-    """Return the tile as the table has it: its BLOCK_R is what fits, whichever rank of the class comes."""
+    """Return the entry of the table: its BLOCK_R fits every rank of the class."""
     block_r = tile.BLOCK_R
     if case.kernel == "forward" and case.r <= tile.BLOCK_R + tile.BLOCK_TAIL:
         block_r = next(bound for bound in (128, 256, 512) if case.r <= bound)

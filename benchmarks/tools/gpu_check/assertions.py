@@ -1,6 +1,6 @@
-"""Stage 2: what a kernel must refuse is a device assertion, and never a silent read.
+"""Stage 2: invalid ids must raise a device assertion, never cause a silent read.
 
-An assertion takes the CUDA context with it, so each has a process of its own; they run at the same time.
+An assertion destroys the CUDA context, so every case has its own process; the processes run concurrently.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NATIVE_OUT_OF_RANGE = "expected 0 <= id < V"
 
 @dataclass(frozen=True)
 class Assertion:
-    """A call that must end in an assertion with this message."""
+    """A call that must raise an assertion with this message."""
 
     name: str
     op: str
@@ -94,7 +94,7 @@ ASSERTIONS = (
 
 
 def main(arguments: list[str]) -> int:
-    """Check every assertion; return 0 if all are made. With a name, make that one."""
+    """Check every assertion; return 0 if all are raised. With ``--make``, raise one."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tools.gpu_check.assertions", description=__doc__
     )
@@ -113,7 +113,7 @@ def main(arguments: list[str]) -> int:
 
 
 def make(name: str, rehearse: bool) -> int:
-    """Make one call in this process; it returns only if there was no assertion."""
+    """Run one call in this process; it returns only if there was no assertion."""
     from .stand_in import place_of, raise_assertions
 
     place = place_of(rehearse)
@@ -135,7 +135,7 @@ NOT_RUN = 7  # exit status
 def check(
     assertions: Sequence[Assertion], rehearse: bool = False, limit: float = LIMIT_SECONDS
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Make assertions at the same time; return what is wrong, and what could not be run, by name.
+    """Run the cases concurrently; return the failures and the reasons of cases not run, by name.
 
     An assertion on the device ends a process with the message of the kernel and torch's own.
     """

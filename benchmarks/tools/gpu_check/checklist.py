@@ -1,4 +1,4 @@
-"""The stages in their order, and what is said of them at the end."""
+"""The stages in their order, and the summary at the end."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from .table import merged, table
 
 RESULTS = ROOT / "benchmarks" / "results"
 SHOWN = 1500  # characters of the end of a stage that did not pass, below the table
-# The tests marked gpu, of modules that need no more than the kernels do, and those that need more.
+# Folders of tests marked gpu that need only what the kernels need, and those that need more.
 GPU_TESTS = ("tests/cuda", "tests/ops", "tests/triton")
 GPU_TESTS_OF_METHODS = ("tests/methods/test_graph.py",)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One line of the checklist: a command, the seconds it may take, and the stages that it needs.
+    """One line of the checklist: a command, its time limit, and the stages it needs.
 
-    ``share`` is of the time that is left when it starts; ``modules`` are those without which it is skipped.
+    ``share`` bounds its part of the time left at its start; it is skipped if one of ``modules`` is missing.
     """
 
     name: str
@@ -54,11 +54,11 @@ def checklist(options: argparse.Namespace) -> list[Stage]:
         return [python, "-u", "-m", f"benchmarks.tools.gpu_check.{name}", *arguments, *rehearse]
 
     def benchmark(name: str) -> list[str]:
-        options = ["--device", "cuda", "--quick", *limit]  # it ends by itself before its time is over
+        options = ["--device", "cuda", "--quick", *limit]  # it ends before its time limit
         return [python, "-u", "-m", "benchmarks", name, *options]
 
     carried = ["--extension", str(options.extension)] if options.extension else []
-    most = 180 if options.smoke else 115  # it ends sooner where compiling is quick
+    most = 180 if options.smoke else 115  # it ends sooner where compilation is fast
     smoke = ["--results", kernels, *limit]
     smoke += ["--only", options.only] if options.only else []
     stages = [
@@ -89,7 +89,7 @@ KERNELS, LOG = "kernels.jsonl", "gpu_check.log"
 
 
 def replace_seconds(stage: Stage, factor: float) -> Stage:
-    """Return a stage that may take so many times as long."""
+    """Return a stage whose time limit is ``factor`` times as long."""
     return Stage(**{**vars(stage), "seconds": stage.seconds * factor})
 
 
@@ -136,11 +136,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _stop(*_: object) -> None:
-    raise SystemExit("stopped")  # the stage's processes are ended and the table printed on the way out
+    raise SystemExit("stopped")  # the handlers on the way out end the processes and print the table
 
 
 class Run:
-    """What has been found so far; it is written after every stage."""
+    """The results so far, written after every stage."""
 
     def __init__(self, options: argparse.Namespace, command: str) -> None:
         self.options, self.command = options, command
@@ -149,7 +149,7 @@ class Run:
         self.variables = _variables(options.out, options.rehearse)
 
     def stage(self, stage: Stage) -> None:
-        """Run a stage unless what it needs is missing."""
+        """Run a stage, unless a stage or module it needs is missing."""
         passed = {result.name for result in self.results if result.status == PASSED}
         reasons = [f"{name} did not pass" for name in stage.needs if name not in passed]
         reasons += [f"{name} is not installed" for name in stage.modules if not _installed(name)]
@@ -162,15 +162,15 @@ class Run:
         self.write()
 
     def found(self) -> dict[str, Any]:
-        """What the device stage has found."""
+        """Return the record of the device stage."""
         return environment_of(self.options.out / KERNELS)
 
     def kernels(self) -> list[dict[str, Any]]:
-        """A row per kernel."""
+        """Return a row per kernel."""
         return merged(read_lines(self.options.out / KERNELS))
 
     def write(self) -> Path | None:
-        """Write what there is, under the device's name."""
+        """Write the results so far, to a file named after the device."""
         found = self.found()
         if not found:
             return None
@@ -188,7 +188,7 @@ class Run:
         return path
 
     def end(self) -> None:
-        """Print the table, a line per stage, and the ends of those that did not pass."""
+        """Print the table, a line per stage, and the last output of stages that did not pass."""
         path = self.write()
         if kernels := self.kernels():
             print("\n" + "\n".join(table(kernels, self.options.rehearse)))
@@ -198,7 +198,7 @@ class Run:
 
 
 def summary(results: list[Result]) -> None:
-    """Print one line per stage, then the ends of what did not pass."""
+    """Print one line per stage, then the last output of stages that did not pass."""
     print()
     for result in results:
         note = result.tail.replace("\n", "; ") if result.status == SKIPPED else ""
@@ -209,14 +209,14 @@ def summary(results: list[Result]) -> None:
 
 
 def _variables(out: Path, rehearse: bool) -> dict[str, str]:
-    """The stages' environment: deterministic cuBLAS, results in ``out``."""
+    """Return the environment variables of the stages: deterministic cuBLAS, results in ``out``."""
     variables = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONUNBUFFERED": "1", **os.environ}
     variables["EMBKERN_RESULTS"] = str(out.resolve())
     return variables | ({"TRITON_INTERPRET": "1"} if rehearse else {})
 
 
 def _workers() -> list[str]:
-    """Options of pytest: a process for every core but a few, each with its own CUDA context."""
+    """Return pytest's options for several processes, each with its own CUDA context."""
     if not _installed("xdist"):
         return []
     return ["-n", str(max(2, min(12, (os.cpu_count() or 1) - 2))), "--max-worker-restart", "40"]
@@ -227,12 +227,12 @@ def _installed(module: str) -> bool:
 
 
 def test_counts(results: list[Result]) -> dict[str, int]:
-    """What pytest counted in its last line: passed, failed, skipped, errors."""
+    """Return the counts in the last line of pytest: passed, failed, skipped, errors."""
     tails = [result.tail for result in results if result.name.endswith("tests")]
     lines = tails[0].strip().splitlines()[-1:] if tails else []
     return {what: int(count) for count, what in re.findall(r"(\d+) ([a-z]+)", " ".join(lines))}
 
 
 def file_name(device: str) -> str:
-    """A device's name as part of a file name: `NVIDIA H100 80GB HBM3` -> `nvidia_h100_80gb_hbm3`."""
+    """Return a device's name as part of a file name: `NVIDIA H100 80GB HBM3` -> `nvidia_h100_80gb_hbm3`."""
     return re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_")

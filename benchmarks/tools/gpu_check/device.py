@@ -1,4 +1,4 @@
-"""Stage 0: versions, the device, and the two ceilings that floors are made of: copies and products."""
+"""Stage 0: versions, the device, and its two ceilings: the rates of copies and of products."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGES = ("numpy", "pytest", "pytest-xdist", "pydantic", "safetensors", "trans
 
 
 def main(arguments: list[str]) -> int:
-    """Print what there is and write it to a file; return NO_DEVICE where torch sees no CUDA device."""
+    """Print and write the record of the device; return NO_DEVICE where torch sees none."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tools.gpu_check.device", description=__doc__)
     parser.add_argument("--results", type=Path, required=True, help="a line is appended")
     parser.add_argument("--rehearse", action="store_true")
@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
         print(f"{name:16} {value}", flush=True)
     kind = "cpu" if options.rehearse else "cuda"
     dtypes = ("fp32",) if options.rehearse else ("bf16", "fp32")
-    append(options.results, {"environment": found})  # now: what follows may take the device down
+    append(options.results, {"environment": found})  # now, because the measurements below may fail
     found["copy_gbps"] = round(copy_bandwidth(kind), 1)
     print(f"copy             {found['copy_gbps']:.0f} GB/s, read and written", flush=True)
     found["gflops"] = {}

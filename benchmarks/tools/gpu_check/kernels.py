@@ -26,7 +26,7 @@ from .problems import (
     scaled_gradient,
 )
 
-# Name -> (on a device, in a rehearsal). "few" is decoding, which has kernels of its own.
+# Name -> (on a device, in a rehearsal). "few" is decoding, which has its own kernels.
 LOOKUPS = {
     "aligned": (Shape(16384, 2048, 256, 128256), Shape(40, 64, 16, 64)),
     "odd": (Shape(4099, 769, 75, 50257), Shape(37, 45, 31, 53)),
@@ -59,7 +59,7 @@ class Kernel:
     make: Callable[..., Problem]
     shapes: Shapes
     options: dict[str, Any] = field(default_factory=dict)
-    device_only: bool = False  # what needs the tensors of a device, not just its kernels
+    device_only: bool = False  # it needs tensors on a device, not only its kernels
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What tells it from the others."""
+        """A name that no other case has."""
         return f"{self.kernel.backend} {self.kernel.name} {self.dtype} {self.shape_name}"
 
     def problem(self, place: Device, seed: int = 0) -> Problem:
@@ -83,7 +83,7 @@ class Case:
 
 
 def cases(place: Device) -> Iterator[Case]:
-    """Yield every case that a place can run, the kernels in the order of the table below."""
+    """Yield every case that a place can run, in the order of the table below."""
     for kernel in KERNELS:
         if kernel.device_only and place.rehearsal:
             continue

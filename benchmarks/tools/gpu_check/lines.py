@@ -1,4 +1,4 @@
-"""A file of JSON lines that several processes append to, and that is whole at every moment."""
+"""A file of JSON lines, to which several processes append and which is valid at any time."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def append(path: Path, line: dict[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines about kernels; one that is still being written is left out."""
+    """Return the lines about kernels; a line that is still being written is skipped."""
     return [line for line in _lines(path) if "case" in line]
 
 
 def environment_of(path: Path) -> dict[str, Any]:
-    """Return what the device stage has found, or nothing."""
+    """Return the record of the device stage, or an empty one."""
     found = [line["environment"] for line in _lines(path) if "environment" in line]
     return found[-1] if found else {}
 

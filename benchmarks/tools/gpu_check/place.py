@@ -1,4 +1,4 @@
-"""Where the kernels run: a CUDA device here, what stands in for one in `stand_in.py`."""
+"""The place where kernels run: a CUDA device; its replacement in a rehearsal is in `stand_in.py`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Device:
         return overload(name, backend)
 
     def synchronize(self) -> None:
-        """Wait for the kernels, and raise what went wrong in them."""
+        """Wait for the kernels, and raise their errors."""
         torch.cuda.synchronize()
 
     def lost(self) -> str | None:
@@ -46,15 +46,15 @@ class Device:
         return lost_context()
 
     def form(self, by_gram: bool) -> contextlib.AbstractContextManager:
-        """Choose the form of the autoencoder's loss where the shape does not."""
+        """Select the form of the autoencoder's loss where the shape does not select it."""
         return contextlib.nullcontext()
 
     def release(self) -> None:
-        """Give cached memory back to the other processes."""
+        """Free cached memory for the other processes."""
         torch.cuda.empty_cache()
 
     def replay(self, call: Call, change: Callable[[], None]) -> tuple[Tensor, ...]:
-        """Capture ``call`` in a graph, ``change`` its inputs, and return what a replay makes of them."""
+        """Capture ``call`` in a graph, ``change`` its inputs, and return the results of a replay."""
         call()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -66,7 +66,7 @@ class Device:
         return tuple(each.clone() for each in captured)
 
     def time(self, call: Call, samples: int = 5) -> tuple[list[float], str]:
-        """Return times of a call in microseconds, by events around replays of a graph where it has one."""
+        """Return times of a call in microseconds, by CUDA events, around replays of a graph if possible."""
         with side_stream("cuda"):
             sample, timer = cuda_sampler([call])
             return [sample() for _ in range(samples)], timer
@@ -74,7 +74,7 @@ class Device:
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """Ask torch for the same bits in every run, which the ops promise then."""
+    """Enable deterministic algorithms, under which the ops give the same bits in every run."""
     settings: Any = torch.utils.deterministic
     before = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -88,7 +88,7 @@ def deterministic() -> Iterator[None]:
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Within `deterministic`: fill fresh tensors with NaN, so that an element that no kernel wrote shows."""
+    """Within `deterministic`: fill new tensors with NaN, so that unwritten elements are detected."""
     settings: Any = torch.utils.deterministic
     settings.fill_uninitialized_memory = True
     try:

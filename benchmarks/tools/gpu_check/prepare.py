@@ -1,10 +1,10 @@
-"""What can be done before an H100 or H200 is there, on a machine with nvcc and a CUDA build of torch.
+"""The preparation for an H100 or H200, on a machine with nvcc and a CUDA build of torch.
 
     python -m benchmarks.tools.gpu_check.prepare [--no-extension] [--no-kernels] [--only NAME]
 
-Builds the extension for sm_90 into build/gpu, where `gpu_check` finds it (the ABI is stable: torch here may
-be older than torch there), and compiles every Triton kernel of stage 1 at its shapes with the Triton that is
-installed. Failures and spilled registers are printed, and make the exit status 1.
+Builds the extension for sm_90 into build/gpu, where `gpu_check` finds it (the ABI is stable, so torch may be
+older here than on the device's machine), and compiles every Triton kernel of stage 1 at its shapes with the
+installed Triton. Failures and spilled registers are printed and make the exit status 1.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def build_extension() -> bool:
     variables = os.environ | {
         "EMBKERN_NATIVE": "1",
         "TORCH_CUDA_ARCH_LIST": f"{CAPABILITY // 10}.{CAPABILITY % 10}",
-        "LDFLAGS": "-Wl,--strip-debug",  # it has to travel
+        "LDFLAGS": "-Wl,--strip-debug",  # smaller to copy
     }
     folders = ["--build-temp", str(BUILD / "temp"), "--build-lib", str(BUILD)]
     command = [sys.executable, "setup.py", "-q", "build_ext", *folders]
@@ -72,7 +72,7 @@ def compile_kernels(only: str = "") -> bool:
     start = time.monotonic()
     names = [case.name for case in _cases() if only in case.name]
     print(f"{len(names)} cases, Triton {triton.__version__}, compute capability {CAPABILITY}", flush=True)
-    context = multiprocessing.get_context("spawn")  # torch has threads
+    context = multiprocessing.get_context("spawn")  # a fork would copy the state of torch's threads
     seen: dict[str, bool] = {}
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=context) as pool:
         for made in pool.map(_compile, names):
@@ -113,7 +113,7 @@ def recorded_launches(case: Case, place: Device | None = None) -> list[Launch]:
 
 @contextlib.contextmanager
 def _set(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Set an attribute for a while."""
+    """Set an attribute within a block."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:

@@ -25,7 +25,7 @@ from .place import Call, Device
 SCALE, PADDING = 0.7, 0
 TWO_TERMS, ROOT_TERMS = (1.0, 1.0, 0.0, 0.0), (0.2, 0.5, 0.3, 0.0)
 ALL_TERMS, ALPHA, EPS = (0.2, 0.5, 0.3, 0.4), 0.7, 1e-8
-# What an error may be beside twice plain torch's: a scalar may be right by chance, and 1 - cos cancels.
+# Added to twice plain torch's error: a scalar may be exact by chance, and 1 - cos cancels.
 TINY, TINY_LOSS = 1e-7, 1e-6
 # Sums of fp16 squares lose bits that a Gram matrix in bf16's range does not: fp16 is never taken for one on a
 # device, and only stands for bf16 in a rehearsal.
@@ -56,10 +56,10 @@ class Problem:
     least_bytes: float
     least_flops: float = 0.0
     tiny: float = TINY
-    timed: Call | None = None  # where the call has to make a copy first
+    timed: Call | None = None  # in place of the call, where that makes a copy first
 
     def change(self, other: Problem) -> None:
-        """Take the inputs of another problem of the same shapes."""
+        """Copy the inputs of another problem of the same shapes."""
         for mine, theirs in zip(self.changing, other.changing, strict=True):
             mine.copy_(theirs)
 
@@ -116,7 +116,7 @@ def lookup(
         backward = place.op("gather_project_backward", backend)
         needs = (True, True, True, sparse)
         code_ids, grad_codes, *rest = backward(upstream, ids, codes, basis, SCALE, PADDING, *needs)
-        if sparse:  # a row per position: the rows of wrong ids vanish, without a look at them by the host
+        if sparse:  # a row per position; rows of wrong ids are zeroed without a synchronisation
             grad_codes = grad_codes * (code_ids == ids)[:, None]
         return grad_codes, *rest
 

@@ -1,4 +1,4 @@
-"""Stages as processes: a time limit, one log that everything is appended to, no process left behind."""
+"""Stages as processes: each has a time limit, appends to one log, and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LIMIT = "LIMIT"  # in a command: the seconds after which it should end by itself
 
 @dataclass
 class Result:
-    """What happened in one stage; ``tail`` is the end of its output."""
+    """The result of a stage; ``tail`` is the end of its output."""
 
     name: str
     command: list[str]
@@ -62,7 +62,7 @@ def run_stage(name: str, command: list[str], limit: float, variables: dict[str, 
 
 
 def end_of(log: Path, begin: int) -> str:
-    """Return at most TAIL characters of what a log has after the byte ``begin``."""
+    """Return at most the last TAIL characters of a log after the byte ``begin``."""
     with log.open("rb") as file:
         file.seek(0, os.SEEK_END)
         file.seek(max(begin, file.tell() - TAIL))
@@ -70,7 +70,7 @@ def end_of(log: Path, begin: int) -> str:
 
 
 def end_group(process: subprocess.Popen, patience: float | None = None) -> None:
-    """End what is left of a process group; an interrupt first, so that pytest can say where it was."""
+    """End a process group, first by an interrupt, so that pytest can print where it was."""
     for which in (signal.SIGINT, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, which)

@@ -1,11 +1,11 @@
-"""Stage 1: every kernel at every shape and dtype, spread over processes; one that breaks takes none with it.
+"""Stage 1: every kernel at every shape and dtype, in several processes, so that one failure stops no other.
 
 A kernel is right if its error against float64 is at most twice plain torch's (or one rounding of the result),
-a second call gives the same bits, and a CUDA graph replayed on other inputs gives what a call gives. When all
-of a process's kernels are judged it waits until it is alone on the device and times those that are right, one
-after the other: inputs are the same in every call, so what fits in the L2 cache comes from there.
+a second call gives the same bits, and a CUDA graph replayed on other inputs gives the result of a call. After
+the checks of its kernels, a process waits until it is alone on the device and times the right ones. Every
+call has the same inputs, so that those that fit in the L2 cache are read from there.
 
-An error that CUDA keeps ends the process. What it had left goes to a new one, as after a crash or a hang.
+An error that CUDA keeps ends the process, as do crashes and hangs; a new process takes its remaining kernels.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from .lines import append, environment_of, read_lines
 from .processes import ROOT
 
 PROCESSES = 8
-CASE_SECONDS = 45.0  # for one kernel, its compilation included; a process that is slower hangs
+CASE_SECONDS = 45.0  # for one kernel with its compilation; a slower process is taken to hang
 SLOWER = 12  # times as long in a rehearsal, on few cores
-TIMING_SECONDS = 15.0  # at the end of the stage, for which a process no longer waits to be alone
+TIMING_SECONDS = 15.0  # at the end of the stage, in which no process waits to be alone
 LOST = 9  # exit status of a process whose CUDA context is lost
 RIGHT, WRONG, NOT_RUN = "right", "wrong", "not run"
 
@@ -95,7 +95,7 @@ def _command(options: argparse.Namespace) -> list[str]:
 
 @dataclass
 class _Share:
-    """The cases of one process, and of those that follow it when it breaks."""
+    """The cases of one process and of its successors after a failure."""
 
     names: list[str]
     process: subprocess.Popen | None = None
@@ -103,7 +103,7 @@ class _Share:
     since: float = field(default_factory=time.monotonic)
 
     def start(self, options: argparse.Namespace, deadline: float) -> None:
-        """Start a process for the names that are left."""
+        """Start a process for the remaining names."""
         command = [*_command(options), "--deadline", str(deadline), "--worker", *self.names]
         self.process = subprocess.Popen(command, cwd=ROOT)
         self.since = time.monotonic()
@@ -111,10 +111,10 @@ class _Share:
     def look(
         self, read: Callable[[], list[dict[str, Any]]], options: argparse.Namespace, deadline: float
     ) -> dict[str, Any] | None:
-        """See how the process does; return a line about the case that it broke on, if it did."""
+        """Poll the process; return a line about the case in which it failed, if it did."""
         if self.process is None:
             return None
-        status = self.process.poll()  # before its lines are read: what has ended writes no more
+        status = self.process.poll()  # before its lines are read: an ended process writes no more
         judged = {line["case"] for line in read() if "status" in line}
         left = [name for name in self.names if name not in judged]
         if len(self.names) - len(left) != self.judged:
@@ -172,13 +172,13 @@ def _worker(options: argparse.Namespace) -> int:
 
 
 def _end(why: str) -> NoReturn:
-    """End at once: what tears down a lost context may end the process in ways of its own."""
+    """Exit immediately: the destructors of a lost context may crash."""
     print(why, flush=True)
     os._exit(LOST)
 
 
 def judged_line(case: Any, place: Any) -> tuple[dict[str, Any], str | None]:
-    """Return the line of one case, and why the process can go no further, if so."""
+    """Return the line of one case, and why the process cannot continue, if so."""
     start = time.monotonic()
     line = {"case": case.name, "shape": str(case.shape), "status": RIGHT}
     lost = None
@@ -189,7 +189,7 @@ def judged_line(case: Any, place: Any) -> tuple[dict[str, Any], str | None]:
     try:
         with deterministic():
             faults = judge(case, place, line)
-    except Exception as error:  # whatever a kernel does, the others are judged too
+    except Exception as error:  # a failing kernel does not stop the checks of the others
         from ...machine import first_line
 
         faults, lost = [first_line(error)], place.lost()
@@ -201,7 +201,7 @@ def judged_line(case: Any, place: Any) -> tuple[dict[str, Any], str | None]:
 
 
 def judge(case: Any, place: Any, line: dict[str, Any]) -> list[str]:
-    """Return what is wrong with a kernel; ``line`` takes the figures."""
+    """Return the faults of a kernel; the figures are added to ``line``."""
     import torch
 
     from ...runner import DTYPES, relative_error
@@ -220,7 +220,7 @@ def judge(case: Any, place: Any, line: dict[str, Any]) -> list[str]:
             faults.append(f"result {index}: {got.dtype} {tuple(got.shape)} in place of {tuple(exact.shape)}")
         elif exact.numel():
             error, theirs = relative_error(got, exact), relative_error(native, exact)
-            rounding = torch.finfo(got.dtype).eps / 2  # of few values plain torch may have less by luck
+            rounding = torch.finfo(got.dtype).eps / 2  # on few values plain torch may be more exact by chance
             allowed = max(2 * theirs, rounding) + problem.tiny
             worst = max(worst, error / allowed)
             if not error <= allowed:
@@ -264,30 +264,30 @@ def timed_line(
             product = products.get(case.dtype) or products["fp32"]
             floor = max(problem.least_bytes / ceilings["copy_gbps"], problem.least_flops / product) / 1e3
             line.update(floor=round(floor, 3), ratio=round(figures["median"] / floor, 2))
-    except Exception as error:  # a time that cannot be had spoils no other
+    except Exception as error:  # a failed timing does not affect the others
         return {**line, "untimed": first_line(error)}, place.lost()
     place.release()
     return line, None
 
 
 class Turn:
-    """The lock of the results file: processes that judge share it, one that times has it alone."""
+    """The lock of the results file: shared by processes that check, exclusive to one that times."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def __enter__(self) -> Turn:
-        """Judge beside others."""
+        """Acquire the shared lock."""
         self.file = self.path.open("a")
         fcntl.flock(self.file, fcntl.LOCK_SH)
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let others have it."""
+        """Release the lock."""
         self.file.close()
 
     def alone(self, deadline: float) -> bool:
-        """Wait until no other process judges or times; return False if that is not so in time."""
+        """Acquire the exclusive lock; return False if that fails before the deadline."""
         fcntl.flock(self.file, fcntl.LOCK_UN)
         while True:
             try:

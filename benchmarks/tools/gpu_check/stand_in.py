@@ -1,7 +1,7 @@
-"""A rehearsal's place: Triton's interpreter and the CUDA emulator of tests/cuda, on CPU tensors.
+"""The place of a rehearsal: Triton's interpreter and the CUDA emulator of tests/cuda, on CPU tensors.
 
-What is rehearsed is the checklist itself, and the numbers of the kernels. The interpreter does not round bf16
-as a device does, so fp16 takes its place in Triton's kernels; the emulator runs the C++ kernels in bf16.
+A rehearsal tests the checklist and the numerical results of the kernels. The interpreter does not round bf16
+as a device does, so that fp16 replaces it in Triton's kernels; the emulator runs the C++ kernels in bf16.
 There are no CUDA graphs: a second call takes the place of a replay. Times are the interpreter's.
 """
 
@@ -35,7 +35,7 @@ def interpreter_fails() -> str | None:
     if triton is None:
         return "triton is not installed"
     if _release(triton) <= (3, 6) and _release(numpy or "0.0") >= (2, 4):
-        # It takes `int` of an array with one element, which that NumPy refuses.
+        # The interpreter calls `int` on an array of one element, which NumPy 2.4 refuses.
         return (
             f"the interpreter of Triton {triton} does not run with NumPy {numpy}; with one below 2.4 it does"
         )
@@ -79,15 +79,15 @@ class StandIn(Device):
         return emulated[name]
 
     def synchronize(self) -> None:
-        """Nothing is asynchronous."""
+        """Do nothing: no call is asynchronous."""
 
     def lost(self) -> str | None:
-        """Nothing can be lost."""
+        """Return None: there is no context to lose."""
         return None
 
     @contextlib.contextmanager
     def form(self, by_gram: bool) -> Iterator[None]:
-        """Take one form of the autoencoder's loss whatever the shape, and the rows in several blocks."""
+        """Use one form of the autoencoder's loss for any shape, with the rows in several blocks."""
         from embkern.triton import autoencoder
 
         before = autoencoder._gram_pays, autoencoder._Y_BYTES
@@ -98,7 +98,7 @@ class StandIn(Device):
             autoencoder._gram_pays, autoencoder._Y_BYTES = before
 
     def release(self) -> None:
-        """Nothing is cached."""
+        """Do nothing: no memory is cached."""
 
     def replay(self, call: Call, change: Callable[[], None]) -> tuple[Tensor, ...]:
         """Call a second time, with other inputs."""
@@ -107,7 +107,7 @@ class StandIn(Device):
         return call()
 
     def time(self, call: Call, samples: int = 2) -> tuple[list[float], str]:
-        """Return times of a call in microseconds: of the interpreter, they say nothing of a device."""
+        """Return times of a call in microseconds, of the interpreter and not of a device."""
         times = []
         for _ in range(samples):
             start = time.perf_counter()
@@ -117,7 +117,7 @@ class StandIn(Device):
 
 
 def raise_assertions() -> None:
-    """Let the interpreter make the kernels' assertions, which it skips unless told otherwise."""
+    """Enable the kernels' assertions in the interpreter, which skips them by default."""
     from triton.runtime import interpreter
 
     options = interpreter.InterpreterOptions(debug=True, sanitize_overflow=False)

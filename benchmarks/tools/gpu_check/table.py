@@ -1,4 +1,4 @@
-"""The table a person wants: kernel, right or not, time, floor, ratio."""
+"""The printed table: kernel, verdict, time, floor, ratio."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def merged(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]], rehearsal: bool = False) -> list[str]:
-    """Return the lines of the table; what is not right comes first."""
+    """Return the lines of the table; wrong kernels come first."""
     order = {"wrong": 0, "not run": 1, "right": 2}
     rows = sorted(rows, key=lambda row: (order[row.get("status", "not run")], row["case"]))
     lines = [f"{'kernel':48}{'shape':27}{'':8}{'us':>10}{'floor':>9}{'ratio':>7}"]
