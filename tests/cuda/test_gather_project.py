@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.gpu_check.assertions import ASSERTIONS, check
+from benchmarks.tools.gpu_check.assertions import ASSERTIONS, check
 from embkern.ops import gather_project
 from embkern.ops.backends import unavailable
 from tests.conftest import assert_no_worse_than

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from benchmarks.nvcc_report import ARCHITECTURES, Kernel, find_cuobjdump, find_nvcc, report
+from benchmarks.tools.nvcc_report import ARCHITECTURES, Kernel, find_cuobjdump, find_nvcc, report
 
 pytestmark = [
     pytest.mark.slow,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from benchmarks.gpu_check.assertions import ASSERTIONS, check
+from benchmarks.tools.gpu_check.assertions import ASSERTIONS, check
 from embkern.ops import reference
 from embkern.ops.reference import MEAN, NONE, SUM
 from embkern.triton import cosine_mse as cm

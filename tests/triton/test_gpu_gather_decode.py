@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from benchmarks.gpu_check.assertions import ASSERTIONS, check
+from benchmarks.tools.gpu_check.assertions import ASSERTIONS, check
 from embkern.triton import gather_decode as gd
 from tests.conftest import assert_no_worse_than
 from tests.ops.conftest import assert_rounded_once

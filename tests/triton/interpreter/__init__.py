@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.gpu_check.stand_in import interpreter_fails
+from benchmarks.tools.gpu_check.stand_in import interpreter_fails
 
 if reason := interpreter_fails():
     pytest.skip(reason, allow_module_level=True)
