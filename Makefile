@@ -8,7 +8,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
 SOURCES := pyproject.toml setup.py constraints.txt embkern/_version.py
-NATIVE  := setup.py $(wildcard csrc/*.* csrc/*/*.*)
+NATIVE  := setup.py $(shell find csrc -type f)
 CPP     := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help setup demo test test-slow test-interpreter test-all lint format sanitized sanitize fuzz docs bench sdist clean

@@ -49,7 +49,7 @@ def extension() -> dict:
                 without_native(f"building the extension failed: {error}")
                 self.extensions: list = []
 
-    sources = [Path("csrc/registration.cpp"), *sorted(Path("csrc/cpu").glob("*.cpp"))]
+    sources = [Path("csrc/registration.cpp"), *sorted(Path("csrc/cpu").rglob("*.cpp"))]
     cuda_sources = sorted(Path("csrc/cuda").glob("*.cu"))
     built_with = torch.version.cuda
     use_cuda = False

@@ -1,12 +1,11 @@
 """The direction solver beside one Gram matrix with its eigenvectors, SVD, PCA and the authors' recipe.
 
-Time: whole solves in turn, round after round, against the least that any method of this kind needs, X^T X and
-its eigenvectors: in fp64, as SVD has it here, and with the product in fp32. The recipe in plain torch (two
-nn.Linear, fused Adam) is timed over some hundred steps and multiplied; embkern's own trainer runs it whole.
+Whole solves are timed in paired rounds, beside the least work of any method of this kind: X^T X and its
+eigenvectors, in fp64 as in SVD here, and with the product in fp32. The recipe in plain torch (two nn.Linear,
+fused Adam) is extrapolated from some hundred steps; embkern's trainer runs the whole recipe.
 
-Quality: 1 - cos is the mean over rows, read from the factors as they are stored; objective, gap and steps are
-the solver's own. ``weighted`` rows weigh as the ids of a vocabulary in order of frequency, (1 / id)^0.75, and
-their mean is weighted alike.
+1 - cos is the mean over rows of the stored factors; objective, gap and steps are reported by the solver.
+``weighted`` gives rows the weights (1 / id)^0.75, as for ids in order of frequency, also in their mean.
 """
 
 from __future__ import annotations
@@ -22,13 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from embkern.experiments.timing import interleaved
 from embkern.methods import autoencoder, direction, svd
 from embkern.methods.svd import gram
 from embkern.tables.factors import Factors
 
-from .common import RESULTS, interleaved, peak_bytes, write_results
-from .cosine_mse import TERMS
-from .train import LR, TABLES, PlainLoop, Table, ids_of_steps, table_rows
+from .losses import TERMS
+from .machine import peak_bytes
+from .results_file import RESULTS, write_results
+from .training_check import ids_of_steps
+from .training_loops import LR, TABLES, PlainLoop, Table, table_rows
 
 RECIPE_EPOCHS, RECIPE_BATCH = 30, 32
 PLAIN_STEPS = 400
@@ -59,7 +61,7 @@ def main(arguments: list[str]) -> None:
 
 
 def compare(X: Tensor, rank: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of the results of one table and rank."""
+    """Return the rows of one table and rank."""
     frequency = torch.arange(1, len(X) + 1, dtype=torch.float64).reciprocal()
     weight = frequency.pow(0.75) / frequency.pow(0.75).sum()
     methods: dict[str, Callable[[], Any]] = {
@@ -97,7 +99,7 @@ def compare(X: Tensor, rank: int, options: argparse.Namespace) -> list[dict[str,
 
 
 def recipe(X: Tensor, rank: int, epochs: int, weight: Tensor) -> list[dict[str, Any]]:
-    """The authors' recipe: embkern's trainer to the end, and the plain loop by the step."""
+    """Return rows of the authors' recipe: embkern's whole run, and the plain loop by its seconds per step."""
     start = time.perf_counter()
     factors = autoencoder(X, rank, epochs=epochs, progress=False)
     trained = {"method": "recipe, embkern", "epochs": epochs, "seconds": time.perf_counter() - start}
@@ -115,19 +117,19 @@ def recipe(X: Tensor, rank: int, epochs: int, weight: Tensor) -> list[dict[str, 
 
 
 def quantile_seconds(times: dict[str, float]) -> dict[str, float]:
-    """The 20th and 80th percentile, in seconds."""
+    """Return the 20th and 80th percentiles in seconds."""
     return {name: round(times[name] / 1e6, 4) for name in ("p20", "p80")}
 
 
 @torch.no_grad()
 def quality(X: Tensor, factors: Factors, weight: Tensor) -> dict[str, Any]:
-    """Mean and weighted mean of 1 - cos, RMSE, and what the solver says."""
+    """Return mean and weighted mean of 1 - cos, the RMSE, and the facts of the solver."""
     errors, squares = [], 0.0
     for x, y in zip(X.split(4096), factors.to_dense().split(4096), strict=True):
         errors.append(1 - F.cosine_similarity(x.double(), y.double(), dim=1))
         squares += float((x.double() - y.double()).square().sum())
     error = torch.cat(errors)
-    solved = factors.facts if "gap" in factors.facts else {}  # the autoencoder's are of its last measurement
+    solved = factors.facts if "gap" in factors.facts else {}  # the autoencoder's facts have no gap
     return {
         "direction_error": round(float(error.mean()), 7),
         "weighted_direction_error": round(float(error @ weight.to(error.device)), 7),
@@ -138,7 +140,7 @@ def quality(X: Tensor, factors: Factors, weight: Tensor) -> dict[str, Any]:
 
 
 def line(row: dict[str, Any]) -> str:
-    """What is printed of a row."""
+    """Return the printed line of a row."""
     text = f"{row['method']:28}{row['seconds']:>10.3f} s"
     if "recipe_over_this" in row:
         text += f"{row['recipe_over_this']:>9.0f} x"

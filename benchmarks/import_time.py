@@ -6,7 +6,9 @@ import argparse
 import subprocess
 import sys
 
-from .common import interleaved, write_results
+from embkern.experiments.timing import interleaved
+
+from .results_file import write_results
 
 STATEMENTS = [
     "pass",

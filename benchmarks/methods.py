@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from embkern.fidelity import compare_tables
 from embkern.methods import METHODS
 
-from .common import write_results
+from .results_file import write_results
 
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("SVD", "svd", {}),

@@ -1,4 +1,4 @@
-"""Packed tables of random codes, made without a method: a lookup takes as long whatever the values are."""
+"""Packed tables of random codes: the time of a lookup does not depend on the values."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a user could run instead of ``gather_project``, and embkern's own backends, as one registry.
+"""The providers of ``gather_project``: what users could run instead, and embkern's own backends.
 
 A provider is built once per `Problem` (a table and its factors) and then called with many batches of ids.
-`Provider.reason` says why it cannot run here; nothing is skipped in silence.
+`Provider.reason` returns why it cannot run here, and every such reason is reported.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ MODES = (FORWARD, BACKWARD, BOTH)
 
 @dataclass
 class Problem:
-    """One random table in factors: codes (V, r), basis (r, H), offset (H,); and a dense one (V, H) for peers.
+    """A random table in factors: codes (V, r), basis (r, H), offset (H,); and a dense one (V, H) for peers.
 
-    The dense table is not the factors' product, which would take longer to make than to measure.
+    The dense table is not the product of the factors, which takes longer to compute than a measurement.
     """
 
     model: Model
@@ -57,7 +57,7 @@ class Problem:
 
     @functools.cached_property
     def table(self) -> Tensor:
-        """A dense table in the problem's dtype: random rows, repeated every 4093 (they take long to draw)."""
+        """A dense table in the problem's dtype: 4093 random rows, repeated, as drawing all takes long."""
         generator = torch.Generator(self.device).manual_seed(self.seed)
         rows = torch.randn(4093, self.model.H, generator=generator, device=self.device).to(self.dtype)
         return rows.repeat(-(-self.model.V // 4093), 1)[: self.model.V].contiguous()
@@ -74,9 +74,9 @@ class Lookup:
 
     Attributes:
         call: ids (N,) -> rows (N, H).
-        nbytes: of what it keeps at rest.
-        leaves: what gradients flow to; empty if it cannot be trained.
-        own_rows: a dense peer's own rows in float64, which it is checked against; None for factorised ones.
+        nbytes: size of the stored table.
+        leaves: the tensors that receive gradients; empty if it cannot be trained.
+        own_rows: returns a dense peer's rows in float64, for its check; None for factorised tables.
         tolerance: relative error allowed against ``own_rows``.
     """
 
@@ -93,10 +93,10 @@ def _always(device: str, dtype: torch.dtype) -> None:
 
 @dataclass(frozen=True)
 class Provider:
-    """How to build one competitor, when it can run, what it is compared with, and what it has to move.
+    """How to build one competitor, when it can run, its baselines, and the memory traffic it needs.
 
-    ``dense``: it keeps rows of width H, quantised or not. ``sparse``: its gradient of the codes holds rows of
-    the given ids only. ``allowed_factor``: its error may be so many times that of two steps in plain torch.
+    ``dense``: it stores rows of width H, quantised or not. ``sparse``: its gradient of the codes holds rows
+    of the given ids only. ``allowed_factor``: its largest error, relative to two steps in plain torch.
     """
 
     build: Callable[[Problem], Lookup]
@@ -109,7 +109,7 @@ class Provider:
 
 
 def two_step(ids: Tensor, codes: Tensor, basis: Tensor, offset: Tensor) -> Tensor:
-    """What one writes without a kernel: the formula that ``gather_project`` replaces."""
+    """Return ``gather_project`` in plain torch, without a kernel."""
     return F.embedding(ids, codes) @ basis + offset
 
 
@@ -130,8 +130,8 @@ def _dense(problem: Problem, function: Callable[[Tensor, Tensor], Tensor] = F.em
 
 @functools.cache
 def _compiled() -> Any:
-    # One graph per N, as a server with fixed shapes compiles it: as fast as the symbolic graph (within 3 %
-    # for N = 1 to 4096) and no slower to call. Beyond the limit dynamo would run eager code in silence.
+    # One graph per N, as in a server with fixed shapes: as fast as the symbolic graph (within 3 % for N = 1
+    # to 4096) and no slower to call. Beyond the limit dynamo runs eager code without a message.
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(two_step, dynamic=False, fullgraph=True)
 
@@ -153,7 +153,7 @@ def _two_step_sparse(problem: Problem) -> Lookup:
 
 
 def _buffers(problem: Problem, width: int) -> Callable[[int], Tensor]:
-    """Buffers (N, width) by N, allocated at first use and kept, as a server would."""
+    """Return a function from N to a buffer (N, width), allocated at first use and kept, as in a server."""
     return functools.cache(
         lambda count: torch.empty(count, width, dtype=problem.dtype, device=problem.device)
     )
@@ -196,7 +196,7 @@ def _only_cpu_fp32(device: str, dtype: torch.dtype) -> str | None:
 
 
 def _quantized(problem: Problem, dtype: torch.dtype) -> Lookup:
-    """One scale and zero point per row, by torch's own observer."""
+    """Quantise every row with its own scale and zero point, by torch's observer."""
     import torch.ao.nn.quantized as nnq
     from torch.ao.quantization import (
         float_qparams_weight_only_qconfig,
@@ -235,7 +235,7 @@ def _no_fbgemm(device: str, dtype: torch.dtype) -> str | None:
 
 
 def _fbgemm(problem: Problem, bits: int) -> Lookup:
-    """The inference table-batched embedding without pooling; scale and bias of a row in fp16."""
+    """Build the table-batched embedding for inference, without pooling; rows have scale and bias in fp16."""
     from fbgemm_gpu.split_embedding_configs import SparseType
     from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
     from fbgemm_gpu.split_table_batched_embeddings_ops_inference import (
@@ -296,7 +296,7 @@ PROVIDERS: dict[str, Provider] = {
     "fbgemm-int8": Provider(lambda p: _fbgemm(p, 8), _no_fbgemm, (FORWARD,), dense=True),
     "fbgemm-int4": Provider(lambda p: _fbgemm(p, 4), _no_fbgemm, (FORWARD,), dense=True),
     "two-step": Provider(lambda p: _of_factors(p, two_step)),
-    # A rival is not left out for an inexact sum: inductor's offset gradient has 5 to 9 times eager's.
+    # A rival may sum less exactly: the error of inductor's offset gradient is 5 to 9 times eager's.
     "two-step-compiled": Provider(lambda p: _of_factors(p, _compiled()), no_compiler, allowed_factor=20.0),
     "two-step-out": Provider(_two_step_out, modes=(FORWARD,)),
     "two-step-sparse": Provider(_two_step_sparse, modes=(BACKWARD, BOTH), sparse=True),

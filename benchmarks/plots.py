@@ -10,10 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .common import RESULTS
+from .results_file import RESULTS
 
-# Colour-blind safe (Okabe and Ito). Backends by name stay in the JSON: the pictures show what a user gets
-# without asking for one.
+# Colour-blind safe (Okabe and Ito). Named backends are only in the JSON: the pictures show the default.
 STYLES: dict[str, tuple[str, str, str]] = {
     "dense": ("#000000", "-", "s"),
     "liger": ("#000000", ":", "s"),
@@ -30,7 +29,7 @@ STYLES: dict[str, tuple[str, str, str]] = {
     "embkern-sparse": ("#009E73", "--", "D"),
 }
 
-# The loops of `train`, engines by name left out.
+# The loops of `train`, without named engines.
 TRAINING = {
     "plain": "#0072B2",
     "plain-compiled": "#56B4E9",
@@ -41,7 +40,7 @@ TRAINING = {
 
 
 def main(arguments: list[str]) -> None:
-    """Draw what the results files have, or those in benchmarks/results."""
+    """Draw the given results files, or those in benchmarks/results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks plots", description=__doc__)
     parser.add_argument(
         "files", nargs="*", type=Path, help="JSON files; default: gather_project_* and train_*"

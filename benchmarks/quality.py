@@ -1,14 +1,14 @@
 """Rate against distortion: every method from 4x to 64x on the token embeddings of all-MiniLM-L6-v2.
 
 A ratio is bytes of the fp32 table over bytes of everything that replaces it. Direction error is 1 - cos(row,
-reconstruction), as a mean over rows and over tokens as they are read. Fidelity is what is felt: the Spearman
-correlation of pairwise sentence similarities before and after, on sentences of the kind that the counts are
-of (held out) and of another kind.
+reconstruction), as a mean over rows and weighted by token frequency. Fidelity is the Spearman correlation of
+pairwise sentence similarities before and after compression, on held-out sentences of the kind that was
+counted, and of another kind.
 
-Counts: sentences of docstrings (benchmarks/text.py), or of `--text FILE`, the last 800 lines held out.
-Another kind: the general English of embkern/data/sentences.txt, or `--other FILE`, its first 800 lines. The
-file also tells how many bits a token of either costs under uniform frequencies, under those of the
-vocabulary's order, under the mixed ones, and under the text's own.
+Tokens are counted in sentences of docstrings (benchmarks/text.py) or of `--text FILE`; the last 800 lines are
+held out. The other kind is the general English of embkern/data/sentences.txt, or the first 800 lines of
+`--other FILE`. The results also have the bits per token of both kinds under four frequencies: uniform, by the
+order of the vocabulary, mixed, and the text's own.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from embkern.text.counts import count_tokens
 from embkern.text.frequencies import COMPRESSION_STRENGTH, expected_frequencies
 from embkern.text.prior import vocabulary_prior
 
-from .common import RESULTS, table_line, write_results
+from .results_file import RESULTS, write_results
+from .runner import table_line
 from .shapes import SENTENCES
 from .text import docstrings
 
@@ -49,8 +50,8 @@ COLUMNS = {
     "other": ("spearman_other", ".4f"),
     "seconds": ("seconds", ".1f"),
 }
-SLOW = ("nonlinear_autoencoder",)  # minutes to hours on a CPU; `--methods` asks for it
-# To see what counts and the exponent are worth, and what it costs that rows choose from six tiers only.
+SLOW = ("nonlinear_autoencoder",)  # minutes to hours on a CPU; only run if `--methods` names it
+# These show the effect of counts and exponent, and the cost of only six tiers of rows.
 VARIANTS: dict[str, dict[str, Any]] = {
     "allocate (prior)": {"counts": "prior"},
     "allocate (uniform)": {"counts": "uniform"},
@@ -65,7 +66,7 @@ def main(arguments: list[str]) -> None:
     """Run every method at every ratio; print a table, write it and a picture of it."""
     options = _parse(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    bench = Bench(options.text, options.other, options.strength)
+    bench = Quality(options.text, options.other, options.strength)
     names = options.methods or [*(name for name in ALL_METHODS if name not in SLOW), *VARIANTS]
     rows: list[dict[str, Any]] = []
     command = " ".join(["python -m benchmarks quality", *arguments])
@@ -111,7 +112,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-class Bench:
+class Quality:
     """The model, its table, the counts, and the sentences before compression."""
 
     def __init__(self, text: Path | None, other: Path | None, strength: float) -> None:
@@ -141,7 +142,7 @@ class Bench:
         }
 
     def _bits(self, sentences: list[str]) -> dict[str, float]:
-        """Cross-entropy per token of sentences under each kind of frequencies."""
+        """Return the cross-entropy per token of sentences, in bits, under each kind of frequencies."""
         V = len(self.table)
         own = count_tokens(sentences, self.tokenizer, num_embeddings=V, progress=False).counts.double()
         own /= own.sum()
@@ -153,7 +154,7 @@ class Bench:
         }
 
     def run(self, name: str, ratio: float) -> dict[str, Any]:
-        """One method at one ratio."""
+        """Measure one method at one ratio; return its row."""
         row: dict[str, Any] = {"method": name, "asked": ratio}
         start = time.perf_counter()
         try:
@@ -196,7 +197,7 @@ class Bench:
 
 
 def picture(rows: list[dict[str, Any]], path: Path) -> Path:
-    """Draw what is lost of the sentence similarities, 1 - Spearman, against the ratio."""
+    """Draw the loss of sentence similarity, 1 - Spearman, against the ratio."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.6), layout="constrained")

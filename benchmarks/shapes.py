@@ -1,7 +1,7 @@
 """The shapes and id streams of the lookup benchmarks.
 
-Tables are random: the time of a lookup does not depend on the values. The ids are what matters, because a
-stream that repeats its tokens can be served from cache or project each distinct token once.
+Tables are random, because the time of a lookup does not depend on their values. It does depend on the ids:
+repeated tokens can be served from cache, or be projected once per distinct token.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Model:
 
 
 def _ranks(V: int, H: int) -> tuple[int, ...]:
-    """The ranks at which codes (V, r) and basis (r, H) take 1/10, 1/5 and 2/5 of the table."""
+    """Return the ranks at which codes (V, r) and basis (r, H) take 1/10, 1/5 and 2/5 of the table."""
     return tuple(int(V * H / ratio / (V + H)) for ratio in (10, 5, 2.5))
 
 
@@ -44,7 +44,7 @@ COUNTS = (1, 16, 128, 1024, 4096, 16384, 65536)
 
 
 class UnavailableError(Exception):
-    """An id stream or a provider cannot be had here; the message says why."""
+    """An id stream or a provider is unavailable here; the message says why."""
 
 
 @functools.cache
@@ -55,7 +55,7 @@ def _zipf_distribution(V: int) -> tuple[Tensor, Tensor]:
 
 
 def zipf_probabilities(V: int) -> Tensor:
-    """Probability (V,) float64 of every id in a ``zipf`` stream."""
+    """Return the probability (V,) float64 of every id in a ``zipf`` stream."""
     cumulative, ids_by_frequency = _zipf_distribution(V)
     probabilities = torch.empty_like(cumulative)
     probabilities[ids_by_frequency] = cumulative.diff(prepend=cumulative.new_zeros(1))
@@ -64,7 +64,7 @@ def zipf_probabilities(V: int) -> Tensor:
 
 @functools.cache
 def text_tokens(V: int, path: Path) -> Tensor:
-    """Tokens of a text's lines, [CLS] and [SEP] included, by the only tokenizer that comes as a package.
+    """Return the tokens of a text's lines, with [CLS] and [SEP], by a tokenizer that comes as a package.
 
     Raises:
         UnavailableError: the tokenizer is not installed, or has another vocabulary than the table.
@@ -118,10 +118,11 @@ def id_sets(
 ) -> list[Tensor]:
     """Draw several batches of ids, int64 (count,), so that no timing is of one batch that stays in cache.
 
-    ``uniform``: every id is as likely, the worst case. ``zipf``: the k-th most frequent id has probability
-    proportional to 1/k (exponent 1 over the whole vocabulary), and a fixed permutation scatters the frequent
-    ids over the table. ``text``: consecutive tokens of a real text from a random position, which starts over
-    at its end, at most 4 times (a longer repeat would have fewer distinct tokens than any real batch).
+    ``uniform``: all ids are equally likely, the worst case. ``zipf``: the k-th most frequent id has a
+    probability proportional to 1/k (exponent 1 over the vocabulary); a fixed permutation scatters the
+    frequent ids over the table. ``text``: consecutive tokens of a real text from a random position; at its
+    end the text is repeated, at most 4 times (more repeats would have fewer distinct tokens than real
+    batches).
 
     Raises:
         UnavailableError: there is no such text for this vocabulary.

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.common import DTYPES
-from benchmarks.cosine_mse import PROVIDERS, TERMS, Batch, Cell, Check, mode_call
+from benchmarks.cosine_mse import Cell
+from benchmarks.losses import PROVIDERS, TERMS, Batch, Check, mode_call
 from benchmarks.peers import BOTH, FORWARD
+from benchmarks.runner import DTYPES
 
 pytest.importorskip("pytest_benchmark")
 

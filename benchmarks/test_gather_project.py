@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.common import DTYPES
-from benchmarks.gather_project import Check, mode_call
+from benchmarks.lookup_check import Check, mode_call
 from benchmarks.peers import BOTH, FORWARD, PROVIDERS, Problem
+from benchmarks.runner import DTYPES
 from benchmarks.shapes import MODELS, id_sets
 
 pytest.importorskip("pytest_benchmark")

@@ -1,4 +1,4 @@
-"""Real text that every machine with Python has: the sentences of docstrings."""
+"""Real text that every Python installation has: the sentences of docstrings."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ PACKAGES = ("torch", "transformers", "numpy", "scipy", "matplotlib", "huggingfac
 def docstrings() -> list[str]:
     """Return sentences of the docstrings of the standard library and some installed packages, shuffled.
 
-    Each of 40 to 300 characters and 7 words at least, mostly letters, and once. What is installed decides
-    what they are, so that figures of two machines agree only about.
+    Each sentence has 40 to 300 characters and at least 7 words, is mostly letters, and occurs once. They
+    depend on the installed packages, so that figures of two machines agree only approximately.
     """
     roots = [Path(sysconfig.get_paths()["purelib"]) / package for package in PACKAGES]
     sentences = dict.fromkeys(
@@ -33,7 +33,7 @@ def docstrings() -> list[str]:
 
 
 def docstring_sentences(root: Path) -> Iterator[list[str]]:
-    """Yield the sentences of every docstring of a package, tests apart."""
+    """Yield the sentences of every docstring of a package, without its tests."""
     for path in sorted(root.rglob("*.py")):
         if not {"test", "tests", "site-packages"} & set(path.relative_to(root).parts):
             yield from (list(_sentences(text)) for text in _docstrings(path))

@@ -1,8 +1,7 @@
-// Argument checks of the raw ops. Each names the argument, what was expected and what came.
+// Argument checks of the raw ops. A message names the argument, the expected value and the actual one.
 //
-// The standard exceptions thrown here surface in Python as the matching built-in:
-// std::out_of_range -> IndexError, std::invalid_argument -> ValueError. They must be thrown outside
-// parallel_for, which would lose their message.
+// In Python std::out_of_range becomes IndexError and std::invalid_argument ValueError. They must be thrown
+// outside parallel_for, which would lose the message.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -27,7 +26,7 @@ void check(bool condition, const Parts&... parts) {
   if (!condition) throw std::invalid_argument(message(parts...));
 }
 
-// The raw ops take flat, contiguous CPU tensors; the public functions see to that.
+// The raw ops take contiguous CPU tensors; the public functions make them so.
 inline void check_tensor(const char* name, const torch::stable::Tensor& tensor, int64_t ndim,
                          torch::headeronly::ScalarType dtype) {
   check(tensor.is_cpu(), name, ": expected a CPU tensor");

@@ -1,9 +1,9 @@
-// Binds the implementations to their schemas. The schemas live in embkern/ops/*.py, one overload per
-// backend, so that the ops exist (and say what is missing) where this extension was not built.
+// Binds the implementations to their schemas, which embkern/ops/*.py define with one overload per backend, so
+// that the ops exist (and report what is missing) in installs without this extension.
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/capability.h"
-#include "cpu/ops.h"
+#include "cpu/ops/ops.h"
+#include "cpu/simd/capability.h"
 
 STABLE_TORCH_LIBRARY_IMPL(embkern, CPU, m) {
   m.impl("gather_project_forward.native", TORCH_BOX(&embkern::gather_project_forward));

@@ -1,8 +1,9 @@
 """embkern: compress the token embeddings of Transformer models and look them up with fused kernels.
 
-``embkern.compress`` does the main job; ``embkern.ops`` has the kernels' public functions,
-``embkern.methods`` what turns a table into a ``PackedTable`` or ``Factors``. Importing the package touches no
-device, and registers the saved format with transformers as soon as that is imported, in whichever order.
+``embkern.compress`` compresses a model. ``embkern.ops`` has the public functions of the kernels, and
+``embkern.methods`` the methods that turn a table into a ``PackedTable`` or ``Factors``. Importing the package
+loads no torch and initialises no device. The saved format is registered with transformers when both packages
+have been imported, in either order.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from .tables import Factors, PackedTable
     from .text import TokenCounts, count_tokens, read_texts
 
-# Public names by the module that has them, imported at first use: `import embkern` costs milliseconds.
+# Public names and their modules, imported at first use, so that `import embkern` takes milliseconds.
 _PUBLIC = {
     "compress": "api",
     "count_files": "api",
@@ -75,7 +76,7 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_PUBLIC])
 
 
-# Runs at once if transformers' quantizers are loaded already, else right after they are.
+# Runs at once if transformers' quantizers are already imported, else right after their import.
 @wrapt.when_imported("transformers.quantizers.auto")
 def _register(_: Any) -> None:
     importlib.import_module(".models.quantizer", __name__)

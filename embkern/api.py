@@ -1,4 +1,4 @@
-"""The main job in one call: ``compress`` a model's embedding table, save it, and report what it cost."""
+"""Compress a model in one call, count tokens for it, and export it as a dense model."""
 
 from __future__ import annotations
 
@@ -35,50 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def count_files(
-    model: str | os.PathLike,
-    sources: Iterable[str | os.PathLike],
-    output: str | os.PathLike,
-    *,
-    errors: str = "strict",
-    overwrite: bool = False,
-    progress: bool | None = None,
-) -> CountSummary:
-    """Count the tokens of some sources of ``read_texts`` with a model's tokenizer, and save the counts.
-
-    Args:
-        model: a directory with a tokenizer, or a name on the hub.
-        sources: as ``read_texts`` takes them.
-        output: file to write, with ``TokenCounts.save``.
-        errors: of bytes that are not UTF-8 text: ``strict`` or ``replace``.
-        overwrite: replace a file that is there.
-        progress: show a bar on stderr; None shows it on a terminal.
-
-    Raises:
-        ValueError: a source is not text or has none, or the tokenizer is damaged; it names what.
-        FileNotFoundError: the tokenizer, a source, or the directory of ``output`` does not exist.
-        FileExistsError: ``output`` exists and may not be replaced.
-        OSError: ``output`` cannot be written.
-    """
-    from .models.loading import load_tokenizer  # loads transformers
-
-    sources, path = list(sources), Path(output).resolve()
-    if any(path == Path(source).resolve() for source in sources):
-        raise FileExistsError(f"output: {output} is the text to read; choose another name")
-    check_writable(output, "output")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"output: {output} exists; choose another name, or pass --overwrite")
-    tokenizer = load_tokenizer(model)
-    if tokenizer is None:
-        raise FileNotFoundError(
-            f"tokenizer: expected a directory with one, or a name on the hub, found none at {model}"
-        )
-    texts = itertools.chain.from_iterable(read_texts(source, errors=errors) for source in sources)
-    counts = count_tokens(texts, tokenizer, progress=progress)
-    counts.save(path)
-    return counts.summary(tokenizer)
-
-
 def compress(
     model: PreTrainedModel | str | os.PathLike,
     *,
@@ -98,39 +54,44 @@ def compress(
     log: str | os.PathLike | None = None,
     **options: Any,
 ) -> Report:
-    """Compress the token embeddings of a model: in place for a live one, or of a path or hub name.
+    """Compress the token embeddings of a model.
+
+    A model object is changed in place; a model that is given by name is loaded.
 
     Args:
-        model: a transformers model, a directory, or a name on the hub.
-        ratio: bytes of the table as stored over bytes of everything that replaces it, at least 1.
-        rank: r instead of a ratio, 1 to H, of methods that make factors.
+        model: a model of transformers, a directory, or a name on the hub.
+        ratio: bytes of the table over bytes of everything that replaces it, as stored; at least 1.
+        rank: r, 1 to H, instead of a ratio, for methods that make factors.
         method: a name in ``embkern.methods.METHODS``.
-        lm_head: of a tied head: ``factorized``, the default, decodes through the same table; ``dense`` keeps
-            the original one for it, and the model gets larger. Untied heads stay as they are.
-        recipe: all of the above and the options in one object, instead of them.
-        counts: how often each token is read, for methods that weigh rows by it, and for the report's weighted
-            error: a file of ``embkern count``, a ``TokenCounts``, or frequencies (V,) that are taken as they
-            are. Counts of text are mixed with what the order of the vocabulary tells of rare tokens; without
-            any, that is all there is.
-        count_text: text to count as well: a file, directory or data set as ``embkern.text.read_texts`` takes
-            it, or several.
-        text: a text file, one sentence a line; the report then tells how the embeddings of its first 1000
-            sentences changed.
-        tokenizer: of a live model, for ``text`` and to name the worst rows; of a path it is loaded.
-        output: directory to save to: model, tokenizer, report, model card. It appears whole or not at all.
-        overwrite: replace ``output`` if it holds what embkern saved there and nothing else.
-        progress: show a bar on stderr; None shows it on a terminal.
-        checkpoint: file from which a killed run of the autoencoder goes on.
+        lm_head: ``factorized``, the default, lets a tied head share the compressed table; ``dense`` keeps the
+            original table for it, which makes the model larger. Untied heads do not change.
+        recipe: an object with all of the above and the options, instead of them.
+        counts: token frequencies for methods that weight rows and for the report's weighted error: a file of
+            ``embkern count``, a ``TokenCounts``, or frequencies (V,), which are used as they are. Counts of
+            text are mixed with an estimate from the order of the vocabulary (``vocabulary_prior``); without
+            counts, that estimate is used.
+        count_text: text to count in addition: a file, directory or data set as ``embkern.text.read_texts``
+            takes it, or several.
+        text: a text file, one sentence per line; the report then compares the embeddings of its first 1000
+            sentences.
+        tokenizer: the tokenizer of a model object, for ``text``, ``count_text`` and the names of the worst
+            rows; that of a model given by name is loaded.
+        output: directory to save to: model, tokenizer, report and model card. It is complete or does not
+            exist.
+        overwrite: whether to replace ``output`` if all of its files were written by embkern.
+        progress: whether to show a progress bar on stderr; None shows it on a terminal.
+        checkpoint: file from which a killed run of the autoencoder is resumed.
         log: file of JSON lines, one per epoch of the autoencoder.
-        options: of the method, such as ``epochs=10``.
+        options: options of the method, such as ``epochs=10``.
 
     Returns:
         The report; ``report.model`` is the compressed model.
 
     Raises:
-        ValueError: an argument is wrong, or the model's embedding cannot be replaced; it names what.
+        ValueError: an argument is wrong, or the model's embedding cannot be replaced; the message names it.
         FileNotFoundError: the model, the text or the counts do not exist.
         FileExistsError: ``output`` exists and may not be replaced.
+        OSError: ``output`` cannot be written.
     """
     recipe = _recipe(recipe, method, ratio, rank, lm_head, options)
     run: dict[str, Any] = {}
@@ -170,7 +131,7 @@ def compress(
         counts=frequencies,
         tokens=tokenizer and tokenizer.convert_ids_to_tokens,
     )
-    del weight  # the dense table is freed in the swap
+    del weight  # so that install frees the dense table
     install(model, table, compressed, recipe)
 
     report = Report(
@@ -186,7 +147,7 @@ def compress(
         facts=compressed.facts,
         head=model.config.quantization_config.table.head,
         table_bytes=table_bytes,
-        factors_bytes=compressed.nbytes,
+        compressed_bytes=compressed.nbytes,
         ratio=table_bytes / compressed.nbytes,
         model_bytes_before=bytes_before,
         model_bytes_after=model_bytes(model),
@@ -206,6 +167,69 @@ def compress(
     return report
 
 
+def export_dense(directory: str | os.PathLike, output: str | os.PathLike, *, overwrite: bool = False) -> None:
+    """Decode a compressed model's table and save the model so that it loads without embkern.
+
+    Args:
+        directory: the compressed model.
+        output: directory to save to. It is complete or does not exist.
+        overwrite: whether to replace ``output`` if all of its files were written by embkern.
+
+    Raises:
+        FileNotFoundError: the model does not exist.
+        ValueError: the model is not compressed by embkern.
+        FileExistsError: ``output`` exists and may not be replaced.
+        OSError: ``output`` cannot be written.
+    """
+    check_output(output, overwrite, source=directory)
+    model = load_model(directory)
+    if getattr(model, "hf_quantizer", None) is None:
+        raise ValueError(f"model: expected one compressed by embkern, got a dense one: {directory}")
+    save(model.dequantize(), output, source=os.fspath(directory), tokenizer=load_tokenizer(directory))
+
+
+def count_files(
+    model: str | os.PathLike,
+    sources: Iterable[str | os.PathLike],
+    output: str | os.PathLike,
+    *,
+    errors: str = "strict",
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> CountSummary:
+    """Count the tokens of texts with a model's tokenizer, and save the counts.
+
+    Args:
+        model: a directory with a tokenizer, or a name on the hub.
+        sources: sources of text, as ``read_texts`` takes them.
+        output: file to write, with ``TokenCounts.save``.
+        errors: what to do with bytes that are not UTF-8 text: ``strict`` raises, ``replace`` reads U+FFFD.
+        overwrite: whether to replace an existing file.
+        progress: whether to show a progress bar on stderr; None shows it on a terminal.
+
+    Raises:
+        ValueError: a source is not text or has none, or the tokenizer is damaged; the message names it.
+        FileNotFoundError: the tokenizer, a source, or the directory of ``output`` does not exist.
+        FileExistsError: ``output`` exists and ``overwrite`` is False, or it is one of the sources.
+        OSError: ``output`` cannot be written.
+    """
+    sources, path = list(sources), Path(output).resolve()
+    if any(path == Path(source).resolve() for source in sources):
+        raise FileExistsError(f"output: {output} is the text to read; choose another name")
+    check_writable(output, "output")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"output: {output} exists; choose another name, or pass --overwrite")
+    tokenizer = load_tokenizer(model)
+    if tokenizer is None:
+        raise FileNotFoundError(
+            f"tokenizer: expected a directory with one, or a name on the hub, found none at {model}"
+        )
+    texts = itertools.chain.from_iterable(read_texts(source, errors=errors) for source in sources)
+    counts = count_tokens(texts, tokenizer, progress=progress)
+    counts.save(path)
+    return counts.summary(tokenizer)
+
+
 def _recipe(
     recipe: Recipe | None,
     method: str | None,
@@ -214,6 +238,7 @@ def _recipe(
     lm_head: LMHead | None,
     options: dict[str, Any],
 ) -> Recipe:
+    """Return ``recipe``, or one of the other arguments; raise ValueError if both are given."""
     fields = {"method": method, "ratio": ratio, "rank": rank, "lm_head": lm_head, "options": options or None}
     given = {name: value for name, value in fields.items() if value is not None}
     if recipe is None:
@@ -221,17 +246,3 @@ def _recipe(
     if given:
         raise ValueError(f"recipe: expected either a recipe or {', '.join(given)}, got both")
     return recipe
-
-
-def export_dense(directory: str | os.PathLike, output: str | os.PathLike, *, overwrite: bool = False) -> None:
-    """Save a compressed model as an ordinary one, its table decoded, that loads without embkern.
-
-    Raises:
-        ValueError: the model is not compressed by embkern.
-        FileExistsError: ``output`` exists and may not be replaced.
-    """
-    check_output(output, overwrite, source=directory)
-    model = load_model(directory)
-    if getattr(model, "hf_quantizer", None) is None:
-        raise ValueError(f"model: expected one compressed by embkern, got a dense one: {directory}")
-    save(model.dequantize(), output, source=os.fspath(directory), tokenizer=load_tokenizer(directory))

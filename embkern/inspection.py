@@ -1,4 +1,4 @@
-"""What ``embkern inspect``, ``evaluate`` and ``env`` find out."""
+"""Inspect models, compare compressed with dense ones, and describe the environment."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ from .ops.library import cpu_capability, load_native
 
 
 class RankSaving(BaseModel):
-    """What compressing to a rank would save."""
+    """The size of a table after compression to a rank."""
 
     model_config = ConfigDict(protected_namespaces=())
     rank: int
-    factors_bytes: int
-    ratio: float
-    model_share: float = Field(description="share of the whole model's bytes that goes away")
+    compressed_bytes: int = Field(description="bytes of codes and basis")
+    ratio: float = Field(description="bytes of the dense table / compressed_bytes")
+    model_share: float = Field(description="share of the whole model's bytes that is saved")
 
 
 class Summary(BaseModel):
     """A model's embedding table, dense or compressed."""
 
     model_config = ConfigDict(protected_namespaces=())
-    architecture: str
-    num_embeddings: int
-    embedding_dim: int
-    dtype: str
+    architecture: str = Field(description="class of the model")
+    num_embeddings: int = Field(description="V")
+    embedding_dim: int = Field(description="H")
+    dtype: str = Field(description="dtype of the floating-point tensors, as stored")
     compressed: bool
-    rank: int | None = Field(None, description="of factors")
-    tiers: list[TierUse] = Field(default_factory=list, description="of a packed table")
-    table_bytes: int
-    model_bytes: int
+    rank: int | None = Field(None, description="rank of factors")
+    tiers: list[TierUse] = Field(default_factory=list, description="tiers of a packed table")
+    table_bytes: int = Field(description="bytes of the table, as stored")
+    model_bytes: int = Field(description="bytes of the model, as stored")
     modules: list[str] = Field(description="embedding modules that share the table")
-    heads: list[str] = Field(description="output heads tied to it")
+    heads: list[str] = Field(description="output heads that are tied to it")
     scales: dict[str, float] = Field(description="constant factor of each embedding's output")
-    other_tables: dict[str, int]
-    ranks: list[RankSaving] = Field(default_factory=list)
+    other_tables: dict[str, int] = Field(description="bytes of other large embedding tables")
+    ranks: list[RankSaving] = Field(default_factory=list, description="sizes at several ranks, if dense")
 
     def facts(self) -> dict[str, str]:
-        """Return the rows of the printed table."""
+        """Return the rows of the printed table by name."""
         stored = f"rank {self.rank}" if self.rank else f"{len(self.tiers)} tiers" if self.tiers else "dense"
         scaled = {name: scale for name, scale in self.scales.items() if scale != 1.0}
         facts = {
@@ -66,14 +66,22 @@ class Summary(BaseModel):
             "scale": ", ".join(f"{name}: {scale:g}" for name, scale in scaled.items()) or "1",
         }
         if self.other_tables:
-            facts["other tables, left alone"] = ", ".join(
+            facts["other tables, not compressed"] = ", ".join(
                 f"{n} ({b:,} B)" for n, b in self.other_tables.items()
             )
         return facts
 
 
 def inspect(name: str | os.PathLike) -> Summary:
-    """Load a model and describe its embedding table."""
+    """Load a model and describe its embedding table.
+
+    Args:
+        name: a directory, or a name on the hub.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: the model cannot be loaded, or its table cannot be compressed.
+    """
     model = load_model(name)
     embedding = input_embeddings(model)
     common: dict[str, Any] = {
@@ -107,7 +115,7 @@ def inspect(name: str | os.PathLike) -> Summary:
             ranks.append(
                 RankSaving(
                     rank=rank,
-                    factors_bytes=size,
+                    compressed_bytes=size,
                     ratio=table.weight.nbytes / size,
                     model_share=(table.weight.nbytes - size) / common["model_bytes"],
                 )
@@ -129,10 +137,16 @@ def inspect(name: str | os.PathLike) -> Summary:
 def evaluate(
     directory: str | os.PathLike, against: str | os.PathLike, *, text: str | os.PathLike | None = None
 ) -> Comparison:
-    """Compare a compressed model with the dense one it came from.
+    """Compare a compressed model with the dense one.
+
+    Args:
+        directory: the compressed model.
+        against: the dense model, a directory or a name on the hub.
+        text: a text file, one sentence per line, whose sentence embeddings are compared.
 
     Raises:
-        ValueError: the first is not compressed, the second is, or their tables differ in shape.
+        FileNotFoundError: a model or the text does not exist.
+        ValueError: the first model is not compressed, the second is, or their tables differ in shape.
     """
     sentences = None if text is None else read_sentences(text)
     compressed, dense = load_model(directory), load_model(against)
@@ -148,7 +162,7 @@ def evaluate(
     nbytes = stored_table(compressed).nbytes
     result = Comparison(
         table_bytes=table.nbytes,
-        factors_bytes=nbytes,
+        compressed_bytes=nbytes,
         ratio=table.nbytes / nbytes,
         model_bytes_before=model_bytes(dense),
         model_bytes_after=model_bytes(compressed),
@@ -166,7 +180,7 @@ def evaluate(
 
 
 def environment() -> dict[str, str]:
-    """Versions, devices, and the backend of every op with the reason why not another."""
+    """Return versions, devices, and the backend of every op with the reasons against the others, by name."""
     facts = {"embkern": __version__, "python": platform.python_version(), "platform": platform.platform()}
     for package in ("torch", "transformers", "triton", "safetensors"):
         try:

@@ -1,4 +1,4 @@
-"""One recipe behind the flags of the command line, a YAML file and the Python call."""
+"""Recipes: a method, its options and a target size, from Python, a YAML file or the command line."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ DEFAULT_METHOD = "allocate"
 
 
 class Recipe(BaseModel):
-    """What to do to a table: the method, its options, and how small the result must be.
+    """How to compress a table: the method, its options, and the size of the result.
 
-    Give exactly one of ``ratio`` and ``rank``; a method that is sized by bytes takes a ratio.
+    Exactly one of ``ratio`` and ``rank`` is given; methods whose size is a number of bytes take a ratio.
+
+    Raises:
+        pydantic.ValidationError: a field is unknown or wrong; ``Recipe.parse`` raises a plain ValueError.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -33,7 +36,7 @@ class Recipe(BaseModel):
     rank: int | None = Field(None, strict=True, description="r, the width of the codes")
     lm_head: LMHead = Field(
         "factorized",
-        description="a tied head: factorized shares the compressed table, dense keeps the original one",
+        description="tied head: factorized shares the compressed table, dense keeps the original one",
     )
     options: dict[str, Any] = Field(default_factory=dict, description="options of the method")
 
@@ -62,36 +65,43 @@ class Recipe(BaseModel):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Recipe:
-        """Return itself: it is frozen, and torch.compile cannot trace pydantic's copy of a model's config."""
+        """Return itself: recipes are frozen, and torch.compile cannot trace pydantic's copy of a config."""
         return self
 
     @classmethod
     def parse(cls, **fields: Any) -> Recipe:
-        """Build a recipe; a ValueError names each field that is wrong, what was expected and what came."""
+        """Return ``Recipe(**fields)``.
+
+        Raises:
+            ValueError: fields are wrong; the message has each field, what was expected and what was given.
+        """
         return parse_options(cls, fields, "recipe")
 
     @classmethod
     def from_yaml(
         cls, path: str | os.PathLike, defaults: dict[str, Any] | None = None, **overrides: Any
     ) -> Recipe:
-        """Read a YAML mapping of the fields above; ``overrides`` win, and ``options`` are merged.
+        """Return the recipe of a YAML file, a mapping of the fields above.
 
-        ``defaults`` are of fields that are given in neither.
+        Args:
+            path: the file.
+            defaults: fields for which neither the file nor ``overrides`` has a value.
+            overrides: fields that replace those of the file; ``options`` are merged.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is not a mapping of a recipe's fields, or one of them is wrong.
+            FileNotFoundError: the file does not exist.
+            ValueError: it is not a mapping of a recipe's fields, or a field is wrong.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"recipe: expected a YAML file, found none at {path}")
         try:
             fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except RecursionError as error:
-            raise ValueError(f"recipe: {path} is not readable YAML (nested too deep)") from error
+        except RecursionError:
+            raise ValueError(f"recipe: {path} is not readable YAML (nested too deep)") from None
         except (yaml.YAMLError, ValueError) as error:
-            raise ValueError(f"recipe: {path} is not readable YAML ({error})") from error
+            raise ValueError(f"recipe: {path} is not readable YAML ({error})") from None
         if not isinstance(fields, dict) or not all(isinstance(name, str) for name in fields):
-            raise ValueError(f"recipe: expected a mapping of names in {path}, got {fields!r}")
+            raise ValueError(f"recipe: expected a mapping of field names in {path}, got {fields!r}")
         if overrides.get("ratio") is not None or overrides.get("rank") is not None:
             fields.pop("ratio", None)
             fields.pop("rank", None)
@@ -102,27 +112,31 @@ class Recipe(BaseModel):
         return cls.parse(**{**(defaults or {}), **fields, **overrides})
 
     def rank_for(self, num_embeddings: int, embedding_dim: int) -> int:
-        """Return the rank this recipe gives a (V, H) table; ValueError if it has none, or one beyond H."""
+        """Return the rank of the result for a (V, H) table.
+
+        Raises:
+            ValueError: the rank exceeds H, no rank has the ratio, or the method makes no factors.
+        """
         if self.rank is not None:
             check_rank(self.rank, embedding_dim)
             return self.rank
         assert self.ratio is not None
         method = self.known_methods[self.method]
         if method.sized_by == "ratio":
-            raise ValueError(f"rank: method {self.method!r} is sized by bytes, its tables have no rank")
+            raise ValueError(f"rank: tables of method {self.method!r} have no rank")
         offset = method.has_offset(method.options(**self.options))
         return rank_for_ratio(num_embeddings, embedding_dim, self.ratio, offset=offset)
 
     def factorize(self, table: Rows, counts: Tensor | None = None, **run: Any) -> Any:
-        """Compress a table (V, H).
+        """Compress a table (V, H) with the method.
 
         Args:
-            table: a ``TableFile`` is for the methods that read one, such as the autoencoder.
-            counts: how often each token is read, (V,) float64; methods that are not weighted ignore it.
-            run: goes to the method (``progress``, ``checkpoint``, ...).
+            table: a tensor, or a ``TableFile`` for methods that read one, such as the autoencoder.
+            counts: token frequencies (V,), float64; methods without weights ignore them.
+            run: further arguments of the method (``progress``, ``checkpoint``, ...).
 
         Returns:
-            Factors or a PackedTable; what a method makes that is there for comparison.
+            Factors or a PackedTable; for a baseline method, its own type of table.
         """
         method = self.known_methods[self.method]
         if method.weighted:

@@ -1,4 +1,4 @@
-"""Train the autoencoder on a table in a safetensors file: one process, or as many as torchrun starts."""
+"""Train the autoencoder on a table in a safetensors file, in one process or under torchrun."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from .recipe import Recipe
 
 
 class Trained(BaseModel):
-    """What ``train`` did: sizes, and the epoch that was kept."""
+    """The result of ``train``: the size of the factors, and the quality of their epoch, the best one."""
 
-    output: str = Field(description="the file of the factors")
-    num_embeddings: int
-    embedding_dim: int
+    output: str = Field(description="file of the factors")
+    num_embeddings: int = Field(description="V")
+    embedding_dim: int = Field(description="H")
     rank: int
     dtype: str
     table_bytes: int = Field(description="bytes of the table")
-    factors_bytes: int = Field(description="bytes of everything that replaces it")
-    ratio: float = Field(description="table_bytes / factors_bytes")
+    compressed_bytes: int = Field(description="bytes of everything that replaces it")
+    ratio: float = Field(description="table_bytes / compressed_bytes")
     epoch: int = Field(description="the best epoch, counted from 0")
     loss: float = Field(description="its loss over the table, with alpha at alpha_end")
     direction_error: float = Field(description="its mean over rows of 1 - cos(row, reconstruction)")
-    rmse: float = Field(description="its root of the mean squared error over all entries")
+    rmse: float = Field(description="its root mean squared error over all entries")
     processes: int
     seconds: float
 
     def rows(self) -> dict[str, str]:
-        """Return what is printed, by name."""
+        """Return the rows of the printed table by name."""
         return {
             "rank": f"{self.rank} of {self.embedding_dim}",
-            "table, bytes": f"{self.table_bytes:,} -> {self.factors_bytes:,} ({self.ratio:.2f}x)",
+            "table, bytes": f"{self.table_bytes:,} -> {self.compressed_bytes:,} ({self.ratio:.2f}x)",
             "best epoch": str(self.epoch),
             "direction error (1 - cos), mean": f"{self.direction_error:.4f}",
             "RMSE": f"{self.rmse:.5f}",
@@ -61,36 +61,36 @@ def train(
     log: str | os.PathLike | None = None,
     **run: Any,
 ) -> Trained | None:
-    """Train on the rows of one tensor of a safetensors file and write the factors to another.
+    """Train on the rows of one tensor in a safetensors file, and write the factors to another file.
 
-    The rows are streamed: the resident size does not grow with the table, but for its codes. Started by
-    torchrun, the processes share the table's shards; the result depends on ``shards`` alone, not on how many
-    they are, and one process with the same ``shards`` has it, too.
+    The rows are streamed: of the table, only the codes (V, r) are in memory. Under torchrun the processes
+    divide the table's shards among them. The result has the same bits for any number of processes, one
+    included, with the same ``shards``.
 
     Args:
-        path: a safetensors file.
-        tensor: the name of the table (V, H) in it.
-        recipe: of the method ``autoencoder``.
+        path: the safetensors file.
+        tensor: name of the table (V, H) in it.
+        recipe: a recipe of the method ``autoencoder``.
         output: file to write, with ``Factors.save``.
-        overwrite: replace a file that is there.
-        device: such as ``cpu`` or ``cuda``; None takes a CUDA device if there is one, under torchrun that
-            of ``LOCAL_RANK``.
-        shards: into which the table is cut; None means 8 under torchrun, and none in one process, where sums
-            are then taken in another order: the last bits differ, unless one process is given the 8.
-        timeout: under torchrun, seconds after which a process that does not answer counts as lost.
+        overwrite: whether to replace an existing file.
+        device: device such as ``cpu`` or ``cuda``; None takes a CUDA device if there is one, under torchrun
+            that of ``LOCAL_RANK``.
+        shards: number of parts whose sums are added in a fixed order. None takes 8 under torchrun and does
+            not divide the table in one process; the last bits of these two results differ.
+        timeout: under torchrun, seconds after which a process that does not respond counts as lost.
         log: file of JSON lines, one per epoch.
         run: ``checkpoint``, ``checkpoint_seconds``, ``engine`` and ``progress`` of ``autoencoder``.
 
     Returns:
-        What was done; None on all processes but the first.
+        The result; None on all processes but the first.
 
     Raises:
-        ValueError, TypeError: an argument is wrong, or the table is not usable; it names what.
+        ValueError, TypeError: an argument or the table is wrong; the message names it.
         FileNotFoundError: the table, or the directory of ``output``, does not exist.
-        FileExistsError: ``output`` exists and may not be replaced.
-        OSError: ``output``, the checkpoint or the log cannot be written; found before training where the
-            directory shows it.
-        RankLostError: another process ended; the message says what is kept.
+        FileExistsError: ``output`` exists and ``overwrite`` is False.
+        OSError: ``output``, the checkpoint or the log cannot be written; where possible this is found before
+            the training.
+        RankLostError: another process ended; the message tells what is kept.
     """
     started = time.perf_counter()
     if recipe.method != "autoencoder":
@@ -99,13 +99,13 @@ def train(
         raise ValueError(f"timeout: expected more than 0 seconds, got {timeout}")
     if shards is not None and shards < 1:
         raise ValueError(f"shards: expected at least 1, got {shards}")
-    place = _device(device)
+    torch_device = _device(device)
     with contextlib.ExitStack() as stack:
         world = World(shards or 1)
         if launched():
-            world = stack.enter_context(joined(shards or SHARDS, timeout, place.type))
+            world = stack.enter_context(joined(shards or SHARDS, timeout, torch_device.type))
         world.on_first(lambda: _check_output(output, overwrite, path))
-        table = TableFile(path, tensor, place)
+        table = TableFile(path, tensor, torch_device)
         factors = recipe.factorize(table, log=log, world=world, **run)
         world.on_first(lambda: factors.save(output))
         if world.rank:
@@ -118,7 +118,7 @@ def train(
         rank=factors.rank,
         dtype=str(factors.dtype).removeprefix("torch."),
         table_bytes=table.nbytes,
-        factors_bytes=factors.nbytes,
+        compressed_bytes=factors.nbytes,
         ratio=table.nbytes / factors.nbytes,
         epoch=best["epoch"],
         loss=best["loss"],
@@ -130,13 +130,13 @@ def train(
 
 
 def _device(name: str | None) -> torch.device:
-    """The device to train on; under torchrun each process has its own."""
+    """Return the device of this process; under torchrun each process has its own CUDA device."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device: expected one such as cpu or cuda:0, got {name!r}") from error
+    except RuntimeError:
+        raise ValueError(f"device: expected a device such as cpu or cuda:0, got {name!r}") from None
     if device.type != "cuda":
         return device
     index = device.index
@@ -151,6 +151,7 @@ def _device(name: str | None) -> torch.device:
 
 
 def _check_output(output: str | os.PathLike, overwrite: bool, table: str | os.PathLike) -> None:
+    """Raise unless the factors may be written to ``output``."""
     path = Path(output).resolve()
     if path == Path(table).resolve():
         raise ValueError(f"output: {output} is the table to read; choose another name")

@@ -1,4 +1,4 @@
-"""compress, export, inspect, evaluate: on live models and on directories, with all the ways to go wrong."""
+"""compress, export, inspect and evaluate, on live models and on directories, and their errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.testing import assert_close
 T = pytest.importorskip("transformers")
 
 import embkern
-from embkern import Report, inspection
+from embkern import PackedTable, Report, inspection
 from embkern.cli import main as cli
 from embkern.models import saving
 from embkern.models.checkpoint import stored_table
@@ -49,7 +49,7 @@ def text(tmp_path):
 
 def test_the_rank_follows_from_the_ratio():
     report = embkern.compress(build("gpt2"), ratio=3, method="svd")
-    assert report.factors_bytes == (V + H) * report.rank * 4
+    assert report.compressed_bytes == (V + H) * report.rank * 4
     assert report.ratio >= 3
 
 
@@ -61,17 +61,38 @@ def test_a_live_model_is_changed_in_place(recipe):
     assert isinstance(model.get_input_embeddings(), CompressedEmbedding)
     assert (report.num_embeddings, report.embedding_dim) == (V, H)
     assert report.table_bytes == V * H * 4
-    assert report.factors_bytes == stored_table(model).nbytes
-    assert report.ratio == report.table_bytes / report.factors_bytes
-    assert report.model_bytes_before - report.model_bytes_after == report.table_bytes - report.factors_bytes
+    assert report.compressed_bytes == stored_table(model).nbytes
+    assert report.ratio == report.table_bytes / report.compressed_bytes
+    saved = report.table_bytes - report.compressed_bytes
+    assert report.model_bytes_before - report.model_bytes_after == saved
     assert report.head == "factorized"
     assert report.source == "GPT2LMHeadModel"
 
 
+def test_a_packed_table_is_validated_a_bounded_number_of_times(source, tmp_path, monkeypatch):
+    """It is when the method makes it or replaces its tensors, and when a file is read; nothing else does."""
+    calls = []
+    validate = PackedTable.validate
+    monkeypatch.setattr(PackedTable, "validate", lambda table: (calls.append(table), validate(table)))
+    report = embkern.compress(source, method="allocate", ratio=2, output=tmp_path / "out")
+    assert 1 <= len(calls) <= 2
+    calls.clear()
+    embedding = report.model.get_input_embeddings()
+    embedding(torch.tensor([0, 1]))
+    report.model(input_ids=torch.tensor([[0, 1]]))
+    table = embedding.table.to(torch.float64)
+    table.decode(torch.tensor([0]))
+    embkern.resize_token_embeddings(report.model, V + 3)
+    assert calls == []
+    load_model(tmp_path / "out")
+    assert sum(not table.scales.is_meta for table in calls) == 1
+    assert len(calls) <= 3, "the shapes in its config, which embkern and transformers parse, and its tensors"
+
+
 @both_kinds
-def test_a_dense_head_costs_what_it_costs(recipe):
+def test_a_dense_head_keeps_the_dense_table(recipe):
     report = embkern.compress(build("gpt2"), **recipe, lm_head="dense")
-    assert report.model_bytes_after == report.model_bytes_before + report.factors_bytes
+    assert report.model_bytes_after == report.model_bytes_before + report.compressed_bytes
     assert report.head == "dense"
 
 
@@ -89,12 +110,12 @@ def test_a_directory_is_loaded_compressed_and_saved(recipe, source, text, tmp_pa
     card = (out / "README.md").read_text()
     code = card.split("```python\n")[1]
     assert code.startswith("import embkern")
-    assert str(tmp_path) not in card, "a card is published: no path of this machine"
+    assert str(tmp_path) not in card, "model cards are published and hold no local path"
     reloaded = T.BertForMaskedLM.from_pretrained(out)
     assert_close(outputs(reloaded), outputs(report.model), atol=1e-6, rtol=1e-5)
 
 
-def test_what_a_method_says_of_its_result_is_reported(tmp_path, source):
+def test_the_facts_of_a_method_are_reported(tmp_path, source):
     report = embkern.compress(source, method="direction", rank=5, output=tmp_path / "out")
     assert report.facts["gap"] >= 0
     assert report.rows()["gap"] == f"{report.facts['gap']:.6g}"
@@ -109,13 +130,13 @@ def test_the_tiers_of_a_packed_table_are_reported():
     ]  # fmt: skip
     assert report.tiers[0].bytes == 26 * H
     rest = 2 * (V + 32 * H + H) + 4 * 128 * 2  # scales, basis, offset in fp16; levels
-    assert sum(tier.bytes for tier in report.tiers) + rest < report.factors_bytes < 1.6 * rest
+    assert sum(tier.bytes for tier in report.tiers) + rest < report.compressed_bytes < 1.6 * rest
     assert report.dtype == "float16"
     shown = report.rows()
     assert (shown["method"], shown["rows at 2 bits"]) == ("quantize, 4 tiers", "25 (200 bytes)")
 
 
-def test_sentence_transformer_files_come_along(source, tmp_path):
+def test_files_of_sentence_transformers_are_copied(source, tmp_path):
     (source / "modules.json").write_text("[]")
     (source / "1_Pooling").mkdir()
     (source / "1_Pooling" / "config.json").write_text("{}")
@@ -126,7 +147,7 @@ def test_sentence_transformer_files_come_along(source, tmp_path):
     assert not (tmp_path / "out" / "notes.bin").exists()
 
 
-def test_the_autoencoder_goes_through_the_same_call(source, tmp_path):
+def test_arguments_of_the_autoencoder_are_passed_on(source, tmp_path):
     report = embkern.compress(
         source,
         method="autoencoder",
@@ -143,7 +164,7 @@ def test_the_autoencoder_goes_through_the_same_call(source, tmp_path):
 
 
 @both_kinds
-def test_export_gives_an_ordinary_model(recipe, source, tmp_path):
+def test_export_writes_a_dense_model(recipe, source, tmp_path):
     report = embkern.compress(source, **recipe, output=tmp_path / "small")
     embkern.export_dense(tmp_path / "small", tmp_path / "dense2")
     config = json.loads((tmp_path / "dense2" / "config.json").read_text())
@@ -161,14 +182,14 @@ def test_inspect_dense_and_compressed(source, tmp_path):
     assert (dense.compressed, dense.heads) == (False, ["cls.predictions.decoder"])
     assert dense.table_bytes == V * H * 4
     assert dense.ranks[0].rank == H // 2
-    assert all(each.ratio == pytest.approx(dense.table_bytes / each.factors_bytes) for each in dense.ranks)
+    assert all(each.ratio == pytest.approx(dense.table_bytes / each.compressed_bytes) for each in dense.ranks)
     report = embkern.compress(source, **SVD, output=tmp_path / "small")
     small = inspection.inspect(tmp_path / "small")
-    assert (small.compressed, small.rank, small.table_bytes) == (True, 5, report.factors_bytes)
+    assert (small.compressed, small.rank, small.table_bytes) == (True, 5, report.compressed_bytes)
     assert small.heads == ["cls.predictions.decoder"]
     report = embkern.compress(source, **PACKED, output=tmp_path / "packed")
     packed = inspection.inspect(tmp_path / "packed")
-    assert (packed.rank, packed.tiers, packed.table_bytes) == (None, report.tiers, report.factors_bytes)
+    assert (packed.rank, packed.tiers, packed.table_bytes) == (None, report.tiers, report.compressed_bytes)
     assert packed.model_bytes == report.model_bytes_after
     assert packed.facts()["rows at 2 bits"] == "25 (200 bytes)"
 
@@ -193,7 +214,7 @@ def test_evaluate_agrees_with_the_report(recipe, source, text, tmp_path):
         inspection.evaluate(tmp_path / "small", tmp_path / "other")
 
 
-# ---- how often tokens are read ---------------------------------------------------------------------------
+# ---- token frequencies -----------------------------------------------------------------------------------
 
 
 def test_frequencies_come_from_counts_text_vocabulary_or_ids(text, tmp_path):
@@ -242,7 +263,7 @@ def test_counts_reach_the_method_and_the_report(source, text, monkeypatch):
     assert embkern.compress(source, **SVD, count_text=text).counts.startswith("7 tokens of 4 texts")
 
 
-def test_the_command_line_counts(source, text, tmp_path, monkeypatch, capsys):
+def test_counts_on_the_command_line(source, text, tmp_path, monkeypatch, capsys):
     count_tokens(["red"], word_tokenizer()).save(tmp_path / "counts")
     flags = ["--counts", tmp_path / "counts", "--count-text", text, "--count-text", text]
     size = ["--method", "svd", "--rank", 4]
@@ -290,7 +311,7 @@ def test_counts_and_tokenizers_of_other_models_are_refused(source, text):
         embkern.compress(source, method="quantize", rank=3)
 
 
-# ---- what must not happen --------------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------------------
 
 
 def test_an_existing_directory_is_never_lost(source, tmp_path):
@@ -319,10 +340,10 @@ def test_an_existing_directory_is_never_lost(source, tmp_path):
     assert {"config.json", "model.safetensors"} <= set(os.listdir(source))
 
 
-def test_a_list_of_files_that_cannot_be_read_lists_nothing(tmp_path):
+def test_a_manifest_that_cannot_be_read_lists_no_files(tmp_path):
     (tmp_path / "config.json").touch()
     listed = tmp_path / "embkern_files.json"
-    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("waits for somebody to write"))
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("waits for a writer of the pipe"))
     try:
         for content in ("[" * 100_000, "[[]]", "{", None):
             listed.unlink(missing_ok=True)
@@ -350,7 +371,7 @@ def test_a_full_disk_while_saving_leaves_the_old_model_whole(source, tmp_path, m
     assert sorted(os.listdir(tmp_path)) == ["dense", "out"]
 
 
-def test_arguments_are_checked_before_anything_is_done(source, tmp_path):
+def test_arguments_are_checked_before_any_work(source, tmp_path):
     for arguments, error, message in (
         (dict(ratio=0.5), ValueError, "ratio: expected at least 1"),
         (dict(rank=0), ValueError, "rank: expected at least 1, got 0"),
@@ -414,7 +435,7 @@ def test_zero_rows_and_a_vocabulary_of_one():
         embkern.compress(tiny_bert(vocab_size=1), method="svd", ratio=1)
 
 
-def test_a_table_that_the_checkpoint_lost_is_named(source, tmp_path):
+def test_a_table_that_the_checkpoint_lacks_is_named(source, tmp_path):
     embkern.compress(source, **SVD, output=tmp_path / "small")
     config = json.loads((tmp_path / "small" / "config.json").read_text())
     quantization = config.pop("quantization_config")
@@ -433,7 +454,7 @@ def test_a_table_that_the_checkpoint_lost_is_named(source, tmp_path):
         inspection.inspect(tmp_path / "small")
 
 
-def test_a_missing_tokenizer_is_not_made_up_and_a_damaged_one_is_named(source, text, tmp_path):
+def test_a_missing_tokenizer_stays_missing_and_a_damaged_one_is_named(source, text, tmp_path):
     (source / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="tokenizer: the one in .* cannot be loaded"):
         embkern.compress(source, **SVD)
@@ -446,7 +467,7 @@ def test_a_missing_tokenizer_is_not_made_up_and_a_damaged_one_is_named(source, t
         embkern.compress(source, **SVD, text=text)
 
 
-def test_a_head_that_cannot_work_is_refused_before_training(source, tmp_path):
+def test_a_tied_head_with_an_activation_is_refused_before_training(source, tmp_path):
     with pytest.raises(ValueError, match="lm_head: a tied head cannot decode through activation 'elu'"):
         embkern.compress(source, method="autoencoder", rank=4, activation="elu", epochs=10**9, progress=False)
 
@@ -461,6 +482,8 @@ def test_a_damaged_report_is_named(tmp_path, source):
             read_report(tmp_path / "out")
     content = json.loads(whole)
     assert content.pop("checksum").startswith("crc32:")
-    path.write_text(json.dumps(content))  # as reports were before they had checksums
-    assert read_report(tmp_path / "out").rank == 5
+    before = Report.model_validate(content)
+    content["factors_bytes"] = content.pop("compressed_bytes")
+    path.write_text(json.dumps(content))  # as older reports are: no checksum, and this name
+    assert read_report(tmp_path / "out") == before
     assert read_report(source) is None

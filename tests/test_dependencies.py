@@ -1,4 +1,4 @@
-"""What the sources and files of the project ask of its dependencies, against the bounds that it declares."""
+"""The requirements of sources and configuration files against the declared bounds of dependencies."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ ROOT = Path(__file__).parents[1]
 if not (ROOT / "pyproject.toml").exists() or not (ROOT / "csrc").exists():
     pytest.skip("needs the checkout", allow_module_level=True)
 
-# Every name that csrc takes from torch's headers. Each was compiled against torch 2.10's, the lower bound;
-# add a name only when it has been, for the macros and functions of newer headers compile here and not there.
+# The names that csrc uses from torch's headers. Each compiles with the headers of torch 2.10, the lower
+# bound. Add a name only after compiling it with torch 2.10: those of newer headers compile in this
+# environment, too.
 NAMES_IN_TORCH_2_10 = {
     "AOTI_TORCH_SUCCESS",
     "STABLE_TORCH_LIBRARY_IMPL",
@@ -53,7 +54,7 @@ NAMES_IN_TORCH_2_10 = {
 
 
 def code_of(source: Path) -> str:
-    """Return a C++ source without its comments and the paths that it includes."""
+    """Return a C++ source without comments and include lines."""
     return re.sub(r"//.*|/\*.*?\*/|#include.*", "", source.read_text())
 
 
@@ -74,7 +75,7 @@ def test_sources_use_nothing_that_torch_2_10_lacks() -> None:
 
 
 def run_setup(before: str) -> subprocess.CompletedProcess[str]:
-    """Run ``setup.py --name`` after some lines that change what it finds."""
+    """Run ``setup.py --name`` after lines of Python that change its environment."""
     lines = f"import runpy, sys\n{before}\nsys.argv = ['setup.py', '--name']\nrunpy.run_path('setup.py')"
     return subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, cwd=ROOT)
 
@@ -88,7 +89,7 @@ def test_an_older_setuptools_is_named() -> None:
 
 
 @pytest.mark.parametrize("built_with", ["12.8", "13.2"])
-def test_a_toolkit_of_another_major_version_costs_the_cuda_kernels_alone(tmp_path, built_with) -> None:
+def test_a_toolkit_of_another_major_version_disables_only_the_cuda_kernels(tmp_path, built_with) -> None:
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()
     nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
@@ -107,7 +108,7 @@ def test_a_toolkit_of_another_major_version_costs_the_cuda_kernels_alone(tmp_pat
 
 
 def test_constants_are_not_the_left_factor_of_a_tensor() -> None:
-    """The interpreters of Triton 3.7 and 3.8 raise TypeError for ``constexpr * tensor``."""
+    """Triton's interpreter raises TypeError for ``constexpr * tensor`` in versions 3.7 and 3.8."""
     for path in (ROOT / "embkern" / "triton").glob("*.py"):
         tree = ast.parse(path.read_text())
         constants = {
@@ -122,16 +123,16 @@ def test_constants_are_not_the_left_factor_of_a_tensor() -> None:
                 assert isinstance(node.right, ast.Constant), f"{path}:{node.lineno}: {ast.unparse(node)}"
 
 
-def test_a_refused_argument_is_a_value_error_whatever_torch_makes_of_it() -> None:
-    """Torch 2.15 surfaces std::invalid_argument as RuntimeError."""
+def test_a_refused_argument_is_a_value_error_in_every_version_of_torch() -> None:
+    """Torch 2.15 converts std::invalid_argument to RuntimeError."""
     with pytest.raises(ValueError, match="^directory: expected records"):
         reraise_native(RuntimeError("directory: expected records within their 160 words"))
     reraise_native(RuntimeError("out of memory"))
     reraise_native(IndexError("ids: expected 0 <= id < 3, got 9"))
 
 
-def test_fields_named_after_the_model_are_allowed() -> None:
-    """Before 2.10 pydantic warns of every field whose name begins with ``model_``."""
+def test_fields_that_begin_with_model_are_allowed() -> None:
+    """pydantic before 2.10 warns about fields whose names begin with ``model_``."""
     for module in ("models.report", "inspection", "recipe", "train", "text", "study", "evaluate", "fidelity"):
         importlib.import_module(f"embkern.{module}")
     kinds, found = [BaseModel], set()
@@ -152,7 +153,7 @@ def requirements(extras: bool) -> list[Requirement]:
     return [each for each in map(Requirement, asked) if each.name != "embkern"]
 
 
-# Not part of the tests' environments: the harnesses are optional there, and linting pins its tools exactly.
+# The harnesses are optional in the tests' environments, and linters are pinned exactly.
 WITHOUT_A_BOUND = {"lm-eval", "mteb", "clang-format", "mypy", "ruff", "types-PyYAML", "types-setuptools"}
 WITHOUT_A_BOUND |= {"types-tqdm"}
 

@@ -1,4 +1,4 @@
-"""What goes wrong around a file: kills, full and read-only disks, two writers. What was there stays whole."""
+"""Faults around files: kills, full and read-only disks, two writers. Existing files stay intact."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from tests.example_tables import packed_of
 
 resource = pytest.importorskip("resource")
 
-# ---- full disks: the limit of a file's size is refused where a full disk is, within the same calls
+# ---- full disks: exceeding the limit of a file's size fails in the same calls as a full disk
 
 
 @contextlib.contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """Let no file grow beyond a size."""
+    """Limit the size of files in the block."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -63,7 +63,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("there_before", [True, False])
 @pytest.mark.parametrize("writer", WRITERS)
-def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path, writer, there_before):
+def test_a_full_disk_is_named_and_leaves_existing_files_intact(tmp_path, writer, there_before):
     path = tmp_path / "out.json"
     if there_before:
         WRITERS[writer](path, 10)
@@ -83,7 +83,7 @@ def test_a_full_disk_under_a_checkpoint_or_a_log(tmp_path, name):
     before = contents(tmp_path)
     with largest_file(len(before[name]) + 200), pytest.raises(OSError, match=f"could not be.*{path}"):
         autoencoder(table, 2, epochs=40, **options, **{name: path})
-    assert list(contents(tmp_path)) == [name], "no temporary file stays"
+    assert list(contents(tmp_path)) == [name], "no temporary file is left"
     resumed = autoencoder(table, 2, epochs=40, **options, **{name: path})
     whole = autoencoder(table, 2, epochs=40, batch_size=64, progress=False)
     assert torch.equal(resumed.codes, whole.codes)
@@ -147,7 +147,7 @@ def test_a_full_disk_under_a_model(tmp_path):
     assert contents(tmp_path) == before
 
 
-def test_errors_that_are_not_the_mediums_stay_as_they_are(tmp_path):
+def test_errors_of_other_files_are_not_changed(tmp_path):
     with pytest.raises(FileNotFoundError, match="elsewhere") as caught, replacing(tmp_path / "f"):
         (tmp_path / "elsewhere").read_text()
     assert caught.value.filename == str(tmp_path / "elsewhere")
@@ -157,17 +157,17 @@ def test_errors_that_are_not_the_mediums_stay_as_they_are(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-def test_the_words_of_safetensors_become_an_errno():
+def test_messages_of_safetensors_become_an_errno():
     error = disk_error(Exception("I/O error: No space left on device (os error 28)"))
     assert isinstance(error, OSError)
     assert error.errno == errno.ENOSPC
     assert disk_error(Exception("header too large")) is None
 
 
-# ---- places that cannot be written
+# ---- paths that cannot be written
 
 
-def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path):
+def test_a_path_that_cannot_be_written_is_refused_at_once(tmp_path):
     (tmp_path / "file").write_text("")
     check_writable(tmp_path / "new", "output")
     check_writable(tmp_path / "file", "output")
@@ -179,7 +179,7 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path):
     with pytest.raises(OSError, match=r"output: cannot be written \(File name too long\)"):
         check_writable(tmp_path / ("f" * 250), "output")
     if not Path("/proc/self").is_dir():
-        pytest.skip("no directory here that not even root can write")
+        pytest.skip("no directory that root cannot write either")
     with pytest.raises(OSError, match=r"output: cannot be written \(.*'/proc/self/f'"):
         check_writable("/proc/self/f", "output")
     with pytest.raises(OSError, match=r"output: cannot be written \(.*'/proc/self/f/g'"):
@@ -198,7 +198,7 @@ def test_a_read_only_directory_is_refused_at_once(tmp_path):
         tmp_path.chmod(0o700)
 
 
-def test_what_is_renamed_was_synchronised_before(tmp_path, monkeypatch):
+def test_a_file_is_synchronised_before_it_is_renamed(tmp_path, monkeypatch):
     done: list[str] = []
     sync, rename = os.fsync, os.rename
 
@@ -216,7 +216,7 @@ def test_what_is_renamed_was_synchronised_before(tmp_path, monkeypatch):
     assert done == ["file of 5", "rename", "directory"]
 
 
-# ---- kills, and two writers: forked, so that torch is imported once
+# ---- kills, and two writers: the processes are forked, so that torch is imported once
 
 FORKS = """
 import os, random, signal, sys, time
@@ -297,7 +297,7 @@ for work, whole in ((save, check), (save_directory, check_directory)):
     pids = [forked(work, 60, (which,)) for which in (0, 1)]
     while any(os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None for pid in pids):
         if whole is check:
-            whole()  # a reader of one file; that of a directory may see one after the other
+            whole()  # a single file is replaced atomically; of a directory a reader may see both versions
     for pid in pids:
         ended(pid)
     whole()
@@ -307,7 +307,7 @@ for pid in pids:
 resumed = train(42)
 checkpoint.unlink()
 assert torch.equal(resumed.codes, train(42).codes)
-assert sorted(os.listdir(folder)) == ["checkpoint", "directory", "factors"], "no temporary file stays"
+assert sorted(os.listdir(folder)) == ["checkpoint", "directory", "factors"], "no temporary file is left"
 print("whole")
 """
 

@@ -1,4 +1,4 @@
-"""Importing: no device, no torch until it is used, transformers in either order or not at all."""
+"""Importing initialises no device, loads torch at first use, and works with and without transformers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_nothing_initialises_cuda():
         "import embkern, embkern.models.quantizer",
     ],
 )
-def test_registration_in_whichever_order(order):
+def test_registration_with_transformers_in_either_order(order):
     pytest.importorskip("transformers")
     script = f"""
         {order}

@@ -1,4 +1,4 @@
-"""The recipe: one object behind flags, YAML and Python, with errors that name the field."""
+"""Recipes: from Python and from YAML, with errors that name the field."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def test_yaml_and_overrides(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("- 1\n", "recipe: expected a mapping of names in .*, got .1."),
-        ("", "expected a mapping of names in .*, got None"),
+        ("- 1\n", "recipe: expected a mapping of field names in .*, got .1."),
+        ("", "expected a mapping of field names in .*, got None"),
         ("a: [1\n", "recipe: .* is not readable YAML"),
         ("ratio: 5\nspeed: 3\n", "recipe: speed: Extra inputs"),
         ("ratio: 5\noptions: 3\n", "recipe: options: expected a mapping in .*, got 3"),
-        ("ratio: 5\n1: 2\n", "expected a mapping of names"),
+        ("ratio: 5\n1: 2\n", "expected a mapping of field names"),
         ("[" * 10_000 + "]" * 10_000, "recipe: .* is not readable YAML"),
         ("ratio: " + "1" * 5_000, "recipe: .* is not readable YAML"),
     ],
@@ -90,17 +90,17 @@ def test_a_rank_above_the_width_is_refused():
 
 
 @pytest.mark.usefixtures("quantizing")
-def test_a_method_sized_by_bytes_has_no_rank():
+def test_a_method_whose_size_is_a_number_of_bytes_has_no_rank():
     table = torch.randn(90, 24)
     with pytest.raises(ValueError, match="rank: expected a ratio with method 'quantize', got 3; .* svd"):
         Recipe.parse(method="quantize", rank=3)
     recipe = Recipe.parse(method="quantize", ratio=2)
-    with pytest.raises(ValueError, match="rank: method 'quantize' is sized by bytes"):
+    with pytest.raises(ValueError, match="rank: tables of method 'quantize' have no rank"):
         recipe.rank_for(90, 24)
     assert isinstance(recipe.factorize(table), PackedTable)
 
 
-def test_counts_reach_methods_that_weigh_rows_and_no_other(monkeypatch):
+def test_counts_reach_only_methods_that_weight_rows(monkeypatch):
     given = {}
     for name in ("quantize", "light"):
         method = METHODS["svd"]._replace(
@@ -113,7 +113,7 @@ def test_counts_reach_methods_that_weigh_rows_and_no_other(monkeypatch):
     assert given == {1: {"counts": counts}, 2: {}}
 
 
-def test_a_recipe_of_any_depth_is_refused(tmp_path):
+def test_a_deeply_nested_recipe_is_refused(tmp_path):
     (tmp_path / "r").write_text("a: " + "[" * 3000)
     with pytest.raises(ValueError, match="recipe: .* is not readable YAML"):
         Recipe.from_yaml(tmp_path / "r")

@@ -1,4 +1,4 @@
-"""``embkern.train``: what it writes and reports, alone and as torchrun starts it, and what it refuses."""
+"""Training on a table in a file: output and report, in one process and under torchrun, and errors."""
 
 from __future__ import annotations
 
@@ -44,11 +44,13 @@ def test_a_finished_checkpoint_gives_the_same_output_and_report(table, tmp_path,
 
 @pytest.mark.parametrize("argument", ["output", "checkpoint", "log"])
 @pytest.mark.parametrize("place", ["none", "directory", "file", "read-only"])
-def test_what_cannot_be_written_is_refused_before_training(table, tmp_path, monkeypatch, argument, place):
+def test_a_file_that_cannot_be_written_is_refused_before_training(
+    table, tmp_path, monkeypatch, argument, place
+):
     def never(*args, **kwargs):
-        raise AssertionError("trained before the place of the result was tried")
+        raise AssertionError("training began before the output was checked")
 
-    trainer = importlib.import_module("embkern.methods.autoencoder.method")._Trainer
+    trainer = importlib.import_module("embkern.methods.autoencoder.trainer").Trainer
     monkeypatch.setattr(trainer, "__init__", never)
     path, error, message = tmp_path / "missing" / "f", FileNotFoundError, "expected a file in a directory"
     if place == "directory":
@@ -58,14 +60,14 @@ def test_what_cannot_be_written_is_refused_before_training(table, tmp_path, monk
     elif place == "read-only":
         path, error, message = Path("/proc/self/f"), OSError, r"cannot be written \(.*/proc/\w+/f'"
         if not path.parent.is_dir():
-            pytest.skip("no directory here that not even root can write")
+            pytest.skip("needs a directory that root cannot write to")
     places = {"output": tmp_path / "o"} | {argument: path}
     with pytest.raises(error, match=f"{argument}: {message}"):
         train(table, "t", RECIPE, **places, progress=False)
     assert os.listdir(tmp_path) == ["table"]
 
 
-def test_torchrun_has_the_bytes_of_one_process_with_as_many_shards(table, tmp_path, monkeypatch):
+def test_torchrun_has_the_bytes_of_one_process_with_the_same_shards(table, tmp_path, monkeypatch):
     train(table, "t", RECIPE, tmp_path / "one", shards=SHARDS, progress=False)
     for name, value in environments(1)[0].items():
         monkeypatch.setenv(name, value)

@@ -1,5 +1,5 @@
-// cosine_mse on CUDA tensors: from the raw op's arguments to its launches. Formula and kernels are in
-// cosine_mse.cuh. Run: embkern.ops.cosine_mse_loss(output, target, backend="native").
+// The raw op cosine_mse for CUDA tensors; formula and kernels are in cosine_mse.cuh.
+// Run: embkern.ops.cosine_mse_loss(output, target, backend="native").
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 

@@ -1,5 +1,5 @@
-// gather_project on CUDA tensors: from the raw op's arguments to one launch. Formula and kernels are in
-// gather_project.cuh. Run: embkern.ops.gather_project(ids, codes, basis, offset, backend="native").
+// The raw op gather_project for CUDA tensors; formula and kernels are in gather_project.cuh.
+// Run: embkern.ops.gather_project(ids, codes, basis, offset, backend="native").
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 

@@ -1,4 +1,4 @@
-// Launching a kernel and asking the device what it offers; every return code is checked.
+// Kernel launches and device properties; every return code is checked.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,10 +18,10 @@ inline void check_cuda(cudaError_t code, const char* op) {
     throw std::runtime_error(std::string(op) + ": CUDA error: " + cudaGetErrorString(code));
 }
 
-// What a launch is shaped by.
+// The properties that determine a launch.
 struct Device {
   int multiprocessors;
-  int shared_per_block;           // bytes, the most a kernel may opt in to
+  int shared_per_block;           // bytes, the limit with opt-in
   int shared_per_multiprocessor;  // bytes
 };
 
@@ -35,7 +35,7 @@ inline Device query_device(int index, const char* op) {
           attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
 }
 
-// The properties of a device, asked once.
+// The properties of a device, queried once.
 inline Device device_properties(int index, const char* op) {
   static std::mutex mutex;
   static std::map<int, Device> known;

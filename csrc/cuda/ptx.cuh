@@ -1,6 +1,6 @@
-// What the kernels need of the machine below C++: one thin inline function per instruction.
+// One inline function per machine instruction that the kernels use directly.
 //
-// Everything above this header is ordinary C++; tests/cuda/emulator provides the same functions on a CPU.
+// All other kernel code is ordinary C++; tests/cuda/emulator provides the same functions on a CPU.
 // Target: sm_80 and later. Fragment layouts are those of the PTX ISA, "Warp-level matrix instructions".
 #pragma once
 
@@ -25,10 +25,10 @@ EMBKERN_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Ends the kernel with a device-side assertion, also where NDEBUG removes assert().
+// Ends the kernel with a device-side assertion, even if NDEBUG is defined.
 EMBKERN_DEVICE void fail(const char* what) { __assert_fail(what, "embkern", 0, ""); }
 
-// 16 bytes, aligned.
+// Access to 16 aligned bytes.
 template <class Vector>
 EMBKERN_DEVICE Vector load_16(const void* from) {
   static_assert(sizeof(Vector) == 16 && alignof(Vector) == 16, "");
@@ -41,8 +41,8 @@ EMBKERN_DEVICE void store_16(void* to, const Vector& vector) {
   *static_cast<Vector*>(to) = vector;
 }
 
-// The same 16 bytes, of which the compiler does not know that they are the same: so it computes anew what it
-// would else keep in registers.
+// Returns its argument, but hides from the compiler that it is unchanged. The compiler then recomputes values
+// that it would otherwise keep in registers.
 template <class Vector>
 EMBKERN_DEVICE Vector forget(Vector vector) {
   static_assert(sizeof(Vector) == 16 && alignof(Vector) == 16, "");
@@ -51,18 +51,18 @@ EMBKERN_DEVICE Vector forget(Vector vector) {
   return vector;
 }
 
-// Starts a copy of 16 aligned bytes from global to shared memory past L1; zeros if not `valid` (then
-// nothing is read).
+// Starts a copy of 16 aligned bytes from global to shared memory that bypasses L1. If not `valid`, it writes
+// zeros and reads nothing.
 EMBKERN_DEVICE void copy_async_16(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                "r"(valid ? 16 : 0)
                : "memory");
 }
 
-// Closes the group of the copies this thread has started since the last group.
+// Closes a group of all copies that this thread has started since the last group.
 EMBKERN_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most `kPending` of this thread's newest groups are still under way.
+// Waits until at most `kPending` groups of this thread, the newest ones, are incomplete.
 template <int kPending>
 EMBKERN_DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
@@ -77,7 +77,7 @@ EMBKERN_DEVICE void load_matrix_x4(uint32_t (&to)[4], const void* row) {
                : "memory");
 }
 
-// The same, each matrix transposed: lane l receives elements (2 (l % 4) + {0, 1}, l / 4).
+// The same with each matrix transposed: lane l receives elements (2 (l % 4) + {0, 1}, l / 4).
 EMBKERN_DEVICE void load_matrix_x4_transposed(uint32_t (&to)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -85,7 +85,7 @@ EMBKERN_DEVICE void load_matrix_x4_transposed(uint32_t (&to)[4], const void* row
                : "memory");
 }
 
-// c (16, 8) += a (16, 16) @ b (16, 8): 16-bit factors, fp32 sums, the tensor cores' m16n8k16.
+// c (16, 8) += a (16, 16) @ b (16, 8) on tensor cores: 16-bit factors, fp32 sums.
 template <class T>
 EMBKERN_DEVICE void multiply_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (std::is_same_v<T, torch::headeronly::BFloat16>) {
@@ -110,8 +110,8 @@ EMBKERN_DEVICE A shuffle_xor(A value, int mask) {
 // Whether a condition holds in any lane of the warp.
 EMBKERN_DEVICE bool any(bool condition) { return __any_sync(0xffffffffu, condition); }
 
-// The special function unit's approximations: log2 to 2^-22 absolute for values between 0.5 and 2, else
-// relative; 2^value to 2^-22; 1 / value to 2^-23. Subnormal numbers count as 0.
+// Approximations by the special function unit. Error bounds: log2 2^-22, absolute for values between 0.5 and 2
+// and relative elsewhere; exp2 2^-22; reciprocal 2^-23. Subnormal numbers count as 0.
 EMBKERN_DEVICE float log2_approximate(float value) {
   float result;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));

@@ -1,4 +1,4 @@
-// From tensors to kernel arguments: what the ops' .cu files share.
+// Conversion of tensors to kernel arguments.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -10,7 +10,7 @@
 
 namespace embkern::cuda {
 
-// Columns are counted in int; rows and elements in int64.
+// Kernels count columns in int, rows and elements in int64.
 inline int to_int(const char* name, int64_t size) {
   constexpr int64_t kMost = int64_t{1} << 30;
   check(size <= kMost, name, ": expected rows of at most ", kMost, " elements, got ", size);

@@ -1,4 +1,4 @@
-// What the kernels share: the size of a block, and memory in accesses of 16 bytes.
+// Block size and 16-byte vectors.
 #pragma once
 
 #include <cstdint>
@@ -26,13 +26,13 @@ struct alignas(16) Vector {
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
-// Whether a matrix can be moved in 16-byte vectors: its first element and the length of its rows.
+// Whether the rows of a matrix can be accessed in 16-byte vectors.
 inline bool aligned(const void* pointer, int64_t row_bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && row_bytes % 16 == 0;
 }
 
-// One vector of which the first `valid` elements exist; the rest are zeros. A row that is a multiple of 16
-// bytes has all of a vector or none of it.
+// Loads a vector of which the first `valid` elements exist; the others become zero. In an aligned row either
+// all elements of a vector exist or none.
 template <class T>
 EMBKERN_DEVICE Vector<T> load_vector(const T* from, int valid, bool aligned) {
   if (aligned && valid > 0) return ptx::load_16<Vector<T>>(from);

@@ -38,7 +38,7 @@ def main() -> None:
             report = embkern.compress(get_model_path(), recipe=recipe, text=text, progress=False)
             assert report.sentences is not None
             print(
-                f"{recipe.method:10}  {report.factors_bytes:10,}  {report.ratio:5.2f}  "
+                f"{recipe.method:10}  {report.compressed_bytes:10,}  {report.ratio:5.2f}  "
                 f"{report.table.direction_error:7.4f}  {report.table.weighted_direction_error:12.4f}  "
                 f"{report.sentences.mean_cosine:12.4f}  {report.sentences.spearman:8.4f}"
             )

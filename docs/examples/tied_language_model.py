@@ -25,7 +25,7 @@ def main() -> None:
     model = LlamaForCausalLM(CONFIG).eval()
     counts = 1 / torch.arange(1, CONFIG.vocab_size + 1, dtype=torch.float64)  # without a tokenizer
     report = embkern.compress(model, ratio=8, counts=counts)
-    print(f"{report.table_bytes:,} -> {report.factors_bytes:,} bytes ({report.ratio:.2f}x)")
+    print(f"{report.table_bytes:,} -> {report.compressed_bytes:,} bytes ({report.ratio:.2f}x)")
     for tier in report.tiers:
         print(f"  {tier.rows:5} rows at {tier.name}")
     print(model.model.embed_tokens)

@@ -13,7 +13,7 @@ from .console import AsJson, Model, Text, print_json
 def compare(
     model: Model,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="directory of the report, and of what it goes on from")
+        Path, typer.Option("--output", "-o", help="directory of the report and of the measured rows")
     ],
     ratios: Annotated[
         list[float] | None, typer.Option(help="bytes before over bytes after (default: 5 10 16 32)")
@@ -27,13 +27,15 @@ def compare(
     dataset: Annotated[
         str | None, typer.Option(help="file, directory or data set: perplexity of a language model on it")
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="of the data set that are read")] = None,
-    max_length: Annotated[int | None, typer.Option(help="tokens that a language model reads at once")] = None,
-    stride: Annotated[int | None, typer.Option(help="causal: tokens by which it goes on")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="number of tokens to read of the data set")] = None,
+    max_length: Annotated[int | None, typer.Option(help="tokens per window of a language model")] = None,
+    stride: Annotated[int | None, typer.Option(help="causal: tokens from one window to the next")] = None,
     separator: Annotated[
-        str | None, typer.Option(help="causal, between texts: newline (default) or eos")
+        str | None, typer.Option(help="causal: what separates texts, newline (default) or eos")
     ] = None,
-    line_filter: Annotated[str | None, typer.Option(help="masked: authors, the paper's")] = None,
+    line_filter: Annotated[
+        str | None, typer.Option(help="masked: authors, to filter lines as the paper's authors did")
+    ] = None,
     text: Text = None,
     counts: Annotated[
         Path | None, typer.Option(help="token frequencies: a file that `embkern count` wrote")
@@ -41,19 +43,21 @@ def compare(
     count_text: Annotated[
         list[str] | None, typer.Option(help="text to count token frequencies in: file, directory or data set")
     ] = None,
-    words: Annotated[list[str] | None, typer.Option(help="list the nearest neighbours of these")] = None,
-    device: Annotated[str | None, typer.Option(help="such as cuda; the CPU by default")] = None,
-    seed: Annotated[int, typer.Option(help="of methods that draw, and of what is sampled")] = 0,
+    words: Annotated[
+        list[str] | None, typer.Option(help="words whose nearest neighbours the report lists")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="device such as cuda; the CPU by default")] = None,
+    seed: Annotated[int, typer.Option(help="random seed of the methods and of samples")] = 0,
     keep_models: Annotated[bool, typer.Option("--keep-models", help="save the compressed models")] = False,
     row: Annotated[
-        str | None, typer.Option(help="measure one row again, and print it; the report is left alone")
+        str | None, typer.Option(help="measure one row again and print it, without changing the report")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="measure again what is there")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="measure finished rows again")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare methods at several ratios, and write one report; goes on where it was interrupted.
+    """Compare methods at several ratios and write one report; an interrupted comparison is resumed.
 
-    Options that name several take them in a row: --ratios 5 10 --methods svd allocate:floor=0.5
+    Options with several values take them in a row: --ratios 5 10 --methods svd allocate:floor=0.5
     """
     from .. import study
 
@@ -63,11 +67,11 @@ def compare(
         "text": text, "counts": counts, "count_text": count_text, "words": words, "device": device,
         "seed": seed, "keep_models": keep_models,
     }  # fmt: skip
-    asked: dict[str, Any] = {name: value for name, value in given.items() if value not in (None, [])}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value not in (None, [])}
     if row is not None:
-        print_json(study.compare_row(model, row, output=output, **asked))
+        print_json(study.compare_row(model, row, output=output, **options))
         return
-    done = study.compare(model, output=output, overwrite=overwrite, **asked)
+    done = study.compare(model, output=output, overwrite=overwrite, **options)
     if as_json:
         print_json(done)
     else:

@@ -23,7 +23,7 @@ def compress(
     ] = None,
     lm_head: Annotated[
         str | None,
-        typer.Option(help="a tied head: factorized (default) shares the small table, dense keeps its own"),
+        typer.Option(help="tied head: factorized (default) shares the compressed table, dense keeps its own"),
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file; flags override it")] = None,
     text: Text = None,
@@ -36,7 +36,7 @@ def compress(
     ] = None,
     floor: Annotated[float | None, typer.Option(help="allocate: least cosine of any row")] = None,
     exponent: Annotated[
-        float | None, typer.Option(help="allocate, direction: rows weigh their frequency to this power")
+        float | None, typer.Option(help="allocate, direction: weight of a row = frequency to this power")
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="autoencoder: passes over the table")] = None,
     batch_size: Annotated[int | None, typer.Option(help="autoencoder: rows per step")] = None,
@@ -46,11 +46,11 @@ def compress(
     center: Annotated[
         bool | None, typer.Option("--center", help="svd: PCA with a mean; direction: with an offset")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="of the method")] = None,
+    seed: Annotated[int | None, typer.Option(help="random seed of the method")] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="autoencoder: file to go on from after a kill")
+        Path | None, typer.Option(help="autoencoder: file from which a killed run is resumed")
     ] = None,
-    log: Annotated[Path | None, typer.Option(help="autoencoder: JSON lines, one per epoch")] = None,
+    log: Annotated[Path | None, typer.Option(help="autoencoder: file of JSON lines, one per epoch")] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -72,16 +72,16 @@ def compress(
     else:
         print_comparison(report, f"{model} -> {output}")
         for name, size in report.other_tables.items():
-            typer.echo(f"left alone: {name}, {size:,} bytes, is another embedding table", err=True)
+            typer.echo(f"not compressed: {name}, another embedding table of {size:,} bytes", err=True)
 
 
 def export(
     directory: Annotated[str, typer.Argument(help="a compressed model", metavar="DIR")],
     output: Output,
-    format: Annotated[str, typer.Option(help="dense: an ordinary model that needs no embkern")] = "dense",
+    format: Annotated[str, typer.Option(help="dense: a model that loads without embkern")] = "dense",
     overwrite: Overwrite = False,
 ) -> None:
-    """Turn a compressed model into an ordinary one."""
+    """Decode a compressed model into one that loads without embkern."""
     from .. import api
 
     if format != "dense":

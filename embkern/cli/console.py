@@ -1,4 +1,4 @@
-"""What the commands share: their common arguments, and printing. Results go to stdout."""
+"""Common arguments of the commands, and printing of results to stdout."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 Model = Annotated[str, typer.Argument(help="a model directory, or a name on the hub", metavar="MODEL")]
 Output = Annotated[
-    Path, typer.Option("--output", "-o", help="directory to write; appears whole or not at all")
+    Path, typer.Option("--output", "-o", help="directory to write; it is complete or does not exist")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a saved model that is there")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existing saved model")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 Text = Annotated[
     Path | None,
-    typer.Option("--text", help="a text file, one sentence a line: compares sentence embeddings"),
+    typer.Option("--text", help="a text file, one sentence per line, whose sentence embeddings are compared"),
 ]
 
 
@@ -33,7 +33,7 @@ class ManyValues(TyperCommand):
     """A command whose repeatable options also take several values in a row: ``--seeds 22 23 24``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Repeat the name of such an option before each of its values."""
+        """Insert the name of a repeatable option before each of its values."""
         repeatable = {name for each in self.params if getattr(each, "multiple", False) for name in each.opts}
         repeated: list[str] = []
         option = None
@@ -47,12 +47,12 @@ class ManyValues(TyperCommand):
 
 
 def console() -> Console:
-    """Return a console on stdout; piped output keeps its columns, which rich would wrap at 80."""
+    """Return a console on stdout, 120 columns wide if it is not a terminal (rich's default is 80)."""
     return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
 def print_json(model: BaseModel) -> None:
-    """Print a result for machines."""
+    """Print a result as JSON."""
     print(model.model_dump_json(indent=2))
 
 
@@ -65,7 +65,7 @@ def print_rows(rows: Mapping[str, str], title: str | None = None) -> None:
 
 
 def print_comparison(comparison: Comparison, title: str) -> None:
-    """Print what a compression changed, and the worst rows with their tokens."""
+    """Print a comparison as a table, and the tokens of the worst rows."""
     print_rows(comparison.rows(), title)
     shown = ", ".join(
         f"{row.token or row.id} {row.direction_error:.2f}" for row in comparison.table.worst_rows

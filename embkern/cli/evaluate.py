@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from ..evaluate.harness import HarnessRun
     from ..evaluate.tasks import Task
 
-app = typer.Typer(no_args_is_help=True, help="Measure what a compressed model keeps of the dense one.")
+app = typer.Typer(no_args_is_help=True, help="Measure the quality of a compressed model.")
 
 
 @app.command()
 def table(
     directory: Annotated[str, typer.Argument(help="a compressed model", metavar="DIR")],
-    against: Annotated[str, typer.Option(help="the dense model it came from")],
+    against: Annotated[str, typer.Option(help="the dense model that was compressed")],
     text: Text = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare a compressed model with the dense one: table, nearest neighbours, sentence embeddings."""
+    """Compare a compressed model with the dense one: rows, nearest neighbours, sentence embeddings."""
     from .. import inspection
 
     result = inspection.evaluate(directory, against, text=text)
@@ -43,7 +43,7 @@ def perplexity(
     models: Annotated[
         list[str],
         typer.Argument(
-            help="a masked or causal language model, dense or compressed; with --against compressed ones",
+            help="a masked or causal language model, dense or compressed; with --against, compressed ones",
             metavar="MODEL_OR_DIR...",
         ),
     ],
@@ -51,35 +51,43 @@ def perplexity(
         str, typer.Option(help="text: a file, a directory, or name:config:split:column of a data set")
     ],
     against: Annotated[
-        str | None, typer.Option(help="the dense model, measured beside: input only and with the tied head")
+        str | None,
+        typer.Option(help="the dense model; compressed tables are then measured in its input and tied head"),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="masked: of the masks, 0 by default")] = None,
+    seed: Annotated[int | None, typer.Option(help="masked: random seed of the masks (default: 0)")] = None,
     masking: Annotated[
-        str | None, typer.Option(help="masked: 80-10-10 (default: mask, random, unchanged) or mask alone")
+        str | None,
+        typer.Option(help="masked: 80-10-10 (default: mask, random token, unchanged) or mask alone"),
     ] = None,
-    mask_probability: Annotated[float | None, typer.Option(help="masked: 0.15 by default")] = None,
+    mask_probability: Annotated[
+        float | None, typer.Option(help="masked: share of masked tokens (default: 0.15)")
+    ] = None,
     line_filter: Annotated[
-        str | None, typer.Option(help="masked: authors leaves '=' out, then texts below 20 tokens")
+        str | None, typer.Option(help="masked: authors removes '=', then texts below 20 tokens")
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option(help="tokens of a window; the model's, at most 512 (masked) or 1024")
+        int | None,
+        typer.Option(help="tokens per window (default: the model's, at most 512 (masked) or 1024)"),
     ] = None,
     stride: Annotated[
-        int | None, typer.Option(help="causal: tokens by which windows slide; half of their length")
+        int | None,
+        typer.Option(help="causal: tokens from one window to the next (default: half of max-length)"),
     ] = None,
     separator: Annotated[
-        str | None, typer.Option(help="causal: newline between texts (default), or eos behind each")
+        str | None, typer.Option(help="causal: newline between texts (default), or eos after each")
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="read so many tokens of the text")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="windows at once, 8 by default")] = None,
-    device: Annotated[str | None, typer.Option(help="such as cuda; the CPU by default")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="number of tokens to read of the text")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="windows per batch (default: 8)")] = None,
+    device: Annotated[str | None, typer.Option(help="device such as cuda; the CPU by default")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="such as bfloat16; that of the weights by default")
+        str | None, typer.Option(help="dtype such as bfloat16; that of the weights by default")
     ] = None,
-    errors: Annotated[str, typer.Option(help="bytes that are not UTF-8 text: strict or replace")] = "strict",
+    errors: Annotated[
+        str, typer.Option(help="bytes that are not UTF-8 text: strict (an error) or replace")
+    ] = "strict",
     as_json: AsJson = False,
 ) -> None:
-    """Measure zero-shot perplexity: of one model, or of a dense one beside those compressed from it."""
+    """Measure zero-shot perplexity: of one model, or of a dense model and those compressed from it."""
     from ..evaluate.against import measure_perplexity
 
     flags: dict[str, Any] = {
@@ -105,20 +113,21 @@ def perplexity(
 # ---- fine-tuning -----------------------------------------------------------------------------------------
 
 Study = Annotated[
-    Path, typer.Option("--output", "-o", help="directory of the study; finished cells are kept there")
+    Path, typer.Option("--output", "-o", help="directory of the study, which keeps finished runs")
 ]
 Methods = Annotated[
     list[str] | None, typer.Option(help="default: dense svd autoencoder allocate", metavar="NAME...")
 ]
 Ratio = Annotated[float, typer.Option(help="bytes of the table over bytes of what replaces it")]
 Seeds = Annotated[
-    list[int] | None, typer.Option(help="several give mean and spread (default: 22)", metavar="N...")
+    list[int] | None,
+    typer.Option(help="random seeds; several give mean and spread (default: 22)", metavar="N..."),
 ]
 FreezeRule = Annotated[
     str,
     typer.Option(
-        help="what is fixed of the token embeddings, whatever the method: none, codes (what each token "
-        "has for itself; basis and offset are trained) or table (all)"
+        help="part of the token embeddings that is not trained, with any method: none, codes (the tensors "
+        "with a row per token; basis and offset are trained) or table (all)"
     ),
 ]
 Data = Annotated[
@@ -129,18 +138,26 @@ Counts = Annotated[Path | None, typer.Option(help="token frequencies: a file tha
 CountText = Annotated[
     str | None, typer.Option(help="text to count token frequencies in: file, directory or data set")
 ]
-Epochs = Annotated[float | None, typer.Option(help="3 by default")]
-LearningRate = Annotated[float | None, typer.Option("--lr", help="at the start; it falls to 0 linearly")]
-BatchSize = Annotated[int | None, typer.Option(help="records of a step, all devices and parts together")]
-Accumulation = Annotated[int | None, typer.Option(help="parts that a step is cut into, to need less memory")]
-MaxLength = Annotated[int | None, typer.Option(help="tokens that the model reads at once")]
-Precision = Annotated[str | None, typer.Option(help="of products: fp32 (default), bf16 or fp16")]
-MaxTrain = Annotated[int | None, typer.Option(help="train on the first so many records, for a trial")]
-MaxEval = Annotated[int | None, typer.Option(help="score on the first so many records, for a trial")]
-EvalBatchSize = Annotated[int, typer.Option(help="of scoring")]
+Epochs = Annotated[float | None, typer.Option(help="epochs of training (default: 3)")]
+LearningRate = Annotated[
+    float | None, typer.Option("--lr", help="initial learning rate, which decreases linearly to 0")
+]
+BatchSize = Annotated[
+    int | None, typer.Option(help="records per step, over all devices and accumulated batches")
+]
+Accumulation = Annotated[
+    int | None, typer.Option(help="number of batches whose gradients a step accumulates, to save memory")
+]
+MaxLength = Annotated[int | None, typer.Option(help="tokens per input of the model")]
+Precision = Annotated[
+    str | None, typer.Option(help="precision of matrix products: fp32 (default), bf16 or fp16")
+]
+MaxTrain = Annotated[int | None, typer.Option(help="train on this many records only, for a trial")]
+MaxEval = Annotated[int | None, typer.Option(help="score this many records only, for a trial")]
+EvalBatchSize = Annotated[int, typer.Option(help="records per batch of scoring")]
 SaveSteps = Annotated[int, typer.Option(help="steps between two checkpoints")]
-KeepModels = Annotated[bool, typer.Option("--keep-models", help="save the model of every cell")]
-RunAgain = Annotated[bool, typer.Option("--overwrite", help="run finished cells again")]
+KeepModels = Annotated[bool, typer.Option("--keep-models", help="save the model of every run")]
+RunAgain = Annotated[bool, typer.Option("--overwrite", help="repeat finished runs")]
 
 
 @app.command(cls=ManyValues)
@@ -174,9 +191,10 @@ def glue(
     overwrite: RunAgain = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tune on tasks of GLUE, dense and compressed, and score on their validation sets.
+    """Fine-tune dense and compressed models on tasks of GLUE, and score them on the validation sets.
 
-    By default as the paper's authors do: length 128, batches of 32, learning rate 2e-5, 3 epochs, seed 22.
+    The defaults are those of the paper's authors: length 128, batches of 32, learning rate 2e-5, 3 epochs,
+    seed 22.
     """
     from ..evaluate.glue import GLUE
 
@@ -208,7 +226,7 @@ def squad(
     accumulation: Accumulation = None,
     max_length: MaxLength = None,
     stride: Annotated[
-        int | None, typer.Option(help="tokens that neighbouring windows of a paragraph share")
+        int | None, typer.Option(help="tokens that consecutive windows of a paragraph share")
     ] = None,
     precision: Precision = None,
     max_train_samples: MaxTrain = None,
@@ -219,10 +237,10 @@ def squad(
     overwrite: RunAgain = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tune on SQuAD 1.1, dense and compressed, and score on its development set.
+    """Fine-tune dense and compressed models on SQuAD 1.1, and score them on the development set.
 
-    By default as the paper's authors do: length 384, stride 128, batches of 16, learning rate 3e-5, 3 epochs,
-    seed 22.
+    The defaults are those of the paper's authors: length 384, stride 128, batches of 16, learning rate 3e-5,
+    3 epochs, seed 22.
     """
     from ..evaluate.squad import SQUAD
 
@@ -261,9 +279,9 @@ def _print_scores(result: FineTuned) -> None:
 
 # ---- harnesses -------------------------------------------------------------------------------------------
 
-Against = Annotated[str | None, typer.Option(help="another model, such as the dense one, to run beside")]
-Device = Annotated[str | None, typer.Option(help="such as cpu or cuda")]
-_MORE_OPTIONS = {"allow_extra_args": True}  # those behind --
+Against = Annotated[str | None, typer.Option(help="another model to run, such as the dense one")]
+Device = Annotated[str | None, typer.Option(help="device such as cpu or cuda")]
+_MORE_OPTIONS = {"allow_extra_args": True}  # those after --
 
 
 @app.command("lm-eval", cls=ManyValues, context_settings=_MORE_OPTIONS)
@@ -271,19 +289,17 @@ def lm_eval(
     context: typer.Context,
     model: Model,
     tasks: Annotated[
-        list[str], typer.Option("--tasks", "--task", help="as lm-eval names them", metavar="NAME...")
+        list[str], typer.Option("--tasks", "--task", help="names of lm-eval's tasks", metavar="NAME...")
     ],
     against: Against = None,
-    include_path: Annotated[
-        Path | None, typer.Option(help="directory of task files (YAML) of your own")
-    ] = None,
-    batch_size: Annotated[str, typer.Option(help="requests at once, or auto")] = "1",
+    include_path: Annotated[Path | None, typer.Option(help="directory of your own task files (YAML)")] = None,
+    batch_size: Annotated[str, typer.Option(help="requests per batch, or auto")] = "1",
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run lm-evaluation-harness on a model, compressed or dense.
+    """Run lm-evaluation-harness on a compressed or dense model.
 
-    Further arguments of lm_eval.simple_evaluate go behind two dashes: -- --num_fewshot 5 --limit 100
+    Further arguments of lm_eval.simple_evaluate follow two dashes: -- --num_fewshot 5 --limit 100
     """
     from ..evaluate.harness import parse_options, run_lm_eval
 
@@ -299,19 +315,20 @@ def mteb(
     context: typer.Context,
     model: Model,
     tasks: Annotated[
-        list[str], typer.Option("--tasks", "--task", help="as MTEB names them", metavar="NAME...")
+        list[str], typer.Option("--tasks", "--task", help="names of MTEB's tasks", metavar="NAME...")
     ],
     against: Against = None,
     languages: Annotated[
-        list[str] | None, typer.Option(help="of tasks in many languages, such as eng", metavar="CODE...")
+        list[str] | None,
+        typer.Option(help="languages of multilingual tasks, such as eng", metavar="CODE..."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="sentences at once")] = 32,
+    batch_size: Annotated[int, typer.Option(help="sentences per batch")] = 32,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run MTEB on a sentence encoder, compressed or dense.
+    """Run MTEB on a compressed or dense sentence encoder.
 
-    Further arguments of mteb.evaluate go behind two dashes: -- --public_only
+    Further arguments of mteb.evaluate follow two dashes: -- --public_only
     """
     from ..evaluate.harness import parse_options, run_mteb
 
@@ -343,4 +360,5 @@ def _figure(value: float | None, form: str = ".4f") -> str:
 
 
 def _command() -> str:
+    """Return the command line of this process, for the record of a run."""
     return shlex.join(["embkern", *sys.argv[1:]])

@@ -10,7 +10,7 @@ from .console import AsJson, Model, console, print_json, print_rows
 
 
 def inspect(model: Model, as_json: AsJson = False) -> None:
-    """Show a model's embedding table: size, ties, scale, and what each rank would save."""
+    """Show a model's embedding table: size, ties, scale, and the bytes that each rank would save."""
     from .. import inspection
 
     summary = inspection.inspect(model)
@@ -21,14 +21,13 @@ def inspect(model: Model, as_json: AsJson = False) -> None:
     if summary.ranks:
         ranks = Table("rank", "bytes of the factors", "ratio", "whole model", title="what a rank saves")
         for each in summary.ranks:
-            ranks.add_row(
-                str(each.rank), f"{each.factors_bytes:,}", f"{each.ratio:.2f}x", f"-{each.model_share:.1%}"
-            )
+            size, share = f"{each.compressed_bytes:,}", f"-{each.model_share:.1%}"
+            ranks.add_row(str(each.rank), size, f"{each.ratio:.2f}x", share)
         console().print(ranks)
 
 
 def env(as_json: AsJson = False) -> None:
-    """Show versions, and which backend serves each op here and why."""
+    """Show versions, and for each op the backend in use and why the others are not."""
     from .. import inspection
 
     facts = inspection.environment()

@@ -1,4 +1,4 @@
-"""The command line: its commands, and how an error is shown. Results go to stdout, progress to stderr."""
+"""The command line. Results go to stdout, progress and errors to stderr."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ app.command()(env)
 app.command()(demo)
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         print(f"embkern {__version__}")
         raise typer.Exit
 
@@ -43,14 +43,14 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def _common(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="show it and exit")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
     ] = False,
 ) -> None:
     """Compress the token embeddings of Transformer models."""
 
 
 def main() -> None:
-    """Run the command line; an error that a user can mend is one line on stderr and exit code 1."""
+    """Run the command line; an expected error is one line on stderr and exit code 1."""
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars follow it too
     try:
@@ -58,6 +58,6 @@ def main() -> None:
     except (ValueError, TypeError, LookupError, OSError, RuntimeError, ImportError) as error:
         if os.environ.get("EMBKERN_DEBUG"):
             raise
-        if not getattr(error, "told_by_the_first", False):
+        if not getattr(error, "reported_by_first_process", False):
             typer.echo(f"embkern: {error}", err=True)
         sys.exit(1)

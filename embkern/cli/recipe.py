@@ -1,4 +1,4 @@
-"""The recipe that a command's options describe."""
+"""Recipes from the options of a command."""
 
 from __future__ import annotations
 
@@ -10,8 +10,15 @@ if TYPE_CHECKING:
 
 
 def recipe_of(file: Path | None, fields: dict[str, Any], options: dict[str, Any], **defaults: Any) -> Recipe:
-    """Build a recipe from a YAML file and from the options that were given; those override the file."""
-    from ..recipe import Recipe  # loads torch
+    """Return the recipe of a YAML file and of options of the command, which override the file.
+
+    Args:
+        file: YAML file, or None.
+        fields: fields of the recipe; None stands for an option that was not given.
+        options: options of the method, likewise.
+        defaults: fields for which neither the file nor ``fields`` has a value.
+    """
+    from ..recipe import Recipe  # imported here, as it loads torch
 
     given = {name: value for name, value in fields.items() if value is not None}
     options = {name: value for name, value in options.items() if value is not None}

@@ -25,20 +25,28 @@ def train(
     lr: Annotated[float | None, typer.Option(help="Adam's learning rate")] = None,
     init: Annotated[str | None, typer.Option(help="random or svd")] = None,
     activation: Annotated[str | None, typer.Option(help="elu")] = None,
-    seed: Annotated[int | None, typer.Option(help="of the weights and the order of rows")] = None,
-    engine: Annotated[str | None, typer.Option(help="what takes the steps: native, graph or torch")] = None,
-    device: Annotated[str | None, typer.Option(help="such as cpu or cuda (default: cuda if there)")] = None,
-    shards: Annotated[
-        int | None, typer.Option(help="cut the table into as many; the last bits depend on it (torchrun: 8)")
+    seed: Annotated[
+        int | None, typer.Option(help="random seed of the initial weights and of the order of rows")
     ] = None,
-    timeout: Annotated[float, typer.Option(help="torchrun: seconds until a silent process is lost")] = 60.0,
-    checkpoint: Annotated[Path | None, typer.Option(help="file to go on from after a kill")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="implementation of the training steps: native, graph or torch")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="device such as cpu or cuda (default: cuda if available)")
+    ] = None,
+    shards: Annotated[
+        int | None, typer.Option(help="number of parts of the table, which sets the last bits (torchrun: 8)")
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(help="torchrun: seconds after which a silent process counts as lost")
+    ] = 60.0,
+    checkpoint: Annotated[Path | None, typer.Option(help="file from which a killed run is resumed")] = None,
     checkpoint_seconds: Annotated[float, typer.Option(help="least time between two checkpoints")] = 5.0,
-    log: Annotated[Path | None, typer.Option(help="JSON lines, one per epoch")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a file that is there")] = False,
+    log: Annotated[Path | None, typer.Option(help="file of JSON lines, one per epoch")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing file")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train the autoencoder on a table in a file, larger than memory or not, on one process or torchrun's."""
+    """Train the autoencoder on a table in a file of any size, in one process or under torchrun."""
     from ..train import train as train_file
 
     flags = {
@@ -51,7 +59,7 @@ def train(
         overwrite=overwrite, device=device, shards=shards, timeout=timeout, log=log,
         checkpoint=checkpoint, checkpoint_seconds=checkpoint_seconds, engine=engine,
     )  # fmt: skip
-    if done is None:  # the first process reports
+    if done is None:  # only the first process prints the result
         return
     if as_json:
         print_json(done)

@@ -1,4 +1,4 @@
-"""What compression changed in a table and in sentence embeddings."""
+"""Measures of how compression changes a table and sentence embeddings."""
 
 from .sentences import SentenceFidelity, embed_sentences, pooling_of, read_sentences, sentence_fidelity
 from .table import TableComparison, WorstRow, compare_tables

@@ -1,4 +1,4 @@
-"""Fidelity of sentence embeddings: does the compressed model still find the same sentences alike?"""
+"""Fidelity of sentence embeddings: whether a compressed model finds the same sentences similar."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Pooling = Literal["mean", "cls"]
 
 
 class SentenceFidelity(BaseModel):
-    """How the sentence embeddings of two models relate."""
+    """The similarity of the sentence embeddings of two models."""
 
     sentences: int
     mean_cosine: float = Field(description="mean cosine between a sentence's embedding before and after")
     spearman: float | None = Field(
-        description="rank correlation of pairwise sentence similarities before and after; null below 3"
+        description="rank correlation of pairwise similarities before and after; null below 3 sentences"
     )
 
 
@@ -33,7 +33,7 @@ def read_sentences(path: str | os.PathLike, limit: int = 1000) -> list[str]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not text, or has no lines.
+        ValueError: the file is not UTF-8 text, or has no non-empty lines.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"text: expected a text file, found none at {path}")
@@ -46,20 +46,23 @@ def read_sentences(path: str | os.PathLike, limit: int = 1000) -> list[str]:
                     if len(sentences) == limit:
                         break
     except UnicodeDecodeError as error:
-        raise ValueError(f"text: {path} is not UTF-8 text ({error})") from error
+        raise ValueError(f"text: {path} is not UTF-8 text ({error})") from None
     if not sentences:
         raise ValueError(f"text: expected sentences, one a line, got an empty file: {path}")
     return sentences
 
 
 def pooling_of(source: str | os.PathLike | None) -> Pooling:
-    """How a sentence-transformers model (a directory or hub name) pools its tokens; mean if nothing is said.
+    """Return how a sentence-transformers model pools its tokens; mean without a pooling configuration.
+
+    Args:
+        source: a directory or a name on the hub; None for a model in memory.
 
     Raises:
-        ValueError: it pools in another way than mean and cls, or what says how is damaged.
+        ValueError: the pooling is neither mean nor cls, or its configuration is damaged.
     """
     config = _pooling_config(source)
-    # One key with the mode's name since sentence-transformers 5, a flag per mode before.
+    # sentence-transformers 5 writes one key with the name of the mode, earlier versions a flag per mode.
     modes = [name.removeprefix("pooling_mode_") for name, value in config.items() if value is True]
     mode = config.get("pooling_mode") or next((each for each in modes if each != "include_prompt"), "mean")
     known: dict[str, Pooling] = {"mean": "mean", "mean_tokens": "mean", "cls": "cls", "cls_token": "cls"}
@@ -71,6 +74,7 @@ def pooling_of(source: str | os.PathLike | None) -> Pooling:
 
 
 def _pooling_config(source: str | os.PathLike | None) -> dict[str, Any]:
+    """Read ``1_Pooling/config.json``; an empty dict without one."""
     if source is None:
         return {}
     path = Path(source) / "1_Pooling" / "config.json"
@@ -87,7 +91,7 @@ def _pooling_config(source: str | os.PathLike | None) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"text: {path} is damaged: {error}") from error
+        raise ValueError(f"text: {path} is damaged: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"text: {path} is damaged: expected an object, got {type(config).__name__}")
     return config
@@ -103,7 +107,15 @@ def embed_sentences(
     batch_size: int = 32,
     max_length: int = 256,
 ) -> Tensor:
-    """Return normalised embeddings (N, H): the backbone's last hidden state, pooled over real tokens.
+    """Return normalised embeddings (N, H): the backbone's last hidden state, pooled over the attention mask.
+
+    Args:
+        model: an encoder or decoder; its mode and the tokenizer's padding token are restored.
+        tokenizer: the tokenizer of the model.
+        sentences: N texts.
+        pooling: mean over the tokens, or the first token (cls).
+        batch_size: sentences in a forward pass.
+        max_length: tokens after which a sentence is truncated.
 
     Raises:
         ValueError: the model is an encoder-decoder, or the tokenizer has ids that the model lacks.
@@ -130,7 +142,8 @@ def _embed(
     max_length: int,
 ) -> Tensor:
     backbone = model.base_model
-    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))  # batches of like length
+    # Batches of similar length need less padding.
+    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
     embeddings: list[Tensor] = []
     for start in range(0, len(order), batch_size):
         batch = tokenizer(
@@ -153,7 +166,7 @@ def _embed(
 
 
 def sentence_fidelity(before: Tensor, after: Tensor) -> SentenceFidelity:
-    """Compare normalised sentence embeddings (N, H) of the same sentences."""
+    """Compare normalised embeddings (N, H) of the same sentences before and after compression."""
     from scipy.stats import spearmanr
 
     count = len(before)

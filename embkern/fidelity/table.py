@@ -1,4 +1,4 @@
-"""Row-by-row comparison of a table with its reconstruction."""
+"""Comparison of a table with its reconstruction, row by row."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..tables import Table
 
 
 class WorstRow(BaseModel):
-    """A row whose direction was lost most."""
+    """One of the rows with the largest direction errors."""
 
     id: int
     token: str | None = None
@@ -22,16 +22,16 @@ class WorstRow(BaseModel):
 
 
 class TableComparison(BaseModel):
-    """How far the reconstructed rows are from the original ones."""
+    """Errors of the reconstructed rows."""
 
     direction_error: float = Field(description="mean over rows of 1 - cos(row, reconstruction)")
     direction_error_p99: float = Field(description="its 99th percentile")
     weighted_direction_error: float | None = Field(
-        None, description="the mean where a row weighs as often as its token is read; null without counts"
+        None, description="mean weighted by how often the tokens are read; null without counts"
     )
     rmse: float = Field(description="root of the mean squared error over all entries")
     neighbor_overlap: float = Field(
-        description="share of a row's nearest neighbours (cosine) that stay, mean over sampled rows"
+        description="share of a row's nearest neighbours by cosine that stay the same, mean over sampled rows"
     )
     worst_rows: list[WorstRow]
 
@@ -51,18 +51,18 @@ def compare_tables(
     """Compare a table (V, H) with its reconstruction.
 
     ``direction_error = (1 - F.cosine_similarity(table, reconstruction)).mean()``,
-    ``rmse = F.mse_loss(table, reconstruction).sqrt()``, both in fp32 or better. A row of zeros that stays
-    zero has no direction to lose and counts as 0; one that does not, as 1.
+    ``rmse = F.mse_loss(table, reconstruction).sqrt()``, both in float64. A row of zeros has a direction error
+    of 0 if its reconstruction is zero, and of 1 otherwise.
 
     Args:
         table: (V, H).
-        reconstruction: a compressed table, or a dense (V, H) tensor.
+        reconstruction: a compressed table, or a dense tensor (V, H).
         counts: how often each token is read, (V,), for ``weighted_direction_error``.
-        tokens: ids to token strings, for the worst rows.
+        tokens: maps ids to token strings, for the worst rows.
         worst: how many worst rows to list.
         neighbors: how many nearest neighbours of a row to compare.
-        sampled_rows: rows whose neighbours are compared, drawn with ``seed``.
-        seed: of that draw.
+        sampled_rows: number of rows whose neighbours are compared.
+        seed: of the draw of these rows.
 
     Raises:
         ValueError: the shapes differ, or the counts are not (V,) with a positive sum.
@@ -100,6 +100,7 @@ def compare_tables(
 
 
 def _neighbor_overlap(table: Tensor, rebuilt: Tensor, neighbors: int, sampled_rows: int, seed: int) -> float:
+    """Return the mean share of nearest neighbours that both tables have in common."""
     neighbors = min(neighbors, len(table) - 1)
     if neighbors < 1:
         return 1.0
@@ -110,7 +111,7 @@ def _neighbor_overlap(table: Tensor, rebuilt: Tensor, neighbors: int, sampled_ro
 
 
 def _nearest(table: Tensor, queries: Tensor, count: int) -> Tensor:
-    """Ids (Q, count) of the nearest rows by cosine, the row itself left out."""
+    """Return the ids (Q, count) of the nearest rows by cosine, without the row itself."""
     normal = F.normalize(table.float(), dim=1)
     similarity = normal[queries] @ normal.t()
     similarity.scatter_(1, queries.unsqueeze(1), -2.0)

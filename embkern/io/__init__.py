@@ -1,4 +1,4 @@
-"""Files: atomic writes, checksummed JSON and tensors, tables read by memory map, the cache directory."""
+"""Files: atomic writes, checksummed JSON and tensors, memory-mapped tables, the cache directory."""
 
 from .mapped_table import TableFile
 from .tensor_format import TensorFormat

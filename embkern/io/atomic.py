@@ -1,6 +1,6 @@
-"""Writing that leaves what was there whole: a temporary name first, then one rename.
+"""Atomic writes of files and directories: write under a temporary name, synchronise, rename.
 
-What is renamed is on the disk before: not even a power failure leaves a name with half of its content.
+Content reaches the disk before the rename, so that not even a power failure leaves a partial file.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-# The medium's refusals: no space, a quota, the limit of a file's size, a read-only or a failing device.
-_REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+# Failures of the storage: no space, quota exceeded, file too large, read-only, input/output error.
+_STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 @contextlib.contextmanager
@@ -30,14 +30,15 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary file name beside ``path``, renamed onto it if the block succeeds, else removed.
 
     Raises:
-        OSError: the disk refuses (it is full, for example); it names ``path``, which is as it was.
+        OSError: the file cannot be written, for example to a full disk; ``path``, which the error names, is
+            unchanged.
     """
-    given, path = path, Path(path).resolve()  # a link stays a link
-    mode = path.stat().st_mode & 0o777 if path.exists() else None  # what was there keeps its permissions
+    given, path = path, Path(path).resolve()  # a symbolic link is kept
+    mode = path.stat().st_mode & 0o777 if path.exists() else None  # an existing file keeps its permissions
     with _naming(given):
         temporary = _new_file(path, 0o666 if mode is None else 0o600)
     if mode is None:
-        mode = temporary.stat().st_mode & 0o777  # safetensors puts a file of its own, with 0600, in its place
+        mode = temporary.stat().st_mode & 0o777  # safetensors replaces the file by one with mode 0600
     try:
         with _naming(given, temporary):
             yield temporary
@@ -51,13 +52,14 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_directory(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a new directory beside ``path``, put in its place if the block succeeds, else removed.
+    """Yield a new directory beside ``path``, which replaces ``path`` if the block succeeds, else is removed.
 
-    A directory that was there stays whole until the new one is complete and is then exchanged with it.
+    An existing directory is left alone until the new one is complete, and then exchanged with it.
 
     Raises:
         NotADirectoryError: ``path`` is a file.
-        OSError: the disk refuses (it is full, for example); it names ``path``, which is as it was.
+        OSError: the directory cannot be written, for example to a full disk; ``path``, which the error names,
+            is unchanged.
     """
     given, path = path, Path(path).resolve()
     if path.exists() and not path.is_dir():
@@ -80,18 +82,19 @@ def replacing_directory(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def check_writable(path: str | os.PathLike, argument: str) -> None:
-    """Raise unless a file can be written at ``path``: before the work whose result it is to hold.
+    """Raise unless a file can be written at ``path``; for use before the work whose result it will hold.
 
-    Tried by making a file beside it, since permissions alone do not tell (a read-only mount, root in /proc).
+    This creates and removes a file beside it, as permissions do not show a read-only mount.
 
     Args:
-        path: of the file.
-        argument: what the error calls it.
+        path: where the file will be written.
+        argument: name of the argument, for the error message.
 
     Raises:
-        FileNotFoundError: its directory does not exist.
-        IsADirectoryError: it is a directory.
-        OSError: no file can be made in its directory, or it is a mount point, which cannot be replaced.
+        FileNotFoundError: the directory of ``path`` does not exist.
+        IsADirectoryError: ``path`` is a directory.
+        OSError: no file can be created in the directory, or ``path`` is a mount point, which cannot be
+            replaced.
     """
     resolved = Path(path).resolve()
     if not resolved.parent.is_dir():
@@ -100,35 +103,39 @@ def check_writable(path: str | os.PathLike, argument: str) -> None:
         raise IsADirectoryError(f"{argument}: expected a file, got the directory {path}")
     if os.path.ismount(resolved):
         raise OSError(errno.EBUSY, f"{argument}: a mount point cannot be replaced", str(path))
-    _try(resolved, path, argument)
+    _try_to_create(resolved, path, argument)
 
 
 def check_writable_directory(path: str | os.PathLike, argument: str) -> None:
-    """Raise unless files can be written in a directory at ``path``, which may be made first.
+    """Raise unless files can be written in the directory ``path``, which need not exist yet.
+
+    Args:
+        path: the directory.
+        argument: name of the argument, for the error message.
 
     Raises:
-        OSError: nothing can be written there, or a file is in the way.
+        NotADirectoryError: ``path`` or one of its parents is a file.
+        OSError: no file can be created there.
     """
     resolved = Path(path).resolve()
     folder = next(each for each in (resolved, *resolved.parents) if each.exists())
     if not folder.is_dir():
         raise NotADirectoryError(f"{argument}: expected a directory, got {path}: {folder} is a file")
-    _try(folder / "new", path, argument)
-
-
-def _try(place: Path, path: str | os.PathLike, argument: str) -> None:
-    try:
-        _new_file(place, 0o600).unlink()
-    except OSError as error:
-        raise OSError(error.errno, f"{argument}: cannot be written ({error.strerror})", str(path)) from error
+    _try_to_create(folder / "new", path, argument)
 
 
 @contextlib.contextmanager
 def alone_in(directory: str | os.PathLike, argument: str) -> Iterator[None]:
-    """Keep other processes out of a directory that exists, as far as they ask here; a kill ends that, too.
+    """Hold an advisory lock on an existing directory; it is released when the block or the process ends.
+
+    On systems without ``fcntl`` and file systems without locks there is no lock.
+
+    Args:
+        directory: the directory to lock.
+        argument: name of the argument, for the error message.
 
     Raises:
-        BlockingIOError: another process is in it.
+        BlockingIOError: another process holds the lock.
     """
     if fcntl is None:
         yield
@@ -139,17 +146,17 @@ def alone_in(directory: str | os.PathLike, argument: str) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             reason = f"{argument}: expected a directory for this process alone, another one writes there"
-            raise BlockingIOError(error.errno, reason, os.fspath(directory)) from error
-        except OSError as error:
+            raise BlockingIOError(error.errno, reason, os.fspath(directory)) from None
+        except OSError as error:  # these errors come from file systems without locks
             if error.errno not in (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
-                raise  # those are of file systems that know no locks
+                raise
         yield
     finally:
         os.close(descriptor)
 
 
 def file_checksum(path: str | os.PathLike) -> str:
-    """Return the CRC-32 of a file's bytes."""
+    """Return the CRC-32 of a file's bytes, as ``crc32:`` and 8 hexadecimal digits."""
     crc = 0
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -157,12 +164,20 @@ def file_checksum(path: str | os.PathLike) -> str:
     return f"crc32:{crc:08x}"
 
 
+def _try_to_create(file: Path, path: str | os.PathLike, argument: str) -> None:
+    try:
+        _new_file(file, 0o600).unlink()
+    except OSError as error:
+        reason = f"{argument}: cannot be written ({error.strerror})"
+        raise OSError(error.errno, reason, str(path)) from None
+
+
 def _new_name(path: Path) -> Path:
     return path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
 
 
 def _new_file(path: Path, mode: int) -> Path:
-    """Make an empty file beside a path; from its mode the kernel takes the umask, which only it can read."""
+    """Create an empty file beside ``path`` under a temporary name; the umask applies to ``mode``."""
     name = _new_name(path)
     os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
     return name
@@ -170,35 +185,35 @@ def _new_file(path: Path, mode: int) -> Path:
 
 @contextlib.contextmanager
 def _naming(path: str | os.PathLike, temporary: Path | None = None) -> Iterator[None]:
-    """Let the medium's refusals name the file that was to be written, not the temporary one or none."""
+    """Make storage errors name ``path`` in place of the temporary file or of no file."""
     try:
         yield
     except OSError as error:
         ours = error.filename is None or temporary is None or Path(error.filename).is_relative_to(temporary)
-        if error.errno not in _REFUSED or not ours:
+        if error.errno not in _STORAGE_ERRORS or not ours:
             raise
         reason = f"could not be written ({os.strerror(error.errno)})"
         raise OSError(error.errno, reason, os.fspath(path)) from error
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file's content, or a directory's names, are on the disk."""
-    if os.name == "nt":  # which opens no directories, and synchronises nothing that is open for reading
+    """Wait until a file's content, or a directory's entries, are on the disk."""
+    if os.name == "nt":  # Windows cannot open directories, or synchronise files that are open for reading
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of file systems that cannot
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # the file system cannot synchronise
             raise
     finally:
         os.close(descriptor)
 
 
 def _put_in_place(new: Path, old: Path) -> None:
-    """Rename a directory onto another or onto nothing; ``new`` then holds what is to be removed, if anything.
+    """Move the directory ``new`` to ``old``; if ``old`` exists, its content is left under the name ``new``.
 
-    Between the question and the rename another process may put a directory there, or take it away.
+    The loop is for other processes that create or remove ``old`` between the test and the rename.
     """
     while True:
         try:
@@ -216,7 +231,7 @@ def _put_in_place(new: Path, old: Path) -> None:
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Swap two directories, in one step where the system can; ``new`` then holds what is to be removed."""
+    """Exchange two directories, atomically where the system can."""
     if sys.platform == "linux":
         at_cwd, rename_exchange = -100, 2
         libc = ctypes.CDLL(None, use_errno=True)
@@ -224,13 +239,13 @@ def _exchange(new: Path, old: Path) -> None:
             at_cwd, os.fsencode(new), at_cwd, os.fsencode(old), rename_exchange
         ):
             return
-    # Two renames: killed between them, the old directory is whole under its temporary name.
+    # Two renames: if the process is killed between them, the old directory is complete as `aside`.
     aside = Path(f"{new}.old")
     old.rename(aside)
     try:
         new.rename(old)
     except OSError:
-        if old.exists():  # another process was faster
+        if old.exists():  # another process has put its directory there
             shutil.rmtree(aside)
         else:
             aside.rename(old)

@@ -1,4 +1,4 @@
-"""Where embkern keeps what it can make again: one directory per user."""
+"""The user's cache directory, for files that can be regenerated."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def cache_directory() -> Path:
-    """Return ``$EMBKERN_CACHE``, else ``$XDG_CACHE_HOME/embkern``, else ``~/.cache/embkern``; not made here.
+    """Return ``$EMBKERN_CACHE``, else ``$XDG_CACHE_HOME/embkern``, else ``~/.cache/embkern``.
 
-    A variable that is empty counts as unset, and so does an ``XDG_CACHE_HOME`` that is not absolute, as the
-    XDG base directory specification asks.
+    The directory need not exist. An empty variable counts as unset, and so does an ``XDG_CACHE_HOME`` that is
+    not absolute, as the XDG base directory specification requires.
     """
     if own := os.environ.get("EMBKERN_CACHE"):
         return Path(own).expanduser()

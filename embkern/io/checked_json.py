@@ -1,4 +1,4 @@
-"""JSON that notices damage: an object with a checksum of the rest as its last entry."""
+"""JSON objects whose last entry is a checksum of the others."""
 
 from __future__ import annotations
 
@@ -14,28 +14,31 @@ _KEY = "checksum"
 
 
 def to_checked_json(content: BaseModel | dict[str, Any], indent: int = 1) -> str:
-    """Return JSON of an object, or of a model, with a checksum, for ``read_checked_json``."""
+    """Return an object or a pydantic model as JSON with a checksum, for ``read_checked_json``."""
     plain = json.loads(content.model_dump_json()) if isinstance(content, BaseModel) else content
     return json.dumps({**plain, _KEY: _checksum(plain)}, indent=indent) + "\n"
 
 
 def read_checked_json(path: str | os.PathLike) -> dict[str, Any]:
-    """Return the object of a file of ``to_checked_json``, or of one from before there were checksums.
+    """Return the object in a file that ``to_checked_json`` wrote, without its checksum.
+
+    A file without a checksum is accepted, as the first ones had none.
 
     Raises:
-        ValueError: it is damaged or edited.
+        OSError: the file cannot be read.
+        ValueError: the file is not a JSON object, or its checksum differs.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise ValueError(f"{path} is damaged: nested too deep") from error
+    except RecursionError:
+        raise ValueError(f"{path} is damaged: nested too deep") from None
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"{path} is damaged: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged: expected an object, got {type(content).__name__}")
-    expected = content.pop(_KEY, None)
-    if expected is not None and expected != (got := _checksum(content)):
-        raise ValueError(f"{path} is damaged or edited: expected {_KEY} {expected}, got {got}")
+    stated = content.pop(_KEY, None)
+    if stated is not None and stated != (got := _checksum(content)):
+        raise ValueError(f"{path} is damaged or edited: expected {_KEY} {stated}, got {got}")
     return content
 
 

@@ -1,4 +1,4 @@
-"""Turn the errors of other libraries into messages for users."""
+"""Messages from the errors of other libraries."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import re
 
 
 def disk_error(error: Exception) -> OSError | None:
-    """Return the OSError that a library of Rust put into words, such as that of a full disk, if it is one."""
-    found = re.search(
-        r"\(os error (\d+)\)|\bOs \{ code: (\d+)", str(error)
-    )  # the latter before safetensors 0.5
+    """Return the OSError that a Rust library (safetensors, tokenizers) reports as text, or None."""
+    # The second form is that of safetensors before 0.5.
+    found = re.search(r"\(os error (\d+)\)|\bOs \{ code: (\d+)", str(error))
     if found is None:
         return None
     code = int(found[1] or found[2])
@@ -18,5 +17,5 @@ def disk_error(error: Exception) -> OSError | None:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the first line of what an error says; of one that says nothing, its kind."""
+    """Return the first line of an error's message, or its ``repr`` if the message is empty."""
     return str(error).strip().split("\n")[0] or repr(error)

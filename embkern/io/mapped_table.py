@@ -1,4 +1,4 @@
-"""Tables larger than memory: the rows of one tensor of a safetensors file, by memory map."""
+"""Tables larger than memory: the rows of one tensor in a safetensors file, read through a memory map."""
 
 from __future__ import annotations
 
@@ -23,30 +23,31 @@ DTYPES = {
     "BF16": torch.bfloat16,
 }
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-RESIDENT_BYTES = 16 * 2**20  # of the file that are mapped in at any time
-_WINDOW = 2 * 2**20  # what Linux maps in at a touch, where the page cache holds a huge page
-_LARGEST_HEADER = 100 * 2**20  # of the format
+RESIDENT_BYTES = 16 * 2**20  # bound of the mapped pages that are resident at any time
+_WINDOW = 2 * 2**20  # the largest range that one page fault makes resident: a huge page of Linux's page cache
+_LARGEST_HEADER = 100 * 2**20  # limit of the safetensors format
 
 
 class TableFile:
     """Rows of a (V, H) tensor in a safetensors file.
 
-    Rows are copied out of a memory map, and their pages given back after at most ``RESIDENT_BYTES`` (16 MiB;
-    with ``MADV_DONTNEED``, where the system has it). So the resident size of the process does not grow with
-    the table: it is that bound and the rows that the caller holds. The file must not change while it is read;
-    one that is truncated under the map ends the process with SIGBUS.
+    Rows are copied out of a memory map, whose pages are released after at most ``RESIDENT_BYTES`` (16 MiB;
+    with ``MADV_DONTNEED``, where the system has it). The resident memory of the process therefore does not
+    grow with the table: it is that bound and the rows that the caller holds. The file must not change while
+    it is read; truncating it ends the process with SIGBUS.
 
     Attributes:
-        path, name: the file, and the tensor in it.
+        path: the file.
+        name: name of the tensor in it.
         shape: (V, H).
         dtype: bf16, fp16, fp32 or fp64, as stored.
-        device: where rows are handed out.
+        device: device of the rows that are returned.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not a whole safetensors file, has no tensor of this name, or one that is not (V, H).
-        TypeError: the tensor's dtype is none of these.
-        NotImplementedError: the machine is big-endian, which the format is not.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not a complete safetensors file, or has no tensor of this name with shape (V, H).
+        TypeError: the tensor has another dtype.
+        NotImplementedError: the machine is big-endian; the format is little-endian.
     """
 
     def __init__(self, path: str | os.PathLike, name: str, device: torch.device | str = "cpu") -> None:
@@ -74,9 +75,9 @@ class TableFile:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._offset = begin + first
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given buffer is not writable")  # nothing writes to it
+            warnings.filterwarnings("ignore", "The given buffer is not writable")  # it is only read
             data = torch.frombuffer(self._map, dtype=torch.uint8, count=self.nbytes, offset=self._offset)
-        # Words as wide as the place of the rows allows: the format does not promise alignment.
+        # The widest words for which the rows are aligned: the format does not guarantee any alignment.
         self._width = self.nbytes // len(self)
         self._words = data.view(WORDS[math.gcd(8, self._width, self._offset)]).view(len(self), -1)
 
@@ -85,11 +86,11 @@ class TableFile:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the rows, as stored."""
+        """Bytes of all rows, as stored."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def section(self, start: int, stop: int) -> TableFile:
-        """Return the rows from start to stop as a table of their own, of the same map."""
+        """Return a table of the rows from start to stop, which shares the memory map."""
         part = copy.copy(self)
         part.shape = torch.Size((stop - start, self.shape[1]))
         part._offset = self._offset + start * self._width
@@ -97,55 +98,51 @@ class TableFile:
         return part
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return the rows from start to stop, by default all, in the file's dtype: (n, H)."""
+        """Return the rows from start to stop, by default all, in the dtype of the file: (n, H)."""
         stop = len(self) if stop is None else stop
         rows = self._words.new_empty(stop - start, self._words.shape[1])
         step = max(1, RESIDENT_BYTES // self._width)
         for at in range(start, stop, step):
             end = min(at + step, stop)
             rows[at - start : end - start] = self._words[at:end]
-            self._give_back(at, end)
+            self._release(at, end)
         return rows.view(self.dtype).to(self.device)
 
     def gather(self, ids: Tensor) -> Tensor:
-        """Return the rows of ids (n,), in fp32 (float64 for a float64 table): (n, H)."""
-        # In the file's order: what is near is read together, and given back together.
+        """Return the rows of ids (n,) in fp32, or fp64 for an fp64 table: (n, H)."""
+        # Rows are read in the order of the file, so that pages are read and released together.
         ids, positions = ids.cpu().sort()
         rows = self._words.new_empty(len(ids), self._words.shape[1])
         for some, places in zip(*self._pieces(ids, positions), strict=True):
             rows.index_copy_(0, places, self._words.index_select(0, some))
-            self._give_back(int(some[0]), int(some[-1]) + 1)
+            self._release(int(some[0]), int(some[-1]) + 1)
         rows = rows.view(self.dtype)
         return rows.to(self.device).to(torch.promote_types(self.dtype, torch.float32))
 
     def _pieces(self, ids: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
-        """Cut sorted ids, and others alike, so that the windows that a piece touches are within the bound."""
+        """Split sorted ids, and the others alike, so that a piece touches ``RESIDENT_BYTES`` at most."""
         windows = (self._offset + ids * self._width) // _WINDOW
         passed = torch.cat([windows.new_zeros(1), (windows.diff() != 0).cumsum(0)])
-        piece = passed // max(1, RESIDENT_BYTES // (2 * _WINDOW))  # a row may reach into the next window
+        piece = passed // max(1, RESIDENT_BYTES // (2 * _WINDOW))  # a row may extend into the next window
         cuts = (torch.nonzero(piece.diff()).flatten() + 1).tolist()
         return [each.tensor_split(cuts) for each in (ids, *others)]
 
     def blocks(self, size: int) -> Iterator[Tensor]:
-        """Yield all rows, ``size`` at a time, in the file's dtype."""
+        """Yield all rows in blocks of ``size``, in the dtype of the file."""
         for start in range(0, len(self), size):
             yield self.read(start, min(start + size, len(self)))
 
-    def _give_back(self, start: int, stop: int) -> None:
-        """Unmap the pages of some rows; they stay in the system's page cache as long as it has room."""
+    def _release(self, start: int, stop: int) -> None:
+        """Release the pages of the rows from start to stop; the system may keep them in its page cache."""
         page = mmap.PAGESIZE
         first = max(0, self._offset + start * self._width - _WINDOW) // page * page
         last = min(len(self._map), self._offset + stop * self._width + _WINDOW)
-        _advise(self._map, "MADV_DONTNEED", first, last - first)
-
-
-def _advise(mapping: mmap.mmap, advice: str, *place: int) -> None:
-    if hasattr(mmap, advice):
-        mapping.madvise(getattr(mmap, advice), *place)
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def _read_header(file: BinaryIO, path: str | os.PathLike) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Return where the data begin, and what is known of each tensor by name."""
+    """Return the offset of the data in the file, and the header's entry of each tensor."""
     start = file.read(8)
     length = int.from_bytes(start, "little")
     text = file.read(length) if len(start) == 8 and length <= _LARGEST_HEADER else b""
@@ -158,8 +155,8 @@ def _read_header(file: BinaryIO, path: str | os.PathLike) -> tuple[int, dict[str
                 type(n) is int and 0 <= n < 2**63 for n in (first, last, *entry["shape"])
             ):
                 raise ValueError("a tensor without dtype, shape or offsets")
-    except RecursionError as error:
-        raise ValueError(f"{path} is not a readable safetensors file (nested too deep)") from error
+    except RecursionError:
+        raise ValueError(f"{path} is not a readable safetensors file (nested too deep)") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file ({error})") from error
+        raise ValueError(f"{path} is not a readable safetensors file ({error})") from None
     return 8 + length, header

@@ -1,4 +1,4 @@
-"""Named tensors in a safetensors file, with settings, and with checksums that notice damage."""
+"""Safetensors files of named tensors and settings, with checksums of all of their content."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TensorFormat:
-    """A kind of safetensors file, whose metadata has its name, settings and checksums.
+    """A format of safetensors files, whose metadata holds its name, settings and checksums.
 
-    Every tensor has a checksum, and so has the header: names, dtypes, shapes and the metadata itself (files
-    of the first release do without). Equal content gives equal bytes.
+    Every tensor has a checksum, and so does the header: names, dtypes, shapes and the metadata itself (the
+    first files had no checksum of the header). Equal content gives equal bytes.
 
     Attributes:
-        name: of the format and its version, such as ``embkern.factors/1``.
-        content: what a file holds, in a few words.
-        required: names of the tensors that each file has, and
-        optional: of those that some have.
-        settings: names of values of JSON.
-        checked: those of the settings that have a checksum as tensors have; whole numbers.
+        name: name and version of the format, such as ``embkern.factors/1``.
+        content: what a file holds, for error messages.
+        required: names of the tensors that every file has.
+        optional: names of the tensors that a file may have.
+        settings: names of the settings, which are JSON values.
+        checked: settings with a checksum of their own, as tensors have; 64-bit integers.
     """
 
     name: str
@@ -45,12 +45,17 @@ class TensorFormat:
     checked: tuple[str, ...] = ()
 
     def save(self, path: str | os.PathLike, tensors: Mapping[str, Tensor], **settings: Any) -> None:
-        """Write one file; a file already there is replaced whole or not at all.
+        """Write one file; an existing file is replaced atomically.
+
+        Args:
+            path: the file.
+            tensors: the required tensors and any of the optional ones.
+            settings: a value for each of the format's settings.
 
         Raises:
-            OSError: the disk refuses (it is full, for example).
+            OSError: the file cannot be written, for example to a full disk.
         """
-        # safetensors writes what lies in memory, whatever a view's negative bit says of it.
+        # safetensors writes memory as it is and ignores a view's negative bit.
         stored = {name: tensor.detach().cpu().resolve_neg().contiguous() for name, tensor in tensors.items()}
         checked = {**stored, **{name: _tensor(settings[name]) for name in self.checked}}
         metadata = {
@@ -69,12 +74,12 @@ class TensorFormat:
             _sort_metadata(temporary)
 
     def load(self, path: str | os.PathLike, build: Callable[[dict[str, Any], dict[str, Any]], T]) -> T:
-        """Return ``build(tensors, settings)`` of a file that ``save`` wrote.
+        """Return ``build(tensors, settings)`` for a file that ``save`` wrote.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is truncated, edited, of another format, or ``build`` raises a ValueError, a
-                TypeError or a KeyError; the message names the file.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is truncated, edited or of another format, or ``build`` raises ValueError,
+                TypeError, KeyError or OverflowError; the message names the file.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"path: expected a file of {self.content}, found none at {path}")
@@ -84,30 +89,30 @@ class TensorFormat:
         try:
             return build(tensors, self._settings(tensors, metadata))
         except KeyError as error:
-            raise ValueError(f"{path}: its metadata is damaged ({error!r})") from error
-        except RecursionError as error:
-            raise ValueError(f"{path}: its metadata is damaged (nested too deep)") from error
+            raise ValueError(f"{path}: its metadata is damaged ({error!r})") from None
+        except RecursionError:
+            raise ValueError(f"{path}: its metadata is damaged (nested too deep)") from None
         except (TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{path}: {error}") from None
 
     def _settings(self, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Any]:
-        """Return the settings of a file once every checksum holds."""
+        """Return the settings of a file after its tensors and checksums are verified."""
         try:
             settings = {name: json.loads(metadata[name]) for name in self.settings}
             checked = {**tensors, **{name: _tensor(settings[name]) for name in self.checked}}
             checksums = json.loads(metadata["checksums"])
             if not isinstance(checksums, dict):
-                raise TypeError(f"checksums: expected those of tensors by name, got {checksums!r}")
+                raise TypeError(f"checksums: expected an object with one per tensor, got {checksums!r}")
             if unknown := set(metadata) - {"format", *self.settings, "checksums", "header"}:
                 raise TypeError(f"unknown {', '.join(sorted(unknown))}")
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"its metadata is damaged ({error!r})") from error
+            raise ValueError(f"its metadata is damaged ({error!r})") from None
         known = set(self.required) <= set(tensors) <= {*self.required, *self.optional}
         if not known or set(checked) != set(checksums):
-            perhaps = f" and perhaps {', '.join(self.optional)}" if self.optional else ""
-            raise ValueError(f"expected {', '.join(self.required)}{perhaps}, got {sorted(tensors)}")
+            optional = f" and optionally {', '.join(self.optional)}" if self.optional else ""
+            raise ValueError(f"expected {', '.join(self.required)}{optional}, got {sorted(tensors)}")
         verify_checksums(checked, checksums)
-        header = metadata.pop("header", None)  # files of the first release have none
+        header = metadata.pop("header", None)  # the first files have none
         if header is not None and header != (got := _header_checksum(tensors, metadata)):
             raise ValueError(
                 f"the header was changed after it was saved (expected {header}, got {got}); "
@@ -116,17 +121,47 @@ class TensorFormat:
         return settings
 
 
+def checksum(tensor: Tensor) -> str:
+    """Return the CRC-32 of a tensor's bytes, as ``crc32:`` and 8 hexadecimal digits."""
+    return checksum_of_parts([tensor])
+
+
+def checksum_of_parts(parts: Iterable[Tensor]) -> str:
+    """Return the CRC-32 of the concatenated bytes of tensors."""
+    crc = 0
+    for part in parts:
+        flat = part.detach().cpu().resolve_neg().contiguous().reshape(-1)
+        flat = flat.as_strided(flat.shape, (1,))  # the stride of a single element is arbitrary
+        data: Any = flat.view(torch.uint8).numpy()
+        crc = zlib.crc32(data, crc)
+    return f"crc32:{crc:08x}"
+
+
+def verify_checksums(tensors: Mapping[str, Tensor], checksums: Mapping[str, str]) -> None:
+    """Raise ValueError if the checksum of a tensor differs."""
+    for name, expected in checksums.items():
+        if (got := checksum(tensors[name])) != expected:
+            raise ValueError(
+                f"{name} was changed after it was saved (expected {expected}, got {got}); "
+                "the file is damaged or edited"
+            )
+
+
 def _read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and the metadata of one version of a file, though a writer may replace it."""
+    """Return the tensors and the metadata of one version of a file that another process may replace.
+
+    safetensors opens a file twice, so that header and tensors may come from two versions; it is read again
+    if the file changed meanwhile.
+    """
     while True:
         before, failure = _identity(path), None
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: _aligned(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, RuntimeError, KeyError) as error:  # the latter two of a dtype torch lacks
+        except (SafetensorError, RuntimeError, KeyError) as error:  # the last two if torch lacks a dtype
             failure = error
-        if _identity(path) != before:  # safetensors opens a file twice: header and tensors may not be of one
+        if _identity(path) != before:
             continue
         if failure is not None:
             raise ValueError(f"{path} is not a readable safetensors file ({failure})") from failure
@@ -139,29 +174,30 @@ def _identity(path: str | os.PathLike) -> tuple[int, ...]:
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """A tensor in whose place the kernels may read: one of a file lies where the file has it.
+    """Return a tensor of a file, copied unless it is aligned for the kernels.
 
-    safetensors aligns what it writes, but the format lets others write at any byte.
+    Its address depends on its offset in the file. safetensors aligns the offsets that it writes, but the
+    format allows any.
     """
     return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
 
 def _tensor(setting: Any) -> Tensor:
-    """A whole number as its checksum takes it."""
+    """Return an integer setting as a tensor, for its checksum."""
     if type(setting) is not int or not -(2**63) <= setting < 2**63:
-        raise TypeError(f"expected a whole number of 64 bits, got {setting!r}")
+        raise TypeError(f"expected a 64-bit integer, got {setting!r}")
     return torch.tensor(setting)
 
 
 def _header_checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Return the CRC-32 of what a header says: of the metadata, and of each tensor but where it lies."""
+    """Return the CRC-32 of a header's content: the metadata, and names, dtypes and shapes of the tensors."""
     shapes = {name: [str(tensor.dtype), *tensor.shape] for name, tensor in tensors.items()}
     text = json.dumps([dict(metadata), shapes], sort_keys=True)
     return f"crc32:{zlib.crc32(text.encode()):08x}"
 
 
 def _sort_metadata(path: Path) -> None:
-    """Sort the metadata of a safetensors file in place: safetensors writes them in a random order."""
+    """Sort the metadata of a safetensors file in place, as safetensors writes them in random order."""
     with open(path, "r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -171,29 +207,3 @@ def _sort_metadata(path: Path) -> None:
             raise RuntimeError(f"{path}: expected a header of {length} bytes once sorted, got {len(text)}")
         file.seek(8)
         file.write(text)
-
-
-def checksum(tensor: Tensor) -> str:
-    """Return the CRC-32 of a tensor's bytes, to notice a damaged or edited file."""
-    return checksum_of_parts([tensor])
-
-
-def checksum_of_parts(parts: Iterable[Tensor]) -> str:
-    """Return the CRC-32 of the bytes of tensors, one after the other."""
-    crc = 0
-    for part in parts:
-        flat = part.detach().cpu().resolve_neg().contiguous().reshape(-1)
-        flat = flat.as_strided(flat.shape, (1,))  # a single element may have any stride
-        data: Any = flat.view(torch.uint8).numpy()
-        crc = zlib.crc32(data, crc)
-    return f"crc32:{crc:08x}"
-
-
-def verify_checksums(tensors: Mapping[str, Tensor], checksums: Mapping[str, str]) -> None:
-    """Raise ValueError if a tensor is not the one that was saved."""
-    for name, expected in checksums.items():
-        if (got := checksum(tensors[name])) != expected:
-            raise ValueError(
-                f"{name} was changed after it was saved (expected {expected}, got {got}); "
-                "the file is damaged or edited"
-            )

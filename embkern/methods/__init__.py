@@ -1,4 +1,4 @@
-"""Methods: a table (V, H) and a size in, a ``PackedTable`` or ``Factors`` out; ``METHODS`` lists them."""
+"""Methods map a table (V, H) and a size to a ``PackedTable`` or ``Factors``; ``METHODS`` lists them."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -6,20 +6,27 @@ from typing import Any, Literal, NamedTuple
 from .allocate import AllocateOptions, allocate
 from .autoencoder import AutoencoderOptions, autoencoder
 from .base import Options, rank_for_ratio
-from .direction import DirectionOptions, direction, repair_norms
+from .direction import DirectionOptions, direction
+from .norm_repair import repair_norms
 from .svd import SVDOptions, svd
 
 
 class Method(NamedTuple):
-    """A method as the recipe and the command line see it.
+    """A method as the recipe and the command line use it.
 
-    ``compress(table, rank, **options)``, or ``compress(table, ratio=ratio, **options)`` where the size is a
-    ratio of bytes. A weighted one takes ``counts`` too: how often each token is read, (V,) float64.
+    Attributes:
+        compress: called as ``compress(table, rank, **options)``, or ``compress(table, ratio=ratio,
+            **options)`` where ``sized_by`` is ``"ratio"``.
+        options: the model of the options.
+        has_offset: whether factors made with these options have an offset, on which the rank for a ratio
+            depends.
+        sized_by: whether the method takes a rank or a ratio of bytes.
+        weighted: whether it also takes ``counts``, (V,) float64: how often each token is read.
     """
 
     compress: Callable[..., Any]
     options: type[Options]
-    has_offset: Callable[[Any], bool] = lambda options: False  # the rank for a ratio depends on it
+    has_offset: Callable[[Any], bool] = lambda options: False
     sized_by: Literal["rank", "ratio"] = "rank"
     weighted: bool = False
 

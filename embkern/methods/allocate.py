@@ -1,27 +1,27 @@
-"""Rate allocation: every row gets the bits that pay, quantised in its own space or in a shared basis.
+"""Rate allocation: every row is quantised at its own rate, directly or in a basis that rows share.
 
-A model feels the direction error of the tokens it reads. So with weights ``w_i = p_i ** exponent`` of the
-tokens' frequencies::
+The direction error of a row matters as often as its token is read. With the tokens' relative frequencies p
+and weights ``w_i = p_i ** exponent``, the rates t_i solve::
 
     min over t of  sum_i w_i (1 - cos(x_i, y_i(t_i)))   with  sum_i bytes(t_i) + shared bytes <= budget
 
-For a multiplier lambda every row chooses by itself, ``argmin_t w_i (1 - cos) + lambda bytes(t)``; bisection
-finds the lambda that spends the budget. It is reverse water-filling with rows in the place of components:
-rare tokens get a few words, frequent ones 4 to 8 bits a value.
+For a multiplier lambda every row is chosen independently, ``argmin_t w_i (1 - cos) + lambda bytes(t)``, and
+bisection finds the lambda that spends the budget. This is reverse water-filling with rows in the place of
+components: rare tokens get a few words of 32 bits, frequent ones 4 to 8 bits per value.
 
-A row is represented at one of a few rates (tiers):
+A row is stored at one of a few rates (tiers):
 
-- its own values at 1 to 8 bits, for rows read often: no product is needed to look them up;
-- coefficients of an orthonormal basis that all such rows share, at 0 to 4 bits a group of 32, dealt by the
-  groups' variances (reverse water-filling once more): the better of both at few bits, and the only way to
-  go below 1 bit a value.
+- its own values at 1 to 8 bits, for frequent rows; looking them up needs no matrix product;
+- its coefficients in an orthonormal basis that all such rows share, at 0 to 4 bits per group of 32, assigned
+  by the variances of the groups (again reverse water-filling). This is better at few bits, and the only way
+  below 1 bit per value.
 
-Codes of up to 4 bits are trellis codes: a value's level goes by its own bits and those before it, and the
-best path through a group of 32 is searched. From 2 bits on that leaves a third less error than Lloyd-Max
-levels of as many bits do, which is what a quarter of a bit a value would buy.
+Codes of up to 4 bits are trellis codes: the level of a value depends on its own bits and those of the values
+before it, and the best path through a group of 32 is searched. From 2 bits on their error is a third below
+that of Lloyd-Max levels, which corresponds to a quarter of a bit per value.
 
-Either has a scale per row, searched so that the codes' direction is the best, and stored so that the row's
-projection has its length.
+Every row has a scale. It is searched so that the direction of the quantised row is the best, and stored so
+that the row has the length of its projection.
 """
 
 from __future__ import annotations
@@ -49,26 +49,35 @@ from ..ops.packed_format import (
 from ..ops.quantize_rows import quantize_rows
 from ..ops.quantize_trellis import quantize_trellis
 from ..tables.packed import PackedTable, pack
-from .base import Options, Rows, blocks, byte_budget, parse_options, refuse_ratio, row_weights
+from .base import (
+    Options,
+    Rows,
+    blocks,
+    byte_budget,
+    check_table,
+    parse_options,
+    ratio_error,
+    row_weights,
+)
 from .quantizer_levels import TRELLIS_DISTORTION, UNIFORM_STEPS, lloyd_max_levels
 from .rate_search import RateSearch
 
 ROW_BITS = (8, 6, 4, 3, 2, 1)
 COEFFICIENT_BITS = LEVEL_BITS
-# Rates of coefficients, in words a row; as far as twice as many as there are groups of values.
+# Candidate rates of coefficients in words per row; those above two words per group are not used.
 RATES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256)
-BASIS_SHARE = 0.05  # of the budget, for the basis, which every row of coefficients is multiplied with
-# Scales tried for a row, times its root mean square: few to compare tiers, more for the codes that are kept.
-# The large ones are for rows with outliers, as the most frequent tokens tend to be: the full stop of
-# all-MiniLM-L6-v2 has a value of 14.6 root mean squares.
+BASIS_SHARE = 0.05  # of the budget, for the basis of the coefficients
+# Scales that are tried for a row, relative to its root mean square: few to compare tiers, more for the final
+# codes. The large ones are for rows with outliers, which are common among frequent tokens: the full stop of
+# all-MiniLM-L6-v2 has a value of 14.6 times the root mean square.
 COARSE_SCALES = (0.9, 1.0, 1.15, 1.5, 2.0, 2.8, 4.0)
 FINE_SCALES = (
     *(0.7, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15, 1.22, 1.3, 1.4),
     *(1.5, 1.75, 2.0, 2.4, 2.8, 3.4, 4.0, 5.0, 6.5),
 )
-TRELLIS_SCALES = (0.95, 1.0, 1.06)  # tried for the trellis, times the best of these
-SAMPLED_ROWS = 512  # that tell how much better a trellis is than the scalar codes by which tiers are compared
-BLOCK_ROWS = 4096  # worked on at a time
+TRELLIS_SCALES = (0.95, 1.0, 1.06)  # tried for trellis codes, relative to the best of FINE_SCALES
+SAMPLED_ROWS = 512  # on which the error of trellis codes is measured against that of scalar codes
+BLOCK_ROWS = 4096  # rows that are quantised at a time
 
 
 class AllocateOptions(Options):
@@ -81,25 +90,29 @@ class AllocateOptions(Options):
 
 @torch.no_grad()
 def allocate(table: Rows, *, ratio: float, counts: Tensor | None = None, **options: Any) -> PackedTable:
-    """Quantise every row at the rate that its token's frequency pays for, within a budget of bytes.
+    """Quantise every row at its own rate so that the weighted direction error is least for the ratio.
+
+    The objective is ``(w * (1 - F.cosine_similarity(x, y))).sum()`` with ``w = counts ** exponent``.
 
     Args:
-        table: (V, H).
+        table: (V, H), in memory or a ``TableFile``.
         ratio: bytes of the table as stored over bytes of everything that replaces it.
-        counts: (V,), how often each token is read, absolute or relative, smoothed; None: all alike.
+        counts: (V,), how often each token is read, absolute or relative; None weighs all rows equally.
         options: the fields of ``AllocateOptions``.
 
     Returns:
-        A packed table with fp16 scales and basis (bf16 for a bf16 table, fp32 where fp16 has not the range).
+        A packed table on the CPU with fp16 scales and basis (bf16 for a bf16 table, fp32 where the range of
+        fp16 does not suffice).
 
     Raises:
-        ValueError, TypeError: the ratio cannot be met, with the floor if one is given (the message names the
-            highest that can), or an argument is not usable.
+        ValueError, TypeError: the ratio cannot be reached, with the floor if one is given (the message names
+            the highest that can), or an argument is not usable.
 
     Source: reverse water-filling (Cover and Thomas, Elements of Information Theory, section 10.3); Lagrangian
     allocation after Shoham and Gersho (1988); trellis codes: Marcellin and Fischer (1990).
     """
     chosen = parse_options(AllocateOptions, options, "allocate")
+    check_table(table)
     budget = byte_budget(table, ratio)
     weights = row_weights(counts, len(table), chosen.exponent)
     rows = torch.cat([each.to("cpu", torch.float32) for each in blocks(table)])
@@ -114,13 +127,13 @@ def allocate(table: Rows, *, ratio: float, counts: Tensor | None = None, **optio
     found = search.within(budget, chosen.tiers)
     if found is None:
         condition = "" if chosen.floor is None else f" with floor {chosen.floor:g}"
-        raise refuse_ratio(table, ratio, search.least_bytes(), condition)
+        raise ratio_error(table, ratio, search.least_bytes(), condition)
     return allocation.refitted(allocation.packed(*found), chosen.floor)
 
 
 @functools.cache
 def scalar_levels() -> Tensor:
-    """Lloyd-Max levels (4, 16) of 1 to 4 bits in steps of 2^-12, at which tiers are compared."""
+    """Return Lloyd-Max levels (4, 16) int16 of 1 to 4 bits in units of 2^-12, used to compare tiers."""
     levels = torch.zeros(LEVEL_BITS, 16, dtype=torch.int16)
     for bits in range(1, LEVEL_BITS + 1):
         levels[bits - 1, : 2**bits] = (lloyd_max_levels(bits) / LEVEL_STEP).round()
@@ -129,15 +142,15 @@ def scalar_levels() -> Tensor:
 
 @functools.cache
 def uniform_steps() -> Tensor:
-    """Steps (9,) fp32 of uniform codes of 0 to 8 bits; 1 where codes have levels instead."""
+    """Return the steps (9,) fp32 of uniform codes of 0 to 8 bits; 1 for bits whose codes have levels."""
     return torch.tensor([UNIFORM_STEPS.get(bits, 1.0) for bits in range(9)], dtype=torch.float32)
 
 
 class _Allocation:
-    """The rows of a table, and the tiers that they may be stored at.
+    """The rows of a table and the tiers at which they can be stored.
 
     Attributes:
-        tiers: of rows, and of coefficients where the budget affords a basis.
+        tiers: the tiers of values, and those of coefficients if the budget allows a basis.
     """
 
     def __init__(self, rows: Tensor, weights: Tensor, dtype: torch.dtype, budget: int) -> None:
@@ -160,11 +173,11 @@ class _Allocation:
             self._basis = vectors.t() * spread.unsqueeze(1)
 
     def _principal(self, size: int) -> tuple[Tensor, Tensor]:
-        """Principal axes (H, K) of the directions of rows that are read less, and their spread (K,) there."""
+        """Return principal axes (H, K) of directions of infrequent rows, and the spread (K,) along them."""
         width = self.rows.shape[1]
         order = self.weights.argsort(descending=True, stable=True)
         read_often = torch.zeros_like(self.weights, dtype=torch.bool)
-        read_often[order] = self.weights[order].cumsum(0) < 0.5  # they will keep their own values
+        read_often[order] = self.weights[order].cumsum(0) < 0.5  # will be stored as values
         weights = torch.where(read_often, 0.0, self.weights).sqrt().float()
         directions = self.rows / torch.where(self.norms > 0, self.norms, 1.0).unsqueeze(1)
         total = torch.zeros(width, width, dtype=torch.float64)
@@ -177,7 +190,7 @@ class _Allocation:
         return F.pad(vectors, (0, size - vectors.shape[1])), F.pad(spread, (0, size - len(spread)))
 
     def direction_errors(self, exact: bool) -> Tensor:
-        """1 - cos (V, T) float64 of every row at every tier, estimated unless ``exact``."""
+        """Return 1 - cos (V, T) float64 of every row at every tier, estimated unless ``exact``."""
         errors = []
         for space, tier in zip(self._spaces, self.tiers, strict=True):
             if exact:
@@ -186,12 +199,13 @@ class _Allocation:
             scalar = space.scalar_error(tier)
             some = torch.arange(0, len(scalar), max(1, len(scalar) // SAMPLED_ROWS))
             found, expected = space.direction_error(tier, some).mean(), scalar[some].mean()
-            # A difference where trellises are worse: no ratio fits rows of signs, whose scalar error is 0.
+            # Where trellis codes are worse, their difference is added: rows of signs have a scalar error of
+            # 0.
             errors.append(scalar * (found / expected) if found < expected else scalar + (found - expected))
         return torch.stack(errors, 1).double()
 
     def shared_bytes(self, tiers: list[Tier]) -> int:
-        """Bytes of everything but the records."""
+        """Return the bytes of a table with these tiers, except its records."""
         rows = torch.zeros(len(tiers), dtype=torch.int64)
         rows[0] = len(self.rows)
         records = 4 * len(self.rows) * tiers[0].words
@@ -199,7 +213,7 @@ class _Allocation:
         return every - records
 
     def packed(self, kept: list[int], choice: Tensor) -> PackedTable:
-        """The table with every row at its choice (V,) of the tiers that are kept."""
+        """Pack the table with every row at its choice (V,) among the tiers with indices ``kept``."""
         tiers = [self.tiers[index] for index in kept]
         codes, scales = {}, torch.zeros(len(self.rows))
         for place, index in enumerate(kept):
@@ -208,14 +222,14 @@ class _Allocation:
         basis = None
         if self._basis is not None and (size := _basis_rows(tiers)):
             basis = self._basis[:size].to(self.dtype)
-        levels, width = trellis_levels().clone(), self.rows.shape[1]  # tables share no memory
+        levels, width = trellis_levels().clone(), self.rows.shape[1]  # a copy, so that tables share no memory
         return pack(choice, codes, tiers, levels, scales.to(self.dtype), basis, None, width)
 
     def refitted(self, packed: PackedTable, floor: float | None) -> PackedTable:
-        """The table with the basis that suits its codes best, and the scales of the rows' projections.
+        """Fit the basis to the codes by least squares, and the scales to the rows' projections.
 
-        Rows of coarse codes want the basis shorter than the projection that the codes were made for. Kept if
-        the weighted direction error falls, and the floor holds.
+        Coarse codes have less error with another basis than the one that they were made for. The given table
+        is returned unless the fit lowers the weighted direction error and respects the floor.
         """
         if packed.basis is None:
             return packed
@@ -237,7 +251,7 @@ class _Allocation:
         return dataclasses.replace(packed, basis=basis, scales=scales)
 
     def _best_basis(self, packed: PackedTable, parts: list[Tensor], size: int) -> Tensor:
-        """Basis (K, H) by weighted least squares on the unit rows of ids, given their coefficients."""
+        """Fit the basis (K, H) to unit rows by weighted least squares, given their coefficients."""
         gram = torch.zeros(size, size, dtype=torch.float64)
         moment = torch.zeros(size, self.rows.shape[1], dtype=torch.float64)
         for ids in parts:
@@ -246,19 +260,19 @@ class _Allocation:
             weighted = (values * weight.float().unsqueeze(1)).t()
             gram += (weighted @ values).double()
             moment += (weighted @ self.rows[ids]).double()
-        # A coefficient that no row uses gets a row of zeros.
+        # A coefficient that no row uses gets a row of zeros in the basis.
         diagonal = gram.diagonal()
         ridge = torch.where(diagonal > 0, 1e-6 * diagonal.mean(), 1.0)
         return torch.linalg.solve(gram + torch.diag(ridge), moment).to(self.dtype).contiguous()
 
 
 def _basis_rows(tiers: list[Tier]) -> int:
-    """Rows K of the basis that tiers of coefficients use."""
+    """Return the number of rows K of the basis that these tiers use."""
     return GROUP * max((len(tier.bits) for tier in tiers if tier.transform), default=0)
 
 
 def _coefficients(packed: PackedTable, ids: Tensor, size: int) -> Tensor:
-    """Decoded coefficients (n, K) of rows, times their scale."""
+    """Decode the coefficients (n, K) of rows, times the rows' scales."""
     values = packed_values(ids, packed.records, packed.directory, packed.tiers, packed.levels)[1][:, :size]
     return F.pad(values, (0, size - values.shape[1])) * packed.scales[ids].float().unsqueeze(1)
 
@@ -276,7 +290,7 @@ def _float_dtype(norms: Tensor, width: int, dtype: torch.dtype) -> torch.dtype:
 
 
 def _profiles(spread: Tensor) -> list[Tier]:
-    """Tiers of coefficients: the bits of each group, dealt where they lower the error most."""
+    """Return the tiers of coefficients; each further bit goes to the group whose error it lowers most."""
     groups = len(spread) // GROUP
     energy = spread.double().square().view(groups, GROUP).sum(1).tolist()
     bits, tiers = [0] * groups, []
@@ -294,36 +308,36 @@ def _profiles(spread: Tensor) -> list[Tier]:
 
 @dataclass
 class _Space:
-    """Where a tier's values live: the rows themselves, or coefficients of a basis divided by their spread."""
+    """The values that a tier quantises: the rows, or their coefficients in the basis over their spread."""
 
-    values: Tensor  # (V, width), zero beyond the row
+    values: Tensor  # (V, width), padded with zeros
     spread: Tensor | None  # (width,), None for ones
-    norms: Tensor  # (V,) of the rows
+    norms: Tensor  # (V,), norms of the rows
 
     def scalar_error(self, tier: Tier) -> Tensor:
-        """1 - cos (V,) of every row at a tier's bits without its trellis, which takes a tenth of the time."""
+        """Return 1 - cos (V,) of every row with scalar instead of trellis codes, in a tenth of the time."""
         parts = torch.arange(len(self.values)).split(BLOCK_ROWS)
         projections = [self._scalar(part, tier, COARSE_SCALES, False)[2] for part in parts]
         return self._error(torch.cat(projections), slice(None))
 
     def direction_error(self, tier: Tier, ids: Tensor | None = None) -> Tensor:
-        """1 - cos (n,) of rows at a tier, of all by default: what ``encode`` makes of them."""
+        """Return 1 - cos (n,) of rows, by default all, as ``encode`` quantises them."""
         ids = torch.arange(len(self.values)) if ids is None else ids
         return self._error(self.encode(tier, ids)[2], ids)
 
     def _error(self, projections: Tensor, ids: Tensor | slice) -> Tensor:
         norms = self.norms[ids]
-        return torch.where(norms > 0, 1 - projections / norms, 0.0).clamp_min(0)  # less by rounding alone
+        return torch.where(norms > 0, 1 - projections / norms, 0.0).clamp_min(0)  # negative only by rounding
 
     def encode(self, tier: Tier, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes (n, 32 groups) uint8, scales (n,) and projections (n,) of rows."""
+        """Return the codes (n, 32 * groups) uint8, scales (n,) and projections (n,) of rows."""
         parts = [self._encoded(part, tier) for part in ids.split(BLOCK_ROWS)]
         codes, scales, projections = zip(*parts, strict=True)
         return torch.cat(codes), torch.cat(scales), torch.cat(projections)
 
     def _encoded(self, ids: Tensor, tier: Tier) -> tuple[Tensor, Tensor, Tensor]:
         wide = max(tier.bits, default=0) > LEVEL_BITS
-        assert not wide or min(tier.bits) > LEVEL_BITS, "one scale suits either uniform codes or a trellis"
+        assert not wide or min(tier.bits) > LEVEL_BITS, "a tier has either uniform or trellis codes"
         codes, scales, projections = self._scalar(ids, tier, FINE_SCALES, wide)
         if wide:
             return codes, scales, projections
@@ -339,7 +353,7 @@ class _Space:
         )
 
     def _values(self, ids: Tensor, tier: Tier) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Values of rows at the groups of a tier, their spread, and the bits of the groups."""
+        """Return the values of rows in the groups of a tier, their spread, and the bits of the groups."""
         width = GROUP * len(tier.bits)
         spread = None if self.spread is None else self.spread[:width]
         return self.values[ids, :width], spread, torch.tensor(tier.bits, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""The search for a tier for every row that spends a budget of bytes where it pays."""
+"""The search for the tier of every row that minimises the weighted error within a budget of bytes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ..ops.packed_format import MAX_TIERS, Tier
 
 
 class RateSearch:
-    """The choice of a tier for every row, and of the tiers to choose from.
+    """Chooses a subset of the tiers, and one tier of the subset for every row.
 
     Args:
         errors: (V, T), 1 - cos of every row at every tier.
-        weights: (V,), of the rows.
-        tiers: T of them.
-        shared_bytes: what a table with rows at some tiers takes beside the records.
-        floor: least cosine of any row.
+        weights: (V,), weights of the rows.
+        tiers: the T tiers.
+        shared_bytes: maps the tiers in use to the bytes of a table besides its records.
+        floor: least cosine allowed for any row.
 
     Raises:
         ValueError: a row is below the floor at every tier.
@@ -47,12 +47,13 @@ class RateSearch:
             self.cost = torch.where(allowed, self.cost, math.inf)
 
     def within(self, budget: int, most: int) -> tuple[list[int], Tensor] | None:
-        """Return up to ``most`` tiers and the choice (V,) among them that spends the budget.
+        """Return indices of up to ``most`` tiers, and for every row its position (V,) in that list.
 
-        There are more where that is needed to fit; None where nothing fits.
+        More than ``most`` tiers are returned where fewer do not fit the budget. The result is None where no
+        choice fits.
         """
         kept = list(range(len(self.tiers)))
-        if self._least(kept) > budget:
+        if self._smallest(kept) > budget:
             return None
         price = self._price(kept, budget)
         while len(kept) > most and (dropped := self._cheapest_to_drop(kept, price, budget)) is not None:
@@ -60,19 +61,19 @@ class RateSearch:
         if len(kept) > MAX_TIERS:
             return None
         while True:
-            choice = self._filled(kept, budget)
+            choice = self._fill_budget(kept, budget)
             used = torch.unique(choice)
             if len(used) == len(kept):
                 return kept, choice
-            kept = [kept[i] for i in used.tolist()]  # and again, with what the others would have shared
+            kept = [kept[i] for i in used.tolist()]  # unused tiers are dropped, and their share is spent
 
     def least_bytes(self) -> float:
-        """Bytes of the smallest table, with a basis or without."""
+        """Return the bytes of the smallest table, with or without a basis."""
         plain = [i for i, tier in enumerate(self.tiers) if not tier.transform]
-        return min(self._least(list(range(len(self.tiers)))), self._least(plain))
+        return min(self._smallest(list(range(len(self.tiers)))), self._smallest(plain))
 
-    def _least(self, kept: list[int]) -> float:
-        """Bytes that these tiers need at least."""
+    def _smallest(self, kept: list[int]) -> float:
+        """Return the bytes of the smallest table with these tiers."""
         size = torch.where(torch.isfinite(self.cost[:, kept]), self.bytes[kept], math.inf)
         return float(size.amin(1).sum()) + self._shared(kept)
 
@@ -86,7 +87,7 @@ class RateSearch:
         return float(self.bytes[kept][choice].sum()) + self._shared(kept)
 
     def _price(self, kept: list[int], budget: int) -> float:
-        """The least multiplier, to a part in a million, at which the choice fits the budget."""
+        """Bisect for the least multiplier whose choice fits the budget, to a relative accuracy of 1e-6."""
 
         def fits(price: float) -> bool:
             return self._spent(kept, self._choice(kept, price)) <= budget
@@ -104,7 +105,7 @@ class RateSearch:
         return high
 
     def _cheapest_to_drop(self, kept: list[int], price: float, budget: int) -> int | None:
-        """The tier without which the Lagrangian rises least, among those that are not needed to fit."""
+        """Return the tier whose removal raises the Lagrangian least while the rest still fits, or None."""
         value = self.cost[:, kept] + price * self.bytes[kept]
         two = value.topk(2, dim=1, largest=False)
         rise = torch.zeros(len(kept), dtype=torch.float64)
@@ -113,12 +114,12 @@ class RateSearch:
         for position, index in enumerate(kept):
             rise[position] += price * (self._shared([i for i in kept if i != index]) - everything)
         for position in rise.argsort().tolist():
-            if self._least([i for i in kept if i != kept[position]]) <= budget:
+            if self._smallest([i for i in kept if i != kept[position]]) <= budget:
                 return kept[position]
         return None
 
-    def _filled(self, kept: list[int], budget: int) -> Tensor:
-        """The choice at the price of the budget, with what is left of it spent on the rows that gain most."""
+    def _fill_budget(self, kept: list[int], budget: int) -> Tensor:
+        """Return the choice (V,) at the budget's price, remaining bytes spent where they gain most."""
         price = self._price(kept, budget)
         choice = self._choice(kept, price)
         richer = self._choice(kept, price * (1 - 1e-5))

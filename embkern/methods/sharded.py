@@ -1,13 +1,13 @@
-"""Training on several processes: the rows are sharded, the weights are the same everywhere, bit for bit.
+"""Distributed runs: the rows of the table are sharded, and all processes have the same weights, bit for bit.
 
-The table is cut into a fixed number of shards, whatever the number of processes; a process owns consecutive
-shards and reads only their rows. Per step every shard's gradient is summed over its rows of the batch, all
-these are gathered, added in the order of the shards, and every process takes the same step of Adam. The
-result depends on the number of shards, never on how many processes share them or on their threads. A step
-costs shards x (parameters + 1) values of communication and of memory on every process: it is meant for large
-batches and steps on the whole table. What plain torch computes (the ELU variant, the final codes, and all
-where the native extension is not built) runs on one thread per process. Processors of different kinds may
-round differently; ``agree`` notices.
+The table is cut into a fixed number of shards, whatever the number of processes. A process owns consecutive
+shards and reads only their rows. In a step of the autoencoder every shard's gradient is summed over its rows
+of the batch; the gradients of all shards are gathered and added in the order of the shards, and every process
+takes the same step of Adam. The result depends on the number of shards, but not on the number of processes or
+threads. A step communicates and stores shards x (parameters + 1) values on every process, so it is meant for
+large batches and steps on the whole table. Everything that torch computes (the ELU variant, the final codes,
+and all steps without the native extension) runs on one thread per process. Processors of different kinds may
+round differently, which ``check_equal_weights`` detects.
 """
 
 from __future__ import annotations
@@ -30,46 +30,41 @@ from torch import Tensor
 from ..io.mapped_table import TableFile
 from .base import Rows
 
-SHARDS = 8  # into which a table is cut unless asked otherwise
-
-
+SHARDS = 8  # default number of shards of a table
 TIMEOUT = 60.0  # seconds to wait for another process
+GRACE_SECONDS = 2.0  # for another process to report its error before torchrun stops it
 
-
-GRACE_SECONDS = 2.0  # for the first process to report before torchrun stops it
-
-
-# The old name is deprecated from torch 2.13 on, the new one not in 2.10.
+# torch 2.10 lacks all_gather_single, and torch 2.13 deprecates all_gather_into_tensor.
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
 
 Result = TypeVar("Result")
 
 
 class RankLostError(RuntimeError):
-    """Another process of the run is gone; the message says what is kept and how to go on."""
+    """Another process of the run was lost; the message says what the checkpoint holds and how to resume."""
 
 
-class EverywhereError(RuntimeError):
-    """An error of the first process, raised on the others: it is the first one's to report."""
+class FirstProcessError(RuntimeError):
+    """An error of the first process, raised on the other processes; only the first process reports it."""
 
-    told_by_the_first = True
+    reported_by_first_process = True
 
 
 class Section(NamedTuple):
-    """Consecutive rows of a table, and the id of the first."""
+    """Consecutive rows of a table, and the id of the first of them."""
 
     start: int
     rows: Rows
 
 
 class World:
-    """The processes of a run and the shards of its table: here one process that has all shards.
+    """The processes of a run and the shards of its table; this class is a single process with all shards.
 
     Attributes:
-        rank, size: of this process, and the number of processes.
+        rank: index of this process.
+        size: the number of processes.
         shards: the number of shards; with more than one, gradients are summed shard by shard.
-        kept: what is to be told of the run's checkpoint when a process is lost.
+        checkpoint_status: what the run's checkpoint holds, for the message when a process is lost.
     """
 
     rank, size = 0, 1
@@ -78,47 +73,48 @@ class World:
         if shards < self.size:
             raise ValueError(f"shards: expected at least one per process ({self.size}), got {shards}")
         self.shards = shards
-        self.kept = "nothing is kept yet"
+        self.checkpoint_status = "nothing is kept yet"
 
     def owned(self, rank: int | None = None) -> range:
-        """The shards of a process, by default of this one."""
+        """Return the shards of a process, by default of this one."""
         rank = self.rank if rank is None else rank
         return range(self.shards * rank // self.size, self.shards * (rank + 1) // self.size)
 
     def sections(self, rows: Rows) -> list[Section]:
-        """Cut a table (V, H) into shards of consecutive rows and return those of this process."""
+        """Cut a table (V, H) into shards and return those of this process."""
         bounds = [len(rows) * shard // self.shards for shard in range(self.shards + 1)]
         cut = rows.section if isinstance(rows, TableFile) else lambda start, stop: rows[start:stop]
         return [Section(bounds[shard], cut(bounds[shard], bounds[shard + 1])) for shard in self.owned()]
 
-    def sum(self, leaves: Iterable[Tensor]) -> Tensor:
-        """Add the leaves (n,) of all shards, first to last, given those of this process: (n,)."""
-        leaves = iter(leaves)
-        total = next(leaves).clone()
-        for leaf in leaves:
-            total += leaf
+    def sum(self, vectors: Iterable[Tensor]) -> Tensor:
+        """Add a vector (n,) per shard in the order of the shards, given the vectors of this process."""
+        vectors = iter(vectors)
+        total = next(vectors).clone()
+        for vector in vectors:
+            total += vector
         return total
 
-    def collect(self, rows: list[Tensor]) -> Tensor:
-        """Put the rows (n, m) of all shards together, given those of this process, a tensor per shard."""
+    def gather_rows(self, rows: list[Tensor]) -> Tensor:
+        """Concatenate the rows (n, m) of all shards, given a tensor per shard of this process."""
         return torch.cat(rows)
 
-    def all(self, value: Result) -> list[Result]:
-        """Return the values of all processes, by rank."""
+    def gather(self, value: Result) -> list[Result]:
+        """Return the values of all processes in order of rank."""
         return [value]
 
     def on_first(self, function: Callable[[], Result]) -> Result:
-        """Call a function on the first process alone and return its result, or raise its error, on all."""
+        """Call a function on the first process; return its result, or raise its error, on all processes."""
         return function()
 
-    def agree(self, weights: Tensor) -> None:
-        """Raise unless every process has the same weights."""
+    def check_equal_weights(self, weights: Tensor) -> None:
+        """Raise RuntimeError unless all processes have the same weights."""
 
     @contextlib.contextmanager
     def one_thread(self, needed: bool = True) -> Iterator[None]:
-        """Give BLAS one CPU thread where the table is sharded: its sums depend on how many there are.
+        """Use one CPU thread in the block if the table is sharded: the sums of BLAS depend on their number.
 
-        torchrun gives one process all cores and several one each, unless OMP_NUM_THREADS is set.
+        torchrun starts a single process with all cores as threads, and several processes with one thread
+        each, unless OMP_NUM_THREADS is set.
         """
         before = torch.get_num_threads()
         if needed and self.shards > 1:
@@ -130,97 +126,98 @@ class World:
 
 
 class DistributedWorld(World):
-    """The processes of torch.distributed's default group: gloo for what is on the CPU, NCCL for the rest."""
+    """The processes of torch.distributed's default group, with gloo for CPU tensors and NCCL for CUDA."""
 
     def __init__(self, shards: int) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         super().__init__(shards)
-        self.lost = False  # whether this process is about to end and to say why
-        self.writing = threading.Lock()  # held while the first process writes files
+        self.failing = False  # whether this process is about to report an error and end
+        self.write_lock = threading.Lock()  # held while the first process writes files
 
-    def sum(self, leaves: Iterable[Tensor]) -> Tensor:
-        """Add the leaves (n,) of all shards, first to last, given those of this process: (n,)."""
-        owned = torch.stack(list(leaves))
-        mine = owned.new_zeros(-(-self.shards // self.size), owned.shape[1])  # as many on every process
-        mine[: len(owned)] = owned
-        everyone = mine.new_empty(self.size, *mine.shape)
-        with self._together():
-            _ALL_GATHER(everyone.view(-1), mine.view(-1))
+    def sum(self, vectors: Iterable[Tensor]) -> Tensor:
+        """Add a vector (n,) per shard in the order of the shards, given the vectors of this process."""
+        owned = torch.stack(list(vectors))
+        padded = owned.new_zeros(-(-self.shards // self.size), owned.shape[1])  # equal sizes on all processes
+        padded[: len(owned)] = owned
+        gathered = padded.new_empty(self.size, *padded.shape)
+        with self._collective():
+            _ALL_GATHER(gathered.view(-1), padded.view(-1))
         return super().sum(
-            leaf for rank, part in enumerate(everyone) for leaf in part[: len(self.owned(rank))]
+            vector for rank, part in enumerate(gathered) for vector in part[: len(self.owned(rank))]
         )
 
-    def collect(self, rows: list[Tensor]) -> Tensor:
-        """Put the rows (n, m) of all shards together, given those of this process, a tensor per shard."""
-        mine = iter(rows)
-        counts = [count for counts in self.all([len(part) for part in rows]) for count in counts]
+    def gather_rows(self, rows: list[Tensor]) -> Tensor:
+        """Concatenate the rows (n, m) of all shards, given a tensor per shard of this process."""
+        own = iter(rows)
+        counts = [count for counts in self.gather([len(part) for part in rows]) for count in counts]
         owners = [rank for rank in range(self.size) for _ in self.owned(rank)]
         whole = rows[0].new_empty(sum(counts), rows[0].shape[1])
         for part, owner in zip(whole.split(counts), owners, strict=True):
             if owner == self.rank:
-                part.copy_(next(mine))
+                part.copy_(next(own))
             if len(part):
-                with self._together():
-                    dist.broadcast(part.view(torch.uint8), owner)  # bytes: gloo does not know every dtype
+                with self._collective():
+                    dist.broadcast(part.view(torch.uint8), owner)  # as bytes, since gloo lacks some dtypes
         return whole
 
-    def all(self, value: Result) -> list[Result]:
-        """Return the values of all processes, by rank."""
+    def gather(self, value: Result) -> list[Result]:
+        """Return the values of all processes in order of rank."""
         values: list[Any] = [None] * self.size
-        with self._together():
+        with self._collective():
             dist.all_gather_object(values, value)
         return values
 
     def on_first(self, function: Callable[[], Result]) -> Result:
-        """Call a function on the first process alone and return its result, or raise its error, on all."""
+        """Call a function on the first process; return its result, or raise its error, on all processes."""
         outcome: list[Any] = [None, None]
         error = None
         if self.rank == 0:
             try:
-                with self.writing:
+                with self.write_lock:
                     outcome[0] = function()
             except Exception as raised:
                 error, outcome[1] = raised, f"{raised}"
-        with self._together():
+        with self._collective():
             dist.broadcast_object_list(outcome, 0)
         if error is not None:
             raise error
         if outcome[1] is not None:
-            raise EverywhereError(outcome[1])
+            raise FirstProcessError(outcome[1])
         return outcome[0]
 
-    def agree(self, weights: Tensor) -> None:
-        """Raise unless every process has the same weights."""
-        sums = self.all(zlib.crc32(weights.cpu().numpy().tobytes()))
-        if len(set(sums)) > 1:
-            self.on_first(_disagree)
+    def check_equal_weights(self, weights: Tensor) -> None:
+        """Raise RuntimeError unless all processes have the same weights."""
+        checksums = self.gather(zlib.crc32(weights.cpu().numpy().tobytes()))
+        if len(set(checksums)) > 1:
+            self.on_first(_raise_unequal_weights)
 
     @contextlib.contextmanager
-    def _together(self) -> Iterator[None]:
+    def _collective(self) -> Iterator[None]:
+        """Run a collective operation; its failure means that another process was lost."""
         try:
             yield
-        except RuntimeError as error:  # torch.distributed has no narrower kind in common
-            self.lost = True
-            # Of "[file:line] what happened. What that may mean ...", what happened.
+        except RuntimeError as error:  # the only base class that its backends' errors have in common
+            self.failing = True
+            # Messages have the form "[file:line] event. Hints ..."; keep the event.
             reason = re.sub(r"^\[[^]]*\] ", "", str(error).strip()).partition(". ")[0].partition("\n")[0]
             raise RankLostError(self.message(f" ({reason})")) from error
 
     def message(self, reason: str) -> str:
-        """What is to be said when the run ends early."""
-        return f"rank {self.rank}: another rank was lost{reason}; {self.kept}"
+        """Return the message of a run that ends early."""
+        return f"rank {self.rank}: another rank was lost{reason}; {self.checkpoint_status}"
 
     def stop(self) -> None:
-        """End the process at a SIGTERM, which torchrun sends when another process ended."""
-        if self.lost:
-            time.sleep(GRACE_SECONDS)  # it is about to say so itself
+        """End this process after a SIGTERM, which torchrun sends when another process has ended."""
+        if self.failing:
+            time.sleep(GRACE_SECONDS)  # lets the main thread report its error
         else:
-            self.writing.acquire(timeout=10)  # a file that is being written becomes whole
+            self.write_lock.acquire(timeout=10)  # lets the first process finish a file
             message = self.message(", or the run was stopped (SIGTERM)")
             os.write(2, f"\nembkern: {message}\n".encode())
         os._exit(128 + signal.SIGTERM)
 
 
-def _disagree() -> None:
+def _raise_unequal_weights() -> None:
     raise RuntimeError(
         "the processes no longer have the same weights: they round differently (other processors, or another "
         "version of torch or embkern); run them on machines of one kind"
@@ -228,44 +225,45 @@ def _disagree() -> None:
 
 
 def launched() -> bool:
-    """Whether torchrun, or whoever sets the same variables, started this process as one of a run."""
+    """Return whether torchrun, or a launcher that sets the same variables, started this process."""
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
 @contextlib.contextmanager
 def joined(shards: int = SHARDS, timeout: float = TIMEOUT, device: str = "cpu") -> Iterator[DistributedWorld]:
-    """Join the other processes that torchrun started, for the length of the block.
+    """Join the processes that torchrun started, for the length of the block.
 
     Args:
-        shards: into which the table is cut; the result depends on it, and on nothing else here.
-        timeout: seconds after which a process that does not answer counts as lost; more than what one
-            process does alone may take (``validate``, a checkpoint).
-        device: type of the device that trains, ``"cpu"`` (gloo) or ``"cuda"`` (NCCL).
+        shards: number of shards of the table; the only argument here on which the result depends.
+        timeout: seconds after which a process that does not answer counts as lost. Work that the first
+            process does alone (``validate``, a checkpoint) must take less.
+        device: type of the training device, ``"cpu"`` (gloo) or ``"cuda"`` (NCCL).
 
     Raises:
         ValueError: there are fewer shards than processes.
-        RankLostError: from what is done in the block: another process is gone.
+        RankLostError: a collective operation in the block failed because another process was lost.
     """
     backend = "gloo" if device == "cpu" else f"cpu:gloo,{device}:nccl"
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
     try:
         world = DistributedWorld(shards)
-        with _stopping(world):
+        with _stop_at_sigterm(world):
             try:
                 yield world
-            except EverywhereError:
-                world.lost = True
-                time.sleep(GRACE_SECONDS)  # the first process reports, before torchrun stops it
+            except FirstProcessError:
+                world.failing = True
+                time.sleep(GRACE_SECONDS)  # lets the first process report before torchrun stops it
                 raise
     finally:
         dist.destroy_process_group()
 
 
 @contextlib.contextmanager
-def _stopping(world: DistributedWorld) -> Iterator[None]:
-    """Call ``world.stop`` at a SIGTERM, in a thread: the main one may be waiting for a process that is gone.
+def _stop_at_sigterm(world: DistributedWorld) -> Iterator[None]:
+    """Call ``world.stop`` on SIGTERM in a thread, as the main thread may be waiting for a lost process.
 
-    After an error the handler stays, so that the SIGTERM that follows does not come before the report.
+    After an error in the block the handler stays installed, so that the SIGTERM that follows does not end the
+    process before it has reported the error.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,4 @@
-"""Linear baselines: exact SVD and PCA through the fp64 Gram matrix, and a randomised SVD."""
+"""SVD and PCA, exact through the Gram matrix in fp64, or randomised."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ def svd(table: Tensor, rank: int, **options: Any) -> Factors:
 
     ``U, S, Vh = torch.linalg.svd(table); codes = U[:, :r] * S[:r]; basis = Vh[:r]``
 
-    The exact algorithm takes the eigenvectors of the H x H Gram matrix, accumulated and solved in fp64;
-    squaring the spectrum loses only singular values below 1e-8 of the largest, which no rank wants. The
-    randomised one is ``torch.svd_lowrank`` with 10 columns of oversampling, in fp32 (float64 for float64).
+    The exact algorithm computes the eigenvectors of the H x H Gram matrix, which is accumulated and solved in
+    fp64. Squaring the spectrum loses singular values below 1e-8 of the largest, which contribute nothing. The
+    randomised algorithm is ``torch.svd_lowrank`` with 10 columns of oversampling, in fp32 (float64 for a
+    float64 table).
 
     Args:
         table: (V, H).
         rank: r, 1 to H.
-        options: the fields of ``SVDOptions``. The defaults of the randomised algorithm are the paper's
-            authors'. ``center=True`` is the fair linear baseline beside an autoencoder with biases.
+        options: the fields of ``SVDOptions``. The defaults of the randomised algorithm are those of the
+            paper's authors. ``center=True`` is the linear baseline for an autoencoder with biases.
 
     Returns:
-        Factors in the table's dtype, the codes' columns in order of decreasing energy.
+        Factors in the table's dtype, with the columns of the codes in order of decreasing energy.
 
     Raises:
         ValueError, TypeError: the rank or an option is out of range, or the table is not usable.
@@ -59,7 +60,7 @@ def svd(table: Tensor, rank: int, **options: Any) -> Factors:
 
 
 def project(table: Tensor, basis: Tensor, offset: Tensor | None = None) -> Factors:
-    """Factors of the projection of ``table - offset`` onto the columns of an orthonormal basis (H, r)."""
+    """Project ``table - offset`` onto the columns of an orthonormal basis (H, r) and return the factors."""
     codes = torch.cat([_centered(rows, offset) @ basis for rows in blocks(table)]).to(table.dtype)
     return Factors(
         codes, basis.t().to(table.dtype).contiguous(), None if offset is None else offset.to(table.dtype)
@@ -71,17 +72,17 @@ def _centered(rows: Tensor, offset: Tensor | None) -> Tensor:
 
 
 def gram(table: Rows, offset: Tensor | None = None) -> Tensor:
-    """Gram matrix (H, H) of the rows of ``table - offset``, in fp64."""
+    """Return the Gram matrix (H, H) of ``table - offset`` in fp64."""
     total = torch.zeros(table.shape[1], table.shape[1], dtype=torch.float64, device=table.device)
     for rows in blocks(table):
-        for part in rows.split(1024):  # in fp64 it is twice as large
+        for part in rows.split(1024):  # bounds the memory of the fp64 copy
             wide = _centered(part, offset)
             total.addmm_(wide.t(), wide)
     return total
 
 
 def principal_vectors(gram: Tensor, rank: int) -> Tensor:
-    """Eigenvectors (H, r) of the largest eigenvalues of a Gram matrix, the largest first."""
+    """Return the eigenvectors (H, r) of the r largest eigenvalues of a Gram matrix, in descending order."""
     return torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)
 
 
@@ -90,7 +91,7 @@ def _randomized_vectors(table: Tensor, offset: Tensor | None, rank: int, n_iter:
     centered = wide if offset is None else wide - offset.to(wide.dtype)
     with seeded(seed, table.device):  # svd_lowrank draws from the default generator
         vectors = torch.svd_lowrank(centered, q=min(rank + 10, *table.shape), niter=n_iter)[2][:, :rank]
-    if vectors.shape[1] < rank:  # the table has fewer rows than the rank: any orthonormal completion is exact
+    if vectors.shape[1] < rank:  # fewer rows than the rank: any orthonormal completion is exact
         vectors = torch.linalg.qr(
             torch.cat([vectors, torch.eye(len(vectors), dtype=vectors.dtype, device=table.device)], 1)
         )[0]

@@ -1,6 +1,6 @@
-"""Models of transformers: find the embedding table, swap a compressed one in, save, load and resize.
+"""Models of transformers: find the embedding table, replace it by a compressed one, save, load and resize.
 
-Only this package and what is built on it need transformers.
+Of the library layers, only this one and those above it need transformers.
 """
 
 try:

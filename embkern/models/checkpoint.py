@@ -1,4 +1,4 @@
-"""The compressed table in a model's checkpoint: what is stored, and checks of what is read."""
+"""The compressed table in a model's checkpoint: its stored form and size, and checks of what is loaded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def model_bytes(model: PreTrainedModel) -> int:
-    """Bytes of all parameters, a shared one counted once, and of a compressed table, as a file holds them."""
+    """Return the bytes of a stored model: parameters, shared ones once, and the compressed table."""
     embedding = input_embeddings(model)
     if not isinstance(embedding, CompressedEmbedding):
         return sum(parameter.nbytes for parameter in model.parameters())
@@ -32,39 +32,11 @@ def model_bytes(model: PreTrainedModel) -> int:
     return others + stored_table(model).nbytes
 
 
-def holds(keys: set[str], name: str) -> bool:
-    """Whether a checkpoint has a name, with whatever prefix its model puts before it."""
-    return any(f".{key}".endswith(f".{name}") for key in keys)
-
-
-def zero_missing_biases(model: PreTrainedModel, keys: set[str]) -> None:
-    """Initialise the bias of a head that the checkpoint, saved from a backbone, does not have."""
-    for head in model.modules():
-        if not isinstance(head, CompressedHead) or head.bias is None:
-            continue
-        names = [name for name, each in model.named_parameters(remove_duplicate=False) if each is head.bias]
-        if not any(holds(keys, canonical_name(model, name)) for name in names):
-            nn.init.zeros_(head.bias)
-
-
-def is_whole(root: CompressedEmbedding, state: TableState) -> bool:
-    tensors = root.tensors()
-    return all(type(tensor) is Tensor and not tensor.is_meta for tensor in tensors.values()) and all(
-        list(tensor.shape) == state.shapes[name] for name, tensor in tensors.items()
-    )
-
-
-def storage_dtype(root: CompressedEmbedding, state: TableState) -> torch.dtype:
-    """Return the dtype to save in: a packed table keeps the one it has on disk while the model's is wider."""
-    widened = torch.promote_types(root.dtype, state.stored_dtype) == root.dtype
-    return state.stored_dtype if root.keeps_stored_dtype and widened else root.dtype
-
-
 def stored_table(model: PreTrainedModel) -> Table:
-    """Return a compressed model's table as it is stored: floating-point tensors in the dtype on disk.
+    """Return a compressed model's table in the dtype in which it is stored.
 
     Raises:
-        ValueError: the model is not compressed by embkern, or was trained to values beyond that dtype.
+        ValueError: the model is not compressed by embkern, or was trained to values that overflow the dtype.
     """
     root = compressed_embedding(model)
     dtype = storage_dtype(root, model.hf_quantizer.quantization_config.table)
@@ -72,39 +44,37 @@ def stored_table(model: PreTrainedModel) -> Table:
     for name, live in root.tensors().items():
         stored = table.tensors()[name]
         if dtype != root.dtype and not torch.equal(stored.isfinite(), live.isfinite()):
-            raise ValueError(f"{name}: expected values within {dtype}, in which they are stored, got beyond")
+            raise ValueError(
+                f"{name}: expected values in the range of the stored dtype {dtype}, got overflow"
+            )
     return table
 
 
-def verify(root: CompressedEmbedding, state: TableState) -> None:
-    """Raise ValueError if a loaded table is not the one that was saved, or cannot be decoded."""
-    if not is_whole(root, state):
-        return
+def storage_dtype(root: CompressedEmbedding, state: TableState) -> torch.dtype:
+    """Return the dtype to save in: a packed table keeps the stored one unless the model's is narrower."""
+    widened = torch.promote_types(root.dtype, state.stored_dtype) == root.dtype
+    return state.stored_dtype if root.keeps_stored_dtype and widened else root.dtype
+
+
+def is_whole(root: CompressedEmbedding, state: TableState) -> bool:
+    """Return whether all tensors of the table are here: none is on meta, sharded or of another shape."""
     tensors = root.tensors()
-    if torch.promote_types(root.dtype, state.stored_dtype) == root.dtype:  # else the cast lost digits
-        tensors = {n: t.to(state.stored_dtype) if t.is_floating_point() else t for n, t in tensors.items()}
-    else:
-        tensors = {name: tensor for name, tensor in tensors.items() if not tensor.is_floating_point()}
-    known = {name: value for name, value in state.checksums.items() if name in tensors}
-    try:
-        verify_checksums(tensors, known)
-        _ = root.table
-    except ValueError as error:
-        raise ValueError(f"the saved embedding is damaged: {error}") from error
-
-
-def scale_of(state: TableState, name: str) -> float:
-    if name in state.scales:
-        return float(state.scales[name])
-    if len(distinct := set(state.scales.values())) == 1:
-        return float(distinct.pop())
-    raise ValueError(f"quantization_config.table.scales: no entry for {name}, only {sorted(state.scales)}")
+    return all(type(tensor) is Tensor and not tensor.is_meta for tensor in tensors.values()) and all(
+        list(tensor.shape) == state.shapes[name] for name, tensor in tensors.items()
+    )
 
 
 def check_files(files: list[str], root: str, state: TableState) -> dict[str, list[int]]:
-    """Return the names and shapes in a checkpoint; raise if it lacks the table's tensors.
+    """Return the shapes of the tensors in a checkpoint, by name.
 
-    transformers would only log that they are missing and go on with random ones.
+    Args:
+        files: paths of the checkpoint's files.
+        root: name of the input embedding.
+        state: description of the table.
+
+    Raises:
+        ValueError: the table's tensors are missing (transformers would only warn and initialise them at
+            random), or differ from the description in shape or dtype.
     """
     leaf = root.rpartition(".")[2]
     layer, found = KINDS[state.kind], dict[str, list[int]]()
@@ -114,12 +84,12 @@ def check_files(files: list[str], root: str, state: TableState) -> dict[str, lis
             if not f".{key}".endswith(f".{leaf}.{name}"):
                 continue
             found[name] = shape
-            # transformers would cast them without a word.
+            # transformers would cast them silently.
             expected = layer.code_dtypes.get(name)
             if dtype != expected if expected else dtype not in DTYPES:
                 raise ValueError(
-                    f"the checkpoint does not hold the compressed table its config describes: {key} is of "
-                    f"{dtype or 'a dtype that torch does not know'}, expected {expected or 'floating point'}"
+                    "the checkpoint does not hold the compressed table its config describes: expected "
+                    f"{expected or 'a floating-point dtype'} for {key}, got {dtype or 'an unknown dtype'}"
                 )
     if found != state.shapes:
         raise ValueError(
@@ -129,12 +99,12 @@ def check_files(files: list[str], root: str, state: TableState) -> dict[str, lis
     return {key: shape for key, (shape, _) in stored.items()}
 
 
-# Of safetensors' names for dtypes, those of a table's tensors.
+# Dtypes of a table's tensors by their names in safetensors files.
 _STORED_DTYPES = {**FLOAT_DTYPES, "I32": torch.int32, "I16": torch.int16, "U8": torch.uint8}
 
 
 def _stored(path: str) -> dict[str, tuple[list[int], torch.dtype | None]]:
-    """Names, shapes and dtypes in a checkpoint file."""
+    """Return shape and dtype of the tensors in a checkpoint file, by name."""
     if not path.endswith(".safetensors"):
         tensors = torch.load(path, map_location="meta", weights_only=True)
         return {key: (list(each.shape), each.dtype) for key, each in tensors.items()}
@@ -147,3 +117,48 @@ def _stored(path: str) -> dict[str, tuple[list[int], torch.dtype | None]]:
             }
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error
+
+
+def scale_of(state: TableState, name: str) -> float:
+    """Return the saved scale of an embedding module; if all are equal, also of one under another name."""
+    if name in state.scales:
+        return float(state.scales[name])
+    if len(distinct := set(state.scales.values())) == 1:
+        return float(distinct.pop())
+    raise ValueError(f"quantization_config.table.scales: no entry for {name}, only {sorted(state.scales)}")
+
+
+def verify(root: CompressedEmbedding, state: TableState) -> None:
+    """Raise ValueError if a loaded table differs from the saved one, or its tensors contradict each other.
+
+    Floating-point tensors are verified unless the model's dtype is narrower than the stored one; a table that
+    is not whole here is not verified.
+    """
+    if not is_whole(root, state):
+        return
+    tensors = root.tensors()
+    if torch.promote_types(root.dtype, state.stored_dtype) == root.dtype:
+        tensors = {n: t.to(state.stored_dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+    else:
+        tensors = {name: tensor for name, tensor in tensors.items() if not tensor.is_floating_point()}
+    known = {name: value for name, value in state.checksums.items() if name in tensors}
+    try:
+        verify_checksums(tensors, known)
+        root.table.validate()
+    except ValueError as error:
+        raise ValueError(f"the saved embedding is damaged: {error}") from None
+
+
+def zero_missing_biases(model: PreTrainedModel, keys: set[str]) -> None:
+    """Set the biases of compressed heads to zero that are missing in the checkpoint, as in a backbone's."""
+    for head in model.modules():
+        if not isinstance(head, CompressedHead) or head.bias is None:
+            continue
+        names = [name for name, each in model.named_parameters(remove_duplicate=False) if each is head.bias]
+        if not any(holds(keys, canonical_name(model, name)) for name in names):
+            nn.init.zeros_(head.bias)
+
+
+def holds(keys: set[str], name: str) -> bool:
+    """Return whether a checkpoint has a tensor ``name``, under any prefix."""
+    return any(f".{key}".endswith(f".{name}") for key in keys)

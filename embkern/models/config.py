@@ -1,4 +1,4 @@
-"""What a saved model's ``config.json`` says of its compressed table."""
+"""The description of a compressed table in a saved model's ``config.json``."""
 
 from __future__ import annotations
 
@@ -20,23 +20,21 @@ from ..recipe import DEFAULT_METHOD, LMHead, Recipe
 from ..tables import Table
 
 FORMAT_VERSION = 2
-
-
-_VERSIONS = (1, 2)  # that are read; the first has no checksum of the description
+_READABLE_VERSIONS = (1, 2)  # version 1 has no checksum of the description
 
 
 @dataclass
 class TableState:
-    """What a saved model's config says of its table: enough to build the modules before weights come.
+    """Description of a saved model's table, from which its modules are built before the weights are loaded.
 
     Attributes:
         kind: ``factors`` or ``packed``.
-        shapes: of the table's tensors.
-        settings: what the table is made of besides its tensors.
-        scales: constant factor of each embedding module's output.
-        head: ``factorized`` (over the same table), ``dense``, or None.
-        dtype: of the stored floating-point tensors.
-        checksums: of the stored tensors.
+        shapes: shapes of the table's tensors, by name.
+        settings: fields of the table that are not tensors.
+        scales: constant factor of each embedding module's output, by name.
+        head: ``factorized`` (tied to the compressed table), ``dense``, or None.
+        dtype: dtype of the stored floating-point tensors.
+        checksums: checksums of the stored tensors, by name.
     """
 
     kind: str
@@ -48,27 +46,28 @@ class TableState:
     checksums: dict[str, str] = field(default_factory=dict)
 
     def describe(self, table: Table) -> None:
-        """Describe a table as it is stored."""
+        """Set shapes, dtype and checksums to those of a table as it is stored."""
         self.shapes = {name: list(tensor.shape) for name, tensor in table.tensors().items()}
         self.dtype = dtype_name(table.dtype)
         self.checksums = {name: checksum(tensor) for name, tensor in table.tensors().items()}
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """``dtype`` as torch has it."""
+        """``dtype`` as a torch.dtype."""
         return getattr(torch, self.dtype)
 
     def skeleton(self, dtype: torch.dtype) -> Table:
-        """Return the table without its data, on the meta device."""
+        """Return a table of these shapes on the meta device; it is not validated."""
         layer = KINDS[self.kind]
         tensors: dict[str, Any] = {
             name: torch.empty(shape, dtype=layer.code_dtypes.get(name, dtype), device="meta")
             for name, shape in self.shapes.items()
         }
-        return layer.table_type(**tensors, **self.settings)
+        return layer.table_type(**tensors, **self.settings, check=False)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype's name without ``torch.``."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -76,10 +75,11 @@ class EmbkernConfig(QuantizationConfigMixin):
     """Quantisation config of transformers for a compressed embedding table.
 
     Args:
-        method, ratio, rank, lm_head, options: as in ``embkern.Recipe``. A model that is compressed while it
-            is loaded has no tokenizer at hand: methods that weigh rows by how often tokens are read go by
-            the order of the ids. ``embkern.compress`` counts text.
-        table, checksum: written by embkern when a model is compressed; not for callers.
+        method, ratio, rank, lm_head, options: as in ``embkern.Recipe``. While a model is loaded there is no
+            tokenizer: methods that weight rows by token frequency then estimate it from the order of the ids;
+            ``embkern.compress`` can count text.
+        table, checksum, format_version, quant_method: written by embkern when a model is saved; not for
+            callers.
 
     Raises:
         ValueError: a field is unknown, out of range, or damaged.
@@ -100,15 +100,15 @@ class EmbkernConfig(QuantizationConfigMixin):
     ) -> None:
         if quant_method != "embkern":
             raise ValueError(f"quantization_config: expected quant_method 'embkern', got {quant_method!r}")
-        if type(format_version) is not int or format_version not in _VERSIONS:
+        if type(format_version) is not int or format_version not in _READABLE_VERSIONS:
             raise ValueError(
-                f"quantization_config.format_version: expected {' or '.join(map(str, _VERSIONS))}, "
-                f"got {format_version!r}; install the embkern that wrote the model, or a newer one"
+                f"quantization_config.format_version: expected {' or '.join(map(str, _READABLE_VERSIONS))}, "
+                f"got {format_version!r}; install the version of embkern that saved the model, or a newer one"
             )
         if unknown:
             raise ValueError(f"quantization_config: unknown field(s) {', '.join(sorted(unknown))}")
         self.quant_method = quant_method
-        self.format_version = FORMAT_VERSION  # it is saved as
+        self.format_version = FORMAT_VERSION  # the version in which the model will be saved
         self.recipe = Recipe.parse(
             method=method, ratio=ratio, rank=rank, lm_head=lm_head, options=options or {}
         )
@@ -128,7 +128,7 @@ class EmbkernConfig(QuantizationConfigMixin):
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form, as in ``config.json``."""
+        """Return the config as in ``config.json``."""
         described = {
             **self.recipe.model_dump(),
             "table": None if self.table is None else asdict(self.table),
@@ -138,9 +138,9 @@ class EmbkernConfig(QuantizationConfigMixin):
 
 
 def check_config(directory: str | os.PathLike) -> None:
-    """Raise ValueError if what a model directory's config says of a compressed table is damaged.
+    """Raise ValueError if the description of a compressed table in a model directory is damaged.
 
-    transformers prints a config before anyone parses it, and fails there at what it does not expect.
+    It is called before transformers reads the config, which would fail with a less clear error.
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
@@ -151,9 +151,9 @@ def check_config(directory: str | os.PathLike) -> None:
         if isinstance(described, dict) and described.get("quant_method") == "embkern":
             EmbkernConfig(**described)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    except RecursionError as error:
-        raise ValueError(f"{path} is damaged: nested too deep") from error
+        raise ValueError(f"{path}: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is damaged: nested too deep") from None
 
 
 def _checksum_of(described: dict[str, Any]) -> str:
@@ -162,8 +162,9 @@ def _checksum_of(described: dict[str, Any]) -> str:
 
 
 def _parse_state(table: dict[str, Any]) -> TableState:
+    """Return a state after checking all of its fields; raise ValueError if one is damaged."""
     try:
-        state = TableState(**(_of_first_models(**table) if "rank" in table else table))
+        state = TableState(**(_upgraded(**table) if "rank" in table else table))
         if state.head not in (None, "factorized", "dense"):
             raise ValueError(f"head: expected factorized, dense or null, got {state.head!r}")
         dtype = next((each for each in DTYPES if dtype_name(each) == state.dtype), None)
@@ -182,20 +183,20 @@ def _parse_state(table: dict[str, Any]) -> TableState:
         texts = all(type(value) is str for value in state.checksums.values())
         if not set(state.checksums) <= set(state.shapes) or not texts:
             raise ValueError(
-                f"checksums: expected them of {', '.join(state.shapes)}, got {state.checksums!r}"
+                f"checksums: expected those of {', '.join(state.shapes)}, got {state.checksums!r}"
             )
-        state.skeleton(dtype)
+        state.skeleton(dtype).validate()
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise ValueError(f"quantization_config.table is damaged: {error}") from error
-    except RecursionError as error:
-        raise ValueError("quantization_config.table is damaged: nested too deep") from error
+        raise ValueError(f"quantization_config.table is damaged: {error}") from None
+    except RecursionError:
+        raise ValueError("quantization_config.table is damaged: nested too deep") from None
     return state
 
 
-def _of_first_models(
+def _upgraded(
     num_embeddings: int, embedding_dim: int, rank: int, offset: bool, activation: str | None, **common: Any
 ) -> dict[str, Any]:
-    """Return the fields of TableState for a config from before there were kinds of tables."""
+    """Return the fields of TableState for the first configs, which described factors only."""
     shapes = {"codes": [num_embeddings, rank], "basis": [rank, embedding_dim]}
     if offset:
         shapes["offset"] = [embedding_dim]

@@ -1,4 +1,4 @@
-"""Where a model keeps its token-embedding table: the modules that share it, its scale, its tied heads."""
+"""Find a model's token-embedding table: the modules that share it, their scales and the tied heads."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from ..nn.base import CompressedEmbedding
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_PROBED_ROWS = 64
+_PROBED_ROWS = 64  # rows of which probe_scale compares input and output
 
 
 class UnsupportedModelError(ValueError):
-    """The model's embedding cannot be replaced; the message says why."""
+    """The model's embedding cannot be replaced; the message tells the reason."""
 
 
 @dataclass
 class ModelTable:
-    """Where a model keeps its token-embedding table: the modules that share one weight.
+    """A model's token-embedding table and the modules that share it.
 
     Attributes:
         root: name of the input embedding, whose parameters the others share after the swap.
         embeddings: names of all embedding modules of the table, root first.
-        heads: names of the output heads tied to it.
-        output_head: name of the model's output head, tied or not; None if it has none.
-        scales: constant factor of each embedding module's output; empty on the meta device.
-        weight: the table itself, (V, H).
+        heads: names of the output heads that are tied to it.
+        output_head: name of the model's output head, tied or not, or None.
+        scales: constant factor of each embedding module's output, by name; empty on the meta device.
+        weight: the table, (V, H).
     """
 
     root: str
@@ -52,7 +52,7 @@ def find_table(model: PreTrainedModel) -> ModelTable:
     Raises:
         UnsupportedModelError: the model is wrapped (PEFT, torch.compile), quantised by something else, or
             spread over devices; there is no input embedding, it is not a plain ``nn.Embedding``, it is
-            compressed already, it normalises its rows, or a module of another kind shares its weight.
+            compressed already, it normalises its rows, or a module of another type shares its weight.
     """
     _check_model(model)
     module = input_embeddings(model)
@@ -89,12 +89,12 @@ def _check_model(model: PreTrainedModel) -> None:
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"model: expected a transformers PreTrainedModel, got {type(model).__name__}; unwrap it first "
-            "(PEFT: merge_and_unload, torch.compile: the module it was made of)"
+            "(PEFT: merge_and_unload, torch.compile: the original module)"
         )
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and quantizer.quantization_config.quant_method != "embkern":
         raise UnsupportedModelError(
-            f"model: is quantised by {type(quantizer).__name__} already; compress the dense model instead"
+            f"model: it is already quantised by {type(quantizer).__name__}; compress the dense model instead"
         )
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         raise UnsupportedModelError(
@@ -104,23 +104,26 @@ def _check_model(model: PreTrainedModel) -> None:
 
 
 def _check_embedding(name: str, module: nn.Module) -> None:
+    """Raise UnsupportedModelError if an embedding does more than looking up rows."""
     extra = [key for key, _ in module.named_parameters() if key != "weight"]
     if extra:
         raise UnsupportedModelError(
             f"{name} ({type(module).__name__}) has parameters besides its table ({', '.join(extra)}) "
-            "that factors cannot stand for"
+            "that a compressed table cannot replace"
         )
     if getattr(module, "max_norm", None) is not None:
-        raise UnsupportedModelError(f"{name} renormalises rows on lookup (max_norm), which factors cannot")
+        raise UnsupportedModelError(
+            f"{name} renormalises rows on lookup (max_norm), which a compressed table cannot"
+        )
 
 
 def _sharing(model: PreTrainedModel, names: dict[str, nn.Module], module: nn.Embedding) -> list[str]:
-    """Names of the modules that hold the embedding's weight."""
+    """Return the names of the modules that hold the embedding's weight."""
     if not module.weight.is_meta:
         return [
             name for name, each in names.items() if any(p is module.weight for p in each._parameters.values())
         ]
-    # A skeleton is not tied yet: the map says what will be.
+    # A model on the meta device is not tied yet: its map tells which modules will be.
     root = next(f"{name}.weight" for name, each in names.items() if each is module)
     ties = model.all_tied_weights_keys
     root = ties.get(root, root)
@@ -140,9 +143,10 @@ def input_embeddings(model: PreTrainedModel) -> nn.Module:
 
 
 def other_tables(model: PreTrainedModel) -> dict[str, int]:
-    """Embedding tables at least as large as the input embedding that embkern leaves alone: name -> bytes.
+    """Return the bytes, by name, of other embedding tables at least as large as the input embedding.
 
-    Per-layer embeddings (``embed_tokens_per_layer`` of Gemma 3n and 4) are larger than the main table.
+    embkern leaves them alone. Per-layer embeddings (``embed_tokens_per_layer`` of Gemma 3n and 4), for
+    example, are larger than the main table.
     """
     main: Any = input_embeddings(model)
     size = getattr(main, "num_embeddings", 0) * getattr(main, "embedding_dim", 0)
@@ -177,9 +181,9 @@ def probe_scale(module: nn.Embedding, name: str = "embedding") -> float:
     if not torch.allclose(output, scale * rows, rtol=tolerance, atol=tolerance * float(output.abs().max())):
         raise UnsupportedModelError(
             f"{name} ({type(module).__name__}) does not return a constant multiple of its rows "
-            "(it normalises them, or adds something): a factorised table would change the model"
+            "(it normalises them, or adds to them), as a compressed table does"
         )
-    # The module's own constant is exact where the estimate carries the rounding of the weights' dtype.
+    # The module's own constant is exact; the estimate has the rounding errors of the weights' dtype.
     for attribute in ("scalar_embed_scale", "embed_scale"):
         own = getattr(module, attribute, None)
         if own is not None and abs(float(own) - scale) <= tolerance * abs(scale):

@@ -1,4 +1,4 @@
-"""Fisher row weights: how much a model's loss feels each row of its token-embedding table."""
+"""Fisher row weights: the sensitivity of a model's loss to each row of its token-embedding table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .find_table import find_table
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-IGNORED = -100  # label of a token that is no part of a loss, in transformers
+IGNORED = -100  # transformers' label of a token that is not part of the loss
 
 
 def fisher_row_weights(
@@ -31,48 +31,49 @@ def fisher_row_weights(
     """Diagonal Fisher information of the input embeddings, summed per row: (V,), float64, on the CPU.
 
     ``weight[v] = mean over texts of (d loss / d table[v]).square().sum()``, one backward per text. A row that
-    no text reads has weight 0: mix in something (``weight + 0.01 * weight.mean()``) where such rows must not
-    be given up. The part of a tied head in the gradient is left out. The loss is
+    occurs in no text has weight 0; add a constant (``weight + 0.01 * weight.mean()``) so that such rows are
+    not neglected. Gradients through a tied head are not included. The loss is
 
-    - of a masked language model, cross entropy of ``mask_share`` of the tokens (at least one);
-    - of another model with a head, its own loss with the text as ``labels``;
-    - of a model without a head, ``z @ e`` for a standard normal z and the mean-pooled, normalised hidden
-      states e: the expected square of its gradient is the Fisher information of a normal distribution
-      around e.
+    - for a masked language model, the cross entropy of ``mask_share`` of the tokens (at least one);
+    - for another model with a head, its own loss with the text as ``labels``;
+    - for a model without a head, ``z @ e`` for a standard normal z and the mean-pooled, normalised hidden
+      states e: the expected square of its gradient is the Fisher information of a normal distribution with
+      mean e.
 
     For FWSVD: ``direction(table, rank, row_weight=weight, cosine_weight=0, mse_weight=1)``.
 
     Args:
-        model: a transformers model; it is left as it was.
-        tokenizer: of that model.
-        texts: some hundred typical ones.
-        max_length: tokens of a text, the rest is cut off.
-        mask_share: of the tokens that a masked language model has to guess.
-        seed: of the masks and of z.
-        progress: show a bar on stderr; None shows it on a terminal.
+        model: a model of transformers; it is unchanged afterwards.
+        tokenizer: the model's tokenizer.
+        texts: a few hundred typical texts.
+        max_length: tokens per text; longer texts are truncated.
+        mask_share: share of the tokens that are masked for a masked language model.
+        seed: random seed of the masks and of z.
+        progress: whether to show a progress bar on stderr; None shows it on a terminal.
 
     Raises:
-        ValueError: no text has a token that the loss can be taken of, the tokenizer has ids beyond the table,
-            or the model has a head but no loss.
+        ValueError: no text has a token with a loss, an id is beyond the table, or the model has a head but
+            returns no loss.
+        UnsupportedModelError: the model has no table that ``find_table`` finds.
 
     Source: Hsu et al. 2022, arXiv 2207.00112.
     """
     table = find_table(model)
     total = torch.zeros(len(table.weight), dtype=torch.float64)
     loss_of = _loss_of(model, tokenizer, mask_share, torch.Generator().manual_seed(seed))
-    reads: list[tuple[Tensor, Tensor, float]] = []  # ids, rows and scale of every lookup in a forward pass
+    lookups: list[tuple[Tensor, Tensor, float]] = []  # ids, rows and scale of each one in a forward pass
 
-    def lookup(scale: float) -> Callable[..., Tensor]:
+    def recording(scale: float) -> Callable[..., Tensor]:
         def hook(_: Any, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
             rows = output.detach().requires_grad_()
-            reads.append((arguments[0], rows, scale))
+            lookups.append((arguments[0], rows, scale))
             return rows
 
         return hook
 
     training, count = model.training, 0
     handles = [
-        model.get_submodule(name).register_forward_hook(lookup(table.scales.get(name, 1.0)))
+        model.get_submodule(name).register_forward_hook(recording(table.scales.get(name, 1.0)))
         for name in table.embeddings
     ]
     try:
@@ -84,13 +85,13 @@ def fisher_row_weights(
                     f"tokenizer: expected ids below {len(total)}, the rows of the table, "
                     f"got {int(batch['input_ids'].max())}; does it belong to the model?"
                 )
-            reads.clear()
+            lookups.clear()
             with torch.inference_mode(False), torch.enable_grad():
                 loss = loss_of(batch.to(model.device))
                 if loss is None:
                     continue
-                gradients = torch.autograd.grad(loss, [rows for _, rows, _ in reads], allow_unused=True)
-            total += _squared_by_row(reads, gradients, len(total))
+                gradients = torch.autograd.grad(loss, [rows for _, rows, _ in lookups], allow_unused=True)
+            total += _squared_by_row(lookups, gradients, len(total))
             count += 1
     finally:
         model.train(training)
@@ -102,12 +103,12 @@ def fisher_row_weights(
 
 
 def _squared_by_row(
-    reads: list[tuple[Tensor, Tensor, float]], gradients: tuple[Tensor | None, ...], V: int
+    lookups: list[tuple[Tensor, Tensor, float]], gradients: tuple[Tensor | None, ...], V: int
 ) -> Tensor:
-    """Square of the gradient of each row (V,): a row read twice has the sum of two gradients."""
+    """Return the squared norm of the gradient of each row, (V,), summed over the lookups before squaring."""
     found = [
         (ids.flatten(), scale * gradient.flatten(0, -2).double())
-        for (ids, _, scale), gradient in zip(reads, gradients, strict=True)
+        for (ids, _, scale), gradient in zip(lookups, gradients, strict=True)
         if gradient is not None
     ]
     ids, gradient = (torch.cat(each).cpu() for each in zip(*found, strict=True))
@@ -119,7 +120,7 @@ def _squared_by_row(
 def _loss_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mask_share: float, generator: torch.Generator
 ) -> Callable[[Any], Tensor | None]:
-    """Return the loss of a tokenised text, None where it has no token to guess."""
+    """Return a function from a tokenised text to its loss, or to None where no token has a loss."""
 
     def masked(batch: Any) -> Tensor | None:
         ids = batch["input_ids"]
@@ -136,7 +137,7 @@ def _loss_of(
 
     def own(batch: Any) -> Tensor | None:
         ids = batch["input_ids"]
-        if ids.shape[1] < 2:  # a causal model has no next token to guess
+        if ids.shape[1] < 2:  # a causal model has no next token to predict
             return None
         return _own_loss(model(**batch, labels=ids))
 
@@ -155,6 +156,6 @@ def _loss_of(
 def _own_loss(output: Any) -> Tensor:
     if getattr(output, "loss", None) is None:
         raise ValueError(
-            "model: expected a loss from its head given labels, got none; use its masked or causal LM class"
+            "model: expected a loss of its head for labels, got none; use its class for masked or causal LM"
         )
     return output.loss

@@ -21,10 +21,13 @@ _TOKENIZER_FILES = ("tokenizer*.json", "vocab.*", "*.model", "spiece*", "merges.
 
 
 def load_model(name: str | os.PathLike) -> PreTrainedModel:
-    """Load a model with its head, in the dtype it is stored in, dense or compressed.
+    """Load a dense or compressed model with its head, in the dtype in which it is stored.
+
+    Args:
+        name: a directory, or a name on the hub.
 
     Raises:
-        FileNotFoundError: it is neither a directory nor to be had from the hub.
+        FileNotFoundError: it is neither a directory nor a model that the hub provides.
         ValueError: the directory holds no loadable model (a damaged file, an unknown architecture).
     """
     if not Path(name).exists() and str(name).startswith((".", "/", "~")):
@@ -36,39 +39,43 @@ def load_model(name: str | os.PathLike) -> PreTrainedModel:
         model, info = architecture.from_pretrained(name, output_loading_info=True)
         _check_loaded(model, info["missing_keys"])
         return model
-    except Exception as error:  # transformers and safetensors raise many kinds; all mean the same here
+    except Exception as error:  # transformers and safetensors raise errors of many types
         raise not_loaded(name, error) from error
 
 
 def not_loaded(name: str | os.PathLike, error: Exception) -> Exception:
-    """Return what to raise where a library fails to load a model."""
+    """Return the exception to raise where a library failed to load the model ``name`` with ``error``."""
     if Path(name).exists():
         return ValueError(f"model: {name} cannot be loaded: {reason_of(error)}")
     return FileNotFoundError(
-        f"model: {str(name)!r} is neither a directory here nor to be had from the hub: {reason_of(error)}"
+        f"model: {str(name)!r} is neither a local directory nor a model that the hub provides: "
+        f"{reason_of(error)}"
     )
 
 
 def _check_loaded(model: PreTrainedModel, missing: set[str]) -> None:
-    """Raise if the table, or a head that belongs to it, was not in the checkpoint and is random."""
-    interesting = {id(input_embeddings(model)), id(model.get_output_embeddings())}
-    names = [name for name, module in model.named_modules() if id(module) in interesting]
+    """Raise ValueError if the table or the output head is missing in the checkpoint, and so is random."""
+    required = {id(input_embeddings(model)), id(model.get_output_embeddings())}
+    names = [name for name, module in model.named_modules() if id(module) in required]
     lost = sorted(key for key in missing if key.rpartition(".")[0] in names)
     if lost:
         raise ValueError(f"the checkpoint does not hold {', '.join(lost)}")
 
 
 def load_tokenizer(name: str | os.PathLike) -> PreTrainedTokenizerBase | None:
-    """Load the tokenizer beside a model; None if there is none.
+    """Load the tokenizer of a model; return None if there is none.
+
+    Args:
+        name: a directory, or a name on the hub.
 
     Raises:
-        ValueError: its files are there and cannot be read.
+        ValueError: the directory has files of a tokenizer that cannot be loaded.
     """
     if Path(name).is_dir() and not any(next(Path(name).glob(each), None) for each in _TOKENIZER_FILES):
-        return None  # transformers would make up one of the model's class
+        return None  # transformers would return an empty tokenizer of the model's class
     try:
         return AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # many kinds, see load_model
+    except Exception as error:  # errors of many types, as above
         if not Path(name).is_dir():
             return None
         raise ValueError(f"tokenizer: the one in {name} cannot be loaded: {error}") from error

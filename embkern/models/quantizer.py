@@ -6,7 +6,7 @@ transformers is, if that comes later. Then::
     model = AutoModel.from_pretrained(dense_checkpoint, quantization_config=EmbkernConfig(ratio=5))
     model.save_pretrained("small"); AutoModel.from_pretrained("small"); model.dequantize()
 
-work as for every quantizer of transformers' own. ``install`` does the same to a live model.
+work as with the quantizers of transformers itself. ``install`` does the same to a live model.
 """
 
 from __future__ import annotations
@@ -56,13 +56,19 @@ if TYPE_CHECKING:
 
 
 def install(model: PreTrainedModel, table: ModelTable, compressed: Table, recipe: Recipe) -> None:
-    """Replace a live model's table by a compressed one, in place, and make the model save and load with it.
+    """Replace a live model's table by a compressed one, in place, so that it is saved with the model.
 
-    Floating-point tensors take the dtype of the model; what is saved of a packed table keeps the dtype it has
-    here.
+    Floating-point tensors are cast to the dtype of the model; a packed table is saved in its own dtype.
+
+    Args:
+        model: the model.
+        table: what ``find_table`` returned for it.
+        compressed: the compressed table.
+        recipe: the recipe that made it.
 
     Raises:
-        UnsupportedModelError: a tied head is asked to decode through an activation. The model is unchanged.
+        UnsupportedModelError: a tied head cannot decode through the table's activation. The model is
+            unchanged.
     """
     check_installable(table, recipe)
     head = recipe.lm_head if table.tied else None if table.output_head is None else "dense"
@@ -80,7 +86,7 @@ def install(model: PreTrainedModel, table: ModelTable, compressed: Table, recipe
 
 
 def _own_config(model: PreTrainedModel) -> None:
-    """Give the model a config of its own: what is written into it must not reach a model that shares it."""
+    """Copy the model's config, which another model may share, before it is changed."""
     copies: dict[int, Any] = {}
     copy.deepcopy(model.config, copies)
     for module in model.modules():
@@ -90,17 +96,22 @@ def _own_config(model: PreTrainedModel) -> None:
 
 
 def _adopt(model: PreTrainedModel, quantizer: EmbkernQuantizer) -> None:
-    """Make the model, and nested ones that may be saved alone, save through the quantizer."""
+    """Attach the quantizer to the model and to nested models, which may be saved alone."""
     for module in compressed_models(model):
         module.hf_quantizer = quantizer
         module.quantization_method = quantizer.quantization_config.quant_method
         module.config.quantization_config = quantizer.quantization_config
-        # transformers refuses .half(), .float() and Trainer while this is set; parameters train like any.
+        # While this is True, transformers refuses .half(), .float() and Trainer, which all work here.
         module.is_quantized = False
 
 
 class EmbkernQuantizer(HfQuantizer):
-    """Builds the modules of a saved model, or compresses a dense one after its weights are loaded."""
+    """Builds the modules of a saved model, or compresses a dense one after its weights are loaded.
+
+    Attributes:
+        original: the dense modules that were replaced.
+        checkpoint_keys: names of the tensors in the checkpoint that is being loaded.
+    """
 
     requires_calibration = False
     original: DenseModules | None = None
@@ -133,11 +144,11 @@ class EmbkernQuantizer(HfQuantizer):
         if checkpoint_files:
             shapes = check_files(checkpoint_files, table.root, state)
             keys = set(shapes)
-            # A module that the class ties but the checkpoint holds densely was its own table when saved.
+            # An embedding that the class ties, but that is dense in the checkpoint, was not tied when saved.
             table.embeddings = [
                 name for name in table.embeddings if not holds(keys, f"{canonical_name(model, name)}.weight")
             ]
-            # By its shape: architectures rename a head's weight on the way to the file.
+            # The head is found by its shape, as architectures rename its weight when saving.
             if state.head == "dense" and table.tied and dense_shape not in shapes.values():
                 raise ValueError(
                     f"the checkpoint does not hold {table.output_head}.weight, a dense head by its config"
@@ -165,18 +176,20 @@ class EmbkernQuantizer(HfQuantizer):
             table = find_table(model)
             check_installable(table, config.recipe)
             weight = table.weight.detach()
-            counts = vocabulary_prior(None, len(weight))  # no tokenizer is at hand
+            counts = vocabulary_prior(None, len(weight))  # there is no tokenizer here
             install(model, table, config.recipe.factorize(weight, counts), config.recipe)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict]:
-        """Bring the saved description up to date, as the table may have been trained since, and cast it.
+        """Update the description of the table, which may have been trained, and return tensors to save.
 
-        transformers saves the live weights after this, whatever ``state_dict`` its caller passed.
+        Returns:
+            A state dict with the table in its stored dtype, or None where that is the live one; then
+            transformers saves the live weights. The second value is the metadata, which is empty.
         """
         root, state = compressed_embedding(model), self.quantization_config.table
         keep_tie(model, state)
-        # Offloaded or sharded parameters are not whole here; without a checksum nothing is verified on load.
+        # Offloaded or sharded tensors have no checksums, and are not verified when they are loaded.
         if not is_whole(root, state):
             state.dtype, state.checksums = dtype_name(storage_dtype(root, state)), {}
             return None, {}
@@ -188,15 +201,16 @@ class EmbkernQuantizer(HfQuantizer):
         for name, module in model.named_modules(remove_duplicate=False):
             if isinstance(module, (CompressedEmbedding, CompressedHead)):
                 for tensor, value in stored.tensors().items():
-                    if getattr(module, tensor) is getattr(
-                        root, tensor
-                    ):  # one tensor, as transformers ties it
+                    if getattr(module, tensor) is getattr(root, tensor):  # tied
                         state_dict[f"{name}.{tensor}"] = value
         return state_dict, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """Decode the table, in its own dtype: transformers passes the config's, which may be stale."""
-        assert self.original is not None, "a model with this quantizer was swapped by it"
+        """Put the dense modules back with the decoded table, in the dtype of the live one.
+
+        ``dtype`` is the config's, which may be out of date, and is ignored.
+        """
+        assert self.original is not None, "the quantizer is attached to models whose modules it replaced"
         original, table, state = self.original, self.original.table, self.quantization_config.table
         root = compressed_embedding(model)
         if any(tensor.is_meta for tensor in root.tensors().values()):
@@ -205,7 +219,7 @@ class EmbkernQuantizer(HfQuantizer):
         weight = nn.Parameter(root.weight.detach(), requires_grad=trained)
         weight._is_hf_initialized = True  # type: ignore[attr-defined]
         for nested in compressed_models(model):
-            if nested is not model:  # transformers takes them from the model itself
+            if nested is not model:  # transformers removes them from the model itself
                 for owner, attribute in (
                     (nested, "hf_quantizer"),
                     (nested, "quantization_method"),
@@ -232,26 +246,24 @@ class EmbkernQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
-        """The table's tensors are ordinary parameters and buffers."""
+        """Return True: the table's tensors are ordinary parameters and buffers."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Factors train like any parameter, and of a packed table what is not codes."""
+        """True: all floating-point tensors of a compressed table are trainable."""
         return True
 
     @property
     def is_qat_trainable(self) -> bool:
-        """Trainer may train the compressed model without an adapter."""
+        """True: Trainer may train the compressed model without an adapter."""
         return True
 
     @property
     def is_compileable(self) -> bool:
-        """The lookup traces under torch.compile without graph breaks."""
+        """True: torch.compile traces the lookup without graph breaks."""
         return True
 
 
 register_quantization_config("embkern")(EmbkernConfig)
-
-
 register_quantizer("embkern")(EmbkernQuantizer)

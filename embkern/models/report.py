@@ -1,4 +1,4 @@
-"""The report of a compression as data, as a table and as a model card."""
+"""The report of a compression: as data, as a table and as a model card."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr
 
 from ..fidelity import SentenceFidelity, TableComparison
 from ..io.checked_json import read_checked_json
@@ -18,20 +18,19 @@ from ..tables.packed import PackedTable
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
 REPORT_NAME = "embkern_report.json"
 
 
 class TierUse(BaseModel):
-    """How many rows of a packed table have a rate, and what their records take."""
+    """The rows of one tier of a packed table."""
 
-    name: str = Field(description="bits of a value, or bits of each group of coefficients of the basis")
-    rows: int
-    bytes: int = Field(description="of the rows' records, without scales and directory")
+    name: str = Field(description="bits per value, or bits of each group of coefficients in the basis")
+    rows: int = Field(description="number of rows")
+    bytes: int = Field(description="bytes of their records, without scales and directory")
 
 
 def tier_uses(table: Table) -> list[TierUse]:
-    """Describe the tiers of a packed table; factors have none."""
+    """Return the tiers of a packed table; factors have none."""
     if not isinstance(table, PackedTable):
         return []
     tiers = table.described_tiers()
@@ -43,23 +42,26 @@ def tier_uses(table: Table) -> list[TierUse]:
 
 
 class Comparison(BaseModel):
-    """A compressed model beside the dense one. Bytes are tensor bytes, as stored."""
+    """A compressed model compared with the dense one. Bytes are those of tensors, as stored."""
 
     model_config = ConfigDict(protected_namespaces=())
 
-    table_bytes: int = Field(description="bytes of the table before")
-    factors_bytes: int = Field(description="bytes of everything that replaces it")
-    ratio: float = Field(description="table_bytes / factors_bytes")
-    model_bytes_before: int
-    model_bytes_after: int
-    table: TableComparison
-    sentences: SentenceFidelity | None = None
+    table_bytes: int = Field(description="bytes of the dense table")
+    compressed_bytes: int = Field(
+        description="bytes of everything that replaces it",
+        validation_alias=AliasChoices("compressed_bytes", "factors_bytes"),  # the latter in older reports
+    )
+    ratio: float = Field(description="table_bytes / compressed_bytes")
+    model_bytes_before: int = Field(description="bytes of the dense model")
+    model_bytes_after: int = Field(description="bytes of the compressed model")
+    table: TableComparison = Field(description="comparison of the tables")
+    sentences: SentenceFidelity | None = Field(default=None, description="comparison of sentence embeddings")
 
     def rows(self) -> dict[str, str]:
-        """Return what is printed, and written into a model card, by name."""
+        """Return the rows of the printed table and of the model card by name."""
         weighted = self.table.weighted_direction_error
         rows = {
-            "table, bytes": f"{self.table_bytes:,} -> {self.factors_bytes:,} ({self.ratio:.2f}x)",
+            "table, bytes": f"{self.table_bytes:,} -> {self.compressed_bytes:,} ({self.ratio:.2f}x)",
             "model, bytes": f"{self.model_bytes_before:,} -> {self.model_bytes_after:,}",
             "direction error (1 - cos), mean": f"{self.table.direction_error:.4f}",
             **({} if weighted is None else {"direction error, by frequency": f"{weighted:.5f}"}),
@@ -76,34 +78,37 @@ class Comparison(BaseModel):
 
 
 class Report(Comparison):
-    """What ``embkern.compress`` did and measured."""
+    """The result of ``embkern.compress``: the recipe, the size and the fidelity of the compressed model."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
-    source: str = Field(description="the model that was compressed: a hub name, or a directory's last part")
-    architecture: str
-    recipe: Recipe
-    num_embeddings: int
-    embedding_dim: int
-    rank: int | None = Field(None, description="of factors")
-    tiers: list[TierUse] = Field(default_factory=list, description="of a packed table")
-    dtype: str = Field(description="of the floating-point tensors, as stored")
-    counts: str | None = Field(None, description="where the token frequencies come from")
-    facts: dict[str, Any] = Field(default_factory=dict, description="what the method says of its result")
+    source: str = Field(description="the dense model: its name on the hub, or the name of its directory")
+    architecture: str = Field(description="class of the model")
+    recipe: Recipe = Field(description="the method and its options")
+    num_embeddings: int = Field(description="V")
+    embedding_dim: int = Field(description="H")
+    rank: int | None = Field(None, description="rank of factors")
+    tiers: list[TierUse] = Field(default_factory=list, description="tiers of a packed table")
+    dtype: str = Field(description="dtype of the floating-point tensors, as stored")
+    counts: str | None = Field(None, description="origin of the token frequencies")
+    facts: dict[str, Any] = Field(
+        default_factory=dict, description="what the method reports about its result"
+    )
     head: str | None = Field(description="output head: factorized (tied), dense, or null for none")
     other_tables: dict[str, int] = Field(
-        default_factory=dict, description="large embedding tables left alone, with their bytes"
+        default_factory=dict, description="bytes of other large embedding tables, which are left alone"
     )
-    seconds: float = Field(description="spent compressing the table, without loading, comparing and saving")
+    seconds: float = Field(description="time to compress the table, without loading, comparing and saving")
     created: str = Field(
-        default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        description="date and time in UTC, ISO 8601",
     )
-    versions: dict[str, str]
+    versions: dict[str, str] = Field(description="versions of embkern, torch and transformers")
 
     _model: Any = PrivateAttr(None)
 
     def rows(self) -> dict[str, str]:
-        """Return what was done, then what is compared."""
+        """Return the rows of the printed table and of the model card by name."""
         made = f"rank {self.rank} of {self.embedding_dim}" if self.rank else f"{len(self.tiers)} tiers"
         return {
             "method": f"{self.recipe.method}, {made}",
@@ -117,12 +122,12 @@ class Report(Comparison):
 
     @property
     def model(self) -> PreTrainedModel:
-        """The compressed model itself; not part of the JSON."""
+        """The compressed model; it is not part of the JSON."""
         return self._model
 
 
 def model_card(report: Report) -> str:
-    """Markdown of a model card; its code begins with the import without which the model cannot be loaded."""
+    """Return a model card in Markdown; its code imports embkern first, without which loading fails."""
     from huggingface_hub import ModelCard, ModelCardData
 
     data = ModelCardData(
@@ -157,17 +162,17 @@ The figures compare the table with the original one; `embkern_report.json` has a
     )
 
 
-def _is_hub_name(source: str) -> bool:
-    return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not Path(source).exists()
-
-
 def public_name(source: str) -> str:
-    """Return a hub name as it is and a local path's last part: reports are published, paths are not."""
+    """Return a hub name unchanged, and only the last part of a path, as reports may be published."""
     return source if _is_hub_name(source) else source.rstrip("/").rpartition("/")[2]
 
 
 def read_report(directory: str | os.PathLike) -> Report | None:
-    """Return the report beside a saved model, None if there is none; ValueError if it is damaged."""
+    """Return the report in a saved model's directory; None if there is none.
+
+    Raises:
+        ValueError: the report is damaged.
+    """
     path = Path(directory) / REPORT_NAME
     if not path.is_file():
         return None
@@ -175,4 +180,8 @@ def read_report(directory: str | os.PathLike) -> Report | None:
     try:
         return Report.model_validate(content)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def _is_hub_name(source: str) -> bool:
+    return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not Path(source).exists()

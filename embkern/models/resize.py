@@ -16,14 +16,22 @@ if TYPE_CHECKING:
 
 
 def resize_token_embeddings(model: PreTrainedModel, num_embeddings: int) -> CompressedEmbedding:
-    """Grow or shrink a compressed model's vocabulary, like ``model.resize_token_embeddings`` of a dense one.
+    """Change the vocabulary size of a compressed model in place, as ``model.resize_token_embeddings`` does.
 
-    New tokens decode to the mean row: of factors exactly, and their codes train. Of a packed table they get
-    the record that comes nearest to it; codes are frozen, so that training moves such a row along its
-    direction and, through basis and offset, with all others. New entries of a head's bias are zero.
+    New tokens decode to the mean row: exactly in factors, whose codes are trainable, and in a packed table to
+    the nearest row that it can represent. The codes of a packed table are frozen, so that training changes
+    only the length of such a row and, through basis and offset, all rows together. New entries of a head's
+    bias are zero.
+
+    Args:
+        model: a model compressed by embkern.
+        num_embeddings: V, at least 1.
+
+    Returns:
+        The model's input embedding.
 
     Raises:
-        ValueError: ``num_embeddings`` is below 1, or the model is not compressed by embkern.
+        ValueError: ``num_embeddings`` is not a positive integer, or the model is not compressed by embkern.
     """
     root = compressed_embedding(model)
     if type(num_embeddings) is not int or num_embeddings < 1:
@@ -49,7 +57,7 @@ def resize_token_embeddings(model: PreTrainedModel, num_embeddings: int) -> Comp
                     model, module.bias, nn.Parameter(bias, requires_grad=module.bias.requires_grad)
                 )
     head = model.get_output_embeddings()
-    if isinstance(head, nn.Linear):  # its own table: transformers knows how to resize it
+    if isinstance(head, nn.Linear):  # a dense head, which transformers can resize
         model.set_output_embeddings(model._get_resized_lm_head(head, num_embeddings))
     if hasattr(model, "_resize_final_logits_bias"):
         model._resize_final_logits_bias(num_embeddings)
@@ -58,14 +66,14 @@ def resize_token_embeddings(model: PreTrainedModel, num_embeddings: int) -> Comp
         model.vocab_size = num_embeddings
     shapes = {name: list(tensor.shape) for name, tensor in table.tensors().items()}
     model.hf_quantizer.quantization_config.table.shapes = shapes
-    for dense in model.hf_quantizer.original.modules.values():  # what dequantize will bring back
-        setattr(
-            dense, "num_embeddings" if isinstance(dense, nn.Embedding) else "out_features", num_embeddings
-        )
+    for dense in model.hf_quantizer.original.modules.values():  # dequantize puts these modules back
+        size = "num_embeddings" if isinstance(dense, nn.Embedding) else "out_features"
+        setattr(dense, size, num_embeddings)
     return root
 
 
 def _replace_parameter(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
+    """Replace a parameter in every module that holds it."""
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is old:

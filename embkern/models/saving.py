@@ -1,4 +1,4 @@
-"""Save a model with its tokenizer, report and model card; the directory appears whole or not at all."""
+"""Save a model with its tokenizer, report and model card, atomically."""
 
 from __future__ import annotations
 
@@ -17,11 +17,9 @@ from .report import REPORT_NAME, Report, model_card
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+MANIFEST_NAME = "embkern_files.json"  # list of the files that --overwrite may replace
 
-MANIFEST_NAME = "embkern_files.json"  # what --overwrite may replace
-
-
-# What sentence-transformers keeps beside a model.
+# Files that sentence-transformers keeps beside a model, for pooling and normalisation.
 _SENTENCE_FILES = (
     "modules.json",
     "config_sentence_transformers.json",
@@ -31,12 +29,18 @@ _SENTENCE_FILES = (
 
 
 def check_output(output: str | os.PathLike, overwrite: bool, source: Any = None) -> None:
-    """Raise unless ``output`` may be written: before any work is done, and so that nothing of value is lost.
+    """Raise unless a model may be saved at ``output``; for use before the compression.
+
+    Args:
+        output: the directory to write.
+        overwrite: whether it may replace a directory of files that embkern wrote.
+        source: the model to read, whose directory must not be replaced.
 
     Raises:
-        FileExistsError: it exists, and overwrite is not given, or it holds what embkern did not write.
-        ValueError: it is the source, or the source is inside it.
-        OSError: it cannot be written: no permission, or a mount point, which cannot be replaced.
+        FileExistsError: ``output`` exists and ``overwrite`` is False, or it holds files that embkern did not
+            write.
+        ValueError: ``output`` is the source, or holds it.
+        OSError: ``output`` cannot be written, or is a mount point, which cannot be replaced.
     """
     path = Path(output).resolve()
     if isinstance(source, (str, os.PathLike)) and Path(source).exists():
@@ -57,12 +61,51 @@ def check_output(output: str | os.PathLike, overwrite: bool, source: Any = None)
     foreign = _foreign_files(path)
     if foreign:
         raise FileExistsError(
-            f"output: {path} holds what embkern did not write ({', '.join(foreign[:3])}); it is not replaced"
+            f"output: {path} holds files that embkern did not write ({', '.join(foreign[:3])}); "
+            "it is not replaced"
         )
 
 
+def save(
+    model: PreTrainedModel,
+    output: str | os.PathLike,
+    *,
+    source: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    report: Report | None = None,
+) -> None:
+    """Save a model with what belongs to it; an existing directory is replaced atomically.
+
+    Args:
+        model: the model.
+        output: the directory.
+        source: directory or hub name of the dense model, whose sentence-transformers files are copied.
+        tokenizer: the model's tokenizer.
+        report: the report, from which the model card is written as well.
+
+    Raises:
+        OSError: the directory cannot be written, for example to a full disk.
+    """
+    with replacing_directory(output) as directory:
+        try:
+            model.save_pretrained(directory)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(directory)
+        except Exception as error:  # safetensors and tokenizers raise no OSError where a disk is full
+            if refused := disk_error(error):
+                raise refused from error
+            raise
+        if source is not None:
+            _copy_sentence_files(source, directory)
+        if report is not None:
+            (directory / REPORT_NAME).write_text(to_checked_json(report, indent=2), encoding="utf-8")
+            (directory / "README.md").write_text(model_card(report), encoding="utf-8")
+        manifest = json.dumps(sorted(_files(directory)), indent=1)
+        (directory / MANIFEST_NAME).write_text(manifest + "\n", encoding="utf-8")
+
+
 def _foreign_files(directory: Path) -> list[str]:
-    """Files in a directory that are not in the list ``save`` left there."""
+    """Return the files in a directory that are not in the manifest that ``save`` wrote."""
     if not directory.is_dir():
         return [directory.name]
     known: set[str] = set()
@@ -77,35 +120,8 @@ def _files(directory: Path) -> set[str]:
     return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()}
 
 
-def save(
-    model: PreTrainedModel,
-    output: str | os.PathLike,
-    *,
-    source: str | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    report: Report | None = None,
-) -> None:
-    """Save a model, its tokenizer, the report and a model card; the directory appears whole or not at all."""
-    with replacing_directory(output) as directory:
-        try:
-            model.save_pretrained(directory)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(directory)
-        except Exception as error:  # a full disk is no OSError in safetensors, and an Exception in tokenizers
-            if refused := disk_error(error):
-                raise refused from error
-            raise
-        if source is not None:
-            _copy_sentence_files(source, directory)
-        if report is not None:
-            (directory / REPORT_NAME).write_text(to_checked_json(report, indent=2), encoding="utf-8")
-            (directory / "README.md").write_text(model_card(report), encoding="utf-8")
-        manifest = json.dumps(sorted(_files(directory)), indent=1)
-        (directory / MANIFEST_NAME).write_text(manifest + "\n", encoding="utf-8")
-
-
 def _copy_sentence_files(source: str, directory: Path) -> None:
-    """Keep a sentence encoder one: its pooling and normalisation live beside the transformer."""
+    """Copy the files of sentence-transformers, without which a sentence encoder loses its pooling."""
     if not Path(source).is_dir():
         from huggingface_hub import snapshot_download
 

@@ -1,4 +1,4 @@
-"""Swap a model's dense embedding modules and tied heads for compressed ones, and back."""
+"""Replace a model's dense embedding modules and tied heads by compressed ones, and update its ties."""
 
 from __future__ import annotations
 
@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 
 
 def check_installable(table: ModelTable, recipe: Recipe) -> None:
-    """Raise UnsupportedModelError if the recipe's result could not serve the model.
-
-    Called before a method runs, which may take minutes.
-    """
+    """Raise UnsupportedModelError if the model cannot use the recipe's result; for use before compressing."""
     activation = recipe.options.get("activation")
     if activation is not None and table.tied and recipe.lm_head == "factorized":
         raise UnsupportedModelError(
@@ -32,42 +29,33 @@ def check_installable(table: ModelTable, recipe: Recipe) -> None:
         )
 
 
-def compressed_models(model: PreTrainedModel) -> list[Any]:
-    return [
-        module
-        for module in model.modules()
-        if hasattr(module, "all_tied_weights_keys")
-        and any(isinstance(each, CompressedEmbedding) for each in module.modules())
-    ]
-
-
 @dataclass
 class DenseModules:
-    """The dense modules and tie maps that a swap took out, weights freed; ``dequantize`` puts them back."""
+    """What a swap replaced, for ``dequantize`` to put back.
 
-    modules: dict[str, Any]  # nn.Embedding or nn.Linear
+    Attributes:
+        modules: dense embeddings and heads by name, their weights on the meta device.
+        ties: by nested model, its own ``_tied_weights_keys`` or None, and its ``all_tied_weights_keys``.
+        table: the model's table before the swap, its weight on the meta device.
+    """
+
+    modules: dict[str, Any]
     ties: dict[str, tuple[dict | None, dict | None]]
     table: ModelTable
 
 
-# A module's hooks are moved to what replaces it: gradient checkpointing registers one on the embedding.
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)
-
-
-def take_place(new: nn.Module, old: nn.Module) -> nn.Module:
-    """Return ``new`` in the mode and with the hooks of ``old``."""
-    for name in _HOOKS:
-        setattr(new, name, getattr(old, name))
-    return new.train(old.training)
-
-
 def swap(model: PreTrainedModel, table: ModelTable, compressed: Table, compress_heads: bool) -> DenseModules:
+    """Replace the modules that share a table by modules over a compressed one, in place.
+
+    Args:
+        model: the model.
+        table: where its table is; afterwards its weight is on the meta device.
+        compressed: the compressed table, with the device and dtype of the model.
+        compress_heads: whether to replace the tied heads; else they keep the dense table.
+
+    Returns:
+        The modules and ties that were replaced.
+    """
     heads = table.heads if compress_heads else []
     modules: dict[str, Any] = {name: model.get_submodule(name) for name in [*table.embeddings, *heads]}
     original = DenseModules(modules, {}, table)
@@ -88,7 +76,7 @@ def swap(model: PreTrainedModel, table: ModelTable, compressed: Table, compress_
         model.set_submodule(name, take_place(root.head(modules[name].bias), modules[name]))
     followers = [name for name in [*table.embeddings, *heads] if name != table.root]
     original.ties = _retie(model, table, followers)
-    for dense in modules.values():  # the dense table is freed unless a dense head still holds it
+    for dense in modules.values():  # frees the dense table unless a dense head still holds it
         dense.weight = nn.Parameter(dense.weight.detach().to("meta"), requires_grad=False)
     table.weight = table.weight.detach().to("meta")
     return original
@@ -97,7 +85,7 @@ def swap(model: PreTrainedModel, table: ModelTable, compressed: Table, compress_
 def _retie(
     model: PreTrainedModel, table: ModelTable, followers: list[str]
 ) -> dict[str, tuple[dict | None, dict | None]]:
-    """Point the tie maps at the table's tensors; returns what they were, per nested model."""
+    """Replace the ties of the dense table by those of ``followers``; return the old ones by nested model."""
     stale = {f"{name}.weight" for name in [*table.embeddings, *table.heads]}
     root = model.get_submodule(table.root)
     tensors = [*root._parameters, *root._buffers]
@@ -118,13 +106,13 @@ def _retie(
             for target, source in module.all_tied_weights_keys.items()
             if inside + target not in stale and inside + source not in stale
         }
-        own = {  # a nested model may be saved alone: it knows the ties that lie within it, by its own names
+        own = {  # a nested model may be saved alone and needs the ties within it, by its own names
             target.removeprefix(inside): source.removeprefix(inside)
             for target, source in new.items()
             if target.startswith(inside) and source.startswith(inside)
         }
         module._tied_weights_keys = {**kept, **own}
-        # transformers ties by this map while it loads, and looks for parameters alone.
+        # transformers ties by this map while it loads, and finds parameters but no buffers.
         codes = {target for target, source in own.items() if source.rpartition(".")[2] in root._buffers}
         module.all_tied_weights_keys = {
             target: source for target, source in module._tied_weights_keys.items() if target not in codes
@@ -132,42 +120,38 @@ def _retie(
     return before
 
 
-def canonical_name(model: PreTrainedModel, name: str) -> str:
-    """Name of a module without the base model's prefix, which differs between a model and its backbone."""
-    return name.removeprefix(f"{model.base_model_prefix}.") if model.base_model_prefix else name
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
 
 
-def restore_tie(model: PreTrainedModel) -> None:
-    """Tie a skeleton again whose flag was cleared: merging an adapter does, as it looks at dense weights."""
-    model.config.tie_word_embeddings = True
-    for module in model.modules():
-        if hasattr(module, "all_tied_weights_keys"):
-            module.all_tied_weights_keys = module.get_expanded_tied_weights_keys(all_submodels=True)
+def take_place(new: nn.Module, old: nn.Module) -> nn.Module:
+    """Return ``new`` in the training mode and with the hooks of ``old``.
 
-
-def keep_tie(model: PreTrainedModel, state: TableState) -> None:
-    """Set the flag that says the head is tied where it still shares the table, and something cleared it."""
-    if state.head == "factorized" and getattr(model.config, "tie_word_embeddings", None) is False:
-        model.config.tie_word_embeddings = True
-
-
-def compressed_embedding(model: PreTrainedModel) -> CompressedEmbedding:
-    module = input_embeddings(model)
-    if not isinstance(module, CompressedEmbedding):
-        raise ValueError("model: expected one compressed by embkern, got a dense one")
-    return module
-
-
-def modules_of_table(model: PreTrainedModel) -> list[Any]:
-    return [each for each in model.modules() if isinstance(each, (CompressedEmbedding, CompressedHead))]
+    Gradient checkpointing, for example, registers a hook on the embedding.
+    """
+    for name in _HOOKS:
+        setattr(new, name, getattr(old, name))
+    return new.train(old.training)
 
 
 def materialize_buffers(model: PreTrainedModel, path: str, module: nn.Module, weight: Tensor) -> None:
-    """Give a dense module that was built on the meta device its buffers (an embedding's scale)."""
+    """Initialise the buffers of a dense module from the meta device, such as an embedding's scale.
+
+    Args:
+        model: the model that will hold the module.
+        path: the module's name in it.
+        module: the dense module, whose weight is initialised.
+        weight: that weight, whose device the buffers take.
+    """
     if any(buffer.is_meta for buffer in module.buffers()):
         for name, buffer in list(module.named_buffers()):
             setattr(module, name, torch.empty_like(buffer, device=weight.device))
-        # The innermost model knows its embedding's class; the weight is left alone, marked as initialised.
+        # The innermost model initialises its own classes, except the weight, which is marked as done.
         owners = [model.get_submodule(path.rsplit(".", i)[0]) for i in range(1, path.count(".") + 1)]
         owner: Any = next((each for each in owners if hasattr(each, "_init_weights")), model)
         with torch.no_grad():
@@ -176,7 +160,7 @@ def materialize_buffers(model: PreTrainedModel, path: str, module: nn.Module, we
 
 
 def untie_heads(model: PreTrainedModel, table: ModelTable) -> None:
-    """The head kept the original table and the embedding did not: they are two tensors from now on."""
+    """Remove the ties between the embedding and heads that kept the dense table; their tensors now differ."""
     heads = {f"{head}.weight" for head in table.heads}
     for prefix, module in model.named_modules():
         if not getattr(module, "all_tied_weights_keys", None):
@@ -189,7 +173,49 @@ def untie_heads(model: PreTrainedModel, table: ModelTable) -> None:
                 if not {f"{prefix}.{t}".lstrip("."), f"{prefix}.{s}".lstrip(".")} & heads
             }
             setattr(module, attribute, kept)
-    # The flag covers every tie of a model. Where others remain it stays: transformers finds both tensors in
-    # the checkpoint, sees that they differ, and leaves the head alone.
+    # The flag is for all ties of a model and stays while others remain: transformers finds in the checkpoint
+    # that the embedding and the head differ, and does not tie them.
     if not model.all_tied_weights_keys:
         model.config.tie_word_embeddings = False
+
+
+def restore_tie(model: PreTrainedModel) -> None:
+    """Tie a model on the meta device whose config says that it is not, as PEFT leaves it after a merge."""
+    model.config.tie_word_embeddings = True
+    for module in model.modules():
+        if hasattr(module, "all_tied_weights_keys"):
+            module.all_tied_weights_keys = module.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def keep_tie(model: PreTrainedModel, state: TableState) -> None:
+    """Set ``tie_word_embeddings`` again if the head shares the table and another library cleared the flag."""
+    if state.head == "factorized" and getattr(model.config, "tie_word_embeddings", None) is False:
+        model.config.tie_word_embeddings = True
+
+
+def compressed_embedding(model: PreTrainedModel) -> CompressedEmbedding:
+    """Return a model's compressed input embedding, or raise ValueError."""
+    module = input_embeddings(model)
+    if not isinstance(module, CompressedEmbedding):
+        raise ValueError("model: expected one compressed by embkern, got a dense one")
+    return module
+
+
+def modules_of_table(model: PreTrainedModel) -> list[Any]:
+    """Return a model's compressed embeddings and heads."""
+    return [each for each in model.modules() if isinstance(each, (CompressedEmbedding, CompressedHead))]
+
+
+def compressed_models(model: PreTrainedModel) -> list[Any]:
+    """Return the model and its nested models that have a compressed embedding."""
+    return [
+        module
+        for module in model.modules()
+        if hasattr(module, "all_tied_weights_keys")
+        and any(isinstance(each, CompressedEmbedding) for each in module.modules())
+    ]
+
+
+def canonical_name(model: PreTrainedModel, name: str) -> str:
+    """Return a module's name without the base model's prefix, so that it is the same in the backbone."""
+    return name.removeprefix(f"{model.base_model_prefix}.") if model.base_model_prefix else name

@@ -1,4 +1,4 @@
-"""Modules that take the places of ``nn.Embedding`` and of a tied ``nn.Linear``, over either kind of table."""
+"""Replacements of ``nn.Embedding`` and of a tied ``nn.Linear`` that decode a compressed table."""
 
 from ..tables import Table
 from .base import CompressedEmbedding, CompressedHead
@@ -11,7 +11,7 @@ KINDS: dict[str, type[CompressedEmbedding]] = {
 
 
 def layer_of(table: Table) -> type[CompressedEmbedding]:
-    """Return the class of embedding modules that hold tables of this kind."""
+    """Return the embedding class for the type of ``table``."""
     return next(layer for layer in KINDS.values() if isinstance(table, layer.table_type))
 
 

@@ -1,4 +1,4 @@
-"""What the modules over both kinds of tables share: the table's tensors as parameters and buffers."""
+"""Base classes of embeddings and heads: a table's tensors as parameters and buffers of a module."""
 
 from __future__ import annotations
 
@@ -12,18 +12,27 @@ from ..tables import Table
 
 
 class TableModule(nn.Module):
-    """What embeddings and heads hold of a table: floating-point tensors as parameters, codes as buffers."""
+    """Holds a table: its floating-point tensors as parameters, its integer tensors as buffers.
 
-    kind: ClassVar[str]  # in a saved model's config
+    Attributes:
+        kind: name of the kind of table in a saved model's config.
+        table_type: class of the table.
+        tensor_names: names of the table's tensors.
+        code_dtypes: dtypes of those that are integers.
+        keeps_stored_dtype: whether a wider model saves the table in the dtype in which it was stored.
+        backend: backend of the lookup; None chooses by device and dtype.
+    """
+
+    kind: ClassVar[str]
     table_type: ClassVar[type[Table]]
     tensor_names: ClassVar[tuple[str, ...]]
     code_dtypes: ClassVar[dict[str, torch.dtype]] = {}
-    keeps_stored_dtype: ClassVar[bool] = False  # when saved in a wider model
+    keeps_stored_dtype: ClassVar[bool] = False
     backend: Backend | None = None
 
     @staticmethod
     def settings(table: Any) -> dict[str, Any]:
-        """Return what a table is made of besides its tensors, as JSON values."""
+        """Return the fields of a table that are not tensors, as JSON values."""
         raise NotImplementedError
 
     @property
@@ -33,19 +42,23 @@ class TableModule(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the dtype of the parameters and of the decoded rows."""
+        """Dtype of the parameters and of the decoded rows."""
         raise NotImplementedError
 
     @property
     def table(self) -> Any:
-        """The table, sharing memory with the module; ValueError if its tensors do not fit each other."""
+        """The table, which shares memory with the module; it is not validated."""
         raise NotImplementedError
 
     def _rows(self, ids: Tensor, scale: float = 1.0, padding_idx: int | None = None) -> Tensor:
+        """Return ``scale`` times the rows of ids, without gradients at ``padding_idx``."""
         raise NotImplementedError
 
     def _register(self, table: Table) -> None:
-        # Never "bias" or "decoder": transformers pads the one to V and renames the other.
+        """Register the tensors of a table under their names.
+
+        No name may be "bias" or contain "decoder": transformers pads the former to V and renames the latter.
+        """
         tensors = {name: tensor.contiguous() for name, tensor in table.tensors().items()}
         for name in self.tensor_names:
             tensor = tensors.get(name)
@@ -55,24 +68,24 @@ class TableModule(nn.Module):
                 self.register_buffer(name, tensor)
 
     def share(self, other: TableModule) -> None:
-        """Hold the tensors of another module from now on."""
+        """Replace this module's tensors by those of another one."""
         for name in self.tensor_names:
             if name not in other._buffers:
                 self.register_parameter(name, getattr(other, name))
         self.share_codes(other)
 
     def share_codes(self, other: TableModule) -> None:
-        """Hold the codes of another module from now on."""
+        """Replace this module's integer tensors by those of another one."""
         for name in other._buffers:
             self.register_buffer(name, getattr(other, name))
 
     def drop_codes(self) -> None:
-        """Have no codes until ``share_codes``, so that no checkpoint is asked for them."""
+        """Remove the integer tensors until ``share_codes``, so that they are not expected in a checkpoint."""
         for name in self._buffers:
             setattr(self, name, None)
 
     def replace(self, table: Table) -> None:
-        """Hold the tensors of a table from now on; a parameter that is there already stays."""
+        """Replace the tensors by those of a table; a parameter that already shares its memory is kept."""
         for name, new in table.tensors().items():
             old = getattr(self, name)
             if new.shape != old.shape or new.data_ptr() != old.data_ptr():
@@ -80,18 +93,18 @@ class TableModule(nn.Module):
                 setattr(self, name, nn.Parameter(new, old.requires_grad) if parameter else new)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors that are there, by name, sharing memory with the module."""
+        """Return the tensors that exist, by name, detached; they share memory with the module."""
         held = {name: getattr(self, name) for name in self.tensor_names}
         return {name: tensor.detach() for name, tensor in held.items() if tensor is not None}
 
     @property
     def weight(self) -> Tensor:
-        """The whole table (V, H), decoded anew at every read and differentiable.
+        """The whole table (V, H), decoded at every access; gradients flow through it.
 
-        It is not a parameter: writing into it (``emb.weight.data[i] = x``) changes nothing. On the meta
-        device it is an empty meta tensor.
+        It is not a parameter: writing into it (``emb.weight.data[i] = x``) changes nothing. While a tensor is
+        missing or on the meta device, as during loading, it is an empty meta tensor.
         """
-        tensors = self.tensors()  # while a model is loaded, some arrive before others
+        tensors = self.tensors()
         if any(tensor.is_meta for tensor in tensors.values()) or None in self._buffers.values():
             weight = torch.empty(self.shape, dtype=self.dtype, device="meta")
             weight._is_hf_initialized = True  # type: ignore[attr-defined]
@@ -106,7 +119,7 @@ class TableModule(nn.Module):
             )
         super().__setattr__(name, value)
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if prefix + "weight" in state_dict:
             args[-1].append(
                 f"{prefix}weight is a dense table, {type(self).__name__} holds {_listed(self.tensor_names)}: "
@@ -116,9 +129,9 @@ class TableModule(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        """Move as ``nn.Module`` does, buffers in place like parameters: who shares them still does."""
+        """Apply ``fn`` as ``nn.Module`` does, but to buffers in place, so that modules keep sharing them."""
         before = dict(self._buffers)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers[name]
             if old is None or new is None or new is old:
@@ -129,12 +142,8 @@ class TableModule(nn.Module):
         return self
 
 
-def _listed(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:-1]) + f" and {names[-1]}"
-
-
 class CompressedEmbedding(TableModule):
-    """What the drop-ins for ``nn.Embedding`` share: sizes, ``padding_idx`` and the constant factor."""
+    """Base class of the replacements of ``nn.Embedding``: sizes, ``padding_idx`` and the output's scale."""
 
     def __init__(
         self,
@@ -154,7 +163,7 @@ class CompressedEmbedding(TableModule):
 
     @classmethod
     def from_table(cls, table: Any, **kwargs: Any) -> CompressedEmbedding:
-        """Return a layer over a table of this kind, sharing its memory."""
+        """Return an embedding over ``table``, which shares its memory."""
         raise NotImplementedError
 
     def head(self, bias: nn.Parameter | None = None) -> CompressedHead:
@@ -163,24 +172,23 @@ class CompressedEmbedding(TableModule):
 
     @property
     def scale(self) -> float:
-        """Constant factor on the output."""
+        """Constant factor of the output."""
         return self._scale
 
     @scale.setter
     def scale(self, value: float) -> None:
         self._scale = float(value)
-        # Models keep their scale in the weights' dtype.
+        # Models round their scale to the dtype of the weights.
         self._rounded_scale = {
             dtype: torch.tensor(self._scale, dtype=dtype, device="cpu").item() for dtype in DTYPES
         }
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Return the rows of ``ids`` (any shape, int32 or int64): (``*``, H)."""
-        # The ops refuse other dtypes.
+        """Return the rows of ``ids`` (any shape, int32 or int64), times ``scale``: (``*``, H)."""
         return self._rows(ids, self._rounded_scale.get(self.dtype, self._scale), self.padding_idx)
 
     def extra_repr(self) -> str:
-        """Return what ``print`` shows of the layer."""
+        """Return the arguments that ``print`` shows."""
         parts = [f"{self.num_embeddings}, {self.embedding_dim}", *self._described()]
         if self.padding_idx is not None:
             parts.append(f"padding_idx={self.padding_idx}")
@@ -189,11 +197,12 @@ class CompressedEmbedding(TableModule):
         return ", ".join(parts)
 
     def _described(self) -> list[str]:
+        """Return the arguments of the subclass for ``extra_repr``."""
         raise NotImplementedError
 
 
 class CompressedHead(TableModule):
-    """What tied output heads share: the embedding's tensors, and the dense head's bias."""
+    """Base class of tied output heads: they share the tensors of an embedding and have a bias or None."""
 
     bias: nn.Parameter | None
 
@@ -210,9 +219,14 @@ class CompressedHead(TableModule):
         return logits if self.bias is None else logits + self.bias.to(logits.dtype)
 
     def _logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits without bias."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        """Return what ``print`` shows of the head."""
+        """Return the arguments that ``print`` shows."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, bias={self.bias is not None}"
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:-1]) + f" and {names[-1]}"

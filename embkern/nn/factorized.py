@@ -1,4 +1,4 @@
-"""The embedding and the tied head over ``Factors``."""
+"""``FactorizedEmbedding`` and ``FactorizedHead``, over ``Factors``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .base import CompressedEmbedding, CompressedHead, TableModule
 
 
 class FactorsModule(TableModule):
-    """Parameters codes, basis and perhaps offset."""
+    """Holds ``Factors``: parameters codes, basis and offset, or None for the offset."""
 
     kind = "factors"
     table_type = Factors
@@ -29,7 +29,7 @@ class FactorsModule(TableModule):
 
     @staticmethod
     def settings(table: Factors) -> dict[str, Any]:
-        """Return what factors are made of besides their tensors."""
+        """Return the fields of factors that are not tensors."""
         return {"activation": table.activation}
 
     @property
@@ -39,18 +39,18 @@ class FactorsModule(TableModule):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the dtype of the parameters and of the decoded rows."""
+        """Dtype of the parameters and of the decoded rows."""
         return self.codes.dtype
 
     @property
     def table(self) -> Factors:
-        """The table's factors, sharing memory with the parameters."""
+        """The factors, which share memory with the parameters; they are not validated."""
         tensors: dict[str, Any] = self.tensors()
-        return Factors(**tensors, activation=self.activation)
+        return Factors(**tensors, activation=self.activation, check=False)
 
     @property
     def factors(self) -> Factors:
-        """The same as ``table``."""
+        """Another name of ``table``."""
         return self.table
 
     def _rows(self, ids: Tensor, scale: float = 1.0, padding_idx: int | None = None) -> Tensor:
@@ -70,25 +70,28 @@ class FactorsModule(TableModule):
 class FactorizedEmbedding(FactorsModule, CompressedEmbedding):
     """Drop-in for ``nn.Embedding`` whose table is ``codes @ basis + offset``.
 
-    ``forward(ids) = activation(F.embedding(ids, codes) @ basis + offset) * scale``
+    ``forward(ids) = activation(F.embedding(ids, codes) @ basis + offset) * scale``, (``*``) to (``*``, H)
+
+    Parameters are codes (V, r), basis (r, H) and offset (H,) or None. They are initialised so that the
+    entries of a decoded row have unit variance, as in ``nn.Embedding``.
 
     Args:
         num_embeddings: V, size of the vocabulary.
         embedding_dim: H, width of a row.
         rank: r, width of the codes, 1 to H.
-        padding_idx: positions with this id contribute no gradient, to codes, basis and offset alike. Its
-            row is decoded like every other.
-        offset: whether there is an offset (H,).
+        padding_idx: positions with this id contribute no gradient to codes, basis and offset. Its row is
+            decoded like every other.
+        offset: whether there is an offset.
         activation: None or ``"elu"``, applied to the decoded row.
-        scale: constant factor on the output, rounded to its dtype, as in models that scale embeddings by
+        scale: constant factor of the output, rounded to its dtype, as in models that scale embeddings by
             ``sqrt(H)``. ``weight`` is the unscaled table.
         sparse: whether the gradient of ``codes`` is a sparse tensor, as in ``nn.Embedding``.
-        backend: passed to ``gather_project``; None takes the best for the device.
-
-    The parameters are initialised so that a decoded row has unit variance, like ``nn.Embedding``'s.
+        backend: passed to ``gather_project``; None chooses by device and dtype.
+        device, dtype: of the parameters; None takes torch's defaults.
 
     Raises:
         ValueError: a size, ``padding_idx`` or the activation is out of range.
+        TypeError: ``rank`` is not an int, or ``dtype`` is not floating-point.
     """
 
     def __init__(
@@ -128,7 +131,7 @@ class FactorizedEmbedding(FactorsModule, CompressedEmbedding):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw codes ~ N(0, 1) and basis ~ N(0, 1/r); the offset is zero."""
+        """Draw codes from N(0, 1) and basis from N(0, 1/r), and set the offset to zero."""
         nn.init.normal_(self.codes)
         nn.init.normal_(self.basis, std=self.rank**-0.5)
         if self.offset is not None:
@@ -144,7 +147,7 @@ class FactorizedEmbedding(FactorsModule, CompressedEmbedding):
         sparse: bool = False,
         backend: Backend | None = None,
     ) -> FactorizedEmbedding:
-        """Return a layer over ``factors``, sharing their memory."""
+        """Return an embedding over ``factors``, which shares their memory."""
         layer = cls(
             factors.num_embeddings,
             factors.embedding_dim,
@@ -163,7 +166,7 @@ class FactorizedEmbedding(FactorsModule, CompressedEmbedding):
 
     @classmethod
     def from_table(cls, table: Factors, **kwargs: Any) -> FactorizedEmbedding:
-        """Return a layer over factors, sharing their memory: ``from_factors``."""
+        """Return ``from_factors(table, **kwargs)``."""
         return cls.from_factors(table, **kwargs)
 
     def head(self, bias: nn.Parameter | None = None) -> FactorizedHead:
@@ -182,15 +185,15 @@ class FactorizedEmbedding(FactorsModule, CompressedEmbedding):
 
 
 class FactorizedHead(FactorsModule, CompressedHead):
-    """The tied output head over the same factors: never through a dense (V, H) table.
+    """The tied output head over the factors of an embedding; it never materialises the (V, H) table.
 
-    ``forward(h) = F.linear(h, codes @ basis + offset, bias)`` computed as
+    ``forward(h) = F.linear(h, codes @ basis + offset, bias)``, (``*``, H) to (``*``, V), computed as
     ``(h @ basis.T) @ codes.T + h @ offset + bias``
 
     Args:
         embedding: the embedding whose parameters the head shares. Its ``scale`` is not applied, as tied
             heads use the unscaled table.
-        bias: the dense head's bias (V,), if it has one.
+        bias: (V,) or None.
 
     Raises:
         ValueError: the table has an activation, so that the product does not factorise.

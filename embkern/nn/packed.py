@@ -1,4 +1,4 @@
-"""The embedding and the tied head over a ``PackedTable``."""
+"""``PackedEmbedding`` and ``PackedHead``, over a ``PackedTable``."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .base import CompressedEmbedding, CompressedHead, TableModule
 
 
 class PackedTableModule(TableModule):
-    """Parameters scales and perhaps basis and offset; buffers records, directory, tiers and levels.
+    """Holds a ``PackedTable``: records, directory, tiers and levels as buffers, the others as parameters.
 
-    The buffers are whole numbers: no cast of a model touches them.
+    The buffers are integers, which no cast of a model changes.
     """
 
     kind = "packed"
@@ -42,7 +42,7 @@ class PackedTableModule(TableModule):
 
     @staticmethod
     def settings(table: PackedTable) -> dict[str, Any]:
-        """Return what a packed table is made of besides its tensors."""
+        """Return the fields of a packed table that are not tensors."""
         return {"embedding_dim": table.embedding_dim}
 
     @property
@@ -52,16 +52,17 @@ class PackedTableModule(TableModule):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the dtype of the parameters and of the decoded rows."""
+        """Dtype of the parameters and of the decoded rows."""
         return self.scales.dtype
 
     @property
     def table(self) -> PackedTable:
-        """The packed table, sharing memory with the module; ValueError if its tensors are damaged."""
+        """The packed table, which shares memory with the module; it is not validated."""
         tensors: dict[str, Any] = self.tensors()
-        return PackedTable(**tensors, embedding_dim=self._width)
+        return PackedTable(**tensors, embedding_dim=self._width, check=False)
 
     def _in_order(self) -> tuple[Any, ...]:
+        """Return the tensors in the order of ``gather_decode``'s arguments."""
         codes = (self.records, self.directory, self.tiers, self.levels)
         return *codes, self.scales, self.basis, self.offset
 
@@ -79,15 +80,15 @@ class PackedTableModule(TableModule):
 class PackedEmbedding(PackedTableModule, CompressedEmbedding):
     """Drop-in for ``nn.Embedding`` over a ``PackedTable``.
 
-    ``forward(ids) = gather_decode(ids, records, ..., scales, basis, offset) * scale``
+    ``forward(ids) = gather_decode(ids, records, ..., scales, basis, offset) * scale``, (``*``) to (``*``, H)
 
-    Scales, basis and offset train; the codes are frozen.
+    Scales, basis and offset are trainable; the codes are frozen.
 
     Args:
-        table: whose memory the layer shares.
+        table: the table, whose memory the embedding shares.
         padding_idx: positions with this id contribute no gradient. Its row is decoded like every other.
-        scale: constant factor on the output, rounded to its dtype. ``weight`` is the unscaled table.
-        backend: passed to ``gather_decode``; None takes the best for the device.
+        scale: constant factor of the output, rounded to its dtype. ``weight`` is the unscaled table.
+        backend: passed to ``gather_decode``; None chooses by device and dtype.
 
     Raises:
         ValueError: ``padding_idx`` is out of range.
@@ -107,7 +108,7 @@ class PackedEmbedding(PackedTableModule, CompressedEmbedding):
 
     @classmethod
     def from_table(cls, table: PackedTable, **kwargs: Any) -> PackedEmbedding:
-        """Return a layer over a packed table, sharing its memory."""
+        """Return ``cls(table, **kwargs)``."""
         return cls(table, **kwargs)
 
     def head(self, bias: nn.Parameter | None = None) -> PackedHead:
@@ -119,15 +120,16 @@ class PackedEmbedding(PackedTableModule, CompressedEmbedding):
 
 
 class PackedHead(PackedTableModule, CompressedHead):
-    """The tied output head over the same packed table, decoded some hundred rows at a time.
+    """The tied output head over the packed table of an embedding.
 
-    ``forward(h) = F.linear(h, weight, bias)`` where ``weight`` is the decoded table, of which forward and
-    backward never hold more than a piece.
+    ``forward(h) = F.linear(h, weight, bias)``, (``*``, H) to (``*``, V)
+
+    Forward and backward decode ``weight`` in blocks of rows and never hold all of it.
 
     Args:
         embedding: the embedding whose tensors the head shares. Its ``scale`` is not applied, as tied heads
             use the unscaled table.
-        bias: the dense head's bias (V,), if it has one.
+        bias: (V,) or None.
     """
 
     def __init__(self, embedding: PackedEmbedding, bias: nn.Parameter | None = None) -> None:

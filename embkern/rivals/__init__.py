@@ -1,4 +1,4 @@
-"""Methods to compare with. A rival gives back a decoded table and its bytes; no model can hold the result."""
+"""Methods for comparison: a rival returns a decoded table and its size in bytes, which no model can hold."""
 
 import functools
 from collections import ChainMap

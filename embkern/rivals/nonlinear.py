@@ -10,23 +10,32 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..methods.base import Options, blocks, byte_budget, parse_options, refuse_ratio, row_weights, seeded
+from ..methods.base import (
+    Options,
+    blocks,
+    byte_budget,
+    check_table,
+    parse_options,
+    ratio_error,
+    row_weights,
+    seeded,
+)
 from .reconstruction import Reconstruction, Storage, storage_dtype
 
 
 class NonlinearAutoencoderOptions(Options):
-    """Options of ``nonlinear_autoencoder``; the defaults are the recipe that its authors ship."""
+    """Options of ``nonlinear_autoencoder``; the defaults are its authors' configuration."""
 
     cosine_weight: float = Field(0.9091, ge=0, description="of mean(1 - cos)")
     rmse_weight: float = Field(0.0909, ge=0, description="of sqrt(mean((x - y)^2)), the root taken per batch")
     lr: float = Field(1e-3, gt=0, description="Adam's learning rate")
     lr_step: int = Field(10, ge=1, description="epochs between two steps of the learning rate")
-    lr_gamma: float = Field(0.8, gt=0, le=1, description="factor of each step")
+    lr_gamma: float = Field(0.8, gt=0, le=1, description="factor of each step of the learning rate")
     batch_size: int = Field(16, ge=1, description="rows per step")
     epochs: int = Field(30, ge=1, description="passes over the table")
     exponent: float = Field(0.75, ge=0, description="rows weigh as their counts to this power")
-    storage: Storage = Field("table", description="dtype of everything kept: the table's, or float16")
-    seed: int = Field(1, ge=0, lt=2**32, description="of the initial weights and the order of rows")
+    storage: Storage = Field("table", description="dtype of all stored values: the table's, or float16")
+    seed: int = Field(1, ge=0, lt=2**32, description="seed of the initial weights and the order of rows")
 
 
 def nonlinear_autoencoder(
@@ -34,35 +43,37 @@ def nonlinear_autoencoder(
 ) -> Reconstruction:
     """Codes, norms and a decoder of three layers, trained on cosine and RMSE.
 
-    The encoder has widths 8r, 4r, r with a LeakyReLU after each, the decoder 2r, 4r with one and H with Tanh;
-    ``y = norm * F.normalize(decoder(encoder(x)))``, in training, too. The loss of a batch is::
+    The layers of the encoder have widths 8r, 4r and r, each with a LeakyReLU; those of the decoder have
+    widths 2r and 4r with a LeakyReLU, and H with Tanh. ``y = norm * F.normalize(decoder(encoder(x)))``, also
+    in training. The loss of a batch is::
 
         cosine_weight * (1 - F.cosine_similarity(x, y)).mean() + rmse_weight * F.mse_loss(y, x).sqrt()
 
-    r is the largest whose codes, norms and decoder fit the ratio. Adam takes it through all epochs; the
-    epoch with the least direction error is kept (its authors keep that of the least perplexity). Plain
-    torch, and slow on a CPU: a step takes a millisecond or two, and 30 epochs of 30522 rows are 57,000 of
-    them. One of ``batch_size=128`` takes little longer.
+    r is the largest whose codes, norms and decoder fit the ratio. After training with Adam the epoch with the
+    least direction error is kept; the authors keep the one with the least perplexity. Training runs in plain
+    torch and is slow on a CPU: a step takes one to two milliseconds, and 30 epochs of 30522 rows are 57,000
+    steps. A step with ``batch_size=128`` takes little longer.
 
     Args:
         table: (V, H). Training runs in fp32 on its device.
         ratio: bytes of the table as stored over bytes of codes, norms and decoder.
-        counts: (V,), how often each token is read, or the Fisher information of each row, as the authors
-            have it (with ``exponent=1``): both means become weighted ones. None: all alike.
+        counts: (V,), how often each token is read; both means become weighted means. The authors use the
+            Fisher information of each row, with ``exponent=1``. None weighs all rows equally.
         options: the fields of ``NonlinearAutoencoderOptions``.
 
     Raises:
-        ValueError, TypeError: the ratio cannot be met (the message names the highest that can), or an
+        ValueError, TypeError: the ratio cannot be reached (the message names the highest that can), or an
             argument is not usable.
         RuntimeError: training diverged.
 
     Source: arXiv 2302.04045 and its authors' code.
     """
     chosen = parse_options(NonlinearAutoencoderOptions, options, "nonlinear_autoencoder")
+    check_table(table)
     budget = byte_budget(table, ratio)
     dtype = storage_dtype(table, chosen.storage)
     width = _largest_width(table, ratio, budget // dtype.itemsize, dtype.itemsize)
-    weights = len(table) * row_weights(counts, len(table), chosen.exponent)  # 1 on average
+    weights = len(table) * row_weights(counts, len(table), chosen.exponent)  # with a mean of 1
     weights = weights.to(table.device, torch.float32)
     with seeded(chosen.seed, table.device):
         trained = _Autoencoder(table.shape[1], width).to(table.device)
@@ -72,13 +83,14 @@ def nonlinear_autoencoder(
 
 
 def _largest_width(table: Tensor, ratio: float, values: int, itemsize: int) -> int:
+    """Return the largest r, at most H, whose stored values are at most ``values``."""
     V, H = table.shape
 
     def size(r: int) -> int:
         return V * (r + 1) + 2 * r * (r + 1) + 4 * r * (2 * r + 1) + H * (4 * r + 1)
 
     if size(1) > values:
-        raise refuse_ratio(table, ratio, size(1) * itemsize)
+        raise ratio_error(table, ratio, size(1) * itemsize)
     width = 1
     while width < H and size(width + 1) <= values:
         width += 1
@@ -116,7 +128,7 @@ class _Autoencoder(nn.Module):
 def _train(
     model: _Autoencoder, table: Tensor, weights: Tensor, options: NonlinearAutoencoderOptions
 ) -> list[float]:
-    """Train, leave the best epoch's parameters, and return the direction error after every epoch."""
+    """Train and load the parameters of the best epoch; return the direction error after every epoch."""
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, options.lr_step, options.lr_gamma)
     errors: list[float] = []
@@ -154,7 +166,7 @@ def _direction_error(model: _Autoencoder, table: Tensor, weights: Tensor) -> flo
 
 @torch.no_grad()
 def _stored(model: _Autoencoder, table: Tensor, dtype: torch.dtype) -> tuple[Tensor, dict[str, int]]:
-    """Decode the table from codes, norms and a decoder in the dtype of storage."""
+    """Decode the table from codes, norms and decoder rounded to ``dtype``; also return the bytes by name."""
     for parameter in model.decoder.parameters():
         parameter.copy_(parameter.to(dtype))
     rows = []

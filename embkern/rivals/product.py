@@ -1,4 +1,4 @@
-"""Product quantisation for comparison: k-means books of sub-vectors, by faiss."""
+"""Product quantisation with k-means codebooks by faiss, for comparison."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ..methods.base import Options, byte_budget, parse_options, refuse_ratio, row_weights
+from ..methods.base import Options, byte_budget, check_table, parse_options, ratio_error, row_weights
 from .reconstruction import Reconstruction, half, packed_bytes
 
-TRIAL_ITERATIONS = 4  # of k-means, that rotation, scales and bits are chosen by
-LEAST_WIDTH = 8  # that sub-vectors are padded to: below 5, faiss takes 8 times as long
-OPQ_ROUNDS, OPQ_ITERATIONS = 6, 4  # of rotating the rows towards their copies, and of k-means in each
+TRIAL_ITERATIONS = 4  # of k-means, in the trials that choose rotation, scales and bits
+LEAST_WIDTH = 8  # to which sub-vectors are padded: below 5 faiss takes 8 times as long
+OPQ_ROUNDS, OPQ_ITERATIONS = 6, 4  # updates of the rotation, and iterations of k-means before each
 
 
 class ProductQuantizationOptions(Options):
     """Options of ``product_quantization``."""
 
-    bits: Literal[4, 5, 6, 7, 8] | None = Field(None, description="of a code; None: the best")
+    bits: Literal[4, 5, 6, 7, 8] | None = Field(None, description="bits of a code; None: the best")
     scales: bool | None = Field(
-        None, description="quantise directions and keep a scale of every row; None: if that is better"
+        None, description="quantise directions and store a scale per row; None: if that is better"
     )
     rotation: Literal["none", "pca", "opq"] | None = Field(
         None,
-        description="rotate first: pca balances the variances of the subspaces, opq goes on from there; "
+        description="rotate first: pca balances the variances of the subspaces, opq improves its rotation; "
         "None: pca, if that is better",
     )
-    iterations: int = Field(25, ge=1, description="of k-means")
+    iterations: int = Field(25, ge=1, description="iterations of k-means")
     exponent: float = Field(0.75, ge=0, description="rows weigh as their counts to this power")
-    seed: int = Field(0, ge=0, lt=2**31, description="of k-means")
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of k-means")
 
 
 class _Design(NamedTuple):
-    """What decides on the bytes."""
+    """The settings that determine the bytes."""
 
     rotation: str
     scales: bool
@@ -48,7 +48,7 @@ class _Design(NamedTuple):
     subspaces: int = 0
 
     def parts(self, V: int, H: int) -> dict[str, int]:
-        """Bytes by name."""
+        """Return the bytes by name."""
         parts = {
             "codes": packed_bytes(V * self.subspaces, self.bits),
             "books": 2 * min(2**self.bits, V) * H,
@@ -62,32 +62,33 @@ class _Design(NamedTuple):
 def product_quantization(
     table: Tensor, *, ratio: float, counts: Tensor | None = None, **options: Any
 ) -> Reconstruction:
-    """Sub-vectors of every row replaced by the nearest of 16 to 256 words, a book of them per subspace.
+    """Replace sub-vectors of rows by the nearest of 16 to 256 codewords, with a codebook per subspace.
 
-    The columns are split into as many subspaces as the ratio allows, of widths that differ by at most one,
-    and k-means finds the words of each, on rows that weigh ``counts ** exponent / (x @ x)``, so that
-    it minimises the error of directions. Words, scales and the rotation are fp16, and all are counted. A
-    scale per row is ``(x @ y) / (y @ y)``. Rotation, scales and bits are chosen, one after another, by the
-    direction error of short runs.
+    The columns are split into as many subspaces as the ratio allows, of widths that differ by at most one.
+    k-means finds the codewords of each, on rows with weights ``counts ** exponent / (x @ x)``, which makes
+    the squared error one of directions. Codewords, scales and rotation are stored in fp16, and all are
+    counted. The scale of a row is ``(x @ y) / (y @ y)``. Rotation, scales and bits are chosen, one after
+    another, by the direction error of short runs.
 
     Args:
         table: (V, H).
-        ratio: bytes of the table as stored over bytes of codes, books, scales and rotation.
-        counts: (V,), how often each token is read; None: all alike.
+        ratio: bytes of the table as stored over bytes of codes, codebooks, scales and rotation.
+        counts: (V,), how often each token is read; None weighs all rows equally.
         options: the fields of ``ProductQuantizationOptions``.
 
     Raises:
         ImportError: faiss is not installed.
-        ValueError, TypeError: the ratio cannot be met (the message names the highest that can), or an
+        ValueError, TypeError: the ratio cannot be reached (the message names the highest that can), or an
             argument is not usable.
 
     Source: H. Jégou, M. Douze, C. Schmid, Product quantization for nearest neighbor search (2011);
         T. Ge et al., Optimized product quantization (2013); faiss.
     """
     chosen = parse_options(ProductQuantizationOptions, options, "product_quantization")
+    check_table(table)
     budget = byte_budget(table, ratio)
     V, H = table.shape
-    weights = V * row_weights(counts, V, chosen.exponent)  # 1 on average: faiss takes them for counts
+    weights = V * row_weights(counts, V, chosen.exponent)  # with a mean of 1, as faiss expects counts
     designs, least = [], []
     for rotation, scales, bits in itertools.product(
         [chosen.rotation] if chosen.rotation else ["none", "pca"],
@@ -100,15 +101,15 @@ def product_quantization(
         if smallest <= budget:
             designs.append(design._replace(subspaces=min(H, (budget - fixed) * 8 // (V * bits))))
     if not designs:
-        raise refuse_ratio(table, ratio, min(least))
-    books = _Books(table.detach().cpu().float(), weights, chosen.seed)
+        raise ratio_error(table, ratio, min(least))
+    books = _Codebooks(table.detach().cpu().float(), weights, chosen.seed)
     best = _best(designs, books.trial)
     rows = books.reconstruct(best, chosen.iterations).to(table.device)
     return Reconstruction(rows, best.parts(V, H), best._asdict())
 
 
 def _best(designs: list[_Design], error: Callable[[_Design], float]) -> _Design:
-    """Choose the rotation, then scales, then bits, each with the others as they are."""
+    """Choose the rotation, then the scales, then the bits, each with the other two fixed."""
     best = designs[0]
     error = functools.cache(error)
     for place in range(3):
@@ -117,27 +118,27 @@ def _best(designs: list[_Design], error: Callable[[_Design], float]) -> _Design:
     return best
 
 
-class _Books:
-    """Rows (V, H) and what k-means finds in their columns."""
+class _Codebooks:
+    """Quantises rows (V, H) with codebooks that k-means finds."""
 
     def __init__(self, rows: Tensor, weights: Tensor, seed: int) -> None:
         self.rows, self.seed, self.faiss = rows, seed, _faiss()
         norms = rows.double().norm(dim=1, keepdim=True)
-        norms[norms == 0] = 1  # the direction of a row of zeros is itself
+        norms[norms == 0] = 1  # a row of zeros is its own direction
         self.directions = (rows / norms).float()
-        # Squared errors relative to their rows: those of directions are that as they are.
+        # Weights that make squared errors relative to the squared norms; directions have a norm of 1.
         relative = weights / norms.squeeze(1).square()
         self.weights = {True: weights.float(), False: (relative / relative.mean()).float()}
 
     def trial(self, design: _Design) -> float:
-        """Weighted direction error after a few iterations, of opq with the rotation that it starts from."""
+        """Return the weighted direction error of a short run; opq is tried with its initial rotation."""
         if design.rotation == "opq":
             design = design._replace(rotation="pca")
         cosine = F.cosine_similarity(self.rows, self.reconstruct(design, TRIAL_ITERATIONS), eps=1e-30)
         return float(self.weights[True].double() @ (1 - cosine).double())
 
     def reconstruct(self, design: _Design, iterations: int) -> Tensor:
-        """Return the rows as a design decodes them, fp32."""
+        """Quantise the rows with a design and return them decoded, (V, H) fp32."""
         target = self.directions if design.scales else self.rows
         weights = self.weights[design.scales]
         spans = _spans(target.shape[1], design.subspaces)
@@ -146,7 +147,7 @@ class _Books:
         else:
             rotation = self._rotation(spans)
             if design.rotation == "opq":
-                rotation = self._turned(rotation, target, weights, spans, design.bits)
+                rotation = self._optimised_rotation(rotation, target, weights, spans, design.bits)
             rotation = half(rotation)
             copies, _ = self._encode(target @ rotation, weights, spans, design.bits, iterations)
             copies = copies @ rotation.t()
@@ -157,27 +158,27 @@ class _Books:
 
     @functools.cached_property
     def _axes(self) -> tuple[list[float], Tensor]:
-        """Variances and principal axes (H, H) of the directions, the smallest first."""
+        """Variances and principal axes (H, H) of the directions in ascending order."""
         wide = self.directions.double()
         values, vectors = torch.linalg.eigh(wide.t() @ (self.weights[True].double().unsqueeze(1) * wide))
         return values.clamp_min(1e-12 * float(values[-1]) or 1.0).tolist(), vectors
 
     def _rotation(self, spans: list[tuple[int, int]]) -> Tensor:
-        """Principal axes (H, H), dealt to the subspaces so that the products of their variances balance."""
+        """Assign the principal axes (H, H) to subspaces so that the products of their variances balance."""
         variances, vectors = self._axes
-        dealt: list[list[int]] = [[] for _ in spans]
+        assigned: list[list[int]] = [[] for _ in spans]
         load = [0.0] * len(spans)
-        for axis in reversed(range(len(variances))):  # the largest first
-            room = [i for i, (first, last) in enumerate(spans) if len(dealt[i]) < last - first]
+        for axis in reversed(range(len(variances))):  # in descending order
+            room = [i for i, (first, last) in enumerate(spans) if len(assigned[i]) < last - first]
             place = min(room, key=load.__getitem__)
-            dealt[place].append(axis)
+            assigned[place].append(axis)
             load[place] += math.log(variances[axis] / variances[0])
-        return vectors[:, [axis for axes in dealt for axis in axes]].float()
+        return vectors[:, [axis for axes in assigned for axis in axes]].float()
 
-    def _turned(
+    def _optimised_rotation(
         self, rotation: Tensor, target: Tensor, weights: Tensor, spans: list[tuple[int, int]], bits: int
     ) -> Tensor:
-        """Optimised product quantisation: words for the rotation and the rotation for the words, in turn."""
+        """Alternate between codebooks for the rotation and the rotation for the codebooks (OPQ)."""
         books = None
         for _ in range(OPQ_ROUNDS):
             copies, books = self._encode(target @ rotation, weights, spans, bits, OPQ_ITERATIONS, books)
@@ -194,7 +195,7 @@ class _Books:
         iterations: int,
         books: list[Any] | None = None,
     ) -> tuple[Tensor, list[Any]]:
-        """Return the target at its nearest words, and the books."""
+        """Return the target with sub-vectors replaced by their nearest codewords, and the codebooks."""
         starts = books or [None] * len(spans)
         found = [
             self._quantize(target[:, first:last], weights, bits, iterations, start)
@@ -205,14 +206,14 @@ class _Books:
     def _quantize(
         self, part: Tensor, weights: Tensor, bits: int, iterations: int, start: Any = None
     ) -> tuple[Tensor, Any]:
-        """Return sub-vectors (V, d) at the nearest of ``2**bits`` words, fp16, and the words."""
+        """Return the nearest codewords of sub-vectors (V, d), rounded to fp16, and the whole codebook."""
         points = F.pad(part, (0, max(0, LEAST_WIDTH - part.shape[1]))).contiguous().numpy()
         kmeans = self.faiss.Kmeans(
             points.shape[1],
             min(2**bits, len(points)),
             niter=iterations,
             seed=self.seed,
-            min_points_per_centroid=1,  # says nothing of small tables
+            min_points_per_centroid=1,  # silences the warning for small tables
         )
         kmeans.train(points, weights=weights.numpy(), init_centroids=start)
         book = half(torch.from_numpy(kmeans.centroids))
@@ -221,7 +222,7 @@ class _Books:
 
 
 def _spans(width: int, subspaces: int) -> list[tuple[int, int]]:
-    """First and last column of subspaces whose widths differ by at most one."""
+    """Return the bounds of the columns of subspaces whose widths differ by at most one."""
     return list(itertools.pairwise(width * i // subspaces for i in range(subspaces + 1)))
 
 

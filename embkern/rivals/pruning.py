@@ -1,4 +1,4 @@
-"""Vocabulary pruning for comparison: the rows of a corpus's tokens, and one row for all others."""
+"""Vocabulary pruning for comparison: the most frequent rows are kept, and all others share one row."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..methods.base import Options, byte_budget, parse_options, refuse_ratio, row_weights
+from ..methods.base import Options, byte_budget, check_table, parse_options, ratio_error, row_weights
 from .reconstruction import Reconstruction, Storage, half, packed_bytes, storage_dtype
 
 
@@ -22,26 +22,28 @@ class VocabularyPruningOptions(Options):
 def vocabulary_pruning(
     table: Tensor, *, ratio: float, counts: Tensor | None = None, **options: Any
 ) -> Reconstruction:
-    """Keep the rows of the most counted tokens as they are, and give all others their mean.
+    """Keep the rows of the most frequent tokens unchanged, and replace all others by their mean.
 
-    ``kept = counts.argsort(descending=True)[:K]``, ties in the order of ids. The mean weighs rows by their
-    counts. A bitmap says which rows are kept; the sums over it that find a row are rebuilt when it is read.
-    Where all rows fit, there is neither bitmap nor mean, and with ``storage="table"`` the result is exact.
+    ``kept = counts.argsort(descending=True, stable=True)[:K]``. The mean of the others is weighted by their
+    counts. A bitmap marks the kept rows; the prefix sums that look-ups need are computed when it is loaded
+    and not counted. Where all rows fit, neither bitmap nor mean is stored, and with ``storage="table"`` the
+    result is exact.
 
     Args:
         table: (V, H).
         ratio: bytes of the table as stored over bytes of rows, mean and bitmap.
-        counts: (V,), how often each token is read; None: all alike, so that the first ids are kept, which
-            most vocabularies order by frequency.
+        counts: (V,), how often each token is read. None keeps the first ids, as most vocabularies are ordered
+            by frequency.
         options: the fields of ``VocabularyPruningOptions``.
 
     Raises:
-        ValueError, TypeError: the ratio cannot be met (the message names the highest that can), or an
+        ValueError, TypeError: the ratio cannot be reached (the message names the highest that can), or an
             argument is not usable.
 
     Source: A. Abdaoui et al., Load what you need: smaller versions of multilingual BERT (2020).
     """
     chosen = parse_options(VocabularyPruningOptions, options, "vocabulary_pruning")
+    check_table(table)
     budget = byte_budget(table, ratio)
     V, H = table.shape
     weights = row_weights(counts, V).to(table.device)
@@ -51,7 +53,7 @@ def vocabulary_pruning(
     if V * row <= budget:
         return Reconstruction(rows.clone(), {"rows": V * row}, {"kept": V})
     if row + bitmap > budget:
-        raise refuse_ratio(table, ratio, min(row + bitmap, V * row))
+        raise ratio_error(table, ratio, min(row + bitmap, V * row))
     kept = (budget - row - bitmap) // row
     order = weights.argsort(descending=True, stable=True)
     others = order[kept:]

@@ -1,4 +1,4 @@
-"""What a method for comparison gives back: the decoded table, and the bytes that it would have to store."""
+"""The result of a method for comparison: the decoded table, and the bytes that it would store."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ Storage = Literal["table", "float16"]
 
 @dataclass(frozen=True, eq=False)
 class Reconstruction:
-    """A (V, H) table as a neighbour of embkern's methods gives it back; no model can hold it.
+    """A (V, H) table as a rival reconstructs it; no model can hold it.
 
-    The rows are decoded from values rounded as they would be stored, and ``parts`` counts the bytes of all
-    of them, bits to whole bytes per tensor.
+    The rows are decoded from values that are rounded as they would be stored. ``parts`` counts the bytes of
+    all these values, with the bits of each tensor rounded up to whole bytes.
 
     Attributes:
         rows: (V, H) fp32.
         parts: bytes by name: codes, scales, books, decoder, ...
-        facts: what the method chose for the ratio.
+        facts: settings that the method chose for the ratio.
+
+    Raises:
+        ValueError: the rows are not (V, H) fp32.
     """
 
     rows: Tensor
@@ -35,7 +38,7 @@ class Reconstruction:
 
     @property
     def num_embeddings(self) -> int:
-        """V, the rows of the table."""
+        """V, the number of rows of the table."""
         return self.rows.shape[0]
 
     @property
@@ -45,7 +48,7 @@ class Reconstruction:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything that would be stored."""
+        """The bytes of everything that would be stored."""
         return sum(self.parts.values())
 
     def to_dense(self) -> Tensor:
@@ -54,7 +57,7 @@ class Reconstruction:
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """Bytes of ``count`` codes of some bits each."""
+    """Return the bytes of ``count`` codes of ``bits`` bits."""
     return -(-count * bits // 8)
 
 
@@ -62,7 +65,7 @@ def half(values: Tensor) -> Tensor:
     """Return values in fp32, rounded to fp16 as they would be stored.
 
     Raises:
-        ValueError: one of them is beyond fp16.
+        ValueError: a value exceeds the range of fp16.
     """
     rounded = values.half()
     if not torch.isfinite(rounded).all():
@@ -76,5 +79,5 @@ def storage_dtype(table: Tensor, storage: Storage) -> torch.dtype:
 
 
 def direction_error(rows: Tensor, copies: Tensor) -> float:
-    """Mean over rows of 1 - cos(row, copy); a row of zeros counts as 1."""
+    """Return the mean over rows of 1 - cos(row, copy); a row of zeros has an error of 1."""
     return float((1 - F.cosine_similarity(rows.double(), copies.double(), eps=1e-30)).mean())

@@ -10,30 +10,38 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..methods.base import Options, blocks, byte_budget, parse_options, refuse_ratio
+from ..methods.base import Options, blocks, byte_budget, check_table, parse_options, ratio_error
 from ..methods.quantizer_levels import lloyd_max_levels
 from .reconstruction import Reconstruction, direction_error, half, packed_bytes
 
-GROUPS = (32, 64, 128)  # values that share a scale, and the whole row
-SAMPLE_ROWS = 1024  # that bits and group are chosen on
-STEPS = [0.55 + 0.05 * step for step in range(20)]  # searched for a scale, times the root mean square
+GROUPS = (32, 64, 128)  # sizes of groups of values that share a scale, tried besides the whole row
+SAMPLE_ROWS = 1024  # on which bits and group are chosen
+SCALES = [0.55 + 0.05 * step for step in range(20)]  # tried for a group, relative to its root mean square
 
 
 class RTNOptions(Options):
     """Options of ``rtn``."""
 
-    bits: Literal[2, 3, 4, 5, 6, 8] | None = Field(None, description="of a code; None: the best that fit")
+    bits: Literal[2, 3, 4, 5, 6, 8] | None = Field(
+        None, description="bits of a code; None: the best that fit"
+    )
     group: int | None = Field(
-        None, ge=1, description="values of a row that share a scale; None: 32, 64, 128 or the row, the best"
+        None,
+        ge=1,
+        description="values of a row that share a scale; None: the best of 32, 64, 128 and the row",
     )
 
 
 class LloydMaxOptions(Options):
     """Options of ``lloyd_max``."""
 
-    bits: Literal[1, 2, 3, 4, 5, 6, 8] | None = Field(None, description="of a code; None: the best that fit")
+    bits: Literal[1, 2, 3, 4, 5, 6, 8] | None = Field(
+        None, description="bits of a code; None: the best that fit"
+    )
     group: int | None = Field(
-        None, ge=1, description="values of a row that share a scale; None: 32, 64, 128 or the row, the best"
+        None,
+        ge=1,
+        description="values of a row that share a scale; None: the best of 32, 64, 128 and the row",
     )
 
 
@@ -44,21 +52,22 @@ def rtn(table: Tensor, *, ratio: float, counts: Tensor | None = None, **options:
     ``scale = (max - min) / (2**bits - 1); codes = ((x - min) / scale).round(); y = codes * scale + min``
 
     Groups lie within a row; the last of a row may be shorter. Scale and minimum are fp16. Of the bits and
-    groups that fit the ratio, those with the least direction error on 1024 rows are taken.
+    groups that fit the ratio, those with the least direction error on 1024 rows are chosen.
 
     Args:
         table: (V, H).
         ratio: bytes of the table as stored over bytes of codes, scales and minima.
-        counts: ignored: every row is rounded alike.
+        counts: ignored, as all rows are rounded in the same way.
         options: the fields of ``RTNOptions``.
 
     Raises:
-        ValueError, TypeError: the ratio cannot be met (the message names the highest that can), or an
+        ValueError, TypeError: the ratio cannot be reached (the message names the highest that can), or an
             argument is not usable.
 
     Source: the group-wise integer formats of common inference runtimes.
     """
     chosen = parse_options(RTNOptions, options, "rtn")
+    check_table(table)
     bits = [chosen.bits] if chosen.bits else [8, 6, 5, 4, 3, 2]
     return _quantized(table, ratio, bits, chosen.group, round_to_nearest, ("scales", "minima"))
 
@@ -67,25 +76,26 @@ def rtn(table: Tensor, *, ratio: float, counts: Tensor | None = None, **options:
 def lloyd_max(table: Tensor, *, ratio: float, counts: Tensor | None = None, **options: Any) -> Reconstruction:
     """Codes of 1 to 8 bits at the Lloyd-Max levels of a normal distribution, with a scale search per group.
 
-    For each of 20 scales from 0.55 to 1.5 of the group's root mean square, the nearest levels ``y`` are
-    taken; those with the largest ``(x @ y) ** 2 / (y @ y)`` stay, with the scale ``(x @ y) / (y @ y)``, fp16,
-    which is the best for them. Of the bits and groups that fit the ratio, those with the least direction
-    error on 1024 rows are taken.
+    The values of a group are quantised to their nearest levels ``y`` at 20 scales from 0.55 to 1.5 of the
+    group's root mean square. The levels with the largest ``(x @ y) ** 2 / (y @ y)`` are kept, with their best
+    scale, ``(x @ y) / (y @ y)``, in fp16. Of the bits and groups that fit the ratio, those with the least
+    direction error on 1024 rows are chosen.
 
     Args:
         table: (V, H).
         ratio: bytes of the table as stored over bytes of codes and scales.
-        counts: ignored: every row is quantised alike.
+        counts: ignored, as all rows are quantised in the same way.
         options: the fields of ``LloydMaxOptions``.
 
     Raises:
-        ValueError, TypeError: the ratio cannot be met (the message names the highest that can), or an
+        ValueError, TypeError: the ratio cannot be reached (the message names the highest that can), or an
             argument is not usable.
 
     Source: S. Lloyd, Least squares quantization in PCM (1982); J. Max, Quantizing for minimum distortion
         (1960).
     """
     chosen = parse_options(LloydMaxOptions, options, "lloyd_max")
+    check_table(table)
     bits = [chosen.bits] if chosen.bits else [8, 6, 5, 4, 3, 2, 1]
     return _quantized(table, ratio, bits, chosen.group, nearest_levels, ("scales",))
 
@@ -96,8 +106,9 @@ def _quantized(
     bits: Sequence[int],
     group: int | None,
     quantize: Callable[[Tensor, int], Tensor],
-    scalars: Sequence[str],  # of every group, fp16
+    scalars: Sequence[str],
 ) -> Reconstruction:
+    """Quantise at the best bits and group that fit; ``scalars`` names the fp16 values stored per group."""
     budget = byte_budget(table, ratio)
     V, H = table.shape
     groups = [group] if group else [*(size for size in GROUPS if size < H), H]
@@ -108,7 +119,7 @@ def _quantized(
     size = {setting: sum(each.values()) for setting, each in parts.items()}
     fitting = [setting for setting in parts if size[setting] <= budget]
     if not fitting:
-        raise refuse_ratio(table, ratio, min(size.values()))
+        raise ratio_error(table, ratio, min(size.values()))
 
     def decoded(rows: Tensor, setting: tuple[int, int]) -> Tensor:
         bits, group = setting
@@ -124,7 +135,7 @@ def _quantized(
 
 
 def round_to_nearest(values: Tensor, bits: int) -> Tensor:
-    """Return groups (N, g) rounded to ``2**bits`` equal steps from their least to their largest value."""
+    """Return groups (N, g) rounded to ``2**bits`` equidistant values from their least to their largest."""
     least, largest = values.aminmax(dim=1, keepdim=True)
     scale, zero = half((largest - least) / (2**bits - 1)), half(least)
     # A scale of 0 decodes to the minimum, whatever the code.
@@ -133,15 +144,15 @@ def round_to_nearest(values: Tensor, bits: int) -> Tensor:
 
 
 def nearest_levels(values: Tensor, bits: int) -> Tensor:
-    """Return groups (N, g) at the nearest of the levels of ``lloyd_max_levels``, at their best scale."""
+    """Return groups (N, g) quantised to ``lloyd_max_levels`` at their best scale."""
     levels = lloyd_max_levels(bits).to(values)
     edges = (levels[1:] + levels[:-1]) / 2
     spread = values.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-30)
     best = torch.zeros_like(values)
     most = torch.full_like(spread, -1.0)
-    # The codes of one bit are signs at any scale.
-    for step in STEPS if bits > 1 else [1.0]:
-        near = levels[torch.bucketize(values / (step * spread), edges)]
+    # One-bit codes are the signs at any scale.
+    for factor in SCALES if bits > 1 else [1.0]:
+        near = levels[torch.bucketize(values / (factor * spread), edges)]
         gain = (values * near).sum(1, keepdim=True).square() / near.square().sum(1, keepdim=True)
         best = torch.where(gain > most, near, best)
         most = torch.maximum(most, gain)

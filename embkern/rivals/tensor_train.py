@@ -1,4 +1,4 @@
-"""Tensor-train (MPO) tables for comparison."""
+"""Tensor-train (matrix product operator) tables, for comparison."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ..methods.base import Options, byte_budget, parse_options, refuse_ratio
+from ..methods.base import Options, byte_budget, check_table, parse_options, ratio_error
 from .reconstruction import Reconstruction, Storage, half, storage_dtype
 
 
 class TensorTrainOptions(Options):
     """Options of ``tensor_train``."""
 
-    cores: Literal[2, 3] = Field(3, description="factors of V and of H")
+    cores: Literal[2, 3] = Field(3, description="cores, which is the number of factors of V and of H")
     scales: bool = Field(
-        True, description="factorise directions and keep a scale of every row, fp16; False: the plain table"
+        True, description="factorise directions and store a fp16 scale per row; False: factorise the table"
     )
     storage: Storage = Field("table", description="dtype of the cores: the table's, or float16")
 
@@ -30,31 +30,32 @@ class TensorTrainOptions(Options):
 def tensor_train(
     table: Tensor, *, ratio: float, counts: Tensor | None = None, **options: Any
 ) -> Reconstruction:
-    """A table as a chain of small tensors, by TT-SVD in fp64.
+    """Factorise a table into a chain of small tensors by TT-SVD in fp64.
 
-    V, padded with rows of zeros, is ``v1 * v2 * v3`` and H is ``h1 * h2 * h3``, each as balanced as it can
-    be; row ``(i1, i2, i3)`` and column ``(j1, j2, j3)`` hold, with cores ``G1`` (v1, h1, r1), ``G2``
-    (r1, v2, h2, r2) and ``G3`` (r2, v3, h3)::
+    V, padded with rows of zeros, is ``v1 * v2 * v3`` and H is ``h1 * h2 * h3``, with factors as balanced as
+    possible. With the cores ``G1`` (v1, h1, r1), ``G2`` (r1, v2, h2, r2) and ``G3`` (r2, v3, h3), the value
+    in row ``(i1, i2, i3)`` and column ``(j1, j2, j3)`` is::
 
         y = G1[i1, j1] @ G2[:, i2, j2] @ G3[:, i3, j3]
 
-    Of the ranks that fit the ratio, those with the least squared error are taken. With ``scales`` that is
+    Of the ranks that fit the ratio, those with the least squared error are chosen. With ``scales`` that is
     the error of the rows' directions, and a row is ``(x @ y) / (y @ y) * y``.
 
     Args:
         table: (V, H).
         ratio: bytes of the table as stored over bytes of cores and scales.
-        counts: ignored: the cores share every row.
+        counts: ignored, as all rows share the cores.
         options: the fields of ``TensorTrainOptions``.
 
     Raises:
-        ValueError, TypeError: the ratio cannot be met (the message names the highest that can), or an
+        ValueError, TypeError: the ratio cannot be reached (the message names the highest that can), or an
             argument is not usable.
 
     Source: I. Oseledets, Tensor-train decomposition (2011); O. Hrinchuk et al., Tensorized
         embedding layers (2020).
     """
     chosen = parse_options(TensorTrainOptions, options, "tensor_train")
+    check_table(table)
     dtype = storage_dtype(table, chosen.storage)
     budget = byte_budget(table, ratio)
     V, H = table.shape
@@ -62,7 +63,7 @@ def tensor_train(
     parts = {"scales": 2 * V} if chosen.scales else {}
     least = sum(v * h for v, h in zip(rows, columns, strict=True)) * dtype.itemsize + sum(parts.values())
     if least > budget:
-        raise refuse_ratio(table, ratio, least)
+        raise ratio_error(table, ratio, least)
     target = table.double()
     if chosen.scales:
         target = F.normalize(target, eps=1e-30)
@@ -81,18 +82,18 @@ def tensor_train(
 
 
 def _padded_factors(count: int, cores: int) -> list[int]:
-    """Ascending factors of a number at or a little above ``count``: the least sum times product."""
+    """Return ascending factors whose product is at least ``count``, with the least sum times product."""
     return min(_factors(count, cores), key=lambda each: (sum(each) * math.prod(each), each))
 
 
 def _exact_factors(count: int, cores: int) -> list[int]:
-    """Ascending factors of ``count`` itself, the most balanced."""
+    """Return the most balanced ascending factors of ``count``."""
     exact = (each for each in _factors(count, cores) if math.prod(each) == count)
     return min(exact, key=lambda each: (sum(each), each))
 
 
 def _factors(count: int, cores: int) -> Iterator[list[int]]:
-    """Ascending factors, the last as small as ``count`` allows."""
+    """Yield ascending factors with a product of at least ``count``, each with the smallest last factor."""
     least = range(1, math.isqrt(count) + 2)
     for first in itertools.combinations_with_replacement(least, cores - 1):
         last = -(-count // math.prod(first))
@@ -101,7 +102,7 @@ def _factors(count: int, cores: int) -> Iterator[list[int]]:
 
 
 def _interleaved(table: Tensor, rows: list[int], columns: list[int]) -> Tensor:
-    """Return (V, H) as (v1 * h1, v2 * h2, ...), padded."""
+    """Pad a table (V, H) and reshape it to (v1 * h1, v2 * h2, ...)."""
     padded = table.new_zeros(math.prod(rows), table.shape[1])
     padded[: len(table)] = table
     count = len(rows)
@@ -111,14 +112,14 @@ def _interleaved(table: Tensor, rows: list[int], columns: list[int]) -> Tensor:
 
 
 def _deinterleaved(tensor: Tensor, rows: list[int], columns: list[int]) -> Tensor:
-    """Undo ``_interleaved``, but for the padding."""
+    """Undo ``_interleaved``, except for the padding."""
     split = tensor.reshape([size for pair in zip(rows, columns, strict=True) for size in pair])
     order = [*range(0, split.dim(), 2), *range(1, split.dim(), 2)]
     return split.permute(order).reshape(math.prod(rows), math.prod(columns))
 
 
 def _tt_svd(tensor: Tensor, values: int) -> list[Tensor]:
-    """Cores (n1, r1), (r1, n2, r2), (r2, n3), or two, with at most so many values and the least error."""
+    """Return cores (n1, r1), (r1, n2, r2), (r2, n3), or two, with the least error for at most ``values``."""
     modes = tensor.shape
     unfolded = tensor.reshape(modes[0], -1)
     left = _left_vectors(unfolded)
@@ -133,7 +134,7 @@ def _tt_svd(tensor: Tensor, values: int) -> list[Tensor]:
         second = min((values - modes[0] * first) // (modes[1] * first + modes[2]), modes[1] * first, modes[2])
         if second < 1:
             break
-        gram += part.t() @ part  # of what the first cut leaves to the second
+        gram += part.t() @ part  # Gram matrix of the remainder after the first cut
         energies, vectors = torch.linalg.eigh(gram)
         if (kept := float(energies[-second:].sum())) > most:
             most, best = kept, (first, vectors[:, -second:])
@@ -142,7 +143,7 @@ def _tt_svd(tensor: Tensor, values: int) -> list[Tensor]:
 
 
 def _left_vectors(matrix: Tensor) -> Tensor:
-    """Left singular vectors, those of the largest values first; of a wide matrix from its Gram matrix."""
+    """Return left singular vectors in descending order; those of a wide matrix from its Gram matrix."""
     if matrix.shape[0] > matrix.shape[1]:
         return torch.linalg.svd(matrix, full_matrices=False)[0]
     return torch.linalg.eigh(matrix @ matrix.t())[1].flip(1)

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 import re
-import statistics
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +17,7 @@ from ..evaluate.language_model import SplitModel
 from ..evaluate.perplexity import PerplexityReport
 from ..evaluate.windows import Window
 from ..experiments.dependencies import code_hash
+from ..experiments.timing import paired_ratio, paired_rounds, quantiles, sampler, side_stream
 from ..fidelity import compare_tables, embed_sentences, sentence_fidelity
 from ..models.checkpoint import model_bytes
 from ..models.find_table import find_table
@@ -32,7 +30,6 @@ from .subject import Candidate, Subject, nearest_rows
 LOOKUP_SIZES = (1, 128, 4096)
 LOOKUP_BATCHES = 8  # of distinct ids, in turn, so that no timing is of rows that stay in cache
 LOOKUP_ROUNDS = 31
-SAMPLE_US = 200.0  # a shorter sample is mostly the clock's noise: several calls go into one
 
 
 def describe_model(subject: Subject) -> dict[str, Any]:
@@ -123,58 +120,34 @@ def _perplexity(subject: Subject, tables: Any = None, own: bool = True) -> Perpl
 def measure_lookup(subject: Subject, candidate: Candidate) -> dict[str, Any]:
     """Time looking up ids drawn by their frequencies, in the dense table and in the compressed one.
 
-    Both take turns, so that noise falls on them alike: medians of microseconds per call, and the median of
-    the ratios within a round.
+    The two are timed in paired rounds: medians of microseconds per call, and the median of the ratios within
+    a round.
     """
     layer = layer_of(candidate.live).from_table(candidate.live)
     generator = torch.Generator().manual_seed(subject.seed)
+    device = subject.weight.device
     sizes = []
-    with torch.inference_mode():
+    with torch.inference_mode(), side_stream(device.type):
         for size in LOOKUP_SIZES:
             drawn = torch.multinomial(
                 subject.frequencies, LOOKUP_BATCHES * size, replacement=True, generator=generator
             )
-            batches = drawn.to(subject.weight.device).view(LOOKUP_BATCHES, size)
-            dense, compressed = _paired_times(
-                [functools.partial(F.embedding, ids, subject.weight) for ids in batches],
-                [functools.partial(layer, ids) for ids in batches],
-                wait=torch.cuda.synchronize if subject.weight.is_cuda else lambda: None,
-            )
-            ratios = [slow / fast for slow, fast in zip(dense, compressed, strict=True)]
+            batches = drawn.to(device).view(LOOKUP_BATCHES, size)
+            calls: dict[str, list[Callable[[], Any]]] = {
+                "dense": [functools.partial(F.embedding, ids, subject.weight) for ids in batches],
+                "compressed": [functools.partial(layer, ids) for ids in batches],
+            }
+            samples = {name: sampler(device.type, each)[0] for name, each in calls.items()}
+            times = paired_rounds(samples, repeats=(LOOKUP_ROUNDS, LOOKUP_ROUNDS))
             sizes.append(
                 {
                     "ids": size,
-                    "dense_us": round(statistics.median(dense), 2),
-                    "compressed_us": round(statistics.median(compressed), 2),
-                    "times_as_fast": round(statistics.median(ratios), 3),
+                    "dense_us": quantiles(times["dense"])["median"],
+                    "compressed_us": quantiles(times["compressed"])["median"],
+                    "times_as_fast": paired_ratio(times, "dense", "compressed"),
                 }
             )
     return {"rounds": LOOKUP_ROUNDS, "sizes": sizes}
-
-
-Call = Callable[[], Any]
-
-
-def _paired_times(*calls: list[Call], wait: Call) -> list[list[float]]:
-    """Microseconds per call of each kind; the k-th entries are of one round."""
-    turns = [itertools.cycle(each) for each in calls]
-    repeats = [max(1, round(SAMPLE_US / _sample(turn, LOOKUP_BATCHES, wait))) for turn in turns]  # warms up
-    times: list[list[float]] = [[] for _ in calls]
-    for round_ in range(LOOKUP_ROUNDS):
-        order = range(len(calls)) if round_ % 2 else reversed(range(len(calls)))
-        for k in order:
-            times[k].append(_sample(turns[k], repeats[k], wait))
-    return times
-
-
-def _sample(calls: Iterable[Call], count: int, wait: Call) -> float:
-    batch = list(itertools.islice(calls, count))
-    wait()
-    start = time.perf_counter()
-    for call in batch:
-        call()
-    wait()
-    return (time.perf_counter() - start) * 1e6 / count
 
 
 def save_model(subject: Subject, candidate: Candidate) -> dict[str, Any]:
@@ -214,7 +187,7 @@ MEASURES = {
     "model": Measure(of_dense=describe_model, parts=(model_bytes,)),
     "table": Measure(of_candidate=measure_table, parts=(compare_tables, model_bytes)),
     "neighbors": Measure(functools.partial(measure_neighbors, candidate=None), measure_neighbors),
-    "lookup": Measure(of_candidate=measure_lookup, parts=(layer_of,), needs_model=True),
+    "lookup": Measure(of_candidate=measure_lookup, parts=(layer_of, paired_rounds), needs_model=True),
     "sentences": Measure(of_candidate=measure_sentences, parts=(embed_sentences, TableSwap, layer_of)),
     "perplexity": Measure(
         measure_dense_perplexity,

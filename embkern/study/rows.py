@@ -3,32 +3,14 @@
 from __future__ import annotations
 
 import datetime
-import functools
-import platform
 from typing import Any
 
-import torch
 from pydantic import ConfigDict, Field
 
-from .._version import __version__
 from ..experiments.engine import Result
+from ..experiments.environment import environment_in_words
 
 DENSE = "dense"  # the method of rows about the dense model
-
-
-@functools.cache
-def environment() -> dict[str, str]:
-    """Return what a figure may depend on besides its inputs."""
-    import transformers
-
-    threads = torch.get_num_threads()
-    return {
-        "embkern": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {threads} thread(s)",
-    }
 
 
 class Row(Result):
@@ -49,7 +31,7 @@ class Row(Result):
     created: str = Field(
         default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     )
-    environment: dict[str, str] = Field(default_factory=environment)
+    environment: dict[str, str] = Field(default_factory=environment_in_words)
 
     def dependencies(self) -> dict[str, Any]:
         """Return everything that the result follows from."""

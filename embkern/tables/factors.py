@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import torch
@@ -24,17 +24,19 @@ FORMAT = TensorFormat(
 class Factors:
     """A factorised (V, H) table: row i is ``activation(codes[i] @ basis + offset)``.
 
+    It is validated when it is made, unless with ``check=False``, for tensors that are known to fit.
+
     Attributes:
         codes: (V, r), one row per token.
         basis: (r, H), shared by all rows.
         offset: (H,) or None.
         activation: None, or ``"elu"`` for the non-linear autoencoder of arXiv 2106.08181. A table with an
             activation cannot serve a tied head, which needs ``h @ basis.T @ codes.T``.
-        facts: what the method has to say of the result, such as its objective; values of JSON, kept by
-            ``to`` and not saved.
+        facts: what the method reports about the result, such as its objective (JSON values); ``to`` keeps
+            it, ``save`` does not.
 
     Raises:
-        ValueError: shapes do not fit each other, or the activation is unknown.
+        ValueError: the shapes do not fit each other, or the activation is unknown.
         TypeError: the dtypes differ or are not floating-point.
     """
 
@@ -43,8 +45,14 @@ class Factors:
     offset: Tensor | None = None
     activation: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    check: InitVar[bool] = field(default=True, kw_only=True)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, check: bool) -> None:
+        if check:
+            self.validate()
+
+    def validate(self) -> None:
+        """Raise ValueError or TypeError unless shapes, dtypes and activation fit each other."""
         if self.codes.dim() != 2 or self.basis.dim() != 2 or self.codes.shape[1] != self.basis.shape[0]:
             raise ValueError(
                 "codes, basis: expected shapes (V, r) and (r, H), "
@@ -70,27 +78,27 @@ class Factors:
 
     @property
     def num_embeddings(self) -> int:
-        """V, the rows of the table."""
+        """V, the number of rows."""
         return self.codes.shape[0]
 
     @property
     def embedding_dim(self) -> int:
-        """H, the width of the table."""
+        """H, the width of a row."""
         return self.basis.shape[1]
 
     @property
     def rank(self) -> int:
-        """r, the width of the codes."""
+        """r, the width of a row of codes."""
         return self.codes.shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the dtype of every tensor and of the decoded rows."""
+        """Dtype of every tensor and of the decoded rows."""
         return self.codes.dtype
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors together, as stored (a file adds a header of some hundred bytes)."""
+        """Total bytes of all tensors (a file adds a header of a few hundred bytes)."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
@@ -107,32 +115,43 @@ class Factors:
         return self.decode(torch.arange(self.num_embeddings, device=self.codes.device))
 
     def to(self, *args: Any, **kwargs: Any) -> Factors:
-        """Return the factors with every tensor moved or cast as ``Tensor.to`` does."""
-        moved = {name: tensor.to(*args, **kwargs) for name, tensor in self.tensors().items()}
-        return Factors(**moved, activation=self.activation, facts=self.facts)
+        """Return the factors with every tensor moved or cast as ``Tensor.to`` does.
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write the factors to one safetensors file; a file already there is replaced whole or not at all."""
+        Raises:
+            TypeError: the dtype is not floating-point.
+        """
+        moved: dict[str, Any] = {name: each.to(*args, **kwargs) for name, each in self.tensors().items()}
+        check_floating(moved["codes"].dtype)
+        return Factors(**moved, activation=self.activation, facts=self.facts, check=False)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the factors to one safetensors file; an existing file is replaced atomically."""
         FORMAT.save(path, self.tensors(), activation=self.activation)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> Factors:
-        """Read what ``save`` wrote.
+    def load(cls, path: str | os.PathLike[str]) -> Factors:
+        """Read a file that ``save`` wrote.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: the file does not exist.
             ValueError: the file is truncated, edited, or not a file of factors.
         """
         return FORMAT.load(path, lambda tensors, settings: cls(**tensors, **settings))
 
 
 def activate(rows: Tensor, activation: str | None) -> Tensor:
-    """Apply the decoder's activation."""
+    """Return the decoder's activation of rows: ``F.elu(rows)`` for ``"elu"``, ``rows`` for None."""
     return F.elu(rows) if activation == "elu" else rows
 
 
+def check_floating(dtype: torch.dtype) -> None:
+    """Raise TypeError unless a table can be cast to ``dtype``."""
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
+
+
 def check_rank(rank: int, embedding_dim: int) -> None:
-    """Raise unless 1 <= rank <= H."""
+    """Raise TypeError unless ``rank`` is an int, and ValueError unless ``1 <= rank <= H``."""
     if not isinstance(rank, int) or isinstance(rank, bool):
         raise TypeError(f"rank: expected an integer, got {rank!r}")
     if not 1 <= rank <= embedding_dim:

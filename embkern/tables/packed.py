@@ -1,9 +1,9 @@
-"""PackedTable: a table whose rows are quantised at different rates, in memory and in a file."""
+"""PackedTable: a table whose rows are quantised at different bit rates, in memory and in a file."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from ..io.tensor_format import TensorFormat
 from ..ops.gather_decode import decode_rows
 from ..ops.packed_format import PackedTensors, Tier, check_table, described_tiers, lay_out, tiers_of_rows
+from .factors import check_floating
 
 TENSORS = PackedTensors._fields
 FORMAT = TensorFormat(
@@ -20,35 +21,38 @@ FORMAT = TensorFormat(
     required=TENSORS[:5],
     optional=TENSORS[5:],
     settings=("embedding_dim",),
-    checked=("embedding_dim",),  # not all of the tensors show it
+    checked=("embedding_dim",),  # without basis and offset, no tensor has H columns
 )
-_DECODED_ROWS = 8192  # at a time, by to_dense
+_DECODED_ROWS = 8192  # rows that to_dense decodes at a time
 
 
 @dataclass(frozen=True, eq=False)
 class PackedTable:
     """A (V, H) table whose rows are quantised, each at the rate of its tier.
 
-    ``row[i] = scales[i] * v + offset`` where v is the row of values that record i decodes to, or
-    ``values @ basis`` if the tier holds coefficients.
+    ``row[i] = scales[i] * v + offset`` where v is the values that record i decodes to, or ``values @ basis``
+    if the tier holds coefficients.
 
-    Rows lie one after the other in the order of their ids, so that no map from ids to places is stored: 4
-    bits a row name its tier, the tier says how long the record is, and every 32 rows have a word that says
-    where they begin. A record is bit planes of groups of 32 values: bit i of a group's word p is bit p of the
-    code of value i. Codes of up to 4 bits go through a trellis: levels by their state, which is the code and
-    those of the values before it in the group (``embkern.ops.packed_format.trellis_states``).
+    Records are stored in the order of the ids. The directory has 4 bits per row for its tier, which
+    determines the length of the record, and one word per 32 rows for the start of the first of their records.
+    A record consists of bit planes of groups of 32 values: bit i of a group's word p is bit p of the code of
+    value i. A code of up to 4 bits selects a level by the state of a trellis, which consists of the code and
+    the codes before it in the group (``embkern.ops.packed_format.trellis_states``).
+
+    The table is validated when it is made, unless with ``check=False``, for tensors that are known to be
+    valid. Memory safety does not depend on it: the kernels check every access.
 
     Attributes:
-        records, directory, tiers, levels: the codes and what they mean, as ``embkern.ops.gather_decode``
-            takes them; whole numbers, which no cast of a model touches.
+        records, directory, tiers, levels: the codes and their layout, as ``embkern.ops.gather_decode`` takes
+            them; integers, which no cast of a model changes.
         scales: (V,).
         basis: (K, H) or None.
         offset: (H,) or None.
         embedding_dim: H.
-        facts: what the method says of the result (JSON values); not saved.
+        facts: what the method reports about the result (JSON values); not saved.
 
     Raises:
-        ValueError: shapes do not fit each other, or the records do not fill what the directory describes.
+        ValueError: the shapes do not fit each other, or directory, tiers and records contradict each other.
         TypeError: a dtype is wrong.
     """
 
@@ -61,23 +65,32 @@ class PackedTable:
     offset: Tensor | None = None
     embedding_dim: int = 0
     facts: dict[str, Any] = field(default_factory=dict, repr=False)
+    check: InitVar[bool] = field(default=True, kw_only=True)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, check: bool) -> None:
+        if check:
+            self.validate()
+
+    def validate(self) -> None:
+        """Raise ValueError or TypeError unless the tensors describe a table.
+
+        This reads tiers and directory; on the meta device only shapes and dtypes are checked.
+        """
         check_table(self.packed_tensors(), self.embedding_dim)
 
     @property
     def num_embeddings(self) -> int:
-        """V, the rows of the table."""
+        """V, the number of rows."""
         return self.scales.shape[0]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the dtype of scales, basis and offset, and of the decoded rows."""
+        """Dtype of scales, basis and offset, and of the decoded rows."""
         return self.scales.dtype
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors together, as stored (a file adds a header of some hundred bytes)."""
+        """Total bytes of all tensors (a file adds a header of a few hundred bytes)."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def packed_tensors(self) -> PackedTensors:
@@ -90,11 +103,11 @@ class PackedTable:
         return dict(self.packed_tensors().named())
 
     def described_tiers(self) -> list[Tier]:
-        """Return the tiers as Python values."""
+        """Return the tiers as Python values, without trailing groups of 0 bits."""
         return described_tiers(self.tiers)
 
     def tier_of_rows(self) -> Tensor:
-        """Return the tier (V,) of every row."""
+        """Return the tier of every row, (V,) int64."""
         return tiers_of_rows(self.directory)[: self.num_embeddings]
 
     def decode(self, ids: Tensor) -> Tensor:
@@ -107,22 +120,27 @@ class PackedTable:
         return torch.cat([self.decode(some) for some in ids.split(_DECODED_ROWS)])
 
     def to(self, *args: Any, **kwargs: Any) -> PackedTable:
-        """Return the table moved, and its floating-point tensors cast, as ``Tensor.to`` does."""
-        moved = {name: tensor.to(*args, **kwargs) for name, tensor in self.tensors().items()}
+        """Return the table moved, and its floating-point tensors cast, as ``Tensor.to`` does.
+
+        Raises:
+            TypeError: the dtype is not floating-point.
+        """
+        moved: dict[str, Any] = {name: each.to(*args, **kwargs) for name, each in self.tensors().items()}
+        check_floating(moved["scales"].dtype)
         for name in TENSORS[:4]:  # codes keep their dtype
             moved[name] = getattr(self, name).to(moved[name].device)
-        return PackedTable(**moved, embedding_dim=self.embedding_dim, facts=self.facts)
+        return PackedTable(**moved, embedding_dim=self.embedding_dim, facts=self.facts, check=False)
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write the table to one safetensors file; a file already there is replaced whole or not at all."""
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the table to one safetensors file; an existing file is replaced atomically."""
         FORMAT.save(path, self.tensors(), embedding_dim=self.embedding_dim)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> PackedTable:
-        """Read what ``save`` wrote.
+    def load(cls, path: str | os.PathLike[str]) -> PackedTable:
+        """Read a file that ``save`` wrote.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: the file does not exist.
             ValueError: the file is truncated, edited, or not a file of a packed table.
         """
         return FORMAT.load(path, lambda tensors, settings: cls(**tensors, **settings))
@@ -138,16 +156,17 @@ def pack(
     offset: Tensor | None,
     embedding_dim: int,
 ) -> PackedTable:
-    """Lay codes out as records.
+    """Return the packed table of codes.
 
     Args:
         tier_of: (V,) int64, the tier of every row.
-        codes: per tier with rows, the codes (rows, 32 groups) uint8 of its rows in the order of their ids.
+        codes: by tier, the codes (n, 32 G) uint8 of its n rows in the order of their ids; tiers without rows
+            or bits may be missing.
         tiers: up to 16.
-        levels: (4, 128) of the format, int16.
-        scales: (V,), in one floating-point dtype with
-        basis: (K, H) or None, and
-        offset: (H,) or None.
+        levels: (4, 128) int16, as ``embkern.ops.gather_decode`` takes them.
+        scales: (V,), floating-point.
+        basis: (K, H) in the dtype of scales, or None.
+        offset: (H,) in the dtype of scales, or None.
         embedding_dim: H.
     """
     return PackedTable(

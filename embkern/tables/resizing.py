@@ -1,4 +1,4 @@
-"""Tables with more rows or fewer: old rows keep their bits, new ones decode to the mean row."""
+"""Change the number of rows of a table: old rows keep their bits, new ones decode to the mean row."""
 
 from __future__ import annotations
 
@@ -24,17 +24,20 @@ from ..ops.quantize_trellis import quantize_trellis
 from .factors import Factors
 from .packed import PackedTable
 
-_SCALES = 64  # tried for a new row
-_ROWS = 8192  # decoded at a time
+_SCALES = 64  # scales that are tried for a new row
+_ROWS = 8192  # rows that are decoded at a time
 
 
 @singledispatch
 def resized(table: Any, num_embeddings: int) -> Any:
-    """Return a table of ``num_embeddings`` rows; tensors that need no change are those of ``table``.
+    """Return a table of ``num_embeddings`` rows, which shares the tensors that do not change with ``table``.
 
-    New rows decode to the mean of all rows: of factors exactly, of a packed table as nearly as one of its
-    tiers can. The codes of a packed table are frozen: training changes how long a new row is, and where it
-    points only through ``basis`` and ``offset``.
+    New rows decode to the mean of all rows: exactly in factors, and in a packed table to the nearest row that
+    one of its tiers can represent. The codes of a packed table are frozen: training changes the length of a
+    new row, and its direction only through ``basis`` and ``offset``.
+
+    Raises:
+        TypeError: ``table`` is neither Factors nor a PackedTable.
     """
     raise TypeError(f"table: expected Factors or a PackedTable, got {type(table).__name__}")
 
@@ -44,7 +47,8 @@ def _(table: Factors, num_embeddings: int) -> Factors:
     codes = table.codes
     mean = codes.double().mean(0, keepdim=True).to(codes.dtype)
     added = max(0, num_embeddings - len(codes))
-    return dataclasses.replace(table, codes=torch.cat([codes[:num_embeddings], mean.expand(added, -1)]))
+    codes = torch.cat([codes[:num_embeddings], mean.expand(added, -1)])
+    return dataclasses.replace(table, codes=codes, check=False)
 
 
 @resized.register
@@ -58,18 +62,19 @@ def _(table: PackedTable, num_embeddings: int) -> PackedTable:
         records = torch.cat([records, record.to(records.device).repeat(added)])
         scales = torch.cat([scales, scales.new_full((added,), scale)])
     directory = directory_of(tier_of, tiers).to(scales.device)
-    records = records if len(records) else table.records[:1]  # the format has a word at least
-    return dataclasses.replace(table, records=records, directory=directory, scales=scales)
+    records = records if len(records) else table.records[:1]  # the format requires at least one word
+    return dataclasses.replace(table, records=records, directory=directory, scales=scales, check=False)
 
 
 def _mean_row(table: PackedTable) -> Tensor:
+    """Return the mean of all rows, (H,) float64 on the CPU."""
     ids = torch.arange(table.num_embeddings, device=table.scales.device)
     total = torch.stack([table.decode(some).double().sum(0) for some in ids.split(_ROWS)]).sum(0)
     return (total / len(ids)).cpu()
 
 
 def _nearest_record(table: PackedTable, tiers: list[Tier], row: Tensor) -> tuple[int, Tensor, float]:
-    """Tier, record (W,) and scale that come nearest to a row (H,)."""
+    """Return the tier, record (W,) and scale whose decoded row is nearest to a row (H,)."""
     if table.offset is not None:
         row = row - table.offset.cpu()
     best: tuple[int, Tensor, float] | None = None
@@ -94,7 +99,7 @@ def _nearest_record(table: PackedTable, tiers: list[Tier], row: Tensor) -> tuple
 
 
 def _quantized(levels: Tensor, tier: Tier, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and what they stand for, (S, 32 groups) at S scales, nearest to values (32 groups,)."""
+    """Return the codes and their values, both (S, 32 G), that are nearest to values (32 G,) at S scales."""
     known = [_known_values(levels, bits) for bits in tier.bits]
     top = max([float(each.abs().max()) for each in known], default=0.0) or 1.0
     largest = max(values.abs().tolist(), default=0.0) or 1.0
@@ -114,7 +119,8 @@ def _quantized(levels: Tensor, tier: Tier, values: Tensor) -> tuple[Tensor, Tens
 
 
 def _known_values(levels: Tensor, bits: int) -> Tensor:
-    """What codes of so many bits can stand for, by the state of their trellis or by themselves."""
+    """Return the values of codes by trellis state, (128,), for 1 to 4 bits, else by code, (2**bits,)."""
     if 0 < bits <= LEVEL_BITS:
         return levels[bits - 1].double() * LEVEL_STEP
-    return torch.arange(2**bits, dtype=torch.float64) - (2**bits - 1) / 2
+    codes = torch.arange(1 << bits, dtype=torch.float64)
+    return codes - codes[-1] / 2

@@ -1,4 +1,4 @@
-"""Texts, counts of their tokens, and how often each token is expected to be read."""
+"""Reading texts, counting their tokens, and estimating token frequencies."""
 
 from .counts import CountSummary, TokenCounts, count_tokens
 from .frequencies import expected_frequencies, token_frequencies

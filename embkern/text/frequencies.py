@@ -1,4 +1,4 @@
-"""How often each token is expected to be read: counts of text mixed with a prior."""
+"""Token frequencies: counts of text mixed with a prior."""
 
 from __future__ import annotations
 
@@ -17,34 +17,35 @@ from .reading import read_texts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Source = str | os.PathLike  # of text, as read_texts takes it
 
-STRENGTH = 5000.0  # of the prior, in tokens; see expected_frequencies
+STRENGTH = 5000.0  # strength of the prior in tokens, see expected_frequencies
 
-
-# The same where rows are weighed to compress a table: a rare token moves a sentence more than its likelihood
-# says. Spearman of sentence similarities, all-MiniLM-L6-v2 at 16x and 32x: .998 and .993 on text of the kind
-# that was counted, .987 and .930 on another; with 10,000 (`python -m benchmarks quality --strength 10000`)
-# .999 and .995, .980 and .867.
+# Strength of the prior for the weights of rows in a compression. It is higher, as a rare token changes a
+# sentence embedding more than its probability suggests. Spearman correlation of sentence similarities,
+# all-MiniLM-L6-v2 at 16x and 32x: .998 and .993 on text of the kind that was counted, .987 and .930 on
+# another kind; with a strength of 10,000 .999 and .995, .980 and .867
+# (`python -m benchmarks quality --strength 10000`).
 COMPRESSION_STRENGTH = 100_000.0
 
 
 def expected_frequencies(counts: TokenCounts | None, prior: Tensor, *, strength: float = STRENGTH) -> Tensor:
-    """Mix counts with a prior: the relative frequencies to expect of the text to come.
+    """Estimate relative token frequencies from counts and a prior.
 
-    ``(counts + strength * prior) / (tokens + strength)``, the mean under a Dirichlet prior: the prior counts
-    as much as ``strength`` tokens of text. Few suit text of the same kind as the counts, more text of another
-    kind.
+    ``(counts + strength * prior) / (tokens + strength)``, the posterior mean under a Dirichlet prior: the
+    prior weighs as much as ``strength`` tokens of text. A small strength suits text of the same kind as the
+    counted one, a larger strength other text.
 
     Args:
-        counts: of texts, or None for the prior alone.
-        prior: (V,), not negative, of any sum, such as ``vocabulary_prior`` gives.
-        strength: at least 0; with 0, tokens that no text has get 0.
+        counts: counts of texts, or None for the prior alone.
+        prior: (V,), non-negative, with any positive sum, such as ``vocabulary_prior`` returns.
+        strength: weight of the prior in tokens, at least 0; with 0, tokens without counts get 0.
 
     Returns:
-        (V,) float64 with sum 1.
+        (V,) float64 on the CPU with sum 1.
 
     Raises:
-        ValueError: the prior or the strength is not usable, or tokens beyond V were counted.
+        ValueError: the prior or the strength is out of range, or tokens of V and above were counted.
     """
     if (
         prior.dim() != 1
@@ -52,16 +53,13 @@ def expected_frequencies(counts: TokenCounts | None, prior: Tensor, *, strength:
         or not float(prior.sum()) > 0
         or prior.min() < 0
     ):
-        raise ValueError("prior: expected (V,) finite numbers, none negative, not all 0")
+        raise ValueError("prior: expected shape (V,) of finite numbers, none negative, not all 0")
     if not 0 <= strength < float("inf"):
         raise ValueError(f"strength: expected a finite number of tokens, at least 0, got {strength}")
     expected = normalized(prior.double().cpu())
     if counts is None or counts.tokens + strength == 0:
         return expected
     return normalized(counts.resized(len(prior)).counts + strength * expected)
-
-
-Source = str | os.PathLike  # of text
 
 
 def token_frequencies(
@@ -72,10 +70,21 @@ def token_frequencies(
     *,
     progress: bool | None = None,
 ) -> tuple[Tensor, str]:
-    """Return how often each token is expected to be read, (V,) float64, and in words where that comes from.
+    """Estimate token frequencies for the weights of rows in a compression, and say where they come from.
+
+    Args:
+        num_embeddings: V.
+        counts: frequencies (V,), which are only normalised, or counts of text: ``TokenCounts`` or a file of
+            them. None for no counts.
+        count_text: sources of text to count in addition, as ``read_texts`` takes them.
+        tokenizer: the tokenizer of the model, or None.
+        progress: whether to show a progress bar on stderr; None shows it on a terminal.
+
+    Returns:
+        The frequencies, (V,) float64 on the CPU with sum 1, and a phrase on their origin for the report.
 
     Raises:
-        ValueError: the counts, the text or the tokenizer are of another model, or not usable.
+        ValueError: the counts, the text or the tokenizer belong to another model, or are not usable.
         FileNotFoundError: a file does not exist.
     """
     if isinstance(counts, Tensor):

@@ -1,4 +1,4 @@
-"""Read texts from files, directories and data sets as a stream of bounded pieces."""
+"""Stream texts of bounded length from files, directories and data sets."""
 
 from __future__ import annotations
 
@@ -15,18 +15,12 @@ from typing import Any, TextIO
 
 from ..io.errors import reason_of
 
-SUFFIXES = (".txt", ".md", ".jsonl", ".txt.gz", ".md.gz", ".jsonl.gz")  # of the files in a directory
+SUFFIXES = (".txt", ".md", ".jsonl", ".txt.gz", ".md.gz", ".jsonl.gz")  # files that are read in a directory
+PIECE_CHARS = 1 << 16  # a longer text is cut: tokenizers need about 100 bytes per character
+LARGEST_JSON_LINE = 1 << 26  # characters; a line is read into memory
 
-
-PIECE_CHARS = 1 << 16  # a longer text is cut: tokenizers keep some 100 bytes a character
-
-
-LARGEST_JSON_LINE = 1 << 26  # characters, in memory at once
-
-
-_NOT_TEXT = re.compile(
-    "[\0\ud800-\udfff]"
-)  # NUL: a binary file; half a surrogate pair: no tokenizer takes it
+# NUL indicates a binary file; tokenizers reject lone surrogates.
+_NOT_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
 def read_texts(
@@ -34,22 +28,23 @@ def read_texts(
 ) -> Iterator[str]:
     """Yield the texts of a source: the lines of a text file, the records of a JSON-lines file or a data set.
 
-    Texts of white space are left out. One longer than ``max_chars`` is cut at white space, or anywhere if it
-    has none, and each piece counts as a text.
+    Texts of white space alone are skipped. A text longer than ``max_chars`` is cut at white space, or
+    anywhere if it has none, and each piece counts as a text.
 
     Args:
-        source: a file, plain or gzip, UTF-8 text or JSON lines (``.jsonl``, ``.jsonl.gz``); a directory, of
-            which all files named ``*.txt``, ``*.md`` and ``*.jsonl``, plain or ``.gz``, are read in order of
-            their names; else ``name[:config][:split][:column]`` of the ``datasets`` library, streamed, such
-            as ``wikitext:wikitext-103-raw-v1`` or ``stanfordnlp/imdb::test``; the split is ``train`` by
-            default. The text of a record is its column ``text``, or its only string.
-        errors: of bytes that are not UTF-8 text: ``strict`` raises, ``replace`` reads U+FFFD for them.
-        max_chars: of a piece, at least 1.
+        source: a file of UTF-8 text or JSON lines (``.jsonl``), plain or gzip (``.gz``); or a directory,
+            whose files ``*.txt``, ``*.md`` and ``*.jsonl``, plain or gzip, are read in the order of their
+            names, subdirectories included; or ``name[:config][:split][:column]`` of the ``datasets`` library,
+            which is streamed, such as ``wikitext:wikitext-103-raw-v1`` or ``stanfordnlp/imdb::test``. The
+            split is ``train`` by default; the text of a record is its column ``text``, or its only string.
+        errors: what to do with bytes that are not UTF-8 text: ``strict`` raises, ``replace`` reads U+FFFD.
+        max_chars: longest text, at least 1.
 
     Raises:
-        FileNotFoundError: there is no such file, or the data set cannot be had.
-        ValueError: a file is not text, is damaged, or nothing is in the source; it names the file.
-        ImportError: ``datasets`` is not installed.
+        FileNotFoundError: there is no such file and no such data set.
+        ValueError: an argument is out of range, a file is not text or is damaged, or the source has no text;
+            the message names the file.
+        ImportError: the source is a data set and ``datasets`` is not installed.
         OSError: the connection to a data set is lost.
     """
     if errors not in ("strict", "replace"):
@@ -70,7 +65,7 @@ def read_texts(
 
 
 def _pieces(source: str | os.PathLike, errors: str, max_chars: int) -> Iterator[tuple[str, str]]:
-    """Yield the pieces of all texts, each with the place it is from."""
+    """Yield the pieces of all texts, each with its place for error messages."""
     path = Path(source)
     if path.is_dir():
         files = sorted(each for each in path.rglob("*") if each.name.endswith(SUFFIXES) and each.is_file())
@@ -78,7 +73,7 @@ def _pieces(source: str | os.PathLike, errors: str, max_chars: int) -> Iterator[
             raise ValueError(f"text: expected files named *{', *'.join(SUFFIXES)} in {source}, found none")
     elif path.exists():
         files = [path]
-    elif _is_a_file_name(source):
+    elif _is_file_name(source):
         raise FileNotFoundError(f"text: expected a file, a directory or a data set, found none at {source}")
     else:
         for record, column in _data_set(str(source)):
@@ -88,7 +83,8 @@ def _pieces(source: str | os.PathLike, errors: str, max_chars: int) -> Iterator[
         yield from _read_file(file, errors, max_chars)
 
 
-def _is_a_file_name(source: str | os.PathLike) -> bool:
+def _is_file_name(source: str | os.PathLike) -> bool:
+    """Return whether a source that does not exist is meant as a file rather than a data set."""
     return not isinstance(source, str) or source.startswith((".", "/", "~")) or source.endswith(SUFFIXES)
 
 
@@ -102,9 +98,9 @@ def _read_file(path: Path, errors: str, max_chars: int) -> Iterator[tuple[str, s
                 for piece in _cut(file.readline, max_chars):
                     yield piece.removesuffix("\n"), str(path)
     except UnicodeDecodeError as error:
-        raise ValueError(_not_text(str(path), str(error))) from error
+        raise ValueError(_not_text(str(path), str(error))) from None
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"text: {path} is not a whole gzip file ({error})") from error
+        raise ValueError(f"text: {path} is not a complete gzip file ({error})") from None
 
 
 def _not_text(place: str, reason: str) -> str:
@@ -123,18 +119,18 @@ def _read_json_lines(file: TextIO, path: Path, max_chars: int) -> Iterator[tuple
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"text: {place} is not JSON ({error})") from error
+            raise ValueError(f"text: {place} is not JSON ({error})") from None
         yield from _cut_record(record, None, place, max_chars)
 
 
 def _cut_record(record: Any, column: str | None, place: str, max_chars: int) -> Iterator[tuple[str, str]]:
-    """Yield the pieces of the text in a record: a string, or the string in a column of it."""
+    """Yield the pieces of a record's text: the record if it is a string, else the string in a column."""
     if not isinstance(record, str):
         strings = [k for k, v in record.items() if isinstance(v, str)] if isinstance(record, dict) else []
         if column is None:
             column = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
         if column not in strings:
-            wanted = f"a string {column!r}" if column else "a string 'text', or a single one"
+            wanted = f"a string {column!r}" if column else "a string 'text', or a single string"
             raise ValueError(f"text: {place}: expected {wanted} in a record, got {strings or type(record)}")
         record = record[column]
     for piece in _cut(io.StringIO(record).read, max_chars):
@@ -142,7 +138,10 @@ def _cut_record(record: Any, column: str | None, place: str, max_chars: int) -> 
 
 
 def _cut(read: Callable[[int], str], max_chars: int) -> Iterator[str]:
-    """Yield what ``read(n)`` gives, n characters at most; what is cut off is cut before white space."""
+    """Yield pieces of at most ``max_chars`` characters of what ``read(n)`` returns, cut before white space.
+
+    ``read`` returns at most n characters, or ``""`` at the end; a newline ends a piece.
+    """
     rest = ""
     while piece := rest + read(max_chars - len(rest)):
         rest = ""
@@ -162,16 +161,16 @@ def _data_set(spec: str) -> Iterator[tuple[Any, str | None]]:
         load_dataset = importlib.import_module("datasets").load_dataset
     except ImportError as error:
         raise ImportError(
-            f"text: {spec!r} is no file here, and reading a data set needs datasets (pip install datasets)"
+            f"text: {spec!r} is not a file, and reading a data set needs datasets (pip install datasets)"
         ) from error
     try:
         records = load_dataset(name, config, split=split or "train", streaming=True)
-    except Exception as error:  # datasets and its network libraries raise many kinds
+    except Exception as error:  # datasets and the libraries below it raise errors of many types
         raise FileNotFoundError(
-            f"text: {spec!r} is neither a file here nor a data set to be had from the hub: {reason_of(error)}"
+            f"text: {spec!r} is neither a file nor a data set that the hub provides: {reason_of(error)}"
         ) from error
     try:
         for record in records:
             yield record, column
-    except Exception as error:  # as above
-        raise OSError(f"text: the data set {spec!r} could not be read on: {reason_of(error)}") from error
+    except Exception as error:  # errors of many types, as above
+        raise OSError(f"text: reading the data set {spec!r} failed: {reason_of(error)}") from error

@@ -28,7 +28,7 @@ import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from ..ops.packed_format import GROUP, LEVEL_BITS
+from ..ops.packed_format import ENTRY_WORDS, GROUP, LEVEL_BITS, STATES, PackedTensors
 from ..ops.reference import MEAN, NONE, accumulation_dtype
 from . import cosine_mse as cm
 from . import gather_decode as gd
@@ -260,19 +260,17 @@ def packed_launches(shape: PackedShape, device: Device) -> Iterator[Launch]:
         return torch.empty(size, dtype=dtype, device="meta")
 
     groups = -(-shape.H // GROUP)
-    yield from gd.forward_launches(
-        tensor(shape.N, dtype=shape.ids_dtype),
+    packed = PackedTensors(
         tensor(V * 3 * groups, dtype=torch.int32),
-        tensor(-(-V // GROUP), 5, dtype=torch.int32),
+        tensor(-(-V // GROUP), ENTRY_WORDS, dtype=torch.int32),
         tensor(shape.T, 1 + groups, dtype=torch.uint8),
-        tensor(2, LEVEL_BITS, 16, dtype=torch.int16),
+        tensor(LEVEL_BITS, STATES, dtype=torch.int16),
         tensor(V),
         tensor(shape.K, shape.H) if shape.K else None,
         tensor(shape.H),
-        1.0,
-        tensor(shape.N, shape.H),
-        device,
     )
+    ids, out = tensor(shape.N, dtype=shape.ids_dtype), tensor(shape.N, shape.H)
+    yield from gd.forward_launches(ids, packed, 1.0, out, device)
 
 
 def launches(shape: AnyShape, device: Device) -> Iterator[Launch]:

@@ -43,7 +43,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.packed_format import GROUP, LEVEL_BITS, LEVEL_STEP, STATE_BITS, STATES
+from ..ops.packed_format import GROUP, LEVEL_BITS, LEVEL_STEP, MAX_BITS, STATE_BITS, STATES, PackedTensors
 from .launch import Launch
 from .tiles import Device, GroupTile, Tile, describe_device, group_tile_of, tile_of
 
@@ -52,7 +52,7 @@ _LEVEL_BITS = tl.constexpr(LEVEL_BITS)
 _LEVEL_STEP = tl.constexpr(LEVEL_STEP)
 _STATE_BITS = tl.constexpr(STATE_BITS)
 _STATES = tl.constexpr(STATES)
-_PLANES = tl.constexpr(8)
+_PLANES = tl.constexpr(MAX_BITS)
 _OUT_OF_RANGE = tl.constexpr("gather_decode: an id is out of range")
 _CORRUPT = tl.constexpr("gather_decode: the directory does not fit tiers and records")
 
@@ -323,21 +323,15 @@ def gather_decode_forward(
     out = scales.new_empty(*ids.shape, embedding_dim)
     if out.numel():
         with torch.cuda.device_of(scales):
-            packed = (records, directory, tiers, levels, scales, basis, offset)
-            for launch in forward_launches(ids, *packed, scale, out):
+            packed = PackedTensors(records, directory, tiers, levels, scales, basis, offset)
+            for launch in forward_launches(ids, packed, scale, out):
                 launch.run()
     return out
 
 
 def forward_launches(
     ids: Tensor,
-    records: Tensor,
-    directory: Tensor,
-    tiers: Tensor,
-    levels: Tensor,
-    scales: Tensor,
-    basis: Tensor | None,
-    offset: Tensor | None,
+    packed: PackedTensors,
     scale: float,
     out: Tensor,
     device: Device | None = None,
@@ -345,6 +339,7 @@ def forward_launches(
     tile: Tile | None = None,
 ) -> Iterator[Launch]:
     """Yield the launches that fill ``out``; ``device`` and the tiles stand in for the tensors' own."""
+    records, directory, tiers, levels, scales, basis, offset = packed
     N, H = ids.numel(), out.shape[-1]
     if basis is not None and basis.shape[0] == 0:
         basis = None  # No tier has coefficients.

@@ -44,7 +44,7 @@ def test_count_on_the_command_line(saved, tmp_path, run):
     assert "b.md is not UTF-8 text" in errors
 
     code, printed, errors = run(*arguments, "--errors", "replace", "--json")
-    assert (code, errors) == (0, ""), "no bar when piped"
+    assert (code, errors) == (0, ""), "no progress bar when piped"
     report, counts = json.loads(printed), TokenCounts.load(out)
     expected = count_tokens([*LINES, "the caf\ufffd"], wordpiece())
     assert torch.equal(counts.counts, expected.counts)
@@ -77,7 +77,7 @@ def test_count_on_the_command_line(saved, tmp_path, run):
         (["{saved}", "--text", "{out}", "-o", "{out}", "--overwrite"], "output: .* the text to read"),
     ],
 )
-def test_what_count_refuses(saved, tmp_path, run, arguments, message):
+def test_errors_of_count_name_the_argument(saved, tmp_path, run, arguments, message):
     code, _, errors = run(*(each.format(saved=saved, out=tmp_path / "out") for each in arguments))
     assert code == 1
     assert re.match(f"embkern: {message}", errors)

@@ -1,4 +1,4 @@
-"""The command line, as a user runs it: its own process, its own exit code."""
+"""The command line: results, exit codes and errors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def dense(tmp_path_factory) -> Path:
 
 
 def shown_by(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *arguments: object) -> str:
-    """What a command prints, run in this process: starting another one takes seconds."""
+    """Return what a command prints; it runs in this process, as starting another one takes seconds."""
     monkeypatch.setattr(sys, "argv", ["embkern", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
         cli.main()
@@ -74,7 +74,7 @@ def test_compress_evaluate_inspect_export(dense, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "back" / "model.safetensors").exists()
 
 
-def test_a_process_of_its_own_prints_the_result_alone(dense):
+def test_a_command_in_its_own_process_prints_only_its_result(dense):
     done = run("inspect", dense)
     assert "what a rank saves" in done.stdout
     assert done.stderr == "", "no progress bars and no warnings when piped"
@@ -100,7 +100,7 @@ def test_train_writes_the_factors_of_a_table_in_a_file(table, tmp_path):
     expected = autoencoder(TableFile(table, "rows"), 4, **options)
     factors = Factors.load(out)
     assert torch.equal(factors.codes, expected.codes)
-    assert (report["rank"], report["table_bytes"], report["factors_bytes"]) == (4, 3600, factors.nbytes)
+    assert (report["rank"], report["table_bytes"], report["compressed_bytes"]) == (4, 3600, factors.nbytes)
     last = json.loads(log.read_text().splitlines()[-1])
     assert (report["epoch"], report["direction_error"]) == (last["epoch"], last["direction_error"])
 
@@ -164,7 +164,7 @@ def test_train_under_torchrun_has_the_bits_of_one_process(table, tmp_path):
         ),
     ],
 )
-def test_train_names_what_is_wrong(table, tmp_path, monkeypatch, capsys, arguments, message):
+def test_errors_of_train_name_the_argument(table, tmp_path, monkeypatch, capsys, arguments, message):
     (tmp_path / "svd.yaml").write_text("method: svd\n")
     names = dict(table=table, out=tmp_path / "out", svd=tmp_path / "svd.yaml")
     filled = [part.format(**names) for part in arguments]
@@ -186,7 +186,9 @@ def test_train_names_what_is_wrong(table, tmp_path, monkeypatch, capsys, argumen
         ("{folder}", "output: expected a file, got the directory"),
     ],
 )
-def test_train_refuses_an_output_it_cannot_write(table, tmp_path, monkeypatch, capsys, output, message):
+def test_train_refuses_an_output_that_cannot_be_written(
+    table, tmp_path, monkeypatch, capsys, output, message
+):
     filled = output.format(table=table, folder=tmp_path)
     monkeypatch.setattr(
         sys, "argv", ["embkern", "train", str(table), "--tensor", "rows", "--rank", "2", "-o", filled]
@@ -201,7 +203,7 @@ def test_version():
     assert run("--version").stdout == f"embkern {embkern.__version__}\n"
 
 
-def test_env_tells_the_backends_and_why():
+def test_env_shows_the_backends_and_reasons():
     facts = json.loads(run("env", "--json").stdout)
     assert facts["gather_project on cpu"].split(";")[0] in ("native", "torch")
     assert "triton: Triton runs on cpu tensors only in its interpreter" in facts["gather_project on cpu"]
@@ -249,13 +251,13 @@ def test_errors_are_one_line_without_a_traceback(dense, tmp_path, monkeypatch, c
     assert not (tmp_path / "out").exists()
 
 
-def test_an_error_in_a_process_of_its_own(dense, tmp_path):
+def test_an_error_of_a_command_in_its_own_process(dense, tmp_path):
     done = run("compress", dense, "-o", tmp_path / "out", "--ratio", "0.5")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("embkern: recipe: ")
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_traceback_is_there_for_who_asks(dense, tmp_path):
+def test_a_traceback_is_shown_on_request(dense, tmp_path):
     done = run("compress", dense, "-o", tmp_path / "out", "--ratio", "0.5", EMBKERN_DEBUG="1")
     assert "Traceback" in done.stderr

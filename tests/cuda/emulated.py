@@ -42,7 +42,7 @@ def build(op: str, folder: Path, *flags: str) -> Path:
 
 
 def build_sanitized(op: str, folder: Path) -> Path:
-    """Compile it with AddressSanitizer, which also checks alignment."""
+    """Compile the program of ``op`` with checks of bounds and alignment."""
     try:
         return build(op, folder, "-fsanitize=address,alignment", "-fno-sanitize-recover=alignment")
     except subprocess.CalledProcessError:
@@ -50,19 +50,19 @@ def build_sanitized(op: str, folder: Path) -> Path:
 
 
 def start(program: Path, calls: Iterable[bytes], folder: Path) -> subprocess.CompletedProcess:
-    """Run serialised calls; the outputs are in the file ``out``."""
+    """Run serialised calls; the outputs go to the file ``out``."""
     (folder / "in").write_bytes(b"".join(calls))
     return subprocess.run([str(program), folder / "in", folder / "out"], capture_output=True, text=True)
 
 
 def serialised(*tensors: torch.Tensor | None) -> bytes:
-    """Return the bytes of the tensors that there are."""
+    """Return the bytes of the tensors that are not None."""
     given = [each for each in tensors if each is not None and each.numel()]
     return b"".join(each.reshape(-1).view(torch.uint8).numpy().tobytes() for each in given)
 
 
 class Outputs:
-    """What a run has written, read tensor by tensor."""
+    """The output of a run, read tensor by tensor."""
 
     def __init__(self, program: Path, calls: Iterable[bytes], folder: Path) -> None:
         done = start(program, calls, folder)
@@ -88,7 +88,7 @@ def gather_project_call(
     shared: int = HOPPER_SHARED,
     order: str = "ascending",
 ) -> bytes:
-    """Return a call of gather_project as its program reads it (emulator/gather_project.cpp)."""
+    """Return a call of gather_project in the format of emulator/gather_project.cpp."""
     (V, r), H = codes.shape, basis.shape[1]
     header = (
         *(DTYPES[codes.dtype], ids.dtype == torch.int64, len(ids), V, r, H, offset is not None),
@@ -117,7 +117,7 @@ def cosine_mse_call(
     multiprocessors: int = HOPPER_MULTIPROCESSORS,
     order: str = "ascending",
 ) -> bytes:
-    """Return a call of cosine_mse as its program reads it (emulator/cosine_mse.cpp)."""
+    """Return a call of cosine_mse in the format of emulator/cosine_mse.cpp."""
     header = (
         *(DTYPES[output.dtype], *output.shape, reduction, row_weight is not None, target_norm is not None),
         *(0 if grad_loss is None else grad_loss.numel(), needs_output, needs_target),
@@ -131,7 +131,7 @@ def cosine_mse_call(
 def cosine_mse_results(
     output: torch.Tensor, reduction: int, needs: tuple[bool, bool]
 ) -> list[tuple[torch.dtype, tuple[int, ...]]]:
-    """Return dtype and shape of what a call of cosine_mse writes: the loss, and the gradients asked for."""
+    """Return dtype and shape of each output of cosine_mse: the loss, and the gradients in ``needs``."""
     loss = (len(output),) if reduction == reference.NONE else ()
     matrices = [(output.dtype, tuple(output.shape) if needed else (0,)) for needed in needs]
     return [(reference.accumulation_dtype(output.dtype), loss), *matrices]

@@ -1,7 +1,7 @@
-"""What only a GPU can show of the CUDA cosine_mse: streams, graphs, no synchronisation, full occupancy.
+"""The CUDA cosine_mse on a GPU: streams, graphs, no synchronisation, full occupancy.
 
-tests/ops/test_cosine_mse.py covers the op's promises on every backend; tests/cuda/test_emulated_cosine_mse.py
-the kernels' indexing and numbers without a GPU.
+tests/ops/test_cosine_mse.py tests the op on every backend, and tests/cuda/test_emulated_cosine_mse.py the
+indexing and numbers of the kernels without a GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 OP = "cosine_mse"
 # (N, H): one row, the paper's batch, a table, odd rows, rows wider than a block's registers
 SHAPES = [(1, 384), (32, 768), (30522, 768), (4099, 385), (300, 20000)]
-# One launch and the sum of the blocks; all terms, with a pass of its own for the root of the mean.
+# The default terms take one launch and the sum of the blocks; all terms take another pass for the RMSE.
 TERMS = [dict(), dict(cosine_weight=0.2, mse_weight=0.3, rmse_weight=0.4, power_weight=0.5, alpha=0.5)]
 
 
@@ -73,9 +73,9 @@ def test_the_same_bits_every_time(shape, terms):
 @pytest.mark.parametrize("terms", TERMS, ids=("two", "all"))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_captured_graph_reads_the_new_rows(shape, terms, dtype):
-    """Forward and backward; in fp16 the backward is a launch of its own."""
+    """Forward and backward; in fp16 the backward is a separate launch."""
     output, *rest = problem(shape, dtype)
-    loss_and_gradients(output, *rest, **terms)  # what autograd allocates once
+    loss_and_gradients(output, *rest, **terms)  # autograd allocates memory in its first call
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = loss_and_gradients(output, *rest, **terms)
@@ -88,7 +88,7 @@ def test_a_captured_graph_reads_the_new_rows(shape, terms, dtype):
 
 @pytest.mark.parametrize("terms", TERMS, ids=("two", "all"))
 def test_runs_on_the_current_stream(terms):
-    """That stream is busy when the rows change on it: a kernel on the default stream would be early."""
+    """A kernel on the default stream would run before the rows change, since the current stream is busy."""
     output, *rest = problem((4099, 768))
     new = torch.randn_like(output)
     expected = loss_and_gradients(new, *rest, **terms)
@@ -124,7 +124,7 @@ def test_the_host_never_waits(terms):
 
 
 def test_tensors_that_are_not_aligned():
-    """They take the kernel of single elements, which adds up in another order."""
+    """The kernel for single elements takes them, which sums in another order."""
     arguments = problem((300, 768), torch.bfloat16)
     shifted = [torch.cat([each.new_zeros(1), each.flatten()])[1:].view(each.shape) for each in arguments]
     assert all(each.data_ptr() % 16 for each in shifted)

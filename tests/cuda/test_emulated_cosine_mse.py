@@ -1,7 +1,7 @@
 """The CUDA kernels of cosine_mse, compiled for the CPU and run on an emulator of the GPU's instructions.
 
-What is compiled is csrc/cuda/cosine_mse.cuh as it is, see test_emulator.py. The special function unit is
-emulated at its worst: every approximation is off by its bound.
+csrc/cuda/cosine_mse.cuh is compiled unchanged, see test_emulated_gather_project.py. Every approximation of
+the special function unit has its largest error.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NAMES = ("loss", "grad_output", "grad_target")
 
 @dataclass
 class Call:
-    """One call of the op on a device of so many multiprocessors."""
+    """One call of the op, and the device that it runs on."""
 
     dtype: torch.dtype
     N: int
@@ -102,11 +102,11 @@ def run(program: Path, calls: list[Call], folder: Path) -> list[list[torch.Tenso
 
 def check(program: Path, calls: list[Call], folder: Path) -> None:
     for call, results in zip(calls, run(program, calls, folder), strict=True):
-        # Three of fp32's last bits: a scalar may have none of them wrong by chance, and 1 - cos cancels.
+        # Three ulp of fp32: plain torch's scalar may be exact by chance, and 1 - cos cancels.
         tiny = 1e-12 if call.dtype == torch.float64 else 4e-7
         plain, exact = call.plain(call.dtype), call.plain(torch.float64)
         for name, ours, theirs, oracle in zip(NAMES, results, plain, exact, strict=True):
-            if oracle.norm() < 1e-12:  # one dimension has no direction to get wrong
+            if oracle.norm() < 1e-12:  # with H = 1 the cosine has no gradient
                 continue
             try:
                 assert_no_worse_than(ours, theirs, oracle, tiny)
@@ -114,12 +114,11 @@ def check(program: Path, calls: list[Call], folder: Path) -> None:
                 raise AssertionError(f"{name} of {call}: {error}") from None
 
 
-# Each term by itself, and all of them; exponents for which the power is itself, near its slope's pole, and a
-# square.
+# Each term alone, and all of them. Exponents: the identity, two with a pole of the slope at 0, the square.
 TERMS = ((1, 1, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0.2, 0.3, 0.4, 0.5))
 ALPHAS = (1.0, 0.5, 0.1, 2.0)
-# N: one row, fewer and more than the multiprocessors, and than all blocks at once. H: one, odd, a multiple of
-# 16 bytes or not, lanes of less than a warp, a warp, and several warps.
+# N: one row; fewer and more rows than multiprocessors; more rows than resident blocks. H: one, odd, a
+# multiple of 16 bytes or not; a row for less than a warp, for a warp and for several warps.
 SHAPES = ((1, 33), (7, 1), (150, 5), (300, 24), (40, 136), (19, 771), (5, 2056))
 
 
@@ -142,7 +141,7 @@ def test_no_worse_than_plain_torch(program, dtype, reduction, tmp_path):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_wider_than_the_registers_of_a_block(program, dtype, tmp_path):
-    """Their last chunk stays, the others are read again; odd rows go by element, so have more chunks."""
+    """The last chunk stays in registers, the others are read again; unaligned rows have more chunks."""
     wide = 2 * 256 * 8 * 16 // dtype.itemsize
     calls = [
         Call(dtype, 3, H, reduction, weights, alpha=0.5)
@@ -154,8 +153,8 @@ def test_rows_wider_than_the_registers_of_a_block(program, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_what_is_given_and_what_is_asked_for(program, dtype, tmp_path):
-    """Known norms, no gradients, one of them; tensors that are not aligned though their rows are."""
+def test_optional_inputs_and_outputs(program, dtype, tmp_path):
+    """Known norms, no gradient or one of them, and tensors that are not aligned although their rows are."""
     all_terms = dict(weights=TERMS[-1], alpha=0.5)
     calls = [
         Call(dtype, 9, 136, reduction, **all_terms, needs=needs, misaligned=misaligned, known_norms=known)
@@ -168,7 +167,7 @@ def test_what_is_given_and_what_is_asked_for(program, dtype, tmp_path):
 
 @pytest.mark.parametrize("weights", [TERMS[0], TERMS[-1]], ids=str)
 def test_more_weights_than_a_block_adds_up(program, weights, tmp_path):
-    """Then a kernel of its own does, or with the root of the mean the pass that adds the errors."""
+    """A separate kernel then sums the weights or, with the RMSE, the pass that sums the errors."""
     check(program, [Call(torch.float32, N, 5, weights=weights) for N in (600, 5000)], tmp_path)
 
 
@@ -179,7 +178,7 @@ NORMS = [10.0**exponent for exponent in (-20, -16, -11, -5, 0, 5, 11, 16, 20)]
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize("eps", [1e-8, 1.2e-38])
 def test_norms_of_any_size(program, dtype, reduction, eps, tmp_path):
-    """Every pair of norms, each row by itself held to the rounding of its result."""
+    """Every pair of norms; the bound on each row is the rounding of its result."""
     pairs = torch.cartesian_prod(torch.tensor(NORMS), torch.tensor(NORMS))
     calls = []
     for known in (False, True):
@@ -218,8 +217,8 @@ def test_rows_of_zeros_identical_and_antiparallel_rows(program, reduction, tmp_p
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_row_that_is_not_finite_stays_in_its_row(program, dtype, bad, tmp_path):
-    """Four rows share a warp here, and the sums of the third are taken again in double."""
+def test_a_row_that_is_not_finite_affects_no_other_row(program, dtype, bad, tmp_path):
+    """Four rows share a warp here, and the sums of the third are computed again in double."""
     call = Call(dtype, 4, 24, "sum", (0.2, 0.3, 0, 0.5), alpha=0.5)
     call.output[2, 3] = bad
     ((loss, *grads),) = run(program, [call], tmp_path)
@@ -240,13 +239,13 @@ def test_no_rows(program, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_order_of_threads_changes_no_bit(program, dtype, reduction, tmp_path):
-    """A missing barrier would show: the emulator runs the threads between two barriers in any order."""
+    """The emulator runs threads one after another; where a barrier is missing, the order changes bits."""
     for N, H in ((150, 5), (600, 24), (19, 771), (3, 9001)):
         calls = []
         for order in ORDERS:
             torch.manual_seed(seed_of(0))
             calls.append(Call(dtype, N, H, reduction, TERMS[-1], alpha=0.5, order=order))
-            calls[-1].output[0] *= 1e-15  # summed again in double
+            calls[-1].output[0] *= 1e-15  # this row is summed again in double
             calls.append(replace(calls[-1], weights=TERMS[0]))
         results = run(program, calls, tmp_path)
         for same in (results[::2], results[1::2]):
@@ -257,7 +256,7 @@ def test_the_order_of_threads_changes_no_bit(program, dtype, reduction, tmp_path
 
 
 def test_no_access_out_of_bounds(sanitized_program, tmp_path):
-    """Under AddressSanitizer every buffer ends with its last element; alignment is checked too."""
+    """AddressSanitizer checks the bounds of every buffer and alignment."""
     calls = [
         Call(dtype, N, H, reduction, weights, alpha=0.5, misaligned=misaligned)
         for dtype in DTYPES

@@ -1,7 +1,7 @@
-"""What only a GPU can show of the CUDA gather_project: streams, graphs, device assertions, large tables.
+"""The CUDA gather_project on a GPU: streams, graphs, device assertions, large tables.
 
-tests/ops/test_gather_project.py covers the op's promises on every backend; tests/cuda/test_emulator.py the
-kernels' indexing and numbers without a GPU.
+tests/ops/test_gather_project.py tests the op on every backend, and
+tests/cuda/test_emulated_gather_project.py the indexing and numbers of the kernels without a GPU.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.gpu_check.assertions import ASSERTIONS, check
+from benchmarks.tools.gpu_check.assertions import ASSERTIONS, check
 from embkern.ops import gather_project
 from embkern.ops.backends import unavailable
 from tests.conftest import assert_no_worse_than
@@ -17,7 +17,7 @@ from tests.ops.factorised_problems import plain, problem
 
 pytestmark = pytest.mark.gpu
 OP = "gather_project"
-# (V, r, H, N): one kernel each: decode of 1, 4 and 8 rows, narrow tiles, large tiles; then codes in panels.
+# (V, r, H, N): decode of 1, 4 and 8 rows; narrow tiles, large tiles twice, codes in panels.
 DECODE = [(3000, 75, 384, 1), (3000, 256, 2048, 4), (3000, 256, 2048, 13)]
 TILES = [(3000, 256, 2048, 50), (3000, 256, 2048, 4100), (3000, 75, 770, 5000), (3000, 1400, 512, 3000)]
 
@@ -52,7 +52,7 @@ def test_the_same_bits_every_time(shape):
 @pytest.mark.parametrize("shape", DECODE + TILES[:2], ids=str)
 def test_a_captured_graph_reads_the_new_ids(shape):
     ids, *factors = problem(shape, torch.bfloat16, "cuda")
-    forward(ids, *factors)  # loads the kernel and sets its shared memory, which no capture may
+    forward(ids, *factors)  # loads the kernel and sets its shared memory, which a capture does not permit
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -65,7 +65,7 @@ def test_a_captured_graph_reads_the_new_ids(shape):
 
 @pytest.mark.parametrize("shape", [DECODE[2], TILES[1]], ids=str)
 def test_runs_on_the_current_stream(shape):
-    """That stream is busy when the codes change on it: a kernel on the default stream would be early."""
+    """A kernel on the default stream would run before the codes change, since the current stream is busy."""
     ids, codes, *rest = problem(shape, torch.bfloat16, "cuda")
     new = torch.randn_like(codes)
     expected = forward(ids, new, *rest)
@@ -88,7 +88,7 @@ def test_tensors_that_are_not_aligned(shape):
 
 
 def test_an_id_out_of_range_is_a_device_assertion():
-    """Each in a process of its own, all of them at once: the kernels of few ids, of some and of many."""
+    """One process per kernel, in parallel, since an assertion ends the process's CUDA context."""
     mine = [each for each in ASSERTIONS if (each.op, each.backend) == ("gather_project", "native")]
     assert check(mine) == ({}, {})
 

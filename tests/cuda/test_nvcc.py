@@ -1,4 +1,4 @@
-"""Every CUDA source compiles for every architecture, without spills, with the instructions that are meant."""
+"""Every CUDA source compiles for every architecture, without spills and with the expected instructions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from benchmarks.nvcc_report import ARCHITECTURES, Kernel, find_cuobjdump, find_nvcc, report
+from benchmarks.tools.nvcc_report import ARCHITECTURES, Kernel, find_cuobjdump, find_nvcc, report
 
 pytestmark = [
     pytest.mark.slow,
@@ -27,8 +27,8 @@ def test_every_kernel_compiles_without_spills(kernels):
 
 
 @pytest.mark.skipif(find_cuobjdump() is None, reason="needs cuobjdump (the toolkit's or triton's)")
-def test_the_instructions_that_are_meant(kernels):
-    """Tensor cores, ldmatrix, cp.async and 16-byte accesses, none lost to a generic path; no atomics."""
+def test_the_expected_instructions(kernels):
+    """Tensor cores, ldmatrix, cp.async and 16-byte accesses are used, and no atomics."""
     for architecture in ARCHITECTURES:
         of_architecture = [kernel for kernel in kernels if kernel.architecture == architecture]
         for part, instructions, count in (

@@ -127,6 +127,6 @@ def test_a_hub_that_cannot_be_reached_is_one_line_on_stderr(run, monkeypatch):
     last = done.err.splitlines()[-1]
     assert done.code == 1
     assert last.startswith(
-        "embkern: text: 'some/texts::test' is neither a file here nor a data set to be had"
+        "embkern: text: 'some/texts::test' is neither a file nor a data set that the hub provides"
     )
     assert last.endswith("no route")

@@ -173,7 +173,7 @@ def test_mteb_refuses_unknown_names_and_missing_models(models, pairs):
         run_mteb(models / "bert", ["Colorz"])
     with pytest.raises(ValueError, match="options: expected some of .*public_only.*, got cache"):
         run_mteb(models / "bert", ["Colors"], cache=1)
-    with pytest.raises(FileNotFoundError, match="model: .*none' is neither a directory here nor to be had"):
+    with pytest.raises(FileNotFoundError, match="model: .*none' is neither a local directory nor a model"):
         run_mteb(models / "none", ["Colors"])
 
 

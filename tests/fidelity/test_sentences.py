@@ -1,4 +1,4 @@
-"""Sentence embeddings and their fidelity."""
+"""Sentence embeddings, their pooling, and the comparison of two models."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def test_embeddings_do_not_depend_on_the_batch(pooling):
     single = torch.cat([embed_sentences(model, tokenizer, [each], pooling=pooling) for each in SENTENCES])
     torch.testing.assert_close(whole, single)
     torch.testing.assert_close(whole.norm(dim=1), torch.ones(4))
-    assert model.training, "the mode is put back"
+    assert model.training, "the mode is restored"
 
 
-def test_mean_pooling_leaves_padding_out():
+def test_mean_pooling_ignores_padding():
     model, tokenizer = tiny_bert().eval(), word_tokenizer()
     batch = tokenizer(["blue green"], return_tensors="pt")
     expected = F.normalize(model(**batch).last_hidden_state.mean(1), dim=1)
@@ -36,11 +36,11 @@ def test_mean_pooling_leaves_padding_out():
 def test_fidelity_is_one_for_equal_and_less_for_other_embeddings():
     before = F.normalize(torch.randn(30, 8), dim=1)
     rotation = torch.linalg.qr(torch.randn(8, 8))[0]
-    same, turned = sentence_fidelity(before, before), sentence_fidelity(before, before @ rotation)
+    same, rotated = sentence_fidelity(before, before), sentence_fidelity(before, before @ rotation)
     assert same.mean_cosine == pytest.approx(1)
     assert same.spearman == pytest.approx(1)
-    assert turned.mean_cosine < 0.8
-    assert turned.spearman == pytest.approx(1, abs=1e-4), "similarities do not see a rotation"
+    assert rotated.mean_cosine < 0.8
+    assert rotated.spearman == pytest.approx(1, abs=1e-4), "a rotation does not change similarities"
     other = sentence_fidelity(before, F.normalize(torch.randn(30, 8), dim=1))
     assert abs(other.spearman) < 0.5
     assert sentence_fidelity(before[:2], before[:2]).spearman is None

@@ -1,4 +1,4 @@
-"""compare_tables: each figure against its formula on a table small enough to see through."""
+"""``compare_tables``: every figure against its formula on small tables."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def test_neighbours_are_counted():
     angles = torch.tensor([0.0, 0.1, 0.25, 3.0, 3.1])
     table = torch.stack([angles.cos(), angles.sin()], 1)
     moved = table.clone()
-    moved[1] = -table[1]  # row 1 now lies with rows 3 and 4
+    moved[1] = -table[1]  # row 1 is now nearest to rows 3 and 4
     got = compare_tables(table, moved, neighbors=1, sampled_rows=5)
     before, after = [1, 0, 1, 4, 3], [2, 4, 0, 4, 3]
     assert got.neighbor_overlap == pytest.approx(sum(a == b for a, b in zip(before, after, strict=True)) / 5)
 
 
-def test_rows_weigh_as_often_as_their_tokens_are_read():
+def test_counts_weigh_the_direction_error():
     table, rebuilt = torch.eye(4)[:3], torch.eye(4)[:3].clone()
     rebuilt[1] = torch.tensor([1.0, 0, 0, 0])
     assert compare_tables(table, rebuilt).weighted_direction_error is None

@@ -1,9 +1,9 @@
 """Properties of every op and every file format, checked on drawn cases.
 
-A property is a test with one argument, a case: a dict of plain values that a function made of a ``Random``.
-Under ``make test`` hypothesis draws the cases, some 200 in all, shrinks what fails and prints how to draw it
-again. With ``EMBKERN_FUZZ_SECONDS`` set (``make fuzz``) hypothesis draws the first cases of every property,
-and seeded generators the rest: they make the same cases at a tenth of hypothesis's cost.
+A property is a test with one argument, a case: a dict of plain values that a generator function makes from a
+``Random``. Under ``make test`` hypothesis draws the cases, about 200 in all, shrinks a failing one and prints
+how to reproduce it. With ``EMBKERN_FUZZ_SECONDS`` set (``make fuzz``) hypothesis draws the first cases of
+every property, and seeded generators draw the rest: they make the same kind of case at a tenth of the cost.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Case = dict[str, Any]
 
 
 def fuzz(generate: Callable[[Random], Case]) -> Callable[[Callable[[Case], None]], Callable[[], None]]:
-    """Make a test of a property, with cases that ``generate`` makes."""
+    """Turn a property into a test of the cases that ``generate`` makes."""
 
     def decorate(check: Callable[[Case], None]) -> Callable[[], None]:
         test = given(case=st.randoms(use_true_random=False).map(generate))(check)
@@ -30,5 +30,5 @@ def fuzz(generate: Callable[[Random], Case]) -> Callable[[Callable[[Case], None]
 
 
 def often(random: Random, usual: Any, *others: Any) -> Any:
-    """Return ``usual`` in two of three cases, else one of the others."""
+    """Return ``usual`` in two of three draws, otherwise one of the others."""
     return usual if random.randrange(3) else random.choice(others)

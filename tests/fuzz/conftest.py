@@ -1,8 +1,9 @@
-"""How long properties are checked: a few cases under ``make test``, for a given time under ``make fuzz``.
+"""How long properties are checked: for a few cases under ``make test``, for a given time under ``make fuzz``.
 
-``EMBKERN_FUZZ_SECONDS`` is that time, for all properties together. The number of distinct cases is printed at
-the end. ``EMBKERN_FUZZ_LAST`` names a file that holds the case under way, in case it ends the process;
-``EMBKERN_FUZZ_SEED`` the first seed of the generators, else drawn and printed.
+``EMBKERN_FUZZ_SECONDS`` is that time, for all properties together; the number of distinct cases is printed at
+the end. ``EMBKERN_FUZZ_LAST`` names a file to which the current case is written, so that it is known after a
+crash of the process. ``EMBKERN_FUZZ_SEED`` is the first seed of the generators; without it a seed is drawn
+and printed. Every property starts at that seed, so the case does not depend on the module that defines it.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 CASES = 200  # of all properties together, under `make test`
-DRAWN = 100  # of each property, by hypothesis, before the seeded generators take over
-EXHAUSTED = 1000  # cases in a row that were there before: a property of a few dozen has no more
+DRAWN = 100  # cases of each property that hypothesis draws before the seeded generators take over
+EXHAUSTED = 1000  # repeated cases in a row after which a property is taken to have no further ones
 SECONDS = float(os.environ.get("EMBKERN_FUZZ_SECONDS", 0))
 SEED = int(os.environ.get("EMBKERN_FUZZ_SEED", secrets.randbits(48)))
 
@@ -39,8 +40,8 @@ _spent: dict[str, float] = {}
 _properties = 0
 
 
-class _Last:
-    """The case under way, in a file that outlives the process."""
+class _CurrentCase:
+    """Writes the current case to a memory-mapped file, which survives a crash of the process."""
 
     def __init__(self, path: str | None) -> None:
         self.map = None
@@ -49,13 +50,13 @@ class _Last:
             with open(path, "r+b") as file:
                 self.map = mmap.mmap(file.fileno(), 0)
 
-    def tell(self, text: str) -> None:
+    def write(self, text: str) -> None:
         if self.map is not None:
             data = text.encode(errors="replace")[: len(self.map) - 1] + b"\n"
             self.map[: len(data)] = data
 
 
-_last = _Last(os.environ.get("EMBKERN_FUZZ_LAST"))
+_current_case = _CurrentCase(os.environ.get("EMBKERN_FUZZ_LAST"))
 
 
 def _counted(name: str, check: Callable[..., None]) -> Callable[..., None]:
@@ -63,7 +64,7 @@ def _counted(name: str, check: Callable[..., None]) -> Callable[..., None]:
 
     def call(case: dict[str, Any]) -> None:
         text = repr(case)
-        _last.tell(f"{name}({text})")
+        _current_case.write(f"{name}({text})")
         check(case)
         seen.add(hash(text))
 

@@ -1,4 +1,4 @@
-"""Damage to files: what disks and editors do to bytes, what an attacker writes with checksums that hold."""
+"""Damage to files: flipped, lost and moved bytes, and rewritten contents whose checksums are valid."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from torch import Tensor
 
 from embkern.io.checked_json import to_checked_json
 
-SECONDS, MEMORY = 60, 200 << 20  # that reading a file of some kilobytes may take at most
+SECONDS, MEMORY = 60, 200 << 20  # upper bounds for reading a file of a few kilobytes
 _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.uint8: "U8", torch.bool: "BOOL",
     torch.complex64: "C64",
 }  # fmt: skip
-# JSON texts in the place of a value. A depth stands for that many brackets.
+# JSON texts that replace a value. A number n stands for n nested brackets.
 HOSTILE: tuple[str | int, ...] = (
     "null", "true", "0", "-1", "1", "3", "2147483648", "4611686018427387904", "9223372036854775808",
     "18446744073709551616",
@@ -38,7 +38,7 @@ HOSTILE: tuple[str | int, ...] = (
 
 @functools.cache
 def place() -> Path:
-    """A directory of this process, in memory where there is such a file system."""
+    """A temporary directory of this process, in /dev/shm where it is writable."""
     memory = Path("/dev/shm")
     directory = tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None)
     atexit.register(directory.cleanup)
@@ -53,10 +53,10 @@ def json_text(value: str | int) -> str:
 
 
 def byte_damage(random: Random) -> list[tuple]:
-    """Some changes to the bytes of a file, at places that are fractions of its length."""
+    """Draw changes to the bytes of a file, at positions given as fractions of its length."""
     changes: list[tuple] = []
     for _ in range(random.choice((1, 1, 1, 2, 4))):
-        # Headers are a few hundred bytes of files of some thousand.
+        # The fourth power favours the header: a few hundred bytes of a few thousand.
         at = random.random() ** random.choice((1, 4))
         kind = random.choice(("flip", "flip", "set", "truncate", "cut", "repeat", "zeros", "move", "append"))
         changes.append((kind, at, random.randrange(256), random.choice((1, 1, 4, 8, 64))))
@@ -91,7 +91,7 @@ def damaged(data: bytes, changes: list[tuple]) -> bytes:
 
 
 def json_damage(random: Random) -> list[tuple]:
-    """Some changes to a JSON document: places are numbers, by which a path is chosen."""
+    """Draw changes to a JSON document; a number, modulo the count of places, chooses the place."""
     return [
         (
             random.choice(("replace", "replace", "replace", "drop", "add", "swap")),
@@ -103,11 +103,11 @@ def json_damage(random: Random) -> list[tuple]:
 
 
 class Raw(str):
-    """A text that stands for itself in ``dumped``, JSON or not."""
+    """A text that ``dumped`` inserts verbatim, whether or not it is JSON."""
 
 
 def dumped(value: Any) -> str:
-    """JSON, with the raw texts in it as they are."""
+    """Serialise to JSON, with ``Raw`` texts inserted verbatim."""
     if isinstance(value, Raw):
         return str(value)
     if isinstance(value, dict):
@@ -118,7 +118,7 @@ def dumped(value: Any) -> str:
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every container and key of a document."""
+    """Yield every container of a document with each of its keys."""
     keys = value.keys() if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
     for key in keys:
         yield value, key
@@ -126,7 +126,7 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def damaged_json(value: Any, changes: list[tuple]) -> str:
-    """The text of a document with such changes."""
+    """Apply the changes of ``json_damage`` to a document and return its text."""
     document = [json.loads(json.dumps(value))]
     for kind, at, text in changes:
         places = list(_places(document))
@@ -148,7 +148,7 @@ def _plain(value: Any) -> bool:
 
 
 def rechecked(text: str) -> str:
-    """A JSON object with the checksum that belongs to it; what is none as it is."""
+    """Return a JSON object with a valid checksum; any other text is returned unchanged."""
     try:
         content = json.loads(text)
         return to_checked_json(content) if isinstance(content, dict) else text
@@ -175,7 +175,7 @@ def safetensors_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> b
 
 
 def header_of(data: bytes) -> tuple[dict[str, Any], bytes]:
-    """The header of a safetensors file and what comes after it."""
+    """Split a safetensors file into its header and the bytes that follow."""
     end = 8 + int.from_bytes(data[:8], "little")
     return json.loads(data[8:end]), data[end:]
 
@@ -188,18 +188,18 @@ def with_header(text: str, rest: bytes) -> bytes:
 # ---- reading -----------------------------------------------------------------------------------------
 
 
-class Hung(BaseException):
-    """What is read does not end."""
+class ReadTimeout(BaseException):
+    """Reading takes longer than ``SECONDS``."""
 
 
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
-    """Raise if the block takes far more time or memory than a file of some kilobytes is worth."""
+    """Raise if the block takes more than ``SECONDS`` or ``MEMORY``."""
 
-    def hung(*_: Any) -> None:
-        raise Hung(f"no end after {SECONDS} s")
+    def timed_out(*_: Any) -> None:
+        raise ReadTimeout(f"reading takes more than {SECONDS} s")
 
-    before = signal.signal(signal.SIGALRM, hung)
+    before = signal.signal(signal.SIGALRM, timed_out)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
@@ -231,7 +231,7 @@ HOSTILE_PLACES = ("missing", "directory", "loop", "dangling", "fifo", "empty", "
 
 
 def hostile_place(kind: str, path: Path) -> Path:
-    """Make something that is no file at a path."""
+    """Create at a path something other than a regular file with contents."""
     with contextlib.suppress(FileNotFoundError):
         path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
     if kind == "directory":

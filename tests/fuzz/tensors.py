@@ -1,4 +1,4 @@
-"""Tensors of drawn shapes, values and strides, and what a call on them may do."""
+"""Tensors of drawn shapes, values and strides, and checks of what a call returns or raises for them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 FLOATS = ("float32", "bfloat16", "float16", "float64")
-# How a tensor of given values lies in memory. "expanded" repeats one row, "overlapping" is a sliding window;
-# a "negated" tensor is a view with torch's negative bit, of values that lie there with the other sign.
+# Memory layouts. "expanded" repeats one row with stride 0, "overlapping" is a sliding window, "negated" is a
+# view with torch's negative bit, whose memory holds the values with the opposite sign.
 LAYOUTS = ("narrowed", "stepped", "transposed", "padded", "expanded", "overlapping", "negated")
-# "rows" have norms of very different size; "nan" and "inf" are in a few places of otherwise normal values.
+# Kinds of values. "rows" have norms of very different size; "nan" and "inf" are set in a few entries.
 VALUES = ("zeros", "ones", "huge", "tiny", "rows", "nan", "inf")
 WRONG_DTYPES = ("float32", "float64", "float16", "int32", "int64", "uint8", "int16", "bool", "complex64")
-# The squares of float64 stay in its range: there is no wider one to sum them in.
+# float64 has no wider type to sum in, so its extremes are chosen such that their squares do not overflow.
 _HUGE = {torch.float16: 200.0, torch.bfloat16: 1e17, torch.float32: 1e17, torch.float64: 1e150}
 _TINY = {torch.float16: 1e-6, torch.bfloat16: 1e-39, torch.float32: 1e-39, torch.float64: 1e-140}
 
@@ -27,7 +27,7 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype, values: str, generator: torch.Generator) -> Tensor:
-    """Return contiguous values of one of the kinds above, or ``normal`` ones."""
+    """Return a contiguous tensor of one of the kinds in ``VALUES``, or of ``normal`` values."""
     if values in ("zeros", "ones"):
         return torch.full(shape, float(values == "ones"), dtype=dtype)
     tensor = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -45,7 +45,7 @@ def draw(shape: tuple[int, ...], dtype: torch.dtype, values: str, generator: tor
 
 
 def laid_out(tensor: Tensor, layout: str) -> Tensor:
-    """Return a tensor of the same shape and dtype, and for most layouts of the same values."""
+    """Return a tensor of the same shape and dtype; only expanded and overlapping change the values."""
     if layout == "expanded":
         return tensor[:1].expand(tensor.shape) if tensor.dim() and len(tensor) else tensor
     if layout == "overlapping":
@@ -53,7 +53,7 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
             return tensor
         return tensor.new_empty(0).set_(_window(tensor)).as_strided(tensor.shape, (1, 1), 1)
     if layout == "negated":
-        # Only what is imaginary in conjugated numbers has that bit, no whole number.
+        # torch sets the negative bit only on parts of complex numbers; integer tensors never have it.
         return torch._neg_view(-tensor) if tensor.is_floating_point() else tensor
     if tensor.dim() == 0:
         return tensor
@@ -95,7 +95,7 @@ def generator_of(seed: int) -> torch.Generator:
 
 
 def bits_of(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor, so that NaNs compare."""
+    """Return the bytes of a tensor, so that NaNs compare equal."""
     if tensor.is_sparse:
         tensor = tensor.coalesce()
         return torch.cat([bits_of(tensor.indices()), bits_of(tensor.values())])
@@ -114,7 +114,7 @@ def same_bits(left: Any, right: Any) -> bool:
 
 
 class Unchanged:
-    """Raise unless the tensors given have the bits they had when the block began."""
+    """Raise unless the given tensors keep their bits during the block."""
 
     def __init__(self, *tensors: Tensor | None) -> None:
         self.tensors = [each for each in tensors if each is not None and not each.is_meta]
@@ -129,26 +129,24 @@ class Unchanged:
 
 
 class Refused(NamedTuple):
-    """An error that is documented."""
+    """A documented error that a call raised."""
 
     kind: type
     message: str
 
 
-# What the ops document; torch's dispatcher and allocator raise the last two.
+# The errors that the ops document; torch's dispatcher and allocator raise the last two.
 DOCUMENTED = (TypeError, ValueError, IndexError, RuntimeError, NotImplementedError)
 
 
 def outcome(call: Callable[[], Any], names: Iterable[str] = ()) -> Any:
-    """Return the result of a call, or the error it was refused with, which must be documented and name one of
-    ``names``.
-    """
+    """Return the result of a call, or its error, which must be documented and mention one of ``names``."""
     try:
         return call()
     except Exception as raised:
         error = raised
     kind = type(error)
-    # torch raises its own subclasses of RuntimeError, and a RecursionError is one of Python's.
+    # torch raises its own subclasses of RuntimeError; RecursionError, Python's subclass, is not documented.
     assert kind in DOCUMENTED or kind.__module__.startswith("torch"), f"{kind.__name__}: {error}"
     names = list(names)
     words = set(re.findall(r"\w+", str(error)))
@@ -157,7 +155,7 @@ def outcome(call: Callable[[], Any], names: Iterable[str] = ()) -> Any:
 
 
 def spoiled(tensor: Tensor | None, how: dict[str, Any]) -> Tensor | None:
-    """Return an argument made wrong, or merely unusual, in one way."""
+    """Return an argument made invalid, or only unusual, in the way that ``spoiling`` drew."""
     if how["kind"] == "none":
         return None
     if tensor is None:
@@ -210,7 +208,7 @@ _KINDS = (
 
 
 def spoiling(random: Random, names: Iterable[str]) -> dict[str, Any]:
-    """Say which argument to spoil, and how."""
+    """Draw an argument to spoil and the way to do it."""
     return dict(
         name=random.choice(list(names)),
         kind=random.choice(_KINDS),
@@ -223,17 +221,17 @@ def spoiling(random: Random, names: Iterable[str]) -> dict[str, Any]:
 def assert_within(
     got: Tensor, exact: Tensor, bound: Tensor, sizes: Tensor, what: str, undefined: Tensor | bool = True
 ) -> None:
-    """Raise unless ``got`` is as near to ``exact`` as ``bound`` says.
+    """Raise unless ``|got - exact| <= bound``.
 
-    Where ``sizes``, the sum of what was added by absolute value, nears the largest number of the dtype, sums
-    may overflow, so that anything may come. Where the exact value is NaN and ``undefined`` holds, so is the
-    result.
+    Where ``sizes``, the sum of the absolute values of the terms, nears the largest number of the dtype, a
+    sum may overflow and the result is not checked. Where the exact value is NaN and ``undefined`` holds, the
+    result must be NaN, too.
     """
     assert got.shape == exact.shape, f"{what}: shape {tuple(got.shape)}, not {tuple(exact.shape)}"
     largest = torch.finfo(got.dtype).max / 8
     checked = (sizes < largest) & exact.isfinite()
     error = (got.double() - exact).abs()
-    wrong = checked & ~(error <= bound)  # a NaN that is not to be is wrong too
+    wrong = checked & ~(error <= bound)  # an unexpected NaN fails the comparison
     if bool(wrong.any()):
         at = tuple(wrong.nonzero()[0].tolist())
         raise AssertionError(
@@ -245,7 +243,7 @@ def assert_within(
 
 
 def rounding(dtype: torch.dtype) -> tuple[float, float, float]:
-    """Unit roundoff of a dtype and of its sums, and a value below which either may flush to zero."""
+    """Return the unit roundoff of a dtype and of its sums, and the value below which they may flush to 0."""
     accumulation = torch.float64 if dtype == torch.float64 else torch.float32
     smallest = max(torch.finfo(dtype).smallest_normal * (1 if dtype != torch.float16 else 2**-10), 1e-300)
     return (

@@ -1,4 +1,4 @@
-"""Every file format, damaged: each file is read right or refused by name, in little time and memory."""
+"""Damaged files of every format: each is read correctly or refused by name, in bounded time and memory."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from embkern.io.mapped_table import DTYPES, TableFile
 from embkern.io.tensor_format import TensorFormat, _header_checksum, checksum
 from embkern.methods.autoencoder import autoencoder
 from embkern.methods.autoencoder.checkpoint import FORMAT as CHECKPOINT
-from embkern.methods.autoencoder.checkpoint import _read
-from embkern.methods.autoencoder.steps import Weights
+from embkern.methods.autoencoder.checkpoint import read_checkpoint
+from embkern.methods.autoencoder.weights import Weights
 from embkern.ops.packed_format import Tier
 from embkern.study.plans import Plan
 from embkern.study.rows import Row
@@ -56,7 +56,7 @@ EPOCHS = 2
 
 
 class Kind(NamedTuple):
-    """A format: how to write its examples, read a file, and check what was read."""
+    """A file format: how to write its examples, read a file, and check the result."""
 
     format: TensorFormat
     examples: Callable[[], list[Path]]
@@ -137,7 +137,7 @@ def _identity() -> dict[str, Any]:
 
 def _load_checkpoint(path: Path) -> Any:
     weights = Weights(torch.zeros(2 * R * H + R + H), R, H)
-    state = _read(path, _identity(), 100, weights)
+    state = read_checkpoint(path, _identity(), 100, weights)
     weights.load(state)
     return state
 
@@ -171,7 +171,7 @@ KINDS: dict[str, Kind] = {
 
 @functools.cache
 def examples(kind: str) -> list[tuple[bytes, Any]]:
-    """The bytes of each example, and what they are read as."""
+    """Return the bytes of each example with the object that is read from them."""
     return [(path.read_bytes(), KINDS[kind].load(path)) for path in KINDS[kind].examples()]
 
 
@@ -185,7 +185,7 @@ def bytes_case(random: Random) -> Case:
 
 @fuzz(bytes_case)
 def test_damaged_bytes_are_noticed(case):
-    """All of a file has a checksum: what loads is what was saved."""
+    """Checksums cover the whole file, so what loads is what was saved."""
     kind, several = KINDS[case["kind"]], examples(case["kind"])
     data, saved = several[case["example"] % len(several)]
     path = place() / "damaged"
@@ -218,11 +218,12 @@ def test_files_with_checksums_that_hold_are_valid_or_refused(case):
     tensors = dict(kind.tensors(saved))
     for edit, at, text, how in case["edits"]:
         if edit in ("tensor", "value"):
-            # A tensor is dropped, added, or has another dtype, shape or values.
+            # The tensor is dropped, added, or changed in dtype, shape or values.
             how = (
                 {**how, "kind": "value"} if edit == "value" and tensors.get(how["name"]) is not None else how
             )
-            how = {**how, "kind": "dim"} if how["kind"] in ("meta", "layout") else how  # a file has neither
+            # Files have no layouts and no meta tensors.
+            how = {**how, "kind": "dim"} if how["kind"] in ("meta", "layout") else how
             changed = spoiled(tensors.get(how["name"]), how)
             tensors = {**tensors, how["name"]: changed}
             if changed is None:
@@ -251,7 +252,7 @@ def test_files_with_checksums_that_hold_are_valid_or_refused(case):
 def checksums_of(
     format: TensorFormat, tensors: dict[str, Tensor], metadata: dict[str, str]
 ) -> dict[str, str]:
-    """The checksums that belong to a file, as far as its settings have any."""
+    """Return valid checksums of a file; a setting that cannot be parsed counts as 0."""
     checked = dict(tensors)
     for name in format.checked:
         try:
@@ -336,7 +337,7 @@ def study_case(random: Random) -> Case:
 
 @fuzz(study_case)
 def test_rows_of_a_study(case):
-    """A row that cannot be read is measured again, so that nothing is raised."""
+    """A damaged row is measured again, so reading it raises nothing."""
     directory = place() / "study"
     directory.mkdir(exist_ok=True)
     path = directory / f"{PLAN.id}.json"
@@ -352,7 +353,7 @@ def test_rows_of_a_study(case):
         row.model_dump_json()
 
 
-# ---- what is no file ---------------------------------------------------------------------------------
+# ---- paths that are not regular files ----------------------------------------------------------------
 
 
 def place_case(random: Random) -> Case:

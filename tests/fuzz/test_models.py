@@ -1,4 +1,4 @@
-"""Saved models, and the JSON and YAML beside them, damaged: read right or refused by name."""
+"""Damaged models, JSON and YAML files: each is read correctly or refused by name."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ V, H = 50, 32
 
 @functools.cache
 def saved(kind: str) -> Path:
-    """A directory of a small compressed model."""
+    """Save a small compressed model and return its directory."""
     torch.manual_seed(0)
     model = tiny_bert(vocab_size=V, num_hidden_layers=1)
     table = find_table(model)
@@ -68,14 +68,14 @@ def config_of(kind: str) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Any:
-    """Transformers warns of every odd config."""
+    """Silence transformers, which warns about every unusual config."""
     T.utils.logging.disable_progress_bar()
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
 
 
-# ---- what config.json says of a table ----------------------------------------------------------------
+# ---- the description of a table in config.json -------------------------------------------------------
 
 
 def config_case(random: Random) -> Case:
@@ -83,7 +83,7 @@ def config_case(random: Random) -> Case:
 
 
 def with_checksum(described: Any) -> Any:
-    """A description with the checksum that belongs to it."""
+    """Return a description with a valid checksum."""
     if isinstance(described, dict) and "checksum" in described:
         names = ("method", "ratio", "rank", "lm_head", "options", "table")
         described["checksum"] = _checksum_of({name: described.get(name) for name in names})
@@ -97,7 +97,7 @@ def test_descriptions_of_a_table(case):
         described = json.loads(text)
         described = with_checksum(described) if case["checked"] else described
     except (ValueError, RecursionError):
-        return  # of the JSON, not of what it says: see below
+        return  # invalid JSON; the tests of whole models cover it
     if not isinstance(described, dict):
         return
     with bounded():
@@ -139,7 +139,7 @@ def test_models_with_a_damaged_file(case):
         config = json.loads(data)
         if case["described"]:
             text = damaged_json(config["quantization_config"], case["changes"])
-            with contextlib.suppress(ValueError, RecursionError):  # what is not JSON stays as it is
+            with contextlib.suppress(ValueError, RecursionError):  # invalid JSON stays unchanged
                 text = json.dumps(with_checksum(json.loads(text)))
             config["quantization_config"] = Raw("@")
             text = json.dumps(config).replace('"@"', text)
@@ -149,7 +149,7 @@ def test_models_with_a_damaged_file(case):
     else:
         header, rest = header_of(data)
         path.write_bytes(with_header(damaged_json(header, case["changes"]), rest))
-    # A config may ask for a model of any size that is not the table's: what it then takes is not embkern's.
+    # A damaged config may describe a huge model; allocating the model around the table is up to transformers.
     with bounded():
         model = read(directory, lambda: loading.load_model(directory), (FileNotFoundError,))
         if model is None:
@@ -204,7 +204,7 @@ def test_documents(case):
         text = damaged_json(document, case["changes"])
         path.write_bytes((rechecked(text) if case["checked"] else text).encode("utf-8", "surrogatepass"))
     with bounded():
-        if case["kind"] == "manifest":  # one that cannot be read lists nothing, so that nothing is replaced
+        if case["kind"] == "manifest":  # an unreadable manifest lists no files, so no file is replaced
             (directory / "config.json").touch()
             foreign = saving._foreign_files(directory)
             assert set(foreign) <= {"config.json"} | {each.name for each in directory.iterdir()}

@@ -1,7 +1,7 @@
-"""The native overloads, called as the dispatcher calls them, with arguments that no public function passes.
+"""The native overloads, called through the dispatcher with arguments that no public function passes.
 
-They have checks of their own: whatever comes, they refuse it or compute something, and never read or write
-what is not theirs. Under AddressSanitizer (``make fuzz``) that is all that is asked.
+They check their own arguments: a call is refused or computes something, and never reads or writes out of
+bounds, which ``make fuzz`` checks under AddressSanitizer.
 """
 
 from __future__ import annotations
@@ -212,11 +212,11 @@ def test_raw_ops_refuse_or_compute(case):
     for how in case["spoiling"]:
         given[how["name"]] = spoil(given[how["name"]], how, case)
     width = given.get("embedding_dim", 0)
-    if 2**20 < width < 2**40:  # it may be right, and is gigabytes
+    if 2**20 < width < 2**40:  # it may be valid, and would allocate gigabytes
         given["embedding_dim"] = 2**40
     call = lambda: overload(case["op"], "native")(*given.values())  # noqa: E731
     if any(isinstance(each, Tensor) and each.is_meta for each in given.values()):
-        with contextlib.suppress(Exception):  # a shape function runs, which the public functions check for
+        with contextlib.suppress(Exception):  # the shape function alone does not check its arguments
             call()
     else:
         outcome(call)
@@ -228,7 +228,7 @@ def trained_case(random: Random) -> Case:
 
 @fuzz(trained_case)
 def test_training_steps_follow_their_gradients(case):
-    """One step of the native trainer is Adam's on the gradients that the loss's own op gives."""
+    """One step of the native trainer is a step of Adam on the gradients of ``autoencoder_forward``."""
     dtype = dtype_of(case["dtype"])
     given = autoencoder_train(Random(case["seed"]), generator_of(case["seed"]), dtype)
     given["order"] = given["order"][: given["batch_size"]]
@@ -247,7 +247,7 @@ def test_training_steps_follow_their_gradients(case):
     unit = torch.finfo(dtype).eps
     assert abs(float(losses[0] - terms[0])) <= 100 * unit * (1 + abs(float(terms[0])))
     grad = torch.cat([each.reshape(-1) for each in grads])
-    # Adam's moments after one step are the gradient and its square, scaled.
+    # After one step Adam's moments are (1 - beta1) * grad and (1 - beta2) * grad ** 2.
     norm = float(grad.norm()) + 1e-30
     assert float((given["first_moment"] - 0.1 * grad).norm()) <= 1e3 * unit * norm
     assert float((given["second_moment"] - 0.001 * grad.square()).norm()) <= 1e3 * unit * norm**2

@@ -1,4 +1,4 @@
-"""Writing: what was there stays whole until the new thing is complete."""
+"""Atomic writes: an existing file or directory is unchanged until its replacement is complete."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from embkern.io import atomic as files
+from embkern.io import atomic
 from embkern.io.atomic import replacing, replacing_directory
 
 
@@ -39,10 +39,10 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, there_before):
     assert contents(tmp_path) == {"f": "new"}
 
 
-@pytest.mark.parametrize("atomic", [True, False])
-def test_a_directory_is_replaced_whole(tmp_path, monkeypatch, atomic):
-    if not atomic:
-        monkeypatch.setattr(files.sys, "platform", "elsewhere")
+@pytest.mark.parametrize("in_one_step", [True, False])
+def test_a_directory_is_replaced_whole(tmp_path, monkeypatch, in_one_step):
+    if not in_one_step:
+        monkeypatch.setattr(atomic.sys, "platform", "elsewhere")
     target = tmp_path / "parent" / "d"
     for text in ("first", "second"):
         with replacing_directory(target) as temporary:
@@ -110,16 +110,16 @@ def test_permissions_follow_the_umask(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "f").stat().st_mode & 0o777 == 0o640
-    assert (tmp_path / "s").stat().st_mode & 0o777 == 0o640, "whatever safetensors does"
+    assert (tmp_path / "s").stat().st_mode & 0o777 == 0o640, "safetensors creates its files with 0600"
     (tmp_path / "f").chmod(0o600)
     with replacing(tmp_path / "f") as temporary:
         temporary.write_text("y")
-    assert (tmp_path / "f").stat().st_mode & 0o777 == 0o600, "what was there keeps its mode"
+    assert (tmp_path / "f").stat().st_mode & 0o777 == 0o600, "an existing file keeps its mode"
     assert (tmp_path / "d").stat().st_mode & 0o777 == 0o750
 
 
 def test_the_umask_is_never_set(tmp_path, monkeypatch):
-    """It is one for all threads: a file that another makes meanwhile would have no protection."""
+    """All threads share it: a file that another thread creates meanwhile would have the wrong mode."""
     monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("set the umask of the whole process"))
     with replacing(tmp_path / "f") as temporary:
         temporary.write_text("x")

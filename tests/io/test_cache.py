@@ -1,4 +1,4 @@
-"""The cache: where the environment says."""
+"""The cache directory follows the environment variables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables in a file: the same rows, the same factors bit for bit, in a bounded resident size."""
+"""Tables in a file give the rows and factors of tables in memory, bit for bit, in bounded memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from embkern.io import mapped_table as table_file
+from embkern.io import mapped_table
 from embkern.io.mapped_table import TableFile
 from embkern.methods import autoencoder, base
 
@@ -50,7 +50,7 @@ def test_rows_are_those_of_the_tensor(tmp_path, dtype, shape):
 def test_rows_do_not_depend_on_the_bound(tmp_path, monkeypatch, bound):
     table = torch.randn(3000, 512)  # 6 MB: three windows of 2 MB
     file = stored(tmp_path / "t.safetensors", table)
-    monkeypatch.setattr(table_file, "RESIDENT_BYTES", bound)
+    monkeypatch.setattr(mapped_table, "RESIDENT_BYTES", bound)
     ids = torch.randperm(3000)[:999]
     assert torch.equal(file.gather(ids), table[ids])
     assert torch.equal(file.read(5, 2998), table[5:2998])
@@ -121,7 +121,7 @@ def test_the_factors_are_those_of_the_table_in_memory(tmp_path, monkeypatch, dty
     assert factors.dtype == dtype
     for name, tensor in expected.tensors().items():
         assert torch.equal(factors.tensors()[name], tensor)
-    # A checkpoint belongs to the rows, wherever they are.
+    # A checkpoint depends on the rows, not on whether they are in memory.
     resumed = autoencoder(file, 4, **run, checkpoint=tmp_path / "memory.pt")
     assert torch.equal(resumed.codes, expected.codes)
 
@@ -165,14 +165,14 @@ def resident(name):
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))
 
 options = dict(batch_size=512, epochs=1, progress=False)
-autoencoder(torch.randn(9000, 512), 4, **options)  # libraries and their buffers
+autoencoder(torch.randn(9000, 512), 4, **options)  # loads the libraries and allocates their buffers
 with open("/proc/self/clear_refs", "w") as peak:
-    peak.write("5")  # the high-water mark starts anew
+    peak.write("5")  # resets the high-water mark
 before = resident("VmRSS")
 autoencoder(TableFile(sys.argv[1], "t"), 4, **options, checkpoint=sys.argv[1] + ".pt")
 print(resident("VmHWM") - before)
 """
-    returned = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}  # glibc gives what is freed back at once
+    returned = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}  # glibc returns freed memory at once
     command = [sys.executable, "-c", script, path]
     done = subprocess.run(command, capture_output=True, text=True, env=returned)
     assert done.returncode == 0, done.stderr

@@ -15,7 +15,7 @@ from tests.conftest import seed_of
 
 
 def _table(V: int = 2000, H: int = 96, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Rows whose spectrum falls, as that of embeddings does, with norms of one order of size."""
+    """Return rows with a decaying spectrum, like embeddings, and norms between 0.5 and 1.5."""
     generator = torch.Generator().manual_seed(seed_of(seed))
     rotation = torch.linalg.qr(torch.randn(H, H, generator=generator))[0]
     spectrum = torch.arange(1, H + 1).float().pow(-0.7)
@@ -42,7 +42,7 @@ def test_the_levels_are_those_of_lloyd_and_max() -> None:
         levels = scalar_levels()[bits - 1, : 2**bits].double() / 4096
         nearest = levels[torch.bucketize(sample, (levels[1:] + levels[:-1]) / 2)]
         assert (sample - nearest).square().mean().item() == pytest.approx(distortion(bits), rel=0.01)
-        for level in levels:  # each is the mean of what it stands for
+        for level in levels:  # each level is the mean of the values nearest to it
             assert sample[nearest == level].mean().item() == pytest.approx(level.item(), abs=0.01)
 
 
@@ -75,7 +75,7 @@ def test_it_beats_low_rank_and_gives_more_for_more_bytes() -> None:
     assert errors[2] < 0.6 * (1 - F.cosine_similarity(table, svd(table, rank).to_dense())).mean()
 
 
-def test_a_higher_exponent_serves_what_is_read_and_fewer_tiers_cost_little() -> None:
+def test_a_higher_exponent_favours_frequent_rows_and_fewer_tiers_cost_little() -> None:
     table, counts = _table(), _zipf(2000)
     p = counts / counts.sum()
     read = {
@@ -131,14 +131,14 @@ def test_the_same_inputs_give_the_same_bytes() -> None:
 )
 def test_tables_of_any_shape(V, H, ratio) -> None:
     table = _table(V, H, seed=V)
-    packed = allocate(table, ratio=ratio)  # the levels take a kilobyte
+    packed = allocate(table, ratio=ratio)  # the levels alone take a kilobyte
     assert packed.nbytes <= table.nbytes / ratio
     assert packed.to_dense().shape == (V, H)
     assert _errors(table, packed).mean() < 0.1
 
 
-def test_signs_are_not_taken_for_free() -> None:
-    """Levels of single codes hold them at 1 bit without an error, those of a trellis do not."""
+def test_rows_of_signs_are_estimated_with_trellis_codes() -> None:
+    """Scalar codes of 1 bit have no error on signs, but trellis codes, which are stored, do."""
     table = torch.randn(600, 96).sign()
     assert _errors(table, allocate(table, ratio=12)).mean() < 0.06  # 0.16 at 1 bit, 0.04 at 2
 

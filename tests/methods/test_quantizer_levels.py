@@ -24,7 +24,7 @@ def test_lloyd_max_levels_are_the_best(bits, error, tolerance):
     levels = lloyd_max_levels(bits)
     assert levels.shape == (2**bits,)
     assert torch.equal(levels, -levels.flip(0))
-    # By quadrature, which knows nothing of the solver's formulas.
+    # By quadrature, independently of the solver's formulas.
     x = torch.linspace(-10, 10, 2_000_001, dtype=torch.float64)
     density = torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi) * (x[1] - x[0])
     midpoints = (levels[1:] + levels[:-1]) / 2
@@ -38,12 +38,12 @@ def test_lloyd_max_levels_are_the_best(bits, error, tolerance):
     assert distortion(bits) == pytest.approx(found, rel=1e-5)
 
 
-def test_no_bits_lose_everything():
+def test_zero_bits_have_the_variance_as_their_error():
     assert distortion(0) == 1
 
 
 @pytest.mark.parametrize("bits", UNIFORM_STEPS)
-def test_uniform_steps_lose_less_than_those_beside_them(bits):
+def test_uniform_steps_have_less_error_than_steps_two_percent_apart(bits):
     x = torch.linspace(-10, 10, 2_000_001, dtype=torch.float64)
     density = torch.exp(-x.square() / 2)
     half = 2 ** (bits - 1)

@@ -1,10 +1,9 @@
-"""Training on several processes: the same bits for any number of them, and what is left when one is lost."""
+"""Distributed runs: the same bits for any number of processes, and the end of a run that loses one."""
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,13 +17,14 @@ from torch.testing import assert_close
 
 from embkern.io.mapped_table import TableFile
 from embkern.methods import autoencoder
-from embkern.methods.sharded import DistributedWorld, EverywhereError, World, joined, launched
+from embkern.methods.sharded import DistributedWorld, FirstProcessError, World, joined, launched
 from embkern.tables.factors import Factors
+from tests.methods.processes import environments
 
 SHARDS = 8
-SECONDS = 60  # for a process to do what it is expected to do
+SECONDS = 60  # time limit for a process
 
-# What a rank trains: each way of stepping, odd sizes, and a table with fewer rows than shards.
+# The runs of a process: every kind of step, odd sizes, and a table with fewer rows than shards.
 RUNS = {
     "batches": ("t", 3, dict(batch_size=50, epochs=3, rmse_weight=0.1)),
     "whole table from the svd": ("t", 3, dict(batch_size=1000, epochs=5, init="svd")),
@@ -57,23 +57,9 @@ def path(tmp_path) -> Path:
     return tmp_path / "tables"
 
 
-def environments(size: int) -> list[dict[str, str]]:
-    """What torchrun sets for each of its processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "WORLD_SIZE": str(size),
-        "OMP_NUM_THREADS": "1",
-    }
-    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
-
-
 @pytest.fixture
 def start():
-    """Start the processes of a run as torchrun does; none outlives the test."""
+    """Return a function that starts the processes of a run like torchrun; they are killed after the test."""
     started: list[subprocess.Popen[str]] = []
 
     def call(size: int, *command: object) -> list[subprocess.Popen[str]]:
@@ -110,7 +96,7 @@ def test_any_number_of_ranks_gives_the_same_bits(path, start, monkeypatch):
         too = {"validate": score} if number == 0 else {}
         run = dict(options, **too, progress=False)
         expected.append(autoencoder(TableFile(path, name), rank, world=World(SHARDS), **run))
-        # The shards change no more than the rounding.
+        # Sharding changes the result only by rounding.
         plain = autoencoder(TableFile(path, name), rank, **run)
         assert_close(expected[-1].to_dense(), plain.to_dense(), rtol=1e-2, atol=1e-2)
     for name, value in environments(1)[0].items():
@@ -151,7 +137,7 @@ def test_a_lost_rank_ends_the_run_with_a_message_and_a_checkpoint(path, start, t
             time.sleep(0.002)
         return processes
 
-    # Killed: the survivor's next exchange with it fails.
+    # A killed process: the next collective operation of the other one fails.
     survivor, victim = run_until_two_more_checkpoints()
     victim.send_signal(signal.SIGKILL)
     message = survivor.communicate(timeout=SECONDS)[1]
@@ -161,7 +147,7 @@ def test_a_lost_rank_ends_the_run_with_a_message_and_a_checkpoint(path, start, t
     assert survivor.returncode == 1
     victim.communicate()
 
-    # Silent: the survivor waits for it when torchrun's SIGTERM comes.
+    # A stopped process: the other one waits for it when the SIGTERM of torchrun arrives.
     survivor, victim = run_until_two_more_checkpoints()
     victim.send_signal(signal.SIGSTOP)
     time.sleep(0.2)
@@ -180,11 +166,11 @@ def test_a_lost_rank_ends_the_run_with_a_message_and_a_checkpoint(path, start, t
     assert equal(resumed, autoencoder(table, 3, **run, world=World(SHARDS)))
     assert not list(tmp_path.glob(".*.tmp"))
     with pytest.raises(ValueError, match=r"belongs to another run \(different table\)"):
-        autoencoder(table, 3, **run, checkpoint=checkpoint)  # other shards, other rounding
+        autoencoder(table, 3, **run, checkpoint=checkpoint)  # one shard rounds differently from eight
 
 
 def test_the_bits_of_a_sharded_run_do_not_depend_on_threads():
-    # Sizes at which MKL's sums differ between one thread and four.
+    # At these sizes the sums of MKL differ between one thread and four.
     table, before = torch.randn(2 * 3815, 384), torch.get_num_threads()
     run = dict(batch_size=10**6, epochs=1, init="svd", progress=False, world=World(2))
     factors = []
@@ -200,7 +186,7 @@ def test_the_bits_of_a_sharded_run_do_not_depend_on_threads():
     assert equal(factors[2], factors[3])
 
 
-def test_shards_are_whole_consecutive_and_shared_out():
+def test_shards_cover_the_table_and_are_distributed_in_order():
     table = torch.arange(23.0).view(23, 1)
     sections = World(SHARDS).sections(table)
     assert torch.equal(torch.cat([section.rows for section in sections]), table)
@@ -232,15 +218,15 @@ def test_an_error_of_the_first_process_is_raised_on_all(world, monkeypatch):
         "torch.distributed.broadcast_object_list",
         lambda outcome, source: outcome.__setitem__(slice(None), [None, "what"]),
     )
-    with pytest.raises(EverywhereError, match="^what$"):
+    with pytest.raises(FirstProcessError, match="^what$"):
         world.on_first(lambda: pytest.fail("called on a second process"))
 
 
-def test_processes_that_round_differently_are_noticed(world, monkeypatch):
-    world.agree(torch.ones(3))
-    monkeypatch.setattr(DistributedWorld, "all", lambda self, value: [value, value + 1])
+def test_processes_that_round_differently_are_detected(world, monkeypatch):
+    world.check_equal_weights(torch.ones(3))
+    monkeypatch.setattr(DistributedWorld, "gather", lambda self, value: [value, value + 1])
     with pytest.raises(RuntimeError, match="no longer have the same weights"):
-        world.agree(torch.ones(3))
+        world.check_equal_weights(torch.ones(3))
 
 
 def test_what_cannot_be_sharded_is_named(path, monkeypatch):

@@ -1,4 +1,4 @@
-"""SVD and PCA against torch.linalg.svd, and what they refuse."""
+"""SVD and PCA against ``torch.linalg.svd``, and wrong arguments."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from embkern.methods import rank_for_ratio, svd
+from embkern.methods import svd
 
 
 def best(table, rank):
@@ -99,31 +99,3 @@ def test_zero_rows_stay_zero_and_a_table_of_zeros_works():
 def test_bad_arguments_are_named(table, rank, options, error, message):
     with pytest.raises(error, match=message):
         svd(table, rank, **options)
-
-
-def test_rank_for_ratio():
-    assert rank_for_ratio(30522, 768, 2.5, offset=False) == 299
-    assert rank_for_ratio(30522, 768, 5, offset=False) == 149
-    assert rank_for_ratio(30522, 768, 10, offset=False) == 74
-    for offset in (True, False):
-        for ratio in (1.0, 3.7, 50.0):
-            rank = rank_for_ratio(5000, 64, ratio, offset=offset)
-            size = rank * (5000 + 64) + 64 * offset
-            assert size * ratio <= 5000 * 64
-            assert rank == 64 or (size + 5064) * ratio > 5000 * 64
-    with pytest.raises(ValueError, match="ratio: expected at least 1 .* got 0.5"):
-        rank_for_ratio(100, 10, 0.5, offset=False)
-    with pytest.raises(ValueError, match="ratio: expected at least 1 .* got nan"):
-        rank_for_ratio(100, 10, float("nan"), offset=False)
-    for V, H in ((123, 64), (30522, 384), (7, 5), (151, 33)):
-        for rank in range(1, H + 1):
-            exact = V * H / (rank * (V + H))  # a rank's own ratio gives it back
-            assert exact < 1 or rank_for_ratio(V, H, exact, offset=False) == rank
-    with pytest.raises(ValueError, match="leaves no room for rank 1 .* the highest that fits is 9.09"):
-        rank_for_ratio(100, 10, 10, offset=False)
-    for V, H in ((123, 64), (1000, 277), (30522, 384)):
-        with pytest.raises(ValueError, match="the highest that fits is") as refused:
-            rank_for_ratio(V, H, 1e6, offset=True)
-        assert rank_for_ratio(V, H, float(str(refused.value).split()[-1]), offset=True) == 1
-    with pytest.raises(ValueError, match="cannot be factorised smaller"):
-        rank_for_ratio(1, 10, 1, offset=False)

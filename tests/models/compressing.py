@@ -1,4 +1,4 @@
-"""Compress a small model, reload it, and check what its modules share."""
+"""Helpers of the tests of models: compress, reload, compare, and edit saved configs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from embkern import Recipe
+from embkern.models.checkpoint import stored_table
 from embkern.models.find_table import find_table
 from embkern.models.quantizer import install
 
@@ -34,6 +35,15 @@ def reload(model, path, **kwargs):
     return loaded
 
 
+def round_as_stored(model):
+    """Round the live table, in place, to the dtype in which it is stored, so that a reload is exact."""
+    embedding = model.get_input_embeddings()
+    with torch.no_grad():
+        for name, tensor in stored_table(model).tensors().items():
+            getattr(embedding, name).copy_(tensor)
+    return model
+
+
 def held(module) -> dict[str, torch.Tensor]:
     """The tensors of a table that a module holds."""
     return {name: getattr(module, name) for name in module.tensors()}
@@ -51,7 +61,7 @@ def assert_same_table(got, expected) -> None:
 
 
 def edit(path: Path, change) -> None:
-    """Change a saved config, as the first version has it: later ones notice any change by their checksum."""
+    """Change a saved config after downgrading it to the first version, which has no checksum."""
     config = json.loads(path.read_text())
     config["quantization_config"].pop("checksum", None)
     config["quantization_config"]["format_version"] = 1

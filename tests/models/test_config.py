@@ -1,4 +1,4 @@
-"""``embkern.models.config``: edited and damaged configs."""
+"""The config of a saved model: refusal of edited and damaged ones, equal bytes, and the first version."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("quantizing")
         (shape("codes", 100, 7), "describes 100 x 32, the model's config says 101 x 32"),
         (shape("surprise", 3), "quantization_config.table is damaged: .*surprise"),
         (of_table(shapes=3), "quantization_config.table is damaged"),
-        (lambda c: c["table"]["shapes"].pop("offset"), "checksums: expected them of basis, codes, got"),
+        (lambda c: c["table"]["shapes"].pop("offset"), "checksums: expected those of basis, codes, got"),
         (of_table(kind="folded"), "kind: expected one of factors, packed, got 'folded'"),
         (of_table(settings={"depth": 3}), "quantization_config.table is damaged: .*depth"),
         (lambda c: c["table"].pop("dtype"), "quantization_config.table is damaged"),
@@ -42,8 +42,8 @@ pytestmark = pytest.mark.usefixtures("quantizing")
         (of_table(checksums={"codes": "crc32:0"}), "codes was changed after it was saved"),
         (of_table(scales={"x": float("nan")}), "scales: expected finite numbers"),
         (of_table(dtype="int64"), "dtype: expected a floating-point torch dtype"),
-        (of_table(checksums={"decoder": "x"}), "checksums: expected them of basis, codes, offset"),
-        (of_table(checksums={"codes": ["crc32:0"]}), "checksums: expected them of basis, codes, offset"),
+        (of_table(checksums={"decoder": "x"}), "checksums: expected those of basis, codes, offset"),
+        (of_table(checksums={"codes": ["crc32:0"]}), "checksums: expected those of basis, codes, offset"),
         (of_table(checksums=None), "quantization_config.table is damaged"),
         (lambda c: c.pop("table"), "quantization_config.table: expected what embkern saved"),
         (lambda c: c.update(surprise=1), "unknown field.s. surprise"),
@@ -109,8 +109,8 @@ def test_what_is_saved_twice_has_the_same_bytes(tmp_path, kind):
     model = compressed(build("bert"), kind)
     for name in ("first", "second"):
         model.save_pretrained(tmp_path / name)
-    reload_ = T.BertForMaskedLM.from_pretrained(tmp_path / "first")
-    reload_.save_pretrained(tmp_path / "again")
+    loaded = T.BertForMaskedLM.from_pretrained(tmp_path / "first")
+    loaded.save_pretrained(tmp_path / "again")
     names = {path.name for path in (tmp_path / "first").iterdir()}
     assert {"config.json", "model.safetensors"} <= names
     for name in names:
@@ -119,10 +119,10 @@ def test_what_is_saved_twice_has_the_same_bytes(tmp_path, kind):
         assert first == (tmp_path / "again" / name).read_bytes()
 
 
-def test_models_saved_before_there_were_kinds_of_tables_load(saved):
+def test_models_of_the_first_version_load(saved):
     expected = outputs(T.BertModel.from_pretrained(saved))
 
-    def as_it_was(config):
+    def downgrade(config):
         table = config["table"]
         shapes = table.pop("shapes")
         codes, basis = shapes["codes"], shapes["basis"]
@@ -130,5 +130,5 @@ def test_models_saved_before_there_were_kinds_of_tables_load(saved):
         config["table"] = {**first, **table.pop("settings"), **table}
         assert config["table"].pop("kind") == "factors"
 
-    edit(saved / "config.json", as_it_was)
+    edit(saved / "config.json", downgrade)
     assert torch.equal(outputs(T.BertModel.from_pretrained(saved)), expected)

@@ -1,4 +1,4 @@
-"""``embkern.models.find_table``: the table, its scale, and models that cannot be compressed."""
+"""Finding the table of a model: its scale, other tables, and models that cannot be compressed."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_models_that_cannot_be_compressed_say_why():
         find_table(torch.compile(build("gpt2")))
     model = build("gpt2")
     model.hf_quantizer = type("Other", (), {"quantization_config": T.BitsAndBytesConfig()})()
-    with pytest.raises(UnsupportedModelError, match="is quantised by Other already"):
+    with pytest.raises(UnsupportedModelError, match="already quantised by Other"):
         find_table(model)
     with pytest.raises(UnsupportedModelError, match="compressed already"):
         find_table(compressed(build("bert")))

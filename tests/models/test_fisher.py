@@ -1,4 +1,4 @@
-"""Fisher row weights against autograd of the whole table, for every kind of head and of lookup."""
+"""Fisher row weights compared with autograd, for every kind of head and of lookup."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def tokenizer() -> T.PreTrainedTokenizerFast:
 
 
 def by_autograd(model, tokenizer, scale=1.0):
-    """The same from the dense gradient of an untied table."""
+    """Row weights from the dense gradient of an untied table."""
     weight, total = model.get_input_embeddings().weight, torch.zeros(V, dtype=torch.float64)
     for text in TEXTS:
         batch = tokenizer(text, return_tensors="pt")
@@ -63,7 +63,7 @@ def test_every_kind_of_head_and_lookup(name, tokenizer):
 
 
 def test_a_scaled_lookup_is_differentiated_by_its_row(tokenizer):
-    # The same function of the rows: a table divided by the scale of the lookup.
+    # The scaled table without a scale is the same function of the ids.
     model = MODELS["gemma3"]()
     embedding = model.get_input_embeddings()
     scale = float(embedding.embed_scale)
@@ -78,7 +78,7 @@ def test_a_scaled_lookup_is_differentiated_by_its_row(tokenizer):
     assert_close(by_autograd(model, tokenizer) * scale**2, weight, rtol=1e-3, atol=1e-12)
 
 
-def test_what_cannot_be_weighed_is_refused(tokenizer):
+def test_texts_without_a_loss_and_foreign_tokenizers_are_refused(tokenizer):
     model = MODELS["llama-untied"]()
     with pytest.raises(ValueError, match="texts: expected at least one with a token .* got none"):
         fisher_row_weights(model, tokenizer, ["", "red"], progress=False)

@@ -1,4 +1,4 @@
-"""``embkern.models.swap``: what a model keeps when its table is replaced, and the way back."""
+"""Replacing a model's table: outputs, hooks, gradient checkpointing, compilation, and dequantizing."""
 
 from __future__ import annotations
 

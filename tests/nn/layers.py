@@ -1,4 +1,4 @@
-"""An embedding over a table of either kind, and its dense equivalent."""
+"""Compressed embeddings of 13 rows of 8, over either kind of table, and their dense equivalents."""
 
 from __future__ import annotations
 

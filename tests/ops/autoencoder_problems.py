@@ -1,4 +1,4 @@
-"""The loss of a linear autoencoder as its docstring has it."""
+"""The loss of a linear autoencoder by the formula of its docstring."""
 
 from __future__ import annotations
 

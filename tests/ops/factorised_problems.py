@@ -11,7 +11,9 @@ from embkern.ops.backends import unavailable
 
 def problem(shape, dtype=torch.float32, device="cpu", offset=True, ids_dtype=torch.int64):
     V, r, H, N = shape
-    ids = (torch.rand(N, device=device) ** 3 * V).to(ids_dtype)  # skewed: many ids repeat
+    ids = (torch.rand(N, device=device) ** 3 * V).to(
+        ids_dtype
+    )  # The draw is skewed, so that many ids repeat.
     codes = torch.randn(V, r, device=device).to(dtype)
     basis = (torch.randn(r, H, device=device) / r**0.5).to(dtype)
     return ids, codes, basis, torch.randn(H, device=device).to(dtype) if offset else None

@@ -1,4 +1,4 @@
-"""Tensors that end where memory may not be read: a read beyond them ends the process."""
+"""Tensors that end at a page without read permission: a read beyond them ends the process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def at_the_end(tensor: Tensor) -> Tensor:
-    """Return a copy whose last byte lies before a page that may not be read."""
+    """Return a copy whose last byte lies before a page without read permission."""
     size = tensor.numel() * tensor.element_size()
     pages = -(-size // mmap.PAGESIZE)
     memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)

@@ -15,7 +15,7 @@ from tests.ops.guard_pages import at_the_end
 
 
 class Problem(NamedTuple):
-    """Ids, the arguments of the op, and the values (V, H or K) that were packed, with their kind."""
+    """Ids, the other arguments of the op, and the packed values (V, H or K) with their kind."""
 
     ids: Tensor
     codes: list[Tensor]
@@ -48,7 +48,7 @@ class Problem(NamedTuple):
 
 
 def every_tier(H: int, K: int) -> list[Tier]:
-    """Each width; widths that differ, with a group left out; rows that are cut short, to nothing too."""
+    """Every width; different widths with an empty group; rows with fewer groups, or none."""
     groups, terms = -(-H // 32), K // 32
     tiers = [Tier(False, (bits,) * groups) for bits in range(1, 9)]
     tiers += [Tier(False, ((5, 0, 4, 1, 8, 3) * groups)[:groups]), Tier(False, (3,)), Tier(False, ())]
@@ -59,7 +59,7 @@ def every_tier(H: int, K: int) -> list[Tier]:
 
 
 def window(code, bits):
-    """Codes (n, 32) and those before them at the next bits, 7 bits in all; the last come before the first."""
+    """States of codes (n, 32): a code and those before it, 7 bits together; the group is a ring."""
     seen, lanes = torch.zeros_like(code), torch.arange(32)
     for before, shift in enumerate(range(0, 7, bits)):
         seen += code[:, (lanes - before) % 32] * 2**shift
@@ -67,7 +67,7 @@ def window(code, bits):
 
 
 def packed(V, H, tiers, dtype=torch.float32, basis=None, offset=None, device="cpu"):
-    """A table of random codes in random tiers, and what its values are: (table, values, transform)."""
+    """A table of random codes in random tiers, its values, and whether they are coefficients."""
     groups = max(1, *(len(tier.bits) for tier in tiers))
     tier_of, levels = torch.randint(len(tiers), (V,)), (torch.randn(4, 128) * 3000).to(torch.int16)
     values, codes = torch.zeros(V, groups * 32, dtype=torch.float64), {}
@@ -91,7 +91,9 @@ def problem(
     shape, dtype=torch.float32, device="cpu", offset=True, ids_dtype=torch.int64, tiers=None
 ) -> Problem:
     V, H, K, N = shape
-    ids = (torch.rand(N, device=device) ** 3 * V).to(ids_dtype)  # skewed: many ids repeat
+    ids = (torch.rand(N, device=device) ** 3 * V).to(
+        ids_dtype
+    )  # The draw is skewed, so that many ids repeat.
     basis = (torch.randn(K, H) / max(K, 1) ** 0.5).to(dtype) if K else None
     bias = torch.randn(H).to(dtype) if offset else None
     table, values, transform = packed(V, H, tiers or every_tier(H, K), dtype, basis, bias, device)

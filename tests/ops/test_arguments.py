@@ -1,4 +1,4 @@
-"""Every public op with every backend: layout, dtype, shape, device and emptiness mean the same to all."""
+"""Every public op: all backends treat layouts, dtypes, shapes, devices and empty tensors alike."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ def encoder() -> Case:
 
 
 def decoder() -> Case:
-    given = dict(target=draw(300, 6), basis=draw(3, 6), offset=draw(6), codes=draw(300, 3))  # the Gram form
+    given = dict(
+        target=draw(300, 6), basis=draw(3, 6), offset=draw(6), codes=draw(300, 3)
+    )  # This shape takes the Gram form.
     return Case(autoencoder_loss, "autoencoder", given)
 
 
@@ -100,7 +102,7 @@ TENSORS = [
     for each, value in make().arguments.items()
     if isinstance(value, Tensor)
 ]
-# These may have any dtype, which is promoted, and ids any shape.
+# These arguments may have any dtype and are promoted.
 PROMOTED = ("row_weight", "target_norm")
 WITH_GRADIENTS = ("codes", "basis", "offset", "scales", "output", "encoder_weight", "encoder_bias")
 
@@ -178,7 +180,7 @@ def test_a_wrong_dtype_is_a_type_error_that_names_the_argument(name, argument, e
     for dtype in dtypes:
         kind, message = assert_all_agree(case, **change | {argument: given.to(dtype)})
         assert kind == "TypeError", message
-        # The first tensor of floats says what the others have to be, or the op has no kernel for it.
+        # The first floating-point tensor determines the dtype of the others, or the op has no kernel for it.
         assert argument in message or "is not supported" in message or "expected dtype torch.int32" in message
 
 
@@ -268,7 +270,7 @@ def test_empty_tensors_of_a_packed_table_mean_the_same_to_all(change):
 @pytest.mark.parametrize("padding_idx", [None, 3])
 @pytest.mark.usefixtures("poisoned")
 def test_a_sparse_gradient_of_nothing_is_the_dense_one(sizes, padding_idx):
-    """Ids of rows that get no gradient have to be there all the same: they are read when it is made dense."""
+    """Ids of rows without a gradient have to be valid, too: they are read when the tensor is made dense."""
     case = project()
     given = case.arguments | sized(case, **sizes)
     for backend in backends("gather_project"):

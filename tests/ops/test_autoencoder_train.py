@@ -46,7 +46,7 @@ def test_training_steps_are_torch_adam_on_the_loss(native, batch_size, count):
     for ours, theirs in zip(
         got, [torch.stack(expected), flat.detach(), state["exp_avg"], state["exp_avg_sq"]], strict=True
     ):
-        assert_close(ours, theirs, rtol=1e-7, atol=1e-12)
+        assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("batch_size", [32, 700])
@@ -73,7 +73,7 @@ def test_every_instruction_set_trains_alike(native):
         library.cpu_capability(before)
     for other in results[1:]:
         for ours, first in zip(other[:2], results[0][:2], strict=True):
-            assert_close(ours, first, rtol=1e-4, atol=1e-5)
+            assert_close(ours, first, rtol=1e-5, atol=2e-5)  # 0.2 % of one of the ten steps
 
 
 def test_training_refuses_an_id_out_of_range_untouched(native):
@@ -85,7 +85,7 @@ def test_training_refuses_an_id_out_of_range_untouched(native):
 
 
 def test_another_thread_that_writes_the_order_makes_no_read_beyond_the_rows(native):
-    """The ids of all steps are read once, and checked, before the first step."""
+    """The ids of all steps are read once and checked before the first step."""
     script = """
 import threading, time, torch
 from embkern.ops.library import load_native

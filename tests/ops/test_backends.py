@@ -1,4 +1,4 @@
-"""The choice of a backend: asked for, it serves or is refused with a reason; the automatic one falls back."""
+"""The choice of a backend: a requested one serves or raises with a reason; the automatic one falls back."""
 
 from __future__ import annotations
 

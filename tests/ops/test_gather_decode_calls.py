@@ -85,10 +85,10 @@ CORRUPT = [
 @pytest.mark.parametrize(("name", "entry", "value", "message"), CORRUPT)
 @pytest.mark.parametrize("count", [1, 40])
 def test_corrupt_codes_are_refused_before_a_read(native, name, entry, value, message, count):
-    """A table that came from elsewhere than a checked file: no record is looked for outside the tensors."""
+    """The native op reads no record outside the tensors of a table that was never checked."""
     p = small()
     codes = dict(zip(TENSORS, p.codes, strict=False))
-    codes["tiers"] = F.pad(codes["tiers"], (0, 1))  # a second group, which neither a row nor the basis has
+    codes["tiers"] = F.pad(codes["tiers"], (0, 1))  # This second group is beyond the row and the basis.
     codes[name][entry] = value
     ids = torch.arange(40)[-count:]
     arguments = (ids, *codes.values(), p.scales, p.basis, p.offset)
@@ -194,9 +194,9 @@ def test_rows_have_a_width(backend, device, width):
 
 
 def test_another_thread_that_writes_the_table_makes_no_read_beyond_it(native):
-    """Tiers, directory and ids are written while rows are decoded; the records end before a page that is not.
+    """Tiers, directory and ids are written while rows are decoded; the records end before a guard page.
 
-    A lookup reads what bounds its reads once. A table that is not right when it is read is refused.
+    A lookup reads the tensors that bound its reads once. A table that is invalid at that time is refused.
     """
     script = """
 import ctypes, mmap, threading, time, torch
@@ -239,7 +239,7 @@ print("read nothing beyond")
 
 
 def test_offsets_beyond_two_to_the_31st(native):
-    """A record at word 2^30; only the pages that are touched exist."""
+    """A record at word 2^30; memory exists only for pages that are accessed."""
     words = 2**30
     records = torch.empty(0, dtype=torch.int32).set_(torch.UntypedStorage((words + 2) * 4), 0, (words + 2,))
     records[-2:] = torch.tensor([1, 5])
@@ -283,7 +283,7 @@ def test_compiles_to_one_graph_without_recompiling(backend, device):
     compiled, graphs = compile_counting(
         lambda ids, *f: p.ours(ids, *f, padding_idx=0, backend=backend).square().sum()
     )
-    for shape in ((7,), (9,), (33,)):  # none of them a size of the table's own
+    for shape in ((7,), (9,), (33,)):  # None of these is a size of the table.
         ids = torch.randint(0, 40, shape, device=device)
         got = torch.autograd.grad(compiled(ids, *leaves), leaves)
         eager = p.ours(ids, *leaves, padding_idx=0, backend=backend).square().sum()

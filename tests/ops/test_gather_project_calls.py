@@ -104,7 +104,7 @@ def test_writing_out_is_seen_by_autograd(backend, device):
 
 
 def test_no_read_beyond_a_table_that_ends_at_a_page(level):
-    """The last bytes of factors and offset lie before a page that may not be read."""
+    """The last bytes of factors and offset lie before a page without read permission."""
     script = """
 import sys, torch
 from embkern.ops import gather_project
@@ -194,7 +194,7 @@ def test_bad_arguments_are_named(change, error, message):
 
 
 def test_offsets_beyond_two_to_the_31st(native):
-    """Row 2^25 of a table of 64 columns starts at element 2^31; only the pages that are touched exist."""
+    """Row 2^25 of a table of 64 columns starts at element 2^31; only accessed pages have memory."""
     V, r = 2**25 + 3, 64
     codes = torch.empty(0, dtype=torch.float16).set_(torch.UntypedStorage(V * r * 2), 0, (V, r), (r, 1))
     codes[-1] = torch.arange(r).half() / r

@@ -1,7 +1,8 @@
-"""quantize_rows: the native kernel against its definition, on every instruction set."""
+"""quantize_rows: the native kernel against the definition, with every instruction set."""
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 pytest.importorskip("pydantic", reason="the methods need pydantic")
 
@@ -16,6 +17,8 @@ native = pytest.mark.skipif(
     unavailable("native", "quantize_rows", "cpu", torch.float32) is not None,
     reason="the extension is not built",
 )
+# A sum of n products in fp32 is within sqrt(n) 2^-24, 8e-7 for the 160 values of a row; a projection has two.
+TOLERANCE = 2e-6
 PROFILES = [(bits,) * 3 for bits in range(1, 9)] + [(4, 3, 0, 1, 6), (0,), (1,)]
 
 
@@ -47,18 +50,19 @@ def test_the_kernel_finds_what_the_definition_finds(profile, spread, level) -> N
     arguments = _arguments(profile, spread)
     codes, scales, projections = quantize_rows(*arguments, needs_codes=True, backend="native")
     expected = quantize_rows(*arguments, needs_codes=True, backend="torch")
-    assert (projections - expected[2]).abs().max() <= 1e-4 * expected[2].abs().max() + 1e-6
-    # Two factors may be as good as each other to fp32: scales, a tenth apart, tell which one a row has taken.
-    # A value between two levels may round either way.
+    # Scales, a tenth apart, show which factor a row has taken. Those of 8 bits may be equally good in fp32.
     same = (scales - expected[1]).abs() <= 1e-3 * expected[1]
-    assert same.float().mean() > 0.9
-    assert (codes != expected[0])[same].float().mean() < 0.001
-    values, each = arguments[0], arguments[1]
-    decoded = _decoded(codes, profile) * (1 if each is None else each)
-    x = values * (1 if each is None else each)
-    square = decoded.square().sum(1)
-    assert torch.allclose(scales * square, (x * decoded).sum(1), atol=1e-3, rtol=1e-4)
-    assert torch.allclose(projections * square.sqrt(), (x * decoded).sum(1), atol=1e-3, rtol=1e-4)
+    assert same.float().mean() > (0.97 if max(profile) == 8 else 0.99)
+    halfway = (codes != expected[0]).any(1)  # A value halfway between two levels may round to either.
+    assert int((codes != expected[0])[same].sum()) <= 2
+    error = (projections - expected[2]).abs() / expected[2].abs().max().clamp_min(1e-30)
+    assert error[~halfway].max() <= TOLERANCE
+    assert error.max() <= 1e-4
+    values, each = arguments[0].double(), 1.0 if arguments[1] is None else arguments[1].double()
+    decoded, x = _decoded(codes, profile).double() * each, values * each
+    dot, norm = (x * decoded).sum(1), decoded.norm(dim=1)
+    assert_close(scales * norm.square(), dot, rtol=TOLERANCE, atol=TOLERANCE)
+    assert_close(projections * norm, dot, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @native
@@ -90,7 +94,7 @@ def test_more_factors_are_never_worse_and_zero_rows_are_zero(kernel) -> None:
     values, each, bits, levels, steps, factors = _arguments((2, 2), False)
     few = quantize_rows(values, each, bits, levels, steps, factors[:1], needs_codes=False, backend=kernel)
     many = quantize_rows(values, each, bits, levels, steps, factors, needs_codes=False, backend=kernel)
-    assert (many[2] >= few[2] - 1e-5).all()
+    assert (many[2] >= few[2]).all()
     assert (many[2] > few[2] + 1e-3).any()
     assert many[1][3] == 0
     assert many[2][3] == 0

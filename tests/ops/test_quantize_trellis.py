@@ -1,7 +1,8 @@
-"""Codes of trellises: the kernel finds what the definition finds, and no path is nearer."""
+"""quantize_trellis: the kernel finds the codes of the definition, and no path has less error."""
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 pytest.importorskip("pydantic", reason="the methods need pydantic")
 
@@ -12,6 +13,8 @@ from embkern.ops.quantize_trellis import quantize_trellis
 from tests.conftest import seed_of
 from tests.example_tables import uniform_levels, values_of
 
+# A sum of n products in fp32 is within sqrt(n) 2^-24, 8e-7 for the 160 values of a row; a projection has two.
+TOLERANCE = 2e-6
 PROFILES = [(1,), (2,), (3,), (4,), (3, 0, 1, 4, 2), (0,)]
 native = pytest.mark.skipif(load_native() is not None, reason=str(load_native()))
 
@@ -45,16 +48,14 @@ def test_the_kernel_finds_what_the_definition_finds(profile, spread, level) -> N
     arguments = _arguments(profile, spread)
     codes, scales, projections = quantize_trellis(*arguments, needs_codes=True, backend="native")
     expected = quantize_trellis(*arguments, needs_codes=True, backend="torch")
-    assert torch.allclose(projections, expected[2], atol=1e-5, rtol=1e-4)
-    assert (codes != expected[0]).any(1).float().mean() < 0.1, (
-        "only where two paths are as near as each other"
-    )
-    values, each = arguments[0], arguments[1]
-    weight = torch.ones_like(values[0]) if each is None else each
-    decoded, x = _decoded(codes, profile) * weight, values * weight
-    square = decoded.square().sum(1)
-    assert torch.allclose(scales * square, (x * decoded).sum(1), atol=1e-3, rtol=1e-4)
-    assert torch.allclose(projections * square.sqrt(), (x * decoded).sum(1), atol=1e-3, rtol=1e-4)
+    tied = (codes != expected[0]).any(1)  # Where two paths have equal errors, either may be taken.
+    assert int(tied.sum()) <= 1
+    assert_close(projections[~tied], expected[2][~tied], rtol=TOLERANCE, atol=TOLERANCE)
+    values, each = arguments[0].double(), 1.0 if arguments[1] is None else arguments[1].double()
+    decoded, x = _decoded(codes, profile).double() * each, values * each
+    dot, norm = (x * decoded).sum(1), decoded.norm(dim=1)
+    assert_close(scales * norm.square(), dot, rtol=TOLERANCE, atol=TOLERANCE)
+    assert_close(projections * norm, dot, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
@@ -70,7 +71,7 @@ def test_levels_without_memory_make_it_round_to_the_nearest(bits, kernel) -> Non
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_no_change_of_codes_is_nearer(bits, kernel) -> None:
-    """Nor of two neighbours, anywhere in a group: that its ends meet costs nothing but in one row of many."""
+    """One or two adjacent codes are changed. The estimate of the boundary state may fail in one row."""
     values, weight = torch.randn(30, 32), torch.rand(32) + 0.1
     width, scale = torch.tensor([bits], dtype=torch.uint8), torch.ones(30, 1)
     given = (values, weight, width, trellis_levels(), scale)
@@ -118,14 +119,16 @@ def test_the_best_scale_is_taken(kernel) -> None:
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_a_scale_far_too_large_has_codes_as_well(bits, kernel) -> None:
-    """Whose path is nearest to nothing at all, so that it may well point the other way."""
+    """The best path is then the one nearest to zero, whose direction may be opposite to that of the row."""
     values = 20 * torch.randn(200, 32)
     width, scale = torch.tensor([bits], dtype=torch.uint8), torch.full((200, 1), 1e6)
     given = (values, None, width, trellis_levels(), scale)
     codes, scales, projections = quantize_trellis(*given, needs_codes=True, backend=kernel)
-    decoded = _decoded(codes, (bits,))
-    assert torch.allclose(projections * decoded.norm(dim=1), (values * decoded).sum(1), atol=1e-2)
-    assert torch.allclose(scales * decoded.norm(dim=1), projections, atol=1e-2, rtol=1e-3)
+    decoded = _decoded(codes, (bits,)).double()
+    dot, norm = (values * decoded).sum(1), decoded.norm(dim=1)
+    size = float((values.norm(dim=1) * norm).max())  # Products of both signs cancel in the sum.
+    assert_close(projections * norm, dot, rtol=0, atol=TOLERANCE * size)
+    assert_close(scales * norm, projections.double(), rtol=TOLERANCE, atol=0)
     assert int(codes.max()) < 2**bits
 
 

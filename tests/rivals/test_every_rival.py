@@ -1,4 +1,4 @@
-"""What every rival promises: bytes within the budget, the same bits again, errors that name the argument."""
+"""All rivals: bytes within the budget, reproducible bits, and errors that name the argument."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def test_the_budget_is_used_and_never_exceeded(method, dtype):
     for ratio in (2, 3.7, 5):
         got = run(method, table, ratio)
         assert got.nbytes == sum(got.parts.values()) <= table.nbytes / ratio
-        most = table.numel() if method in (rtn, lloyd_max, product_quantization) else math.inf  # 8 bits each
+        # The codes of these rivals have at most 8 bits per value.
+        most = table.numel() if method in (rtn, lloyd_max, product_quantization) else math.inf
         assert got.nbytes >= USED.get(method, 0.95) * min(table.nbytes / ratio, most)
         assert got.to_dense().shape == table.shape == (got.num_embeddings, got.embedding_dim)
         assert got.to_dense().dtype == torch.float32
@@ -32,7 +33,7 @@ def test_the_budget_is_used_and_never_exceeded(method, dtype):
 
 
 @pytest.mark.parametrize("method", RIVALS)
-def test_a_smaller_ratio_is_closer_and_beats_one_row_for_all(method):
+def test_a_smaller_ratio_has_less_error_and_any_beats_the_mean_row(method):
     table = embeddings()
     errors = [direction_error(table, run(method, table, ratio).to_dense()) for ratio in (2.5, 4, 8)]
     assert errors == sorted(errors)
@@ -87,7 +88,8 @@ def test_rows_of_zeros_and_equal_rows(method):
     assert torch.isfinite(run(method, table, 3).to_dense()).all()
     equal = torch.linspace(-1, 1, 32).expand(300, 32)
     assert direction_error(equal, run(method, equal, 2).to_dense()) < 2e-3
-    if method is not nonlinear_autoencoder:  # it divides by the norm of what it has learnt of nothing
+    # The non-linear autoencoder normalises its output, which is not zero for a table of zeros.
+    if method is not nonlinear_autoencoder:
         assert not run(method, torch.zeros(300, 8), 2).to_dense().any()
 
 
@@ -112,13 +114,13 @@ def test_bad_arguments_are_named(method, table, arguments, error, message):
     "method",
     [each for each in RIVALS if each.id.startswith(("product", "nonlinear", "vocabulary"))],
 )
-def test_counts_shift_the_error_to_rows_that_are_not_read(method):
+def test_counts_lower_the_error_of_frequent_rows(method):
     table = embeddings(400, 32)
-    table[:200, :16] *= 0.01  # what one half needs is of no use to the other
+    table[:200, :16] *= 0.01  # the halves of the table need different columns
     table[200:, 16:] *= 0.01
     counts = torch.ones(400, dtype=torch.float64)
     counts[200:] = 1e4
-    # After the 8 epochs of FAST the initial weights decide; after 20 the counts do, in each of 12 draws.
+    # After the 8 epochs of FAST the initial weights dominate; after 20 the counts do, in each of 12 draws.
     longer = {"epochs": 20} if method is nonlinear_autoencoder else {}
     plain, weighted = (run(method, table, 8, counts=each, **longer).to_dense() for each in (None, counts))
     assert direction_error(table[200:], weighted[200:]) < direction_error(table[200:], plain[200:])
@@ -138,7 +140,7 @@ def test_a_recipe_runs_it_and_a_comparison_takes_its_result(method):
     assert (listed.compress, listed.sized_by) == (method, "ratio")
     recipe = ComparisonRecipe.parse(method=method.__name__, ratio=3, options=FAST.get(method, {}))
     got = recipe.factorize(table, counts)
-    expected = run(method, table, 3, counts=counts)  # those that are not weighted ignore them
+    expected = run(method, table, 3, counts=counts)  # methods that are not weighted ignore the counts
     assert torch.equal(got.to_dense(), expected.to_dense())
     error = direction_error(table, got.to_dense())
     assert compare_tables(table, got).direction_error == pytest.approx(error)

@@ -1,4 +1,4 @@
-"""``embkern.rivals.nonlinear``: the non-linear autoencoder."""
+"""``nonlinear_autoencoder``: its size, its best epoch, and a table that linear methods cannot fit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from embkern.rivals.reconstruction import direction_error
 from tests.rivals.tables import embeddings
 
 
-def test_it_learns_a_surface_that_no_plane_holds():
+def test_it_fits_a_curve_better_than_a_linear_method():
     angle = torch.rand(3000, 1) * 2 * math.pi
     frequencies = torch.arange(1, 5)
     table = torch.cat(
@@ -46,7 +46,7 @@ def test_the_best_epoch_is_kept():
     got = nonlinear_autoencoder(table, ratio=2, epochs=9, batch_size=16, lr=0.15)
     errors = got.facts["direction_errors"]
     assert len(errors) == 9
-    assert min(errors) < 0.99 * errors[-1]  # else this shows nothing
+    assert min(errors) < 0.99 * errors[-1]  # otherwise the last epoch is the best, and the test shows nothing
     assert direction_error(table, got.to_dense()) == pytest.approx(min(errors), rel=1e-4)
     with torch.no_grad():
         assert nonlinear_autoencoder(table, ratio=2, epochs=1).facts["r"] == got.facts["r"]

@@ -1,8 +1,9 @@
-"""``embkern.rivals.product``: product quantisation."""
+"""``product_quantization``: its bytes, subspaces, scales and rotations."""
 
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -13,12 +14,12 @@ from tests.rivals.tables import embeddings, needs_faiss
 
 
 @needs_faiss
-def test_a_table_of_few_words_is_exact():
-    words = torch.randn(4, 16, 8).half().float()  # of four subspaces, 16 each
+def test_a_table_of_few_codewords_is_nearly_exact():
+    words = torch.randn(4, 16, 8).half().float()  # 16 codewords for each of four subspaces
     table = torch.cat([book[torch.randint(16, (900,))] for book in words], dim=1)
     got = product_quantization(table, ratio=8, bits=4, scales=False, rotation="none", iterations=50)
     assert got.facts["subspaces"] >= 4
-    assert direction_error(table, got.to_dense()) < 0.02  # k-means finds most of them
+    assert direction_error(table, got.to_dense()) < 0.02  # k-means finds most of the codewords
     assert got.parts == {
         "codes": math.ceil(900 * got.facts["subspaces"] * 4 / 8),
         "books": 16 * 32 * 2,
@@ -46,7 +47,7 @@ def test_scales_are_chosen_where_rows_differ_in_length():
 
 
 @needs_faiss
-def test_a_rotation_pays_where_columns_are_correlated():
+def test_a_rotation_lowers_the_error_of_correlated_columns():
     table = torch.randn(4000, 16) * torch.logspace(0, -1.5, 16) @ torch.linalg.qr(torch.randn(16, 16))[0]
     plain, pca, opq = (
         product_quantization(table, ratio=8, bits=6, scales=False, rotation=rotation)
@@ -59,6 +60,6 @@ def test_a_rotation_pays_where_columns_are_correlated():
 
 
 def test_without_faiss_the_message_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "faiss", None)
+    monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ImportError, match="pip install faiss-cpu"):
         product_quantization(embeddings(), ratio=4)

@@ -1,4 +1,4 @@
-"""``embkern.rivals.pruning``: the most frequent rows alone."""
+"""``vocabulary_pruning``: kept rows are exact, and the others share their mean."""
 
 from __future__ import annotations
 

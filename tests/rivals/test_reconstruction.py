@@ -1,4 +1,4 @@
-"""``embkern.rivals.Reconstruction``."""
+"""``Reconstruction``: the check of its rows."""
 
 from __future__ import annotations
 

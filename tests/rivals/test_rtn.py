@@ -1,4 +1,4 @@
-"""``embkern.rivals.rtn``: round to nearest and Lloyd-Max levels."""
+"""``rtn`` and ``lloyd_max``: errors, bytes, and the choice of bits and group."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_round_to_nearest_is_within_half_a_step(group):
     ):
         low, high = x.aminmax(dim=1, keepdim=True)
         step = (high - low) / 255
-        rounding = 2**-11 * (low.abs() + high - low)  # of minimum and scale to fp16
+        rounding = 2**-11 * (low.abs() + high - low)  # minimum and scale are rounded to fp16
         assert ((x - y).abs() <= (0.5 + 1e-3) * step + rounding).all()
 
 
@@ -66,7 +66,7 @@ def test_lloyd_max_with_a_searched_scale_beats_round_to_nearest_and_the_plain_sc
 
 def test_bits_and_group_are_the_best_that_fit():
     table = embeddings(800, 96)
-    table[:, ::32] *= 20  # a group's scale is worth its bytes here
+    table[:, ::32] *= 20  # outliers make the scales of small groups worth their bytes
     for method in (rtn, lloyd_max):
         best = direction_error(table, method(table, ratio=6).to_dense())
         for bits, group in itertools.product((2, 3, 4), (32, 64, 96)):

@@ -1,4 +1,4 @@
-"""``embkern.rivals.tensor_train``."""
+"""``tensor_train``: tables that it represents exactly, and the padding of rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from embkern.rivals.tensor_train import tensor_train
 
 @pytest.mark.parametrize("cores", [2, 3])
 def test_a_table_of_rank_one_is_exact(cores):
-    V, H = (4, 6), (3, 2)  # 24 rows and 6 columns, as they are split
+    V, H = (4, 6), (3, 2)  # the factors of 24 rows and 6 columns
     if cores == 3:
         V, H = (2, 3, 4), (3, 2, 1)
     table = torch.ones(1, 1)

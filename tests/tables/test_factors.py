@@ -1,4 +1,4 @@
-"""Factors: sizes, decoding, and files that are right or refused."""
+"""Factors: sizes, decoding, round trips through files, and refusal of invalid files."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ def test_sizes(factors):
     assert factors.to(dtype=torch.float64).dtype == torch.float64
     assert factors.to(torch.bfloat16).nbytes == (11 * 3 + 3 * 5 + 5) * 2
     assert Factors(factors.codes, factors.basis).nbytes == (11 * 3 + 3 * 5) * 4
+
+
+def test_a_cast_to_integers_is_refused(factors):
+    with pytest.raises(TypeError, match="dtype: expected a floating-point dtype, got torch.int64"):
+        factors.to(torch.int64)
 
 
 @pytest.mark.parametrize("activation", [None, "elu"])
@@ -113,7 +118,7 @@ def test_an_edited_value_is_noticed(tmp_path, factors):
         (lambda t, m: m.update(checksums='["codes", "basis", "offset"]'), "metadata is damaged"),
         (lambda t, m: m.update(activation="[1"), "metadata is damaged"),
         (lambda t, m: m.update(activation='"relu"'), "activation: expected one of"),
-        (lambda t, m: t.pop("basis"), "expected codes, basis and perhaps offset, got"),
+        (lambda t, m: t.pop("basis"), "expected codes, basis and optionally offset, got"),
         (lambda t, m: t.update(extra=torch.zeros(1)), "expected codes, basis"),
         (lambda t, m: t.update(codes=torch.zeros(11, 3)), "codes was changed"),
     ],
@@ -126,7 +131,7 @@ def test_edited_files_are_refused(tmp_path, factors, change, message):
     tensors = load_file(path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    metadata.pop("header", None)  # its checksum would be the first to notice
+    metadata.pop("header", None)  # its checksum would fail first
     change(tensors, metadata)
     save_file(tensors, path, metadata)
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""PackedTable: the layout of its records, sizes, and files that are right or refused."""
+"""PackedTable: the layout of its records, sizes, round trips through files, and refusal of invalid files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def levels():
     return torch.arange(512).view(4, 128).to(torch.int16)
 
 
-def test_a_record_is_planes_of_groups_one_row_after_the_other():
+def test_records_are_bit_planes_of_groups_in_the_order_of_the_rows():
     """Row 0 has codes of 2 bits, row 1 of 3 and then 1, row 2 none, row 3 of 1 as coefficients."""
     tiers = [Tier(False, (2,)), Tier(False, (3, 1)), Tier(False, ()), Tier(True, (1,))]
     codes = {tier: torch.zeros(1, 32 * len(tiers[tier].bits), dtype=torch.uint8) for tier in (0, 1, 3)}
@@ -51,7 +51,7 @@ def test_the_directory_has_an_entry_for_every_32_rows():
     tier_of = torch.arange(70) % 16
     codes = {tier: torch.zeros(int((tier_of == tier).sum()), 32, dtype=torch.uint8) for tier in range(16)}
     table = pack(tier_of, codes, tiers, levels(), torch.ones(70), None, None, 9)
-    every = [0x76543210, 0xFEDCBA98 - 2**32]  # tier 15 takes the sign
+    every = [0x76543210, 0xFEDCBA98 - 2**32]  # tier 15 sets the sign bit
     assert table.directory.tolist() == [
         [0, *every, *every],
         [4 * 36, *every, *every],
@@ -71,13 +71,13 @@ def test_rows_are_what_was_packed(V, basis):
     if basis:
         rows = torch.where(transform.unsqueeze(1), values[:, :K] @ D, rows)
     expected = table.scales.unsqueeze(1) * rows + b
-    assert_close(table.to_dense(), expected)  # 20000 rows are more than it decodes at a time
+    assert_close(table.to_dense(), expected)  # 20000 rows are decoded in several blocks
     ids = torch.tensor([[V - 1, 0], [V // 2, V - 1]])
     assert_close(table.decode(ids), expected[ids])
     assert (table.num_embeddings, table.embedding_dim, table.dtype) == (V, H, torch.float64)
 
 
-def test_every_row_of_nothing():
+def test_rows_of_no_bits_decode_to_the_offset():
     table = packed(40, H, [Tier(False, ())], offset=torch.arange(H).float())[0]
     assert torch.equal(table.to_dense(), torch.arange(H).float().expand(40, H))
 
@@ -92,7 +92,7 @@ def test_tiers_are_described():
     assert make(tiers=written).described_tiers() == read
 
 
-def test_a_value_goes_by_its_code_and_those_before_it():
+def test_a_value_depends_on_its_code_and_those_before_it():
     """Two codes of 2 bits in a group, one of them its last: the states of the values after them."""
     codes = torch.zeros(1, 64, dtype=torch.uint8)
     codes[0, 5], codes[0, 31] = 3, 1
@@ -107,7 +107,7 @@ def test_a_value_goes_by_its_code_and_those_before_it():
 @pytest.mark.parametrize("V", [1, 32, 70])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("basis", [True, False])
-def test_the_bytes_are_those_announced_and_those_of_the_file(tmp_path, V, dtype, basis):
+def test_packed_bytes_and_the_size_of_the_file_agree_with_nbytes(tmp_path, V, dtype, basis):
     tiers = [tier for tier in every_tier(H, K if basis else 0) if tier.words]
     table = make(V, dtype, basis, offset=False, tiers=tiers)
     rows = table.tier_of_rows().bincount(minlength=len(tiers))
@@ -133,7 +133,7 @@ def test_round_trip(tmp_path, dtype, basis, offset):
     assert os.listdir(tmp_path) == ["t.safetensors"], "no temporary file stays"
 
 
-def test_saving_replaces_what_was_there_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_saving_replaces_a_file_atomically(tmp_path, monkeypatch):
     first, second = make(7), make(9)
     first.save(tmp_path / "t")
 
@@ -173,6 +173,21 @@ def test_a_cast_leaves_the_codes_alone():
     assert table.dtype == torch.float32
 
 
+def test_a_cast_to_integers_is_refused():
+    with pytest.raises(TypeError, match="dtype: expected a floating-point dtype, got torch.int8"):
+        make().to(torch.int8)
+
+
+def test_tensors_are_validated_when_asked():
+    table = make()
+    damaged = replace(table, records=table.records[:-1], check=False)
+    assert damaged.to("cpu").records is damaged.records
+    with pytest.raises(ValueError, match=r"records: expected \d+ words"):
+        damaged.validate()
+    with pytest.raises((ValueError, IndexError)):  # of the native op and of plain torch
+        damaged.decode(torch.arange(70))
+
+
 def test_a_table_of_the_meta_device_has_shapes():
     table = make()
     meta = table.to("meta")
@@ -189,7 +204,7 @@ def edited(tensor, entry, value):
     return tensor
 
 
-# What the tensors must not be, given those of a table: whether built in memory or read from a file.
+# Changes to the tensors of a table that must be refused, in memory and in a file.
 CORRUPT = [
     (lambda t: dict(tiers=t["tiers"][:, 0]), "tiers: expected shape"),
     (lambda t: dict(tiers=t["tiers"][:, :1]), "tiers: expected shape"),
@@ -234,8 +249,8 @@ def test_tensors_that_do_not_fit_are_refused(change, message):
 
 
 @pytest.mark.parametrize(("change", "message"), CORRUPT + WRONG_DTYPES)
-def test_a_file_of_such_tensors_is_refused_with_its_name(tmp_path, change, message):
-    """Though the checksums are right: the file was written by something else."""
+def test_a_file_of_tensors_that_do_not_fit_is_refused_with_its_name(tmp_path, change, message):
+    """Although the checksums are right: another program wrote the file."""
     tensors = make().tensors()
     tensors |= {name: tensor.contiguous() for name, tensor in change(tensors).items()}
     checked = {**tensors, "embedding_dim": torch.tensor(H)}
@@ -275,7 +290,7 @@ def test_a_changed_bit_of_every_tensor_is_noticed(tmp_path, name):
     tensors = load_file(path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    metadata.pop("header", None)  # its checksum would be the first to notice
+    metadata.pop("header", None)  # its checksum would fail first
     tensors[name].view(torch.uint8).flatten()[-1] ^= 1
     save_file(tensors, path, metadata)
     with pytest.raises(ValueError, match=f"{name} was changed after it was saved"):
@@ -304,7 +319,7 @@ def test_edited_files_are_refused(tmp_path, change, message):
     tensors = load_file(path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    metadata.pop("header", None)  # its checksum would be the first to notice
+    metadata.pop("header", None)  # its checksum would fail first
     change(tensors, metadata)
     save_file(tensors, path, metadata)
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""resized: old rows keep their bits, new ones decode to the mean row, nothing is left over."""
+"""resized: old rows keep their bits, new ones decode to the mean row, no unused records remain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``embkern.text.counts``: what is counted, sums, and files of counts."""
+"""Token counts: counting, sums, round trips through files, and refusal of invalid files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.example_tokenizers import LINES, WORDS, byte_level, of, prior_of, wor
 
 @pytest.mark.parametrize("make", [wordpiece, byte_level])
 @pytest.mark.parametrize("batch_chars", [1, 1 << 18], ids=["one by one", "together"])
-def test_counts_are_what_the_tokenizer_reads(make, batch_chars):
+def test_counts_are_those_of_the_tokenizer(make, batch_chars):
     tokenizer = make()
     expected = Counter(id for line in LINES for id in tokenizer(line, truncation=False).input_ids)
     counts = count_tokens(iter([*LINES, "", " \t"]), tokenizer, batch_chars=batch_chars)
@@ -37,7 +37,7 @@ def test_special_tokens_count_once_per_text_and_nothing_is_truncated():
 
 
 @pytest.mark.parametrize("progress", [None, False, True])
-def test_a_bar_is_shown_on_a_terminal_or_when_asked(capsys, progress):
+def test_a_progress_bar_is_shown_on_a_terminal_or_on_request(capsys, progress):
     count_tokens(LINES, wordpiece(), progress=progress)
     printed, shown = capsys.readouterr()
     assert (printed, "count tokens" in shown) == ("", bool(progress))
@@ -68,14 +68,14 @@ def test_a_tokenizer_of_another_model_is_refused():
             function(size - 1)
         with pytest.raises(ValueError, match="num_embeddings: expected at least 1, got 0"):
             function(0)
-    tokenizer.add_tokens(["zebra"])  # beyond the table: harmless until a text has it
+    tokenizer.add_tokens(["zebra"])  # its id is beyond the table, which is an error only if a text has it
     assert count_tokens(LINES, tokenizer, num_embeddings=size).tokens
     assert len(vocabulary_prior(tokenizer, size)) == size
     with pytest.raises(ValueError, match=f"below the table's {size} rows, got ids up to {size}"):
         count_tokens(["zebra"], tokenizer, num_embeddings=size)
 
 
-def test_the_fingerprint_is_that_of_the_vocabulary():
+def test_the_fingerprint_depends_on_the_vocabulary_alone():
     assert fingerprint(wordpiece()) == fingerprint(wordpiece())
     assert fingerprint(wordpiece()) != fingerprint(wordpiece(WORDS[::-1])), "the same tokens, other ids"
     program = "from tests.example_tokenizers import *; from embkern.text.counts import fingerprint\n"
@@ -109,7 +109,7 @@ def test_counts_of_one_tokenizer_add_up():
         ({"counts": torch.zeros(0).long()}, ValueError, r"V >= 1, got \(0,\)"),
         ({"counts": torch.tensor([1, -1])}, ValueError, "expected at least 0, got less"),
         ({"texts": -1}, ValueError, "expected at least 0, got less"),
-        ({"counts": torch.tensor([2**62, 2**62])}, ValueError, r"counts: expected fewer than 2\^63 tokens"),
+        ({"counts": torch.tensor([2**62, 2**62])}, ValueError, r"counts: expected a sum below 2\^63"),
     ],
 )
 def test_bad_counts_are_refused(fields, error, message):
@@ -162,7 +162,7 @@ def test_edited_files_are_refused(tmp_path, counts, change, message):
     tensors = load_file(path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    metadata.pop("header", None)  # its checksum would be the first to notice
+    metadata.pop("header", None)  # its checksum would fail first
     change(tensors, metadata)
     save_file(tensors, path, metadata)
     with pytest.raises(ValueError, match=message):

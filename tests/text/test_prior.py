@@ -1,4 +1,4 @@
-"""``embkern.text.prior``: frequencies from the order of a vocabulary."""
+"""The prior: token frequencies from the order of a vocabulary."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_the_prior_of_wordpiece_follows_the_words():
     assert p["[unused0]"] == float(prior[-1]), "as rare as a row that pads the table"
 
 
-def test_the_prior_of_byte_level_bpe_knows_its_bytes():
+def test_the_prior_of_byte_level_bpe_recognises_its_bytes():
     tokenizer = byte_level()
     prior = vocabulary_prior(tokenizer, len(tokenizer))
     check_distribution(prior, len(tokenizer))
@@ -57,7 +57,7 @@ def test_the_prior_of_byte_level_bpe_knows_its_bytes():
     assert prior[257:].diff().max() < 0
 
 
-def test_the_prior_of_sentencepiece_knows_byte_and_reserved_tokens():
+def test_the_prior_of_sentencepiece_recognises_byte_and_reserved_tokens():
     pieces = [("<unk>", 0.0), *((f"<0x{i:02X}>", -1.0) for i in range(256))]
     pieces += [("▁the", -2.0), ("s", -2.5), ("▁", -2.7), ("▁of", -3.0), ("<extra_id_0>", -9.0)]
     pieces += [*((f"▁word{i}", -10.0 - i) for i in range(50)), ("日", -99.0)]
@@ -68,10 +68,10 @@ def test_the_prior_of_sentencepiece_knows_byte_and_reserved_tokens():
     check_distribution(prior, len(tokenizer))
     p = {token: float(prior[id]) for token, id in tokenizer.get_vocab().items()}
     assert p["▁the"] > p["s"] > p["▁"] > p["▁of"] > p["日"] > p["<0xE2>"] > p["<extra_id_0>"]
-    assert p["<0x0A>"] > p["<0xE2>"], "a new line is no rare byte"
+    assert p["<0x0A>"] > p["<0xE2>"], "a newline is more frequent than other bytes"
 
 
-def test_characters_in_order_of_frequency_keep_it():
+def test_characters_in_another_order_than_that_of_unicode_are_ranked_by_it():
     characters = "的一是不了人我在有他这中大来上国个到说们"
     for some, ordered in ((characters, True), (sorted(characters), False)):
         raw = Tokenizer(models.WordLevel({token: id for id, token in enumerate(some)}, unk_token="的"))

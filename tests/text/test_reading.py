@@ -1,4 +1,4 @@
-"""``embkern.text.reading``: files, directories and data sets, and what is refused."""
+"""``read_texts``: files, directories and data sets, and the errors of invalid ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from embkern.text import reading as text
+from embkern.text import reading
 from embkern.text.counts import count_tokens
 from embkern.text.reading import read_texts
 from tests.example_tokenizers import byte_level, wordpiece
@@ -34,7 +34,7 @@ def test_a_directory_is_read_in_order_of_its_names(tmp_path):
     assert list(read_texts(str(tmp_path / "f.text"))) == ["eight"]
 
 
-def test_a_gigantic_line_is_cut_at_white_space_and_never_held(tmp_path):
+def test_a_long_line_is_cut_at_white_space_and_never_held_whole(tmp_path):
     words = " ".join(f"word{i}" for i in range(400_000))  # 4 MB
     path = tmp_path / "t.txt"
     path.write_text(words + "\nend\n" + "x" * 2500)
@@ -55,7 +55,7 @@ print(sum(map(len, read_texts({str(path)!r}))), peak() - before)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     read, more = map(int, done.stdout.split())
     assert read == len(words) + 3 + 2500
-    assert more < 3000, "KiB, of a file of 4.2 MB"
+    assert more < 3000, "KiB; the file has 4.2 MB"
 
 
 def test_a_long_record_is_cut_too(tmp_path):
@@ -84,7 +84,7 @@ def test_what_is_not_text_is_refused_or_replaced(tmp_path, data, replaced):
     assert count_tokens(read_texts(path, errors="replace"), wordpiece()).tokens > 2
 
 
-def test_half_a_surrogate_pair_in_json_is_refused_or_replaced(tmp_path):
+def test_a_lone_surrogate_in_json_is_refused_or_replaced(tmp_path):
     path = tmp_path / "t.jsonl"
     path.write_text('"fine"\n"a \\ud83d b"\n')
     with pytest.raises(ValueError, match="t.jsonl, line 2 is not UTF-8 text"):
@@ -101,9 +101,9 @@ def test_half_a_surrogate_pair_in_json_is_refused_or_replaced(tmp_path):
         ("t.jsonl", b'{"text": ""}', "text: expected some text, found none in"),
         ("t.jsonl", b'"a"\n{"text": ', "line 2 is not JSON"),
         ("t.jsonl", b'{"a": "b", "c": "d"}', r"line 1: expected a string 'text', or .* got \['a', 'c'\]"),
-        ("t.jsonl", b"[1]", "line 1: expected a string 'text', or a single one in a record, got .*list"),
-        ("t.txt.gz", b"no gzip", "t.txt.gz is not a whole gzip file"),
-        ("t.txt.gz", gzip.compress(b"text " * 99, mtime=0)[:-9], "t.txt.gz is not a whole gzip file"),
+        ("t.jsonl", b"[1]", "line 1: expected a string 'text', or a single string in a record, got .*list"),
+        ("t.txt.gz", b"no gzip", "t.txt.gz is not a complete gzip file"),
+        ("t.txt.gz", gzip.compress(b"text " * 99, mtime=0)[:-9], "t.txt.gz is not a complete gzip file"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, data, message):
@@ -113,8 +113,8 @@ def test_bad_files_are_named(tmp_path, name, data, message):
         list(read_texts(path))
 
 
-def test_a_json_line_has_a_largest_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "LARGEST_JSON_LINE", 50)
+def test_a_json_line_that_is_too_long_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "LARGEST_JSON_LINE", 50)
     (tmp_path / "t.jsonl").write_text('"short"\n' + json.dumps("x" * 60))
     with pytest.raises(ValueError, match="line 2: expected fewer than 50 characters"):
         list(read_texts(tmp_path / "t.jsonl"))
@@ -137,11 +137,11 @@ def test_an_empty_directory_and_bad_options_are_refused(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch) -> list:
-    """Stand in for the datasets library: one data set, what it was asked for, a connection that may break."""
-    asked = []
+    """Replace the datasets library by one data set; return the calls that it received."""
+    calls = []
 
     def load_dataset(name, config, *, split, streaming):
-        asked.append((name, config, split, streaming))
+        calls.append((name, config, split, streaming))
         if name != "owner/news":
             raise ConnectionError("no route\nto the hub")
         yield {"title": "one", "text": "two"}
@@ -153,7 +153,7 @@ def hub(monkeypatch) -> list:
         load_dataset(*a, **k) if a[0] == "owner/news" else next(load_dataset(*a, **k))
     )
     monkeypatch.setitem(sys.modules, "datasets", module)
-    return asked
+    return calls
 
 
 def test_a_data_set_is_streamed(hub):
@@ -169,13 +169,13 @@ def test_a_data_set_is_streamed(hub):
         list(read_texts("owner/news:::body"))
     with pytest.raises(ValueError, match=r"expected name\[:config\]\[:split\]\[:column\]"):
         list(read_texts("owner/news:a:b:c:d"))
-    with pytest.raises(FileNotFoundError, match="'owner/none' is neither a file here nor .*: no route$"):
+    with pytest.raises(FileNotFoundError, match="'owner/none' is neither a file nor .*: no route$"):
         list(read_texts("owner/none"))
-    with pytest.raises(OSError, match="data set 'owner/news::broken' could not be read on: gone"):
+    with pytest.raises(OSError, match="reading the data set 'owner/news::broken' failed: gone"):
         list(read_texts("owner/news::broken"))
 
 
 def test_a_data_set_without_the_library_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match="'owner/news' is no file here, .*pip install datasets"):
+    with pytest.raises(ImportError, match="'owner/news' is not a file, .*pip install datasets"):
         list(read_texts("owner/news"))

@@ -1,24 +1,24 @@
-"""What rounding the products over the table may add to the gradients of the Gram form of autoencoder_loss."""
+"""Error bounds of the gradients of the Gram form of autoencoder_loss, from rounding in its products."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-UNIT = 2.0**-24  # roundoff of fp32
+UNIT = 2.0**-24  # unit roundoff of fp32
 
 
 def gradient_bounds(
     target: Tensor, codes: Tensor, basis: Tensor, exact: dict[str, Tensor]
 ) -> dict[str, float]:
-    """Bounds of the norms of the errors of gradients in fp32, for the squared error alone: t is -2 / N.
+    """Bounds of the norms of the errors of fp32 gradients, for the squared error alone, where t is -2 / N.
 
-    However it is ordered, an fp32 sum of n products has an error within sqrt(n) 2^-24 |a| |b|, in root mean
-    square over many: added one by one it makes a third of that where all terms have one sign, less where they
-    have not, and less in blocks. ``P = target @ D^T`` has n = H; ``(t c)^T @ target`` has n = N, and the
-    rounding of ``t c`` besides. Every gradient is rounded once.
+    An fp32 sum of n products has an error within sqrt(n) 2^-24 |a| |b| in any order, in root mean square over
+    many sums. Sums one by one reach a third of it where all terms have one sign, less for both signs, and
+    sums in blocks reach less. ``P = target @ D^T`` has n = H; ``(t c)^T @ target`` has n = N and the rounding
+    of ``t c``. Every gradient is rounded once.
 
-    Plain torch's own error is no measure. It does not have these products, and an order that adds one by one,
-    as AVX-512 kernels do, makes ours up to 16 times as great as torch's, blocks 2 to 8 times.
+    The error of plain torch is no measure, because it does not have these products. With sums one by one, as
+    in AVX-512 kernels, ours is up to 16 times as great as torch's, with sums in blocks 2 to 8 times.
     """
     N, H = target.shape
     target, codes, basis, t = target.double(), codes.double(), basis.double(), 2 / N

@@ -31,13 +31,13 @@ ALIGNED, UNALIGNED, FULL = (
     Shape(16384, 75, 768, torch.float32),
 )
 CASES = [(80, ALIGNED), (80, FULL), (90, ALIGNED), (90, UNALIGNED), (100, ALIGNED), (100, UNALIGNED)]
-# What takes another path in the source is compiled for one architecture: decoding, ranks walked in steps with
-# int32 ids and odd columns, fp64.
+# Cases with other paths in the source are compiled for one architecture: decoding, ranks in steps with int32
+# ids and odd columns, fp64.
 CASES += [(90, Shape(4, 75, 768)), (90, Shape(16384, 640, 77, torch.float16, torch.int32))]
 CASES += [(90, Shape(16384, 75, 768, torch.float64))]
 TERMS = (0.5, 1.0, 0.25, 0.0025)
-# The loss of training, in the widths of small and base models and of a large one; then all that it can do:
-# the root of the batch, known norms and both gradients in fp32, a row's own root in fp64.
+# The loss of training, in the widths of small, base and large models; then with every option: the root of the
+# batch, known norms and both gradients in fp32, the roots of the rows in fp64.
 LOSSES = [
     (90, LossShape(30522, H, dtype)) for H in (384, 768, 4096) for dtype in (torch.float32, torch.bfloat16)
 ]
@@ -96,7 +96,7 @@ def test_aligned_rows_are_gathered_16_bytes_at_a_time_and_the_operands_prefetche
 
 
 def test_the_rows_of_the_loss_are_loaded_16_bytes_at_a_time_into_registers(rows):
-    """Each element once: what a warp holds is 32 lanes of 16 bytes per load, of output and of target."""
+    """Each element of output and target is loaded once; a load of a warp is 32 lanes of 16 bytes."""
     for row in rows:
         if row.kernel == "_cosine_mse_kernel" and " 1,1,0,0 " in row.shape:
             H = int(row.shape.split("H=")[1].split()[0])
@@ -109,7 +109,7 @@ def test_the_rows_of_the_loss_are_loaded_16_bytes_at_a_time_into_registers(rows)
     "shape", [ALIGNED, Shape(4, 75, 77, torch.float16, torch.int32), EVERYTHING, ROWS], ids=str
 )
 def test_a_launch_compiles_as_triton_itself_would(shape):
-    """Types, constants and alignment are those that Triton's launcher finds in the same arguments."""
+    """Types, constants and alignment are those that the launcher of Triton derives from the arguments."""
     backend = make_backend(GPUTarget("cuda", 90, 32))
     for launch in launches(shape, REPRESENTATIVE[90]):
         binder = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
@@ -172,7 +172,7 @@ def test_importing_the_launchers_needs_no_device():
 
 @pytest.mark.parametrize(("num_warps", "registers"), [(1, 255), (4, 255), (8, 255), (16, 128)])
 def test_registers_are_bounded_by_what_a_program_can_have(monkeypatch, num_warps, registers):
-    """As on Triton 3.6: a program of more than 65536 registers would not launch."""
+    """As with Triton 3.6: a program of more than 65536 registers would not launch."""
     monkeypatch.setattr(launching, "_BOUND_REGISTERS", True)
     bounded = launching.Launch(None, (1,), {}, num_warps)
     assert bounded.options["maxnreg"] == registers

@@ -13,7 +13,7 @@ from embkern.triton.aot import AutoencoderShape, autoencoder_launches
 pytestmark = pytest.mark.slow
 
 FULL, ODD = AutoencoderShape(30522, 75, 768), AutoencoderShape(30522, 63, 77)
-# Each architecture with the paper's table; odd rows, whose loads take the most registers, and the other
+# Each architecture with the table of the paper; odd rows, whose loads take the most registers, and the other
 # dtypes on one.
 CASES = [(80, FULL), (90, FULL), (100, FULL), (80, ODD), (90, AutoencoderShape(30522, 299, 768, bare=True))]
 CASES += [(90, AutoencoderShape(128256, 256, 2048, torch.bfloat16))]

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.slow
 
 BASE, FULL = PackedShape(16384, 128, 768, torch.bfloat16), PackedShape(16384, 128, 768)
 WALKED, ODD = PackedShape(16384, 640, 2048, torch.bfloat16), PackedShape(16384, 96, 97, torch.float16)
-# Each architecture with a base model's table in bf16 and with odd rows, whose loads take the most registers;
-# fp32, decoding, a basis that is walked and fp64 on one.
+# Each architecture with the table of a base model in bf16 and with odd rows, whose loads take the most
+# registers; fp32, decoding, a basis in steps and fp64 on one.
 CASES = [(capability, shape) for capability in REPRESENTATIVE for shape in (BASE, ODD)]
 CASES += [(90, FULL), (90, WALKED), (90, PackedShape(4, 128, 768, torch.bfloat16, torch.int32))]
 CASES += [(90, PackedShape(16384, 96, 97)), (80, PackedShape(16384, 96, 97, torch.float64))]
@@ -57,7 +57,7 @@ def test_products_of_16_bits_run_on_tensor_cores_and_fp32_is_not_cut_to_tf32(row
 
 
 def test_rows_of_values_need_no_shared_memory_but_for_sums(rows):
-    """Never so much that it decides how many run: a multiprocessor takes 32 programs, of A100's 163 KiB."""
+    """It does not limit occupancy: a multiprocessor runs 32 programs, and an A100 has 163 KiB."""
     for row in rows:
         if row.kernel == "_rows_kernel":
             assert row.shared_bytes <= 2048, row  # Triton 3.6 takes all of it, later ones 1024
@@ -70,7 +70,7 @@ def test_a_table_without_a_basis_is_one_launch():
 
 @pytest.mark.parametrize("shape", [BASE, PackedShape(4, 96, 97, torch.float64, torch.int32)], ids=str)
 def test_a_launch_compiles_as_triton_itself_would(shape):
-    """Types, constants and alignment are those that Triton's launcher finds in the same arguments."""
+    """Types, constants and alignment are those that the launcher of Triton derives from the arguments."""
     backend = make_backend(GPUTarget("cuda", 90, 32))
     for launch in launches(shape, REPRESENTATIVE[90]):
         binder = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)

@@ -1,4 +1,4 @@
-"""What only a device can show: bf16, CUDA graphs, the device assertion, the same bits in every run."""
+"""Tests that need a device: bf16, CUDA graphs, device assertions, the same bits in every run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from benchmarks.gpu_check.assertions import ASSERTIONS, check
+from benchmarks.tools.gpu_check.assertions import ASSERTIONS, check
 from embkern.ops import reference
 from embkern.ops.reference import MEAN, NONE, SUM
 from embkern.triton import cosine_mse as cm
@@ -74,7 +74,7 @@ def test_the_same_bits_in_every_run(sparse):
 def test_forward_and_backward_replay_in_a_cuda_graph(N, sparse):
     ids, *others = problem((5000, 75, 768, N), torch.bfloat16)
     others[-1] = others[-1][:N]
-    ours(ids, *others, sparse)  # compiles
+    ours(ids, *others, sparse)  # This call compiles.
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -86,18 +86,18 @@ def test_forward_and_backward_replay_in_a_cuda_graph(N, sparse):
 
 
 def test_an_id_out_of_range_is_a_device_assertion():
-    """Each in a process of its own, all of them at once."""
+    """Each runs in a separate process, all at once."""
     mine = [each for each in ASSERTIONS if (each.op, each.backend) == ("gather_project", "triton")]
     assert check(mine) == ({}, {})
 
 
-# (N, H) of the loss: rows that share a program, odd ones, decoding's and a batch's, a row beyond a program.
+# (N, H) of the loss: rows that share a program, odd rows, decoding, a batch, rows wider than a program.
 LOSS_SHAPES = [(149, 40), (7, 77), (32, 768), (30522, 384), (4099, 768), (3000, 4096), (50, 12288)]
 TERMS = (0.7, 0.9, 0.3, 0.2)
 
 
 def loss_problem(N, H, dtype, reduction=MEAN):
-    """Output, target, weights of rows, no known norm, an incoming gradient, and the options of the op."""
+    """Output, target, row weights, no known norm, an incoming gradient, and the options of the op."""
     target = torch.randn(N, H, device="cuda")
     output = target + 0.3 * torch.randn(N, H, device="cuda")
     weight = torch.rand(N, device="cuda") + 0.1
@@ -144,7 +144,7 @@ def test_the_loss_has_the_same_bits_in_every_run(reduction):
 
 @pytest.mark.parametrize("reduction", [NONE, MEAN], ids=["none", "mean"])
 def test_the_loss_and_its_scaled_gradient_replay_in_a_cuda_graph(reduction):
-    """Capture refuses whatever makes the host wait."""
+    """Capture refuses operations that make the host wait."""
     arguments = loss_problem(2000, 768, torch.bfloat16, reduction)
     factor = torch.ones_like(arguments[4])
 
@@ -153,7 +153,7 @@ def test_the_loss_and_its_scaled_gradient_replay_in_a_cuda_graph(reduction):
         scale_gradient_(results[1], factor)
         return results
 
-    both()  # compiles
+    both()  # This call compiles.
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -166,12 +166,12 @@ def test_the_loss_and_its_scaled_gradient_replay_in_a_cuda_graph(reduction):
 
 
 def test_a_factor_of_one_leaves_the_gradient_untouched():
-    """Arithmetic would change the payload of a NaN; the host, which could look, must not wait."""
+    """Arithmetic would change the payload of a NaN; the host must not wait to test the factor."""
     pattern = torch.full((5000, 768), 0x7F812345, dtype=torch.int32, device="cuda")
     grad = pattern.clone().view(torch.float32)
     one, factor = torch.ones((), device="cuda"), torch.ones(5000, device="cuda")
     factor[::3] = 2.0
-    scale_gradient_(pattern.clone().view(torch.float32), one)  # compiles
+    scale_gradient_(pattern.clone().view(torch.float32), one)  # This call compiles.
     scale_gradient_(pattern.clone().view(torch.float32), factor)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -186,7 +186,7 @@ def test_a_factor_of_one_leaves_the_gradient_untouched():
 
 
 def test_a_loss_of_more_than_two_to_the_31st_elements():
-    """Offsets are 64-bit: the last rows get the loss and the gradient that they get by themselves."""
+    """Offsets are 64-bit: the last rows have the same loss and gradient as in a batch of their own."""
     N, H = 2**21 + 5, 1024
     output = torch.empty(N, H, device="cuda", dtype=torch.bfloat16).normal_()
     target = torch.ones_like(output)

@@ -1,4 +1,4 @@
-"""The tuner: what it can do without a device."""
+"""The tuner, as far as it runs without a device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from benchmarks import tune_gather_project as tune
+from benchmarks.tools import tune_gather_project as tune
 from embkern.triton.tiles import REPRESENTATIVE, Tile, shared_estimate
 
 pytestmark = pytest.mark.slow

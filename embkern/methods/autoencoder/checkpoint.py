@@ -1,4 +1,4 @@
-"""The checkpoint and the log of a training run, from which a killed run resumes."""
+"""The state, checkpoint and log of a training run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...io.atomic import check_writable, replacing
 from ...io.tensor_format import TensorFormat
-from .steps import Weights
+from .weights import Weights
 
 FORMAT = TensorFormat(
     "embkern.autoencoder/3",
@@ -23,14 +23,20 @@ FORMAT = TensorFormat(
     required=("parameters", "first_moment", "second_moment", "best"),
     settings=("identity", "step", "epoch", "best_score", "history"),
 )
-
-
-KEPT = ("epoch", "loss", "direction_error", "rmse")  # of the best epoch, in the facts of the result
+BEST_EPOCH_FACTS = ("epoch", "loss", "direction_error", "rmse")  # in the facts of the result
 
 
 @dataclass
-class Run:
-    """Where a run stands after a whole epoch; everything that a resumed run needs."""
+class RunState:
+    """The state of a run after an epoch: everything that it resumes from.
+
+    Attributes:
+        weights: the weights with the moments of Adam and the number of steps.
+        epoch: the number of epochs that are done.
+        history: the log's entry of each epoch.
+        best_score: the least score so far.
+        best: flat parameters of the best epoch.
+    """
 
     weights: Weights
     epoch: int = 0
@@ -40,7 +46,7 @@ class Run:
 
     def save(self, path: str | os.PathLike, identity: dict[str, Any]) -> None:
         """Write a checkpoint."""
-        assert self.best is not None, "an epoch was the best so far"
+        assert self.best is not None, "every run has a best epoch after its first"
         state = self.weights.state()
         step = state.pop("step")
         FORMAT.save(
@@ -54,79 +60,100 @@ class Run:
         )
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from what ``_read`` returned."""
+        """Resume from what ``read_checkpoint`` returned."""
         self.weights.load(state)
         self.epoch, self.history = state["epoch"], state["history"]
         self.best_score = state["best_score"]
         self.best = state["best"].to(self.weights.parameters.device)
 
 
-def check_places(**files: str | os.PathLike | None) -> None:
+def check_files(**files: str | os.PathLike | None) -> None:
+    """Raise OSError, with the argument's name, for a path that cannot be written."""
     for name, path in files.items():
         if path is not None:
             check_writable(path, name)
 
 
 class RunFiles:
-    """The checkpoint and the log of a run, written after an epoch unless they were a moment ago."""
+    """The checkpoint and the log of a run.
+
+    Args:
+        checkpoint: file of the checkpoint, or None.
+        log: file of JSON lines, or None.
+        seconds: least time between two writes.
+    """
 
     def __init__(
         self, checkpoint: str | os.PathLike | None, log: str | os.PathLike | None, seconds: float
     ) -> None:
         self.checkpoint, self.log, self.seconds = checkpoint, log, seconds
         self.identity: dict[str, Any] = {}
-        self.written = time.monotonic()
-        self.epoch = 0  # of the checkpoint
+        self.last_saved = time.monotonic()
+        self.saved_epoch = 0
 
     def resume(self, identity: dict[str, Any], epochs: int, weights: Weights) -> dict[str, Any] | None:
-        """Return the state of the run to go on with, for weights like these; None if there is none."""
+        """Return the state in the checkpoint for weights of this size, or None without a checkpoint."""
         self.identity = identity
         if self.checkpoint is None or not Path(self.checkpoint).exists():
             return None
-        state = _read(self.checkpoint, identity, epochs, weights)
-        self.epoch = state["epoch"]
+        state = read_checkpoint(self.checkpoint, identity, epochs, weights)
+        self.saved_epoch = state["epoch"]
         return state
 
-    def keep(self, run: Run, *, last: bool) -> int:
-        """Write both, if it is time; return the epoch that the checkpoint holds."""
-        if last or time.monotonic() - self.written >= self.seconds:
+    def save_if_due(self, run: RunState, *, last: bool) -> int:
+        """Write both files after ``seconds`` or the last epoch; return the epoch in the checkpoint."""
+        if last or time.monotonic() - self.last_saved >= self.seconds:
             if self.checkpoint is not None:
                 run.save(self.checkpoint, self.identity)
-                self.epoch = run.epoch
-            self.keep_log(run)
-            self.written = time.monotonic()
-        return self.epoch
+                self.saved_epoch = run.epoch
+            self.write_log(run)
+            self.last_saved = time.monotonic()
+        return self.saved_epoch
 
-    def keep_log(self, run: Run) -> None:
-        """Write the log."""
+    def write_log(self, run: RunState) -> None:
+        """Write the log, if one was asked for."""
         if self.log is not None:
             with replacing(self.log) as temporary:
                 temporary.write_text("".join(json.dumps(line) + "\n" for line in run.history))
 
-    def told(self, epoch: int, epochs: int, *, first: bool) -> str:
-        """What to tell of the checkpoint when a run is lost."""
+    def status(self, epoch: int, epochs: int, *, first: bool) -> str:
+        """Return what the checkpoint holds, for the message of a lost run.
+
+        Args:
+            epoch: the epoch that this process knows to be saved.
+            epochs: the epochs of the run.
+            first: whether this is the first process, which writes the checkpoint.
+        """
         if self.checkpoint is None:
             return "no checkpoint was named, so nothing is kept"
         holds = f"epoch {epoch} of {epochs}" if epoch else "no epoch yet"
-        # The first process may have written once more, and been lost before it could say so.
+        # The first process may have saved again and been lost before the others knew of it.
         return f"{self.checkpoint} holds {holds}{'' if first else ', or more'}: run the same command again"
 
 
-def _read(path: str | os.PathLike, identity: dict[str, Any], epochs: int, weights: Weights) -> dict[str, Any]:
-    """Read a checkpoint of the run with this identity.
+def read_checkpoint(
+    path: str | os.PathLike, identity: dict[str, Any], epochs: int, weights: Weights
+) -> dict[str, Any]:
+    """Read the checkpoint of the run with this identity.
+
+    Args:
+        path: the file.
+        identity: what the checkpoint must have in common with the run.
+        epochs: the epochs of the run.
+        weights: weights of the size that the checkpoint must have.
 
     Raises:
-        ValueError: it is damaged, of another run, or of more epochs.
+        ValueError: the checkpoint is damaged, belongs to another run, or has more epochs than this run.
     """
-    if Path(path).is_file() and zipfile.is_zipfile(path):  # it would wait at a named pipe
+    if Path(path).is_file() and zipfile.is_zipfile(path):  # is_zipfile would block on a named pipe
         raise ValueError(
             f"checkpoint: {path} is of an earlier version of embkern, without checksums; "
             "finish its run with that version, or delete it to start anew"
         )
     try:
-        state = FORMAT.load(path, _state)
+        state = FORMAT.load(path, _check_state)
     except (ValueError, FileNotFoundError) as error:
-        raise ValueError(f"checkpoint: {error}; delete it to start anew") from error
+        raise ValueError(f"checkpoint: {error}; delete it to start anew") from None
     saved = state["identity"]
     if saved != identity:
         different = [name for name in identity if saved.get(name) != identity[name]]
@@ -146,15 +173,15 @@ def _read(path: str | os.PathLike, identity: dict[str, Any], epochs: int, weight
     return state
 
 
-def _state(tensors: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Any]:
-    """Return what a checkpoint holds, once it is what ``Run.save`` may have written."""
+def _check_state(tensors: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return tensors and settings in one dict; ValueError unless ``RunState.save`` can have written them."""
     history, epoch, step = (settings[name] for name in ("history", "epoch", "step"))
     if type(epoch) is not int or type(step) is not int or min(epoch, step) < 1 or step > 2**53:
         raise ValueError(f"epoch, step: expected positive integers, got {epoch!r} and {step!r}")
     best = settings["best_score"]
     if type(best) is not float or not math.isfinite(best) or not isinstance(settings["identity"], dict):
         raise ValueError("best_score, identity: expected a finite float and a mapping")
-    numbers = {"score", *KEPT}
+    numbers = {"score", *BEST_EPOCH_FACTS}
     if (
         not isinstance(history, list)
         or len(history) != epoch

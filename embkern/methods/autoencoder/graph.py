@@ -1,4 +1,4 @@
-"""Training steps captured in a CUDA graph: at batch 32 a step is a dozen launches and next to no work."""
+"""Training steps captured in a CUDA graph: at batch 32 the launches of a step cost more than its work."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ import torch
 from torch import Tensor
 
 from ...ops.backends import select
-from .steps import Adam, Objective, Weights
+from .objective import Objective
+from .weights import Adam, Weights
 
-GRAPH_STEPS = 32  # in one graph: its launch and the copy of its ids are shared by so many steps
+GRAPH_STEPS = 32  # steps in one graph, which share its launch and the copy of its ids
 
 Replay = Callable[[], None]
 
 
 def capture(function: Callable[[], None]) -> Replay:
-    """Capture what ``function`` launches on the current CUDA device; the returned call launches it again.
+    """Capture what ``function`` launches on the current CUDA device, and return the graph's ``replay``.
 
-    The function runs once before, on a side stream: kernels compile and libraries allocate at their first
-    use, which a capture must not see.
+    The function runs once on a side stream before the capture, because kernels compile and libraries allocate
+    at their first use, which a capture does not allow.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -33,11 +34,11 @@ def capture(function: Callable[[], None]) -> Replay:
 
 
 class GraphSteps:
-    """The steps of ``TorchSteps``, GRAPH_STEPS at a time from a CUDA graph; without activation.
+    """The steps of ``TorchSteps``, replayed from a CUDA graph of GRAPH_STEPS steps; without activation.
 
-    The learning rate, the ids and the count of steps are tensors that the graph reads. The rest is in it:
-    another alpha (the authors' recipe has 21), batch size, table or weights capture anew. Steps that do not
-    fill a graph run without one.
+    The graph reads the learning rate, the ids and the number of steps from tensors. Everything else is part
+    of it, so another alpha (the authors' configuration has 21 values), batch size, table or weights needs a
+    new capture. The remaining steps, too few for a graph, run without one.
     """
 
     def __init__(
@@ -47,12 +48,12 @@ class GraphSteps:
         capture: Callable[[Callable[[], None]], Replay] = capture,
     ) -> None:
         self.weights, self.objective, self.capture = weights, objective, capture
-        self.captured: tuple | None = None
+        self.captured_for: tuple | None = None
         self.replay: Replay | None = None
 
     @staticmethod
     def unavailable(weights: Weights) -> str | None:
-        """Return why this engine cannot serve, or None."""
+        """Return why this engine does not support the weights, or None."""
         if not weights.parameters.is_cuda:
             return f"a CUDA graph needs CUDA tensors, not {weights.parameters.device.type}"
         if weights.activation is not None:
@@ -68,7 +69,7 @@ class GraphSteps:
         if whole:
             self._prepare(rows, batch_size, alpha)
             assert self.replay is not None
-            self._set(lr)
+            self._set_inputs(lr)
             for chunk in ids[:whole].split(GRAPH_STEPS * batch_size):
                 self.ids.copy_(chunk.view(GRAPH_STEPS, batch_size))
                 self.replay()
@@ -92,12 +93,12 @@ class GraphSteps:
         return loss
 
     def _prepare(self, rows: Tensor, batch_size: int, alpha: float) -> None:
-        """Capture GRAPH_STEPS steps unless that is done."""
+        """Capture GRAPH_STEPS steps, unless the current graph is for the same arguments."""
         weights = self.weights
         wanted = (rows.data_ptr(), rows.shape, weights.parameters.data_ptr(), batch_size, alpha)
-        if self.captured == wanted:
+        if self.captured_for == wanted:
             return
-        self.replay = None  # frees the memory of the old graph first
+        self.replay = None  # frees the memory of the old graph before the capture
         self.ids = torch.zeros(GRAPH_STEPS, batch_size, dtype=torch.int64, device=rows.device)
         self.losses = torch.zeros(GRAPH_STEPS, dtype=rows.dtype, device=rows.device)
         self.lr = torch.zeros((), device=rows.device)
@@ -109,10 +110,11 @@ class GraphSteps:
                 self.losses[k] = self._step(rows, self.ids[k], alpha, self.optimizer, self.lr)
 
         self.replay = self.capture(steps)
-        weights.load(before)  # the run before the capture has trained on row 0
-        self.captured = wanted
+        weights.load(before)  # undoes the steps on row 0 that ran before the capture
+        self.captured_for = wanted
 
-    def _set(self, lr: float) -> None:
+    def _set_inputs(self, lr: float) -> None:
+        """Write the learning rate and the number of steps to the tensors that the graph reads."""
         self.lr.fill_(lr)
         for count in (*self.optimizer.count, *self.optimizer.counts):
             count.fill_(self.weights.step)

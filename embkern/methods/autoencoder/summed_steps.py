@@ -1,4 +1,4 @@
-"""Steps whose gradients are summed over shards in a fixed order, on one process or several."""
+"""Training steps whose gradients are summed over shards in a fixed order, for any number of processes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from torch import Tensor
 from ...ops.reference import SUM
 from ..base import row_blocks
 from ..sharded import Section, World
-from .steps import Adam, Objective, Weights
+from .objective import Objective
+from .weights import Adam, Weights
 
 
 class SummedSteps:
-    """Steps of large batches and of sharded tables: a gradient is summed block by block, shard by shard.
+    """Steps for large batches and sharded tables: a gradient is summed by blocks, and then by shards.
 
-    Its memory beyond the table is some copies of the weights and one block of rows.
+    Its memory besides the table is a few copies of the weights and one block of rows.
     """
 
     def __init__(self, weights: Weights, objective: Objective, world: World) -> None:
@@ -25,49 +26,51 @@ class SummedSteps:
 
     @torch.no_grad()
     def run(self, sections: list[Section], order: Tensor, batch_size: int, alpha: float, lr: float) -> Tensor:
-        """Take the steps of ``order``, the same ids on all processes; see ``Steps``."""
+        """Take the steps of ``order``, which has the same ids on all processes; see ``Steps``."""
         optimizer, losses = Adam(self.weights), []
-        with self.world.one_thread(self.objective.by_blas(self.weights)):
+        with self.world.one_thread(self.objective.computed_by_torch(self.weights)):
             for batch in order.split(batch_size):
-                ids = batch.sort().values  # a batch is a set; in order, its rows are read from front to back
-                objective, from_root = self._without_root(sections, ids, alpha)
-                leaves = (self._leaf(section, ids, objective, alpha) for section in sections)
-                total = self.world.sum(leaves).div_(len(ids))
+                # The order in a batch does not matter, and sorted rows are read sequentially.
+                ids = batch.sort().values
+                objective, loss_difference = self._linearised_root(sections, ids, alpha)
+                sums = (self._section_sum(section, ids, objective, alpha) for section in sections)
+                total = self.world.sum(sums).div_(len(ids))
                 optimizer.step([total[:-1]], lr)
-                losses.append(total[-1] + from_root)
+                losses.append(total[-1] + loss_difference)
         return torch.stack(losses)
 
-    def _leaf(self, section: Section, ids: Tensor, objective: Objective, alpha: float) -> Tensor:
-        """Flat gradient and loss (P + 1,), summed over the ids that are in a section."""
-        leaf = self.weights.parameters.new_zeros(self.weights.parameters.numel() + 1)
-        parts = self.weights.parts(leaf[:-1])
+    def _section_sum(self, section: Section, ids: Tensor, objective: Objective, alpha: float) -> Tensor:
+        """Return the flat gradient followed by the loss (P + 1,), summed over the ids in a section."""
+        total = self.weights.parameters.new_zeros(self.weights.parameters.numel() + 1)
+        parts = self.weights.parts(total[:-1])
         for rows in self._blocks(section, ids):
             loss, gradients = objective.gradients(self.weights, rows, alpha, SUM)
             for part, gradient in zip(parts, gradients, strict=True):
                 part += gradient
-            leaf[-1] += loss
-        return leaf
+            total[-1] += loss
+        return total
 
-    def _without_root(self, sections: list[Section], ids: Tensor, alpha: float) -> tuple[Objective, float]:
-        """Turn the batch's root into a squared error with the same gradient; also return what the loss lacks.
+    def _linearised_root(self, sections: list[Section], ids: Tensor, alpha: float) -> tuple[Objective, float]:
+        """Replace the RMSE term by a squared error with the same gradient, which can be summed by blocks.
 
-        ``d sqrt(m) = dm / (2 sqrt(m))``: a forward pass finds m, the mean squared error of the batch.
+        ``d sqrt(m) = dm / (2 sqrt(m))``, with m, the mean squared error of the batch, from a forward pass.
+        Also return the difference that the replacement makes to the loss.
         """
         objective = self.objective
         if not objective.rmse_weight:
             return objective, 0.0
-        squares = dataclasses.replace(objective, power_weight=0.0)
-        leaves = torch.zeros(len(sections), 1, dtype=torch.float64, device=self.weights.parameters.device)
-        for leaf, section in zip(leaves, sections, strict=True):
+        without_power = dataclasses.replace(objective, power_weight=0.0)
+        sums = torch.zeros(len(sections), 1, dtype=torch.float64, device=self.weights.parameters.device)
+        for total, section in zip(sums, sections, strict=True):
             for rows in self._blocks(section, ids):
-                leaf += squares.sums(self.weights, rows, alpha)[1]
-        root = float(self.world.sum(leaves) / len(ids)) ** 0.5
+                total += without_power.term_sums(self.weights, rows, alpha)[1]
+        root = float(self.world.sum(sums) / len(ids)) ** 0.5
         slope = objective.rmse_weight / (2 * root) if root else 0.0
         changed = dataclasses.replace(objective, rmse_weight=0.0, mse_weight=objective.mse_weight + slope)
         return changed, slope * root**2
 
     def _blocks(self, section: Section, ids: Tensor) -> Iterator[Tensor]:
-        """The rows of sorted ids that are in a section, in the weights' dtype, some thousand at a time."""
+        """Yield the rows of those sorted ids that are in a section, in blocks, in the dtype of training."""
         ends = torch.tensor([section.start, section.start + len(section.rows)], device="cpu")
         first, last = torch.searchsorted(ids, ends).tolist()
         yield from row_blocks(section.rows, ids[first:last] - section.start)

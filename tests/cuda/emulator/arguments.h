@@ -1,7 +1,7 @@
-// What the programs share: calls are read from a file, outputs written to one.
+// Input and output of the emulator's programs.
 //
 //   PROGRAM IN OUT
-// IN: per call a header, then its tensors. OUT: the outputs of all calls one after another.
+// IN has a header and the tensors of each call; OUT receives the outputs of all calls.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -16,8 +16,8 @@ namespace emulator {
 inline std::ifstream input;
 inline std::ofstream output;
 
-// An array of exactly `count` elements, `misaligned` elements past a 16-byte boundary and NaN at first: a
-// sanitizer sees the first byte past its end.
+// An array of `count` elements, filled with NaN, that begins `misaligned` elements past a 16-byte boundary. The
+// allocation ends with the last element, so that a sanitizer detects the first byte beyond it.
 template <class T>
 class Array {
  public:
@@ -41,7 +41,7 @@ class Array {
   int64_t count_, misaligned_;
 };
 
-// Calls `run(header, T{})` for every header of the input, T by its `dtype`.
+// Calls run(header, T{}) for every header of the input, where T is the type of its `dtype`.
 template <class Header, class Run>
 void for_each_call(int argc, char** argv, Run run) {
   if (argc != 3) fail("expected IN and OUT");

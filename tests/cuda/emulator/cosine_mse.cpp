@@ -1,6 +1,6 @@
 // Runs calls of cosine_mse on the emulator; see arguments.h. A call's tensors are output and target (N, H),
-// row_weight, target_norm (N,) and grad_loss (1,) or (N,), each if any; its outputs are the loss (1,) or (N,),
-// grad_output and grad_target (N, H), the last two if wanted.
+// and, each if present, row_weight (N,), target_norm (N,) and grad_loss (1,) or (N,). Its outputs are the loss
+// (1,) or (N,) and, each if wanted, grad_output and grad_target (N, H).
 #include "cuda/cosine_mse.cuh"
 
 #include "arguments.h"

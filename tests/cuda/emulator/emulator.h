@@ -1,13 +1,13 @@
 // Runs CUDA kernels on a CPU: one fiber per CUDA thread, one block at a time, in one OS thread.
 //
-// A fiber runs until it meets a barrier or an instruction of the whole warp, so a run is deterministic for a
-// given order of the fibers. A warp runs ahead of the others as far as barriers let it (in the shuffled order,
-// for a random while). Orders differ between schedules: a kernel that lacks a barrier gives other bits
-// under another order. What else the emulator checks, each time by ending the process with a message:
+// A fiber runs until it reaches a barrier or a warp instruction, so that a run is deterministic for a given
+// order of the fibers. A warp runs ahead of the others until a barrier (in the shuffled order, for a random
+// time). A kernel that lacks a barrier gives different bits in different orders. The emulator also checks the
+// following, and ends the process with a message on a violation:
 //   - every thread of a block (warp) reaches the same barrier (warp instruction), from the same line
-//   - 16-byte accesses and rows of ldmatrix are aligned, and asynchronous copies end in shared memory
+//   - 16-byte accesses and rows of ldmatrix are aligned, and asynchronous copies write to shared memory
 //   - the rows of ldmatrix lie in different banks
-// Shared memory starts as NaN, and so is the target of an asynchronous copy until its group is waited for.
+// Shared memory is filled with NaN at first, and so is the target of an asynchronous copy until its end.
 #pragma once
 
 #include <ucontext.h>
@@ -51,7 +51,7 @@ enum class Order { kAscending, kDescending, kShuffled };
 constexpr int kWarp = 32;
 constexpr size_t kStackBytes = 256 * 1024;
 
-// A copy in the background: what it will write, taken when it starts, and where to.
+// An asynchronous copy: its target, and its bytes as of the start.
 struct Copy {
   void* to;
   unsigned char bytes[16];
@@ -68,13 +68,13 @@ struct Fiber {
   int line;
   WarpInstruction instruction;
   void* arguments;
-  std::deque<std::vector<Copy>> copies;  // one entry per group, the newest still open
+  std::deque<std::vector<Copy>> copies;  // one entry per group; the last group is open
 };
 
 class Machine {
  public:
   Order order = Order::kAscending;
-  int shared_limit = 0;  // bytes a block may ask for
+  int shared_limit = 0;  // bytes per block
 
   unsigned char* shared_memory() { return shared_; }
   Fiber& current() { return fibers_[thread_index.x]; }
@@ -85,8 +85,8 @@ class Machine {
   }
 
   void run(int64_t blocks, int threads, int shared_bytes, std::function<void()> kernel) {
-    if (threads % kWarp) fail("the block is not made of whole warps");
-    if (shared_bytes > shared_limit) fail("a launch asks for more shared memory than a block may have");
+    if (threads % kWarp) fail("the number of threads is not a multiple of the warp size");
+    if (shared_bytes > shared_limit) fail("a launch requests more shared memory than the limit per block");
     kernel_ = std::move(kernel);
     fibers_.resize(threads);
     void* memory = std::aligned_alloc(16, (shared_bytes + 15) / 16 * 16);
@@ -100,7 +100,7 @@ class Machine {
     std::free(memory);
   }
 
-  // Leaves the fiber until the scheduler has seen the other participants arrive.
+  // Suspends the fiber until the scheduler has seen the other participants arrive.
   void wait(State state, int line, WarpInstruction instruction = nullptr, void* arguments = nullptr) {
     Fiber& fiber = current();
     fiber.state = state, fiber.line = line, fiber.instruction = instruction, fiber.arguments = arguments;
@@ -164,7 +164,7 @@ class Machine {
         }
       progress |= release_block_barrier();
       if (all_done()) return;
-      if (!progress) fail("some threads of the block or warp never reach the barrier that the others wait at");
+      if (!progress) fail("some threads of the block or warp do not reach the barrier at which others wait");
     }
   }
 
@@ -180,7 +180,7 @@ class Machine {
       std::swap(order_of[i], order_of[random() % (i + 1)]);
   }
 
-  // Runs the threads of a warp to where each of them waits next; false if they all wait for other warps.
+  // Runs the threads of a warp until each waits; returns false if all wait for other warps.
   bool advance(int warp, std::vector<int>& lanes) {
     bool progress = false;
     shuffle(lanes);
@@ -201,7 +201,7 @@ class Machine {
     for (int lane = 0; lane < kWarp; ++lane) {
       if (lanes[lane].state != State::kAtWarpInstruction) return false;
       if (lanes[lane].line != lanes[0].line || lanes[lane].instruction != lanes[0].instruction)
-        fail("the lanes of a warp meet different warp instructions", lanes[lane].line);
+        fail("the lanes of a warp reach different warp instructions", lanes[lane].line);
       arguments[lane] = lanes[lane].arguments;
     }
     thread_index.x = warp * kWarp;
@@ -213,7 +213,7 @@ class Machine {
   bool release_block_barrier() {
     for (const Fiber& fiber : fibers_) {
       if (fiber.state != State::kAtBlockBarrier) return false;
-      if (fiber.line != fibers_[0].line) fail("the threads of a block meet different barriers", fiber.line);
+      if (fiber.line != fibers_[0].line) fail("the threads of a block reach different barriers", fiber.line);
     }
     for (Fiber& fiber : fibers_) fiber.state = State::kReady;
     return true;

@@ -1,5 +1,5 @@
-// Runs calls of gather_project on the emulator; see arguments.h. A call's tensors are ids, codes, basis and
-// offset (if any); its output is (N, H).
+// Runs calls of gather_project on the emulator; see arguments.h. A call's tensors are ids, codes, basis and, if
+// present, offset; its output is (N, H).
 #include "cuda/gather_project.cuh"
 
 #include "arguments.h"

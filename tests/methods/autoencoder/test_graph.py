@@ -1,4 +1,4 @@
-"""GraphSteps: the numbers of TorchSteps; on CPU with a capture that runs the steps again instead."""
+"""``GraphSteps`` against ``TorchSteps``; on the CPU the steps run again instead of a captured graph."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from embkern.methods.autoencoder.engines import select_engine
+from embkern.methods.autoencoder.engines import TorchSteps, select_engine
 from embkern.methods.autoencoder.graph import GRAPH_STEPS, GraphSteps
-from embkern.methods.autoencoder.steps import Objective, TorchSteps, Weights
+from embkern.methods.autoencoder.objective import Objective
+from embkern.methods.autoencoder.weights import Weights
 from tests.conftest import seed_of
 
 OBJECTIVE = Objective(0.2, 0.1, 0.05, 0.01, 1e-6)
@@ -22,7 +23,7 @@ def start(device):
 
 
 def runs():
-    """Orders of no whole graph, one and a half, two; another alpha and learning rate; a short last batch."""
+    """Yield orders of less than one, 1.5 and 2 graphs, other alphas and rates, and a short last batch."""
     generator = torch.Generator().manual_seed(seed_of(3))
     for count, alpha, lr in (
         (50, 1.0, 1e-2),
@@ -48,7 +49,7 @@ def test_the_steps_around_a_capture_are_those_of_torch():
     captures = []
 
     def rerun(function):
-        function()  # the warm-up, whose effect must not stay
+        function()  # the run before the capture, whose effect must be undone
         captures.append(function)
         return function
 

@@ -1,6 +1,7 @@
-"""The Triton backend of autoencoder_loss, run by Triton's interpreter on the CPU: both forms against float64.
+"""The Triton backend of autoencoder_loss in Triton's interpreter on the CPU: both forms against float64.
 
-cuBLAS is torch's CPU product here. The interpreter does not round bf16; fp16 stands for it in the Gram form.
+The products of torch on CPU replace cuBLAS. The interpreter does not round bf16; the Gram form is tested with
+fp16 in its place.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from tests.conftest import assert_no_worse_than, relative_error
 from tests.triton.gram_bounds import assert_gradients_within_bounds
 
 EPS = 1e-8
-# Cosine and squared error; the paper's with a root.
+# Cosine and squared error; cosine and root, as in the paper.
 WEIGHTS = [(1.0, 1.0, 0.0, 0.0), (0.2, 0.0, 0.7, 0.0)]
 POWER = (0.2, 0.5, 0.3, 0.4)
-ODD = (35, 13, 45)  # odd everything, several programs
-# (N, r, H); then ranks and columns that need no padding; rank 1.
+ODD = (35, 13, 45)  # All sizes are odd, and there are several programs.
+# (N, r, H): the odd sizes; ranks and columns that need no padding; rank 1.
 SHAPES = [ODD, (16, 16, 64), (3, 1, 7)]
 CASES = [
     (dict(), WEIGHTS[0], "mean"),
@@ -33,7 +34,7 @@ CASES = [
 
 @pytest.fixture(params=["gram", "rows"])
 def form(request, monkeypatch):
-    """One form for every shape and dtype, the rows in several blocks."""
+    """Take one form for every shape and dtype, with the rows in several blocks."""
     monkeypatch.setattr(gram_form, "gram_pays", lambda *_: request.param == "gram")
     monkeypatch.setattr(row_form, "Y_BYTES", 3000)
     return request.param
@@ -64,7 +65,7 @@ def options(weights=WEIGHTS[0], reduction="mean", alpha=0.7):
     return reference.REDUCTIONS.index(reduction), *weights, alpha, EPS, True
 
 
-def check(arguments, options, tiny=1e-6):
+def check(arguments, options, tiny=3e-7):  # The loss may be exact by chance.
     ours = ae.autoencoder_forward(*arguments, *options)
     native = reference.autoencoder_forward(*arguments, *options)
     exact = reference.autoencoder_forward(*double(arguments), *options)
@@ -95,7 +96,7 @@ def test_the_power_term_by_rows(monkeypatch, reduction, alpha, bytes):
 @pytest.mark.parametrize("encoder", [True, False])
 @pytest.mark.usefixtures("poisoned")
 def test_factors_of_16_bits(form, encoder):
-    check(problem(ODD, torch.float16, encoder=encoder), options(), 1e-3)
+    check(problem(ODD, torch.float16, encoder=encoder), options())
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -109,7 +110,7 @@ def test_fp64_is_fp64_throughout(form):
 
 
 def fitted(fit, condition=1.0, shape=(256, 12, 96)):
-    """Rows at a relative distance of about ``fit`` from what codes and a basis of that condition give."""
+    """Rows at a relative distance of about ``fit`` from their reconstruction; condition: of the basis."""
     N, r, H = shape
     columns = torch.linalg.qr(torch.randn(H, r, dtype=torch.float64)).Q
     mixed = torch.linalg.qr(torch.randn(r, r, dtype=torch.float64)).Q
@@ -124,20 +125,20 @@ def fitted(fit, condition=1.0, shape=(256, 12, 96)):
 @pytest.mark.parametrize("fit", [0.3, 1e-1, 1e-2, 1e-3, 1e-4])
 @pytest.mark.parametrize("condition", [1.0, 100.0])
 def test_the_loss_of_a_good_fit_does_not_cancel(monkeypatch, fit, condition):
-    """The loss is right at any fit, gradients to what rounding the products over the table costs."""
+    """The loss is right at any fit; the gradients have the error of the products over the table."""
     monkeypatch.setattr(gram_form, "gram_pays", lambda *_: True)
     arguments = fitted(fit, condition)
     weights = (0.0, float(arguments[0].shape[1]), 0.0, 0.0)
     got = ae.autoencoder_forward(*arguments, *options(weights))
     exact = reference.autoencoder_forward(*double(arguments), *options(weights))
     native = reference.autoencoder_forward(*arguments, *options(weights))
-    assert_no_worse_than(got[0], native[0], exact[0], 1e-6)
+    assert_no_worse_than(got[0], native[0], exact[0], 3e-7)
     target, codes, basis = arguments[0], arguments[1], arguments[4]
     assert_gradients_within_bounds(target, codes, basis, got, exact)
 
 
 def test_without_the_second_sums_a_good_fit_would_cancel(monkeypatch):
-    """The test above would fail: what it measures is there."""
+    """Without them, the test above fails."""
     monkeypatch.setattr(gram_form, "gram_pays", lambda *_: True)
     monkeypatch.setattr(gram_form, "_SAFE_SHARE", -1.0)
     arguments = fitted(1e-3)
@@ -168,16 +169,16 @@ def test_huge_and_tiny_rows(form, size):
     arguments[0] *= size
     arguments[1] *= size
     arguments[5] *= size
-    weights = (1.0, 0.0, 0.0, 0.0)  # the squares of 1e20 are not in fp32, in no formula
+    weights = (1.0, 0.0, 0.0, 0.0)  # The squares of 1e20 are beyond fp32 in every formula.
     got = ae.autoencoder_forward(*arguments, *options(weights))
     exact = reference.autoencoder_forward(*double(arguments), *options(weights))
     assert_close(got[0][:2].double(), exact[0][:2], rtol=1e-5, atol=0)
-    for index in (1, 4, 5):  # t of 1e20 is subnormal
+    for index in (1, 4, 5):  # At 1e20, t is subnormal.
         assert relative_error(got[index], exact[index]) < (1e-2 if form == "gram" and size == 1e20 else 1e-5)
 
 
 def test_a_product_beyond_fp32_does_not_reach_the_loss(monkeypatch):
-    """<x, offset> of 1e40 is infinite in fp32, whichever its sign, where y and its sums are in range."""
+    """<x, offset> of 1e40 is infinite in fp32, with either sign, although y and its sums are in range."""
     monkeypatch.setattr(gram_form, "gram_pays", lambda *_: True)
     for sign in (1, -1):
         target, offset = torch.rand(20, 24) + 1, sign * (torch.rand(24) + 1)
@@ -204,7 +205,7 @@ def test_no_rows(form):
 
 
 class _Largest(TorchDispatchMode):
-    """The elements of the largest tensor that any torch op allocates: one that is no view of an argument."""
+    """Record the size of the largest tensor that a torch op allocates, views of arguments excepted."""
 
     elements = 0
 
@@ -221,7 +222,7 @@ class _Largest(TorchDispatchMode):
 def test_the_reconstruction_is_never_written(monkeypatch, encoder):
     N, _, H = shape = (128, 4, 100)
     arguments = problem(shape, encoder=encoder)
-    # Both products, padded; a few rows of y.
+    # The bounds: both products, padded; a few rows of y.
     for gram, bytes, bound in ((True, 0, 2 * 8 * N), (False, 16 * H * 4, 16 * H)):
         monkeypatch.setattr(gram_form, "gram_pays", lambda *_, gram=gram: gram)
         monkeypatch.setattr(row_form, "Y_BYTES", bytes)

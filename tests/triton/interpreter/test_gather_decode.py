@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from triton.runtime import interpreter
 
 from embkern.ops import gather_decode
-from embkern.ops.packed_format import Tier
+from embkern.ops.packed_format import PackedTensors, Tier
 from embkern.triton import gather_decode as gd
 from embkern.triton.launch import Launch
 from embkern.triton.tiles import GroupTile, Tile
@@ -22,13 +22,13 @@ SCALE = 0.7
 
 
 def forward(p, ids=None, scale=SCALE, **tiles):
-    """What gather_decode_forward does, with tiles of the test's own."""
+    """Run gather_decode_forward, with the given tiles if any."""
     ids = p.ids if ids is None else ids
-    arguments = (ids, *p.codes, p.scales, p.basis, p.offset)
+    packed = PackedTensors(*p.codes, p.scales, p.basis, p.offset)
     if not tiles:
-        return gd.gather_decode_forward(*arguments, p.H, scale)
+        return gd.gather_decode_forward(ids, *packed, p.H, scale)
     out = p.scales.new_empty(*ids.shape, p.H)
-    for launch in gd.forward_launches(*arguments, scale, out, **tiles):
+    for launch in gd.forward_launches(ids, packed, scale, out, **tiles):
         launch.run()
     return out
 
@@ -48,7 +48,7 @@ def test_forward_is_no_worse_than_plain_torch(shape, dtype):
     assert_contract(problem(shape, dtype), dtype)
 
 
-# Several rows a program; all columns at once; coefficients on chip, column tiles without a rest; walked.
+# Several rows per program, coefficients on chip; all columns at once, coefficients in steps.
 @pytest.mark.parametrize(
     "tiles",
     [
@@ -72,7 +72,7 @@ def test_fp64_sums_in_fp64():
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.usefixtures("poisoned")
 def test_every_code_of_every_width_is_exact(bits):
-    """In fp16 too: a coefficient goes into the product in two parts."""
+    """Also in fp16, because a coefficient enters the product in two parts."""
     tiers = [Tier(False, (bits, bits)), Tier(True, (bits,))]
     for dtype in (torch.float32, torch.float16):
         p = problem((24, 45, 32, 1), dtype, offset=False, tiers=tiers)
@@ -84,7 +84,7 @@ def test_every_code_of_every_width_is_exact(bits):
 
 @pytest.mark.parametrize("tier", [Tier(False, (4, 8)), Tier(True, (2,))], ids=str)
 def test_a_row_is_found_after_rows_of_one_tier(tier):
-    """All 32 rows before it count alike: sums of nibbles are at their greatest."""
+    """All rows before it have one tier, which makes the counts of nibbles as large as they can be."""
     p = problem((70, 45, 32, 1), torch.float64, tiers=[tier])
     ids = torch.tensor([0, 7, 8, 9, 16, 31, 32, 47, 63, 69])
     assert_close(forward(p, ids, 1.0), p.plain(ids, *p.factors))
@@ -104,7 +104,7 @@ def test_the_public_op_and_its_gradients():
 
 @pytest.mark.parametrize(("H", "K"), [(33, 32), (97, 96)])
 def test_no_read_beyond_tensors_that_end_at_a_page(H, K):
-    """A read beyond would end this process."""
+    """A read beyond them would end this process."""
     for tier in every_tier(H, K):
         p = problem((35, H, K, 1), tiers=[tier])
         p.ids[0] = 34
@@ -126,7 +126,7 @@ def test_an_infinite_entry_of_the_basis_stays_out_of_rows_of_values():
 
 @pytest.fixture
 def assertions(monkeypatch):
-    """Compiled kernels carry their assertions by themselves; the interpreter has to be told."""
+    """Enable the assertions of the kernels, which the interpreter skips by default."""
     options = interpreter.InterpreterOptions(debug=True, sanitize_overflow=False)
     monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
 
@@ -141,14 +141,14 @@ def test_an_id_out_of_range_is_an_assertion(bad):
 @pytest.mark.parametrize("bad", [-1, 40, 2**40])
 @pytest.mark.usefixtures("poisoned")
 def test_an_id_out_of_range_reads_nothing(bad):
-    """What other threads do until the assertion stops them: no access outside the table."""
+    """Until the assertion stops the kernel, other threads must not access memory outside the table."""
     p = small()
     rows = forward(p, torch.tensor([0, bad, 3]), 1.0)
     assert torch.equal(rows[1], p.offset)
     assert torch.equal(rows[[0, 2]], forward(p, torch.tensor([0, 3]), 1.0))
 
 
-# Where the records of a block begin, beyond and before them; tiers that are none.
+# Records that begin beyond or before the tensor; undefined tiers.
 CORRUPT = [(0, 2**31 - 1), (0, 2**20), (0, -(2**31)), (1, -1)]
 
 
@@ -172,7 +172,7 @@ def test_a_corrupt_directory_reads_nothing(column, value):
 
 
 def test_offsets_beyond_two_to_the_31st():
-    """A record at word 2^30; only the pages that are touched exist."""
+    """A record at word 2^30; memory exists only for pages that are accessed."""
     words = 2**30
     records = torch.empty(0, dtype=torch.int32).set_(torch.UntypedStorage((words + 2) * 4), 0, (words + 2,))
     records[-2:] = torch.tensor([1, 5])

@@ -14,8 +14,8 @@ from tests.conftest import assert_no_worse_than
 from tests.ops.factorised_problems import plain as unscaled
 from tests.ops.factorised_problems import problem
 
-# (V, r, H, N). Even; odd everything; rank 1; one token; the paper's table; a full row block; one row more;
-# blocks without a rest; a batch; a rank that is walked in steps for every dtype.
+# (V, r, H, N). Even; odd everything; rank 1; one token; the table of the paper; a full row block; one row
+# more; blocks without a rest; a batch; a rank that takes steps for every dtype.
 SHAPES = [
     (64, 16, 64, 96),
     (101, 63, 77, 149),
@@ -173,7 +173,7 @@ def test_an_infinite_gradient_stays_with_its_id():
 
 @pytest.mark.parametrize("bad", [-1, 12, 2**40])
 def test_an_id_out_of_range_is_an_assertion(monkeypatch, bad):
-    # Compiled kernels carry their assertions by themselves; the interpreter skips them unless told otherwise.
+    # The interpreter skips the assertions of the kernels by default.
     options = interpreter.InterpreterOptions(debug=True, sanitize_overflow=False)
     monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
     ids = torch.tensor([0, bad, 3])
@@ -191,7 +191,7 @@ def test_an_id_out_of_range_is_an_assertion(monkeypatch, bad):
 @pytest.mark.parametrize("bad", [-1, 12, 2**40])
 @pytest.mark.usefixtures("poisoned")
 def test_an_id_out_of_range_reads_and_writes_nothing(bad):
-    """What other threads do until the assertion stops them: no access outside the table."""
+    """Until the assertion stops the kernel, other threads must not access memory outside the table."""
     ids = torch.tensor([0, bad, 3])
     _, codes, basis, offset = problem((12, 4, 6, 1))
     assert torch.equal(gp.gather_project_forward(ids, codes, basis, offset, 1.0)[1], offset)
@@ -217,7 +217,7 @@ def test_rank_zero_is_the_offset_and_has_its_gradient_alone(sparse):
 
 
 def lazy(V, r):
-    """A table that takes memory only where it is touched."""
+    """A table whose memory exists only where it is accessed."""
     return torch.empty(0, dtype=torch.float16).set_(torch.UntypedStorage(V * r * 2), 0, (V, r), (r, 1))
 
 

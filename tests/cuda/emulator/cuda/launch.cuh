@@ -1,4 +1,4 @@
-// csrc/cuda/launch.cuh for the emulator.
+// The emulator's version of csrc/cuda/launch.cuh.
 #pragma once
 
 #include "emulator.h"
@@ -16,7 +16,7 @@ struct Device {
 template <class... Parameters, class... Arguments>
 void launch(const char*, void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes, Stream,
             const Arguments&... arguments) {
-  if (blocks > INT32_MAX) emulator::fail("more blocks than a launch can have");
+  if (blocks > INT32_MAX) emulator::fail("a launch has more blocks than CUDA permits");
   emulator::Machine::instance().run(blocks, threads, shared_bytes, [&] { kernel(arguments...); });
 }
 

@@ -1,5 +1,5 @@
-// csrc/cuda/ptx.cuh for the emulator: the same functions, after the PTX ISA's description of each instruction.
-// The line of the caller identifies a barrier or warp instruction.
+// The emulator's version of csrc/cuda/ptx.cuh: the same functions, as the PTX ISA describes each instruction.
+// The caller's line identifies a barrier or warp instruction.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -38,12 +38,13 @@ Vector forget(Vector vector) {
   return vector;
 }
 
-// The bytes are taken now and arrive when their group is waited for: the latest moment the ISA allows. Until
-// then the target is NaN: the earliest moment at which its old content may be gone.
+// The source is read now, and the target written when the group is waited for, the latest moment that the ISA
+// permits. Until then the target is NaN, since its old content may be lost from now on.
 inline void copy_async_16(void* shared, const void* global, bool valid, int line = __builtin_LINE()) {
   emulator::check_alignment(shared, line);
   emulator::check_alignment(global, line);
-  if (!Machine::instance().in_shared(shared, 16)) emulator::fail("a copy ends outside shared memory", line);
+  if (!Machine::instance().in_shared(shared, 16))
+    emulator::fail("an asynchronous copy writes outside shared memory", line);
   emulator::Copy copy{shared, {}};
   if (valid) std::memcpy(copy.bytes, global, 16);
   std::memset(shared, 0xff, 16);
@@ -54,7 +55,7 @@ inline void copy_async_commit() { Machine::instance().current().copies.emplace_b
 
 template <int kPending>
 void copy_async_wait() {
-  auto& groups = Machine::instance().current().copies;  // the last one is open and not yet a group
+  auto& groups = Machine::instance().current().copies;  // the last one is open
   while (groups.size() > kPending + 1) {
     for (const auto& copy : groups.front()) std::memcpy(copy.to, copy.bytes, 16);
     groups.pop_front();
@@ -111,7 +112,7 @@ float half_of(uint32_t pair, int which) {
   return static_cast<float>(T(static_cast<unsigned short>(pair >> 16 * which), T::from_bits()));
 }
 
-// Tensor cores add in fp32 and drop, not round, the bits below: so here, which is the larger error.
+// Tensor cores add in fp32 and truncate, which gives larger errors than rounding.
 inline float truncated(double exact) {
   const float nearest = static_cast<float>(exact);
   return std::fabs(static_cast<double>(nearest)) > std::fabs(exact) ? std::nextafter(nearest, 0.f) : nearest;
@@ -178,7 +179,7 @@ inline bool any(bool condition, int line = __builtin_LINE()) {
   return condition;
 }
 
-// The special function unit's worst: the exact value moved to the nearest multiple of twice the error bound.
+// A result of the special function unit with a large error: the nearest multiple of twice the error bound.
 inline float approximated(double exact, double bound) {
   return static_cast<float>(std::nearbyint(exact / (2 * bound)) * (2 * bound));
 }

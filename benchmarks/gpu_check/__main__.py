@@ -1,7 +1,0 @@
-"""`python -m benchmarks.gpu_check`."""
-
-import sys
-
-from .checklist import main
-
-sys.exit(main(sys.argv[1:]))

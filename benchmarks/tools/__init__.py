@@ -1,0 +1,1 @@
+"""Programs around the benchmarks: device checks, compiler reports, tuners, text, and reference models."""

@@ -1,0 +1,14 @@
+// Bit widths as constants.
+
+// Calls body(width) with a constant equal to `bits`, 0 to MOST. Other numbers count as 0.
+template <int MOST, class Body>
+EMBKERN_INLINE void with_bits(int bits, Body body) {
+  if constexpr (MOST == 0) {
+    body(std::integral_constant<int, 0>{});
+  } else {
+    if (bits == MOST)
+      body(std::integral_constant<int, MOST>{});
+    else
+      with_bits<MOST - 1>(bits, body);
+  }
+}

@@ -1,0 +1,200 @@
+// The kernels that ops call: tables of functions per element type, which kernels.inl fills once per instruction
+// set. Operands are lists of pointers to contiguous vectors, so that gathering rows needs no copy.
+#pragma once
+
+#include "cpu/common/types.h"
+#include "cpu/simd/features.h"
+
+namespace embkern {
+
+// ---- products -----------------------------------------------------------------------------------------------
+
+// The most rows of one product, which share its packed right operand: a multiple of the rows of every tile.
+// Packed, they take 400 KB of L2 at rank 512.
+constexpr int64_t kBlockRows = 192;
+
+// out[i][j] = scale * (sum_p a[i][p] * b[p][j] + offset[j]) for i < m, first <= j < last. `a` holds a vector of
+// k elements per row, `b` one of n per term, `out` one of n per row. m <= kBlockRows.
+template <class T>
+struct Projection {
+  int64_t m, k, first, last;
+  int64_t padding;  // columns beyond `last` that can be read from b, with any content
+  const void* const* a;
+  const T* const* b;
+  const T* offset;
+  acc_t<T> scale;
+  T* const* out;
+  int64_t packed_terms = 0;  // of a packed right operand that has more than k
+};
+
+// out[i][j] = scale * sum_p a[p][i] * b[p][j] for i < m, first <= j < last; both operands hold a vector per
+// term. The terms are added in blocks, and then the sums of blocks. `out` is (m, n) with ld elements from row
+// to row.
+template <class T>
+struct OuterSum {
+  int64_t m, k, first, last;
+  const T* const* a;
+  const void* const* b;
+  acc_t<T> scale;
+  T* out;
+  int64_t ld;
+};
+
+// out[i][j] (+)= sum_p a[p][i] * b[p][j] for i < m, j < n. Unlike OuterSum this adds to `out` unless
+// `overwrite`, 128 terms at a time, and reads `b` in place.
+template <class T>
+struct OuterUpdate {
+  int64_t m, k, n;
+  const T* const* a;
+  const T* const* b;
+  bool overwrite;
+  T* out;
+  int64_t ld;
+};
+
+// ---- the loss -----------------------------------------------------------------------------------------------
+
+// Sums over one row of the output y, the target x and the error e = y - x.
+struct RowSums {
+  double dot, output_square, target_square, error_square;
+  bool wide;  // the squares leave the range of fp32, so the gradient has to be computed in double
+};
+
+// grad[j] = from_output * y[j] + from_target * x[j] + from_error * e[j] + from_slope * slope[j]
+template <class A>
+struct RowGradient {
+  double from_output, from_target, from_error, from_slope;
+  const A* slope;  // null if there is no power term
+  bool wide;
+};
+
+// One step of Adam for n parameters. The gradient updates m and v, and p changes by
+// -step_size * m / (root_correction * sqrt(v) + eps).
+template <class T>
+struct AdamStep {
+  T beta1, rest1, beta2, rest2;  // rest = 1 - beta, rounded from double
+  T step_size, root_correction, eps;
+};
+
+// ---- packed tables ------------------------------------------------------------------------------------------
+
+// The number of states of the trellis of codes of up to four bits.
+constexpr int kTrellisStates = 128;
+
+// A record of a packed table: per group of 32 values one word for each bit of its codes. Bit i of word p is bit
+// p of the code of value i.
+template <class T>
+struct PackedRow {
+  const int32_t* words;
+  const uint8_t* bits;  // per group; the groups' words follow each other
+  int64_t groups, width;
+  const int16_t*
+      levels;  // in steps of 2^-12: kTrellisStates each for 1 to 4 bits, then 2 more that are readable
+  acc_t<T> factor;
+};
+
+// A row to be quantized value by value, in units of a spread per column. A code stands for the level nearest to
+// value / (root * factor), where root is the row's root mean square.
+struct RowToPack {
+  const float *values, *squares;  // squares of the spread, null if it is 1
+  const uint8_t* bits;            // per group
+  int64_t groups;
+  const float *levels, *edges;  // 16 per number of bits 1 to 4; an edge lies between two levels
+  const float* steps;           // of uniform codes, by the number of bits
+  const float* factors;         // to be tried
+  int64_t tries;
+};
+
+// A row to be quantized by trellis codes.
+struct TrellisRow {
+  const float *values, *squares;
+  const uint8_t* bits;  // per group, up to 4
+  int64_t groups;
+  const float* levels;  // kTrellisStates per number of bits 1 to 4
+  const float* scales;  // that divide the values, to be tried
+  int64_t tries;
+};
+
+// The result of quantizing a row: the scale of the decoded row that is nearest to the row, and the length of
+// the row's projection on it.
+struct PackedFit {
+  float scale, projection;
+};
+
+// ---- tables of functions ------------------------------------------------------------------------------------
+
+constexpr int64_t kFewStates = 8;  // vectors that a row is multiplied with while it is decoded
+
+template <class T>
+struct Kernels {
+  using A = acc_t<T>;
+  // Whether sums of rows are kept in T, because the kernels multiply T (bf16 dot products), or in A.
+  bool sums_in_element_type;
+  void (*project)(const Projection<T>&);       // a[i] of T
+  void (*project_sums)(const Projection<T>&);  // a[i] of the sums' type
+  void (*outer_sum)(const OuterSum<T>&);       // b[p] of the sums' type
+  // out (width,) = sum of rows, rounded once to the sums' type.
+  void (*sum_rows)(const T* const* rows, int64_t count, int64_t width, void* out);
+  // The same in A, for columns first to last.
+  void (*total_rows)(const T* const* rows, int64_t count, int64_t first, int64_t last, A* out);
+  RowSums (*row_sums)(const T* output, const T* target, int64_t width);
+  // The sum of (|e| + 1e-10)^alpha. Its derivative by e is written to `slope` unless that is null.
+  double (*row_power)(const T* output, const T* target, int64_t width, double alpha, A* slope);
+  void (*row_gradient)(const T* output, const T* target, int64_t width, const RowGradient<A>& coefficients,
+                       T* grad);  // may be `output`
+  // to[j] = factor * value[j] + scale * offset[j] for j < width; values beyond the groups are 0.
+  void (*decode_row)(const PackedRow<T>&, const T* offset, A scale, T* to);
+  // to[j] = factor * value[j] in the sums' type, for project_sums.
+  void (*decode_coefficients)(const PackedRow<T>&, void* to);
+  // out[n] = factor * sum of value[j] * factors[n][j] for n < count; count is 1, 2, 4 or kFewStates.
+  void (*packed_products)(const PackedRow<A>&, const A* const* factors, int64_t count, A* out);
+  // out[n] = sum of row[j] * factors[n][j] for j < width; the factors are 0 from there to a multiple of 32.
+  void (*row_products)(const T* row, int64_t width, const A* const* factors, int64_t count, A* out);
+};
+
+// For float and double.
+template <class T>
+struct TrainingKernels {
+  // The number of elements of a packed right operand of k terms and n columns.
+  int64_t (*packed_size)(int64_t k, int64_t n);
+  // Packs the right operand b[p][j], a vector per term, or b[j][p], a vector per column.
+  void (*pack)(const T* const* b, int64_t k, int64_t n, T* packed);
+  void (*pack_transposed)(const T* const* b, int64_t k, int64_t n, T* packed);
+  // Kernels::project for all columns with a packed right operand; `first` is 0 and `b` is not used.
+  void (*project_packed)(const Projection<T>&, const T* packed);
+  void (*outer_update)(const OuterUpdate<T>&);
+  void (*adam)(const AdamStep<T>&, int64_t n, const T* grad, T* p, T* m, T* v);
+};
+
+struct PackingKernels {
+  // `codes` (32 groups) are written unless null.
+  PackedFit (*quantize_row)(const RowToPack&, uint8_t* codes);
+  PackedFit (*trellis_row)(const TrellisRow&, uint8_t* codes, uint8_t* scratch);  // (32 groups) each
+};
+
+// The tables of the level in use.
+template <class T>
+const Kernels<T>& kernels();
+template <class T>
+const TrainingKernels<T>& training_kernels();
+template <class T = float>
+const PackingKernels& packing_kernels();
+
+#define EMBKERN_DECLARE_LEVEL(name)             \
+  namespace name {                              \
+  template <class T>                            \
+  const Kernels<T>& kernels();                  \
+  template <class T>                            \
+  const TrainingKernels<T>& training_kernels(); \
+  template <class T>                            \
+  const PackingKernels& packing_kernels();      \
+  }
+EMBKERN_DECLARE_LEVEL(portable)
+#if defined(EMBKERN_X86_LEVELS)
+EMBKERN_DECLARE_LEVEL(avx2)
+EMBKERN_DECLARE_LEVEL(avx512)
+EMBKERN_DECLARE_LEVEL(avx512_bf16)
+#endif
+#undef EMBKERN_DECLARE_LEVEL
+
+}  // namespace embkern

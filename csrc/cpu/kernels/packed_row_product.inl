@@ -1,0 +1,72 @@
+// Products of a row with vectors. The values of a packed row are multiplied while they are in registers.
+
+// total[n] += values * factors[n] for groups `group` to `last`, all of BITS bits. Returns the words after them.
+template <int N, int BITS>
+EMBKERN_INLINE const int32_t* add_products(int64_t group, int64_t last, const int32_t* words,
+                                           const int16_t* levels, const float* const* factors,
+                                           Vector<float> (&total)[N]) {
+  if constexpr (BITS > 0) {
+    constexpr int kChains = N < 4 ? 2 : 1;  // independent sums, to hide the latency of an addition
+    const GroupDecoder<BITS> decoder(levels);
+    Vector<float> sum[N][kChains] = {};
+    for (; group < last; ++group, words += BITS) {
+      Vector<float> values[kGroupVectors];
+      decoder.steps(words, values);
+      EMBKERN_UNROLL for (int n = 0; n < N; ++n) {
+        const float* from = factors[n] + group * 32;
+        EMBKERN_UNROLL for (int v = 0; v < kGroupVectors; ++v) sum[n][v % kChains] =
+            sum[n][v % kChains] + values[v] * load(from + v * kLanes<float>);
+      }
+    }
+    EMBKERN_UNROLL for (int n = 0; n < N; ++n) {
+      EMBKERN_UNROLL for (int chain = 1; chain < kChains; ++chain) sum[n][0] = sum[n][0] + sum[n][chain];
+      total[n] = total[n] + GroupDecoder<BITS>::kStep * sum[n][0];
+    }
+  }
+  return words;
+}
+
+template <class A, int N>
+EMBKERN_INLINE void products_of_row(const PackedRow<A>& row, const A* const* factors, A* out) {
+  Vector<A> total[N] = {};
+  if constexpr (std::is_same_v<A, float>) {
+    const int32_t* words = row.words;
+    for (int64_t group = 0, last; group < row.groups; group = last) {
+      const int bits = row.bits[group];
+      for (last = group + 1; last < row.groups && row.bits[last] == bits;) ++last;
+      with_bits<8>(bits, [&](auto width) {
+        words = add_products<N, width.value>(group, last, words, row.levels, factors, total);
+      });
+    }
+  } else {
+    for_values<A>(row, [&](int64_t first, Vector<A> values) {
+      for (int n = 0; n < N; ++n) total[n] = total[n] + values * load(factors[n] + first);
+    });
+  }
+  for (int n = 0; n < N; ++n) out[n] = row.factor * static_cast<A>(sum_of_lanes<A>(total[n]));
+}
+
+template <class T>
+void packed_products(const PackedRow<acc_t<T>>& row, const acc_t<T>* const* factors, int64_t count,
+                     acc_t<T>* out) {
+  using A = acc_t<T>;
+  if (count == 1) return products_of_row<A, 1>(row, factors, out);
+  if (count == 2) return products_of_row<A, 2>(row, factors, out);
+  if (count == 4) return products_of_row<A, 4>(row, factors, out);
+  products_of_row<A, kFewStates>(row, factors, out);
+}
+
+template <class T>
+void row_products(const T* row, int64_t width, const acc_t<T>* const* factors, int64_t count, acc_t<T>* out) {
+  using A = acc_t<T>;
+  constexpr int64_t lanes = kLanes<A>;
+  for (int64_t n = 0; n < count; ++n) {
+    Vector<A> sum[2] = {};
+    int64_t j = 0;
+    for (; j + 2 * lanes <= width; j += 2 * lanes)
+      EMBKERN_UNROLL for (int v = 0; v < 2; ++v) sum[v] =
+          sum[v] + load(row + j + v * lanes) * load(factors[n] + j + v * lanes);
+    for (; j < width; j += lanes) sum[0] = sum[0] + load(row + j, width - j) * load(factors[n] + j);
+    out[n] = static_cast<A>(sum_of_lanes<A>(sum[0] + sum[1]));
+  }
+}

@@ -1,0 +1,22 @@
+// The kernels for AVX-512 F, BW, DQ and VL.
+#include "cpu/simd/headers.h"
+
+#if defined(EMBKERN_X86_LEVELS)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+#endif
+
+#define EMBKERN_LEVEL avx512
+#define EMBKERN_PRIMITIVES "cpu/simd/avx512.inl"
+#include "cpu/kernels/kernels.inl"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

@@ -1,0 +1,83 @@
+// Primitives of AVX-512 with BF16 (conversions, dot products of pairs), VBMI (byte permutations) and GFNI (bit
+// matrices).
+
+#include "cpu/simd/avx512_common.inl"
+
+template <>
+struct Elements<BFloat16> {
+  static EMBKERN_INLINE Vector<float> widen(const BFloat16* from) { return widen_bf16(from); }
+  static EMBKERN_INLINE void narrow(Vector<float> vector, BFloat16* to) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)vector));
+  }
+};
+
+// The arithmetic of two bf16 terms per unit. The instruction takes bf16 subnormals (below 1.2e-38) for zero.
+struct Pair {
+  static constexpr int kTerms = 2;
+  using A = float;
+  using Scalar = uint32_t;
+  using Line = __m512i;
+  static EMBKERN_INLINE Vector<A> add(Vector<A> sum, Scalar x, Line y) {
+    return (Vector<A>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(x)),
+                                       (__m512bh)y);
+  }
+  static EMBKERN_INLINE uint32_t bits(const BFloat16* from) {
+    uint16_t raw;
+    std::memcpy(&raw, from, sizeof(raw));
+    return raw;
+  }
+  static EMBKERN_INLINE void along(const BFloat16* row, int64_t k, Scalar* to) {
+    if (k > 1) std::memcpy(to, row, k / 2 * sizeof(Scalar));  // a row of rank 0 may have no address
+    if (k % 2) to[k / 2] = bits(row + k - 1);
+  }
+  template <int SIZE>
+  static EMBKERN_INLINE void across(const BFloat16* const* rows, int64_t p, int64_t k, int64_t i, Scalar* to) {
+    EMBKERN_UNROLL for (int r = 0; r < SIZE; ++r) to[r] =
+        bits(rows[p] + i + r) | (p + 1 == k ? 0 : bits(rows[p + 1] + i + r) << 16);
+  }
+  static EMBKERN_INLINE __m512i columns(const BFloat16* from, int64_t count) {
+    if (count >= 32) return _mm512_loadu_si512(from);
+    return _mm512_maskz_loadu_epi16(count > 0 ? (__mmask32(1) << count) - 1 : 0, from);
+  }
+  template <int N>
+  static EMBKERN_INLINE void lines(const BFloat16* const* rows, int64_t p, int64_t k, int64_t j, int64_t count,
+                                   Line* to) {
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7,
+                                         38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    const int64_t exist = count < 0 ? N * 16 : std::min<int64_t>(count, N * 16);
+    EMBKERN_UNROLL for (int v = 0; v < N; v += 2) {  // 32 columns make two lines of 16 pairs
+      const int64_t at = v * 16;
+      const __m512i even = columns(rows[p] + j + at, exist - at);
+      const __m512i odd = p + 1 == k ? _mm512_setzero_si512() : columns(rows[p + 1] + j + at, exist - at);
+      to[v] = _mm512_permutex2var_epi16(even, low, odd);
+      if (N > 1) to[v + 1] = _mm512_permutex2var_epi16(even, high, odd);
+    }
+  }
+};
+
+template <>
+struct Product<BFloat16> {
+  using Arithmetic = Pair;
+  using S = BFloat16;
+};
+
+// One word per plane of the index, the highest bit first, each rotated as index_plane does it; then the bytes
+// of the same 8 values side by side; then a product over GF(2) transposes each 8 x 8 bits.
+template <int BITS, int COUNT>
+EMBKERN_INLINE GroupIndices group_indices(const int32_t* words) {
+  const auto bit = [](int word) { return 7 - word < COUNT ? 7 - word : 0; };
+  const auto plane = [&](int word) { return COUNT == BITS ? bit(word) : bit(word) % BITS; };
+  const auto before = [&](int word) { return COUNT == BITS ? 0 : bit(word) / BITS; };
+  const __m256i planes =
+      _mm256_setr_epi32(plane(0), plane(1), plane(2), plane(3), plane(4), plane(5), plane(6), plane(7));
+  const __m256i rotations =
+      _mm256_setr_epi32(before(0), before(1), before(2), before(3), before(4), before(5), before(6), before(7));
+  const __m256i bytes_of_8 = _mm256_setr_epi8(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29, 2, 6,
+                                              10, 14, 18, 22, 26, 30, 3, 7, 11, 15, 19, 23, 27, 31);
+  const __m256i record = _mm256_maskz_loadu_epi32(static_cast<__mmask8>((1 << BITS) - 1), words);
+  const __mmask8 used = static_cast<__mmask8>(0xff << (8 - COUNT));
+  const __m256i rotated = _mm256_rolv_epi32(_mm256_maskz_permutexvar_epi32(used, planes, record), rotations);
+  return {_mm256_gf2p8affine_epi64_epi8(_mm256_set1_epi64x(0x8040201008040201),
+                                        _mm256_permutexvar_epi8(bytes_of_8, rotated), 0)};
+}

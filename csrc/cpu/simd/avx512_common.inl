@@ -1,0 +1,177 @@
+// Primitives of AVX-512 F, BW, DQ and VL that all levels with AVX-512 share.
+
+constexpr int kVectorBytes = 64, kRegisters = 32;
+constexpr bool kHasVectorPower = true;
+
+#include "cpu/simd/vector.inl"
+
+template <>
+struct Elements<Half> {
+  static EMBKERN_INLINE Vector<float> widen(const Half* from) {
+    return (Vector<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  static EMBKERN_INLINE void narrow(Vector<float> vector, Half* to) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm512_cvtps_ph((__m512)vector, _MM_FROUND_TO_NEAREST_INT));
+  }
+};
+
+EMBKERN_INLINE Vector<float> widen_bf16(const BFloat16* from) {
+  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return (Vector<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16);
+}
+
+EMBKERN_INLINE Vector<float> multiply_add(Vector<float> x, Vector<float> y, Vector<float> z) {
+  return (Vector<float>)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)z);
+}
+EMBKERN_INLINE Vector<float> square_root(Vector<float> x) { return (Vector<float>)_mm512_sqrt_ps((__m512)x); }
+EMBKERN_INLINE Vector<double> square_root(Vector<double> x) {
+  return (Vector<double>)_mm512_sqrt_pd((__m512d)x);
+}
+
+// 1 / (scale * sqrt(x) + eps). In fp32 two estimates of 14 bits, each with a
+// Newton step, replace a square root and a division, which take 20 cycles of Zen 4 for 16 floats; the estimates
+// take half of that. The result is within 3 ulp.
+template <class T>
+EMBKERN_INLINE Vector<T> inverse_of_root(Vector<T> x, T scale, T eps) {
+  if constexpr (std::is_same_v<T, float>) {
+    using V = Vector<float>;
+    const V guess = (V)_mm512_rsqrt14_ps((__m512)x);
+    const V root = x * guess;
+    V exact = root + (0.5f * guess) * multiply_add(-1.0f * root, root, x);
+    // The estimate is infinite at 0 and at subnormal numbers, whose root is taken as 0.
+    exact = x < 1.17549435e-38f ? V{} : exact;
+    const V divisor = scale * exact + eps;
+    const V inverse = (V)_mm512_rcp14_ps((__m512)divisor);
+    return inverse + inverse * multiply_add(-1.0f * divisor, inverse, constant(1.0f));
+  } else {
+    return constant(T(1)) / (scale * square_root(x) + eps);
+  }
+}
+
+// Lane i is from[first + (i >> BITS)]; `from` is aligned and all of these are in one vector of it.
+template <int BITS>
+EMBKERN_INLINE Vector<float> repeat_lanes(const float* from, int first) {
+  const int begin = first / kLanes<float> * kLanes<float>;
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i index = _mm512_add_epi32(_mm512_srli_epi32(lane, BITS), _mm512_set1_epi32(first - begin));
+  return (Vector<float>)_mm512_permutexvar_ps(index, _mm512_load_ps(from + begin));
+}
+
+// ---- minima -------------------------------------------------------------------------------------------------
+
+EMBKERN_INLINE void store_bytes(__m512i values, uint8_t* to) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(values));
+}
+
+// The least of ROWS vectors in every lane, `stride` elements apart, and the first row that has it.
+template <int ROWS>
+EMBKERN_INLINE __m512 least_of_rows(const float* matrix, int stride, __m512i* row) {
+  __m512 least[ROWS];
+  EMBKERN_UNROLL for (int i = 0; i < ROWS; ++i) least[i] = _mm512_load_ps(matrix + i * stride);
+  EMBKERN_UNROLL for (int apart = ROWS / 2; apart > 0; apart /= 2)
+      EMBKERN_UNROLL for (int i = 0; i < apart; ++i) least[i] = _mm512_min_ps(least[i], least[i + apart]);
+  __m512i first = _mm512_setzero_si512();
+  EMBKERN_UNROLL for (int i = ROWS - 1; i > 0; --i) {
+    const __mmask16 equal = _mm512_cmp_ps_mask(_mm512_load_ps(matrix + i * stride), least[0], _CMP_EQ_OQ);
+    first = _mm512_mask_mov_epi32(first, equal, _mm512_set1_epi32(i));
+  }
+  const __mmask16 equal = _mm512_cmp_ps_mask(_mm512_load_ps(matrix), least[0], _CMP_EQ_OQ);
+  *row = _mm512_mask_mov_epi32(first, equal, _mm512_setzero_si512());
+  return least[0];
+}
+
+// The least element of each column of an aligned (ROWS, COLUMNS) matrix, and the first row that has it. Both
+// outputs have room for 16 columns.
+template <int ROWS, int COLUMNS>
+EMBKERN_INLINE void column_minima(const float* matrix, float* least, uint8_t* row) {
+  if constexpr (COLUMNS == 8) {  // a vector holds two rows
+    __m512i own;
+    const __m512 low = least_of_rows<ROWS / 2>(matrix, 16, &own), high = _mm512_shuffle_f32x4(low, low, 0x4e);
+    const __m512i other = _mm512_shuffle_i32x4(own, own, 0x4e);
+    const __mmask16 less = _mm512_cmp_ps_mask(high, low, _CMP_LT_OQ);
+    const __mmask16 equal = _mm512_cmp_ps_mask(high, low, _CMP_EQ_OQ);
+    const __mmask16 second = less | _mm512_mask_cmplt_epi32_mask(equal, other, own);
+    own = _mm512_slli_epi32(_mm512_mask_mov_epi32(own, second, other), 1);
+    _mm512_store_ps(least, _mm512_min_ps(low, high));
+    store_bytes(_mm512_mask_add_epi32(own, second, own, _mm512_set1_epi32(1)), row);
+  } else {
+    EMBKERN_UNROLL for (int j = 0; j < COLUMNS; j += 16) {
+      __m512i own;
+      _mm512_store_ps(least + j, least_of_rows<ROWS>(matrix + j, COLUMNS, &own));
+      store_bytes(own, row + j);
+    }
+  }
+}
+
+// ---- quantization -------------------------------------------------------------------------------------------
+
+struct Rounded {
+  Vector<float> value;
+  __m512i code;
+};
+
+// The nearest of 2^BITS ascending levels, by binary search among the edges between them; BITS <= 4.
+template <int BITS>
+EMBKERN_INLINE Rounded nearest_level(Vector<float> values, const float* edges, const float* levels) {
+  const __m512 all_edges = _mm512_loadu_ps(edges);
+  __m512i code = _mm512_setzero_si512();
+  EMBKERN_UNROLL for (int step = 1 << (BITS - 1); step > 0; step /= 2) {
+    const __m512i middle = _mm512_add_epi32(code, _mm512_set1_epi32(step - 1));
+    const __mmask16 above =
+        _mm512_cmp_ps_mask((__m512)values, _mm512_permutexvar_ps(middle, all_edges), _CMP_GT_OQ);
+    code = _mm512_mask_add_epi32(code, above, code, _mm512_set1_epi32(step));
+  }
+  return {(Vector<float>)_mm512_permutexvar_ps(code, _mm512_loadu_ps(levels)), code};
+}
+
+// The nearest of 2^BITS multiples of `step`, which lie around zero. The result is in units of the step.
+template <int BITS>
+EMBKERN_INLINE Rounded nearest_step(Vector<float> values, float step) {
+  constexpr int kMost = (1 << BITS) - 1;
+  constexpr float kMiddle = kMost / 2.0f;
+  const __m512 steps = _mm512_fmadd_ps((__m512)values, _mm512_set1_ps(1 / step), _mm512_set1_ps(kMiddle));
+  const __m512i above = _mm512_max_epi32(_mm512_cvtps_epi32(steps), _mm512_setzero_si512());
+  const __m512i code = _mm512_min_epi32(above, _mm512_set1_epi32(kMost));
+  return {(Vector<float>)_mm512_sub_ps(_mm512_cvtepi32_ps(code), _mm512_set1_ps(kMiddle)), code};
+}
+
+EMBKERN_INLINE void store_codes(const Rounded& rounded, uint8_t* to) { store_bytes(rounded.code, to); }
+
+#include "cpu/simd/planes.inl"
+#include "cpu/simd/power.inl"
+
+// ---- groups of a packed table -------------------------------------------------------------------------------
+
+// The indices of the 32 values of a group.
+struct GroupIndices {
+  __m256i bytes;
+};
+
+EMBKERN_INLINE void to_floats(const GroupIndices& indices, Vector<float>* values) {
+  const __m128i low = _mm256_castsi256_si128(indices.bytes), high = _mm256_extracti128_si256(indices.bytes, 1);
+  values[0] = (Vector<float>)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(low));
+  values[1] = (Vector<float>)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(high));
+}
+
+// A table of 128 integers in four registers. Two shuffles of 64 entries each look 32 indices up.
+class Table128 {
+ public:
+  EMBKERN_INLINE explicit Table128(const int16_t* entries) {
+    EMBKERN_UNROLL for (int i = 0; i < 4; ++i) quarter_[i] = _mm512_loadu_si512(entries + 32 * i);
+  }
+
+  EMBKERN_INLINE void look_up(const GroupIndices& indices, Vector<float>* values) const {
+    const __m512i index = _mm512_cvtepu8_epi16(indices.bytes);
+    const __mmask32 upper = _mm256_movepi8_mask(_mm256_slli_epi16(indices.bytes, 1));  // bit 6 of the index
+    const __m512i entries =
+        _mm512_mask_blend_epi16(upper, _mm512_permutex2var_epi16(quarter_[0], index, quarter_[1]),
+                                _mm512_permutex2var_epi16(quarter_[2], index, quarter_[3]));
+    const __m256i low = _mm512_castsi512_si256(entries), high = _mm512_extracti64x4_epi64(entries, 1);
+    values[0] = (Vector<float>)_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(low));
+    values[1] = (Vector<float>)_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(high));
+  }
+
+ private:
+  __m512i quarter_[4];
+};

@@ -1,0 +1,39 @@
+// The arguments of gather_project's kernels.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/vectors.cuh"
+
+namespace embkern::cuda {
+
+constexpr char kOp[] = "gather_project";
+
+// The arguments of one call. `aligned_*` means that pointer and row length are multiples of 16 bytes.
+template <class T>
+struct Problem {
+  const void* ids;
+  bool wide_ids;           // int64, else int32
+  int64_t count;           // N
+  int64_t num_embeddings;  // V
+  int rank;                // r
+  int width;               // H
+  const T* codes;
+  const T* basis;
+  const T* offset;  // may be null
+  T* out;
+  acc_t<T> scale;
+  bool aligned_codes, aligned_basis, aligned_out;
+};
+
+// The id at position n. An id out of range ends the kernel before it is used.
+template <class T>
+EMBKERN_DEVICE int64_t checked_id(const Problem<T>& problem, int64_t n) {
+  const int64_t id = problem.wide_ids ? static_cast<const int64_t*>(problem.ids)[n]
+                                      : static_cast<const int32_t*>(problem.ids)[n];
+  if (static_cast<uint64_t>(id) >= static_cast<uint64_t>(problem.num_embeddings))
+    ptx::fail("gather_project: ids: expected 0 <= id < V");
+  return id;
+}
+
+}  // namespace embkern::cuda

@@ -1,0 +1,16 @@
+"""What benchmarks ask of the machine."""
+
+import pytest
+import torch
+
+from benchmarks.machine import peak_bytes
+
+pytestmark = pytest.mark.slow
+
+
+def test_peak_bytes_counts_result_and_scratch():
+    if peak_bytes(lambda: None, "cpu") is None:
+        pytest.skip("the peak of the resident set cannot be set back here")
+    megabyte = 2**20
+    got = peak_bytes(lambda: torch.ones(16 * megabyte) + 1, "cpu")
+    assert got == pytest.approx(2 * 64 * megabyte, rel=0.1)

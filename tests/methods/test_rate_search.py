@@ -1,0 +1,74 @@
+"""``RateSearch``: the choice of tiers against all choices of a table of a few rows."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from embkern.methods.rate_search import RateSearch
+from embkern.ops.packed_format import Tier
+
+TIERS = [Tier(False, (bits,)) for bits in (1, 2, 4, 8)]  # 4, 8, 16 and 32 bytes a row
+V = 6
+
+
+def no_shared_bytes(tiers: list[Tier]) -> int:
+    return 0
+
+
+@pytest.fixture
+def errors() -> torch.Tensor:
+    """Errors (V, T) that fall with the bits, by another amount for every row."""
+    return torch.rand(V, len(TIERS), dtype=torch.float64).sort(dim=1, descending=True).values
+
+
+@pytest.mark.parametrize("budget", [4 * V, 60, 100, 32 * V])
+def test_no_other_choice_of_as_many_bytes_has_less_error(errors, budget):
+    weights = torch.rand(V, dtype=torch.float64) + 0.1
+    found = RateSearch(errors, weights, TIERS, no_shared_bytes).within(budget, len(TIERS))
+    assert found is not None
+    kept, choice = found
+    size = torch.tensor([4 * tier.words for tier in TIERS])
+    chosen = torch.tensor(kept)[choice]
+    spent = int(size[chosen].sum())
+    assert spent <= budget
+    every = torch.tensor(list(itertools.product(range(len(TIERS)), repeat=V)))
+    costs = (errors[torch.arange(V), every] * weights).sum(1)
+    cost = float((errors[torch.arange(V), chosen] * weights).sum())
+    # A choice that minimises the Lagrangian is optimal for its own bytes; the price is exact to 1e-5.
+    assert cost <= float(costs[size[every].sum(1) <= spent].min()) * (1 + 1e-4)
+
+
+def test_the_smallest_and_the_largest_choice_are_reached(errors):
+    search = RateSearch(errors, torch.ones(V), TIERS, no_shared_bytes)
+    assert search.least_bytes() == 4 * V
+    assert search.within(4 * V - 1, 4) is None
+    for budget, tier in ((4 * V, 0), (32 * V, 3)):
+        kept, choice = search.within(budget, 4)
+        assert kept == [tier]
+        assert not choice.any()
+
+
+def test_no_more_tiers_are_kept_than_asked_for(errors):
+    search = RateSearch(errors, torch.ones(V), TIERS, no_shared_bytes)
+    for most in (1, 2, 3):
+        kept, choice = search.within(70, most)
+        assert len(kept) <= most
+        assert sum(4 * TIERS[kept[position]].words for position in choice.tolist()) <= 70
+
+
+def test_bytes_that_rows_share_are_part_of_the_budget(errors):
+    search = RateSearch(errors, torch.ones(V), TIERS, lambda tiers: 10 * len(tiers))
+    kept, choice = search.within(80, 4)
+    assert sum(4 * TIERS[kept[position]].words for position in choice.tolist()) + 10 * len(kept) <= 80
+    assert search.least_bytes() == 4 * V + 10 * len(TIERS)
+
+
+def test_a_floor_excludes_tiers_row_by_row():
+    errors = torch.tensor([[0.5, 0.3, 0.2, 0.1]] * (V - 1) + [[0.9, 0.6, 0.4, 0.05]], dtype=torch.float64)
+    kept, choice = RateSearch(errors, torch.ones(V), TIERS, no_shared_bytes, 0.5).within(4 * (V - 1) + 16, 4)
+    assert [kept[position] for position in choice.tolist()] == [0] * (V - 1) + [2]
+    with pytest.raises(ValueError, match=r"floor: expected at most 0.9, the worst row's cosine .* got 0.99"):
+        RateSearch(errors, torch.ones(V), TIERS, no_shared_bytes, 0.99)
