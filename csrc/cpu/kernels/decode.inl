@@ -9,6 +9,9 @@ constexpr float kLevelStep = 1.0f / 4096;
 template <int BITS>
 class GroupDecoder {
  public:
+  static constexpr bool kTrellis = BITS <= 4;
+  static constexpr float kStep = kTrellis ? kLevelStep : 1;
+
   EMBKERN_INLINE explicit GroupDecoder(const int16_t* levels)
       : levels_(levels + (kTrellis ? kTrellisStates * (BITS - 1) : 0)) {}
 
@@ -29,12 +32,6 @@ class GroupDecoder {
       EMBKERN_UNROLL for (int v = 0; v < kGroupVectors; ++v) values[v] = values[v] + -kMiddle;
     }
   }
-
- private:
-  static constexpr bool kTrellis = BITS <= 4;
-
- public:
-  static constexpr float kStep = kTrellis ? kLevelStep : 1;
 
  private:
   static constexpr float kMiddle = ((1 << BITS) - 1) / 2.0f;

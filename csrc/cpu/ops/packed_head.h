@@ -15,8 +15,6 @@
 namespace embkern {
 namespace {  // torch's Tensor is hidden, and what holds one must be, too
 
-constexpr int64_t kFewBlocks = 8;        // of 32 rows that a thread takes at a time where hidden states are few
-constexpr int64_t kManyRows = 192;       // that a thread decodes at a time where they are many
 constexpr int64_t kStateTile = 256;      // hidden states that meet them at a time
 constexpr int64_t kGradientRows = 1024;  // that all threads decode together in a backward
 constexpr int64_t kGradientChunk = 64;   // of them, that one thread decodes at a time

@@ -56,46 +56,74 @@ EMBKERN_INLINE Vector<float> repeat_lanes(const float* from, int first) {
 #include "cpu/simd/planes.inl"
 #include "cpu/simd/power.inl"
 
-// The indices of the 32 values of a group.
-struct GroupIndices {
-  __m256i quarter[4];
-};
+// The indices of the 32 values of a group, a byte each.
+using GroupIndices = __m256i;
 
 template <int BITS, int COUNT>
 EMBKERN_INLINE GroupIndices group_indices(const int32_t* words) {
-  GroupIndices indices;
-  EMBKERN_UNROLL for (int quarter = 0; quarter < 4; ++quarter) {
-    const __m256i lane_bit =
-        _mm256_sllv_epi32(_mm256_set1_epi32(1 << (8 * quarter)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-    __m256i index = _mm256_setzero_si256();
-    for_planes<BITS, COUNT>(words, [&](int bit, uint32_t plane) {
-      const __m256i own = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(plane)), lane_bit);
-      const __m256i set = _mm256_cmpeq_epi32(own, lane_bit);
-      index = _mm256_or_si256(index, _mm256_and_si256(set, _mm256_set1_epi32(1 << bit)));
-    });
-    indices.quarter[quarter] = index;
-  }
-  return indices;
+  // Byte i of a plane's word is spread over lanes 8 i to 8 i + 7, each of which tests its own bit.
+  const __m256i own_byte = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2,
+                                            2, 3, 3, 3, 3, 3, 3, 3, 3);
+  const __m256i own_bit = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201ull));
+  __m256i index = _mm256_setzero_si256();
+  for_planes<BITS, COUNT>(words, [&](int bit, uint32_t plane) {
+    const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(plane)), own_byte);
+    const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, own_bit), own_bit);
+    index = _mm256_or_si256(index, _mm256_and_si256(set, _mm256_set1_epi8(static_cast<char>(1 << bit))));
+  });
+  return index;
 }
 
 EMBKERN_INLINE void to_floats(const GroupIndices& indices, Vector<float>* values) {
-  EMBKERN_UNROLL for (int i = 0; i < 4; ++i) values[i] = (Vector<float>)_mm256_cvtepi32_ps(indices.quarter[i]);
+  const __m128i low = _mm256_castsi256_si128(indices), high = _mm256_extracti128_si256(indices, 1);
+  values[0] = (Vector<float>)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(low));
+  values[1] = (Vector<float>)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(low, 8)));
+  values[2] = (Vector<float>)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(high));
+  values[3] = (Vector<float>)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(high, 8)));
 }
 
-// A table of 128 integers. The gather reads 32 bits for each, so one more entry has to be readable.
+// A table of 128 integers. The low and the high bytes of 16 entries are a table of one shuffle each, and bits 4
+// to 6 of an index choose among eight of them: a gather of 32 entries takes twice as long.
 class Table128 {
  public:
-  EMBKERN_INLINE explicit Table128(const int16_t* entries) : entries_(entries) {}
-
-  EMBKERN_INLINE void look_up(const GroupIndices& indices, Vector<float>* values) const {
-    EMBKERN_UNROLL for (int i = 0; i < 4; ++i) {
-      const int* pairs = reinterpret_cast<const int*>(entries_);
-      const __m256i pair = _mm256_i32gather_epi32(pairs, indices.quarter[i], 2);
-      const __m256i entry = _mm256_srai_epi32(_mm256_slli_epi32(pair, 16), 16);
-      values[i] = (Vector<float>)_mm256_cvtepi32_ps(entry);
+  EMBKERN_INLINE explicit Table128(const int16_t* entries) {
+    EMBKERN_UNROLL for (int i = 0; i < 8; ++i) {
+      const __m256i some = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(entries + 16 * i));
+      low_[i] = both_halves(_mm256_and_si256(some, _mm256_set1_epi16(0xff)));
+      high_[i] = both_halves(_mm256_srli_epi16(some, 8));
     }
   }
 
+  EMBKERN_INLINE void look_up(const GroupIndices& indices, Vector<float>* values) const {
+    const __m256i low = bytes(low_, indices), high = bytes(high_, indices);
+    const __m256i even = _mm256_unpacklo_epi8(low, high), odd = _mm256_unpackhi_epi8(low, high);
+    values[0] = to_float(_mm256_castsi256_si128(even));
+    values[1] = to_float(_mm256_castsi256_si128(odd));
+    values[2] = to_float(_mm256_extracti128_si256(even, 1));
+    values[3] = to_float(_mm256_extracti128_si256(odd, 1));
+  }
+
  private:
-  const int16_t* entries_;
+  // 16 numbers below 256 to bytes, in both halves.
+  static EMBKERN_INLINE __m256i both_halves(__m256i numbers) {
+    return _mm256_broadcastsi128_si256(
+        _mm_packus_epi16(_mm256_castsi256_si128(numbers), _mm256_extracti128_si256(numbers, 1)));
+  }
+
+  static EMBKERN_INLINE __m256i bytes(const __m256i* tables, __m256i index) {
+    __m256i found[8];
+    EMBKERN_UNROLL for (int i = 0; i < 8; ++i) found[i] = _mm256_shuffle_epi8(tables[i], index);
+    EMBKERN_UNROLL for (int bit = 4; bit < 7; ++bit) {
+      const __m256i chosen = _mm256_slli_epi16(index, 7 - bit);  // the bit becomes the sign of its byte
+      EMBKERN_UNROLL for (int i = 0; i < 1 << (6 - bit); ++i) found[i] =
+          _mm256_blendv_epi8(found[2 * i], found[2 * i + 1], chosen);
+    }
+    return found[0];
+  }
+
+  static EMBKERN_INLINE Vector<float> to_float(__m128i integers) {
+    return (Vector<float>)_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(integers));
+  }
+
+  __m256i low_[8], high_[8];
 };
