@@ -1,16 +1,12 @@
-"""Inspect models, compare compressed with dense ones, and describe the environment."""
+"""Describe a model's table, and compare a compressed model with the dense one."""
 
 from __future__ import annotations
 
 import os
-import platform
-from importlib import metadata
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from ._version import __version__
 from .fidelity import compare_tables, embed_sentences, read_sentences, sentence_fidelity
 from .fidelity.sentences import pooling_of
 from .models.checkpoint import model_bytes, stored_table
@@ -18,8 +14,6 @@ from .models.find_table import find_table, input_embeddings, other_tables
 from .models.loading import load_model, load_tokenizer
 from .models.report import Comparison, TierUse, tier_uses
 from .nn.base import CompressedEmbedding, CompressedHead
-from .ops.backends import BACKENDS, KERNELS, select, unavailable
-from .ops.library import cpu_capability, load_native
 
 
 class RankSaving(BaseModel):
@@ -177,28 +171,3 @@ def evaluate(
         ]
         result.sentences = sentence_fidelity(*embeddings)
     return result
-
-
-def environment() -> dict[str, str]:
-    """Return versions, devices, and the backend of every op with the reasons against the others, by name."""
-    facts = {"embkern": __version__, "python": platform.python_version(), "platform": platform.platform()}
-    for package in ("torch", "transformers", "triton", "safetensors"):
-        try:
-            facts[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            facts[package] = "not installed"
-    facts["cpu"] = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
-    if load_native() is None:
-        facts["native CPU kernels"] = cpu_capability()
-    facts["cuda"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    for device in devices:
-        for op in sorted({op for ops in KERNELS.values() for op in ops}):
-            chosen = select(op, device, torch.float32)
-            reasons = [
-                f"{backend}: {reason}"
-                for backend in BACKENDS
-                if backend != chosen and (reason := unavailable(backend, op, device, torch.float32))
-            ]
-            facts[f"{op} on {device}"] = "; ".join([chosen, *reasons])
-    return facts

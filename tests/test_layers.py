@@ -22,7 +22,7 @@ PRODUCT = [
     {"fidelity"},
     {"recipe"},
     {"models"},
-    {"api", "inspection", "train"},
+    {"api", "environment", "inspection", "train"},
 ]
 LABORATORY = [{"rivals"}, {"experiments"}, {"evaluate"}, {"study"}]
 COMMANDS = [{"cli"}, {"__main__"}]

@@ -9,7 +9,7 @@ namespace embkern::cuda {
 
 constexpr char kOp[] = "cosine_mse";
 
-enum Reduction : int64_t { kNone, kMean, kSum };  // as in embkern/ops/reference.py
+enum Reduction : int64_t { kNone, kMean, kSum };  // as in embkern/ops/reference/cosine_mse.py
 
 // The terms of the loss; a term of weight 0 is not computed.
 template <class A>

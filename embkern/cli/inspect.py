@@ -28,9 +28,9 @@ def inspect(model: Model, as_json: AsJson = False) -> None:
 
 def env(as_json: AsJson = False) -> None:
     """Show versions, and for each op the backend in use and why the others are not."""
-    from .. import inspection
+    from ..environment import environment
 
-    facts = inspection.environment()
+    facts = environment()
     if as_json:
         print(json.dumps(facts, indent=2))
         return

@@ -8,7 +8,7 @@
 
 namespace embkern {
 
-enum Reduction : int64_t { kNone, kMean, kSum };  // as in embkern/ops/reference.py
+enum Reduction : int64_t { kNone, kMean, kSum };  // as in embkern/ops/reference/cosine_mse.py
 
 struct LossOptions {
   int64_t reduction;

@@ -20,7 +20,7 @@ class Blocked:
         if name.partition(".")[0] in ("pydantic", "pydantic_core", "annotated_types", "typing_inspection"):
             raise ModuleNotFoundError(f"{name} is blocked", name=name)
 sys.meta_path.insert(0, Blocked())
-import embkern.ops, embkern.factors, embkern.layer, embkern.packed
+import embkern.ops, embkern.tables, embkern.nn
 import benchmarks.cosine_mse, benchmarks.gather_decode, benchmarks.gather_project
 from benchmarks.tools.gpu_check import assertions, checklist, device, extension, kernels, smoke, stand_in
 import tests.cuda.emulated
