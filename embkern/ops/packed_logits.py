@@ -163,6 +163,8 @@ def packed_logits(
     """
     device_type = "cpu" if scales.is_cpu else scales.device.type
     chosen = select("packed_logits", device_type, scales.dtype, backend)
+    if hidden.device != scales.device:
+        raise ValueError(f"hidden: expected device {scales.device} as in scales, got {hidden.device}")
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     packed: tuple[Optional, ...] = (records, directory, tiers, levels, scales, basis, offset)
@@ -187,5 +189,3 @@ def _check(hidden: Tensor, packed: PackedTensors) -> None:
     if hidden.dim() == 0 or hidden.shape[-1] < 1:
         raise ValueError(f"hidden: expected shape (*, H) with H >= 1, got {tuple(hidden.shape)}")
     check_packed(packed, hidden.shape[-1])
-    if hidden.device != packed.scales.device:
-        raise ValueError(f"hidden: expected device {packed.scales.device} as in scales, got {hidden.device}")

@@ -21,14 +21,14 @@ def autocast_off(function: Callable[..., T]) -> Callable[..., T]:
     """Keep autocast from narrowing the products: the result has the factors' dtype, as with F.embedding."""
 
     @functools.wraps(function)
-    def call(first: Tensor, *args: Any) -> T:
+    def call(first: Tensor, *args: Any, **options: Any) -> T:
         device_type = first.device.type
         # is_autocast_enabled raises for a device without autocast, such as meta. The compiler of torch 2.10
         # cannot trace is_autocast_available, and compiles nothing for such a device.
         has_autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
         if has_autocast and torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
-                return function(first, *args)
-        return function(first, *args)
+                return function(first, *args, **options)
+        return function(first, *args, **options)
 
     return call
