@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -153,3 +154,21 @@ def assert_no_worse_over_draws(
     for results in zip(*(zip(*each, strict=True) for each in draws), strict=True):
         got, native, exact = (torch.cat([each.flatten() for each in of]) for of in zip(*results, strict=True))
         assert_no_worse_than(got, native, exact, tiny)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Return the directory of a saved dense model with its tokenizer."""
+    from tests.example_models import build, word_tokenizer
+
+    build("bert").save_pretrained(tmp_path / "dense")
+    word_tokenizer().save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """Return a file of text that the tokenizer of ``source`` knows."""
+    path = tmp_path / "text.txt"
+    path.write_text("red green\nblue\nred\ngreen green blue\n")
+    return path

@@ -1,10 +1,9 @@
-"""compress, export, inspect and evaluate, on live models and on directories, and their errors."""
+"""``embkern.compress`` and ``export_dense`` on live models and directories, with all the ways to go wrong."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 
 import pytest
 import torch
@@ -13,38 +12,20 @@ from torch.testing import assert_close
 T = pytest.importorskip("transformers")
 
 import embkern
-from embkern import PackedTable, Report, inspection
+from embkern import PackedTable, Report
 from embkern.cli import main as cli
-from embkern.models import saving
 from embkern.models.checkpoint import stored_table
 from embkern.models.loading import load_model
 from embkern.models.report import read_report
-from embkern.models.saving import check_output
 from embkern.nn.base import CompressedEmbedding
 from embkern.text.counts import count_tokens
 from embkern.text.frequencies import COMPRESSION_STRENGTH, expected_frequencies, token_frequencies
 from embkern.text.prior import vocabulary_prior
 from tests.example_models import H, V, build, outputs, tiny_bert, word_tokenizer
 from tests.example_tables import quantizing  # noqa: F401 (a fixture)
-
-SVD = dict(method="svd", rank=5)
-PACKED = dict(method="quantize", ratio=2)
+from tests.saved_models import PACKED, SVD, both_kinds
 
 pytestmark = pytest.mark.usefixtures("quantizing")
-both_kinds = pytest.mark.parametrize("recipe", [SVD, PACKED], ids=["factors", "packed"])
-
-
-@pytest.fixture
-def source(tmp_path):
-    build("bert").save_pretrained(tmp_path / "dense")
-    word_tokenizer().save_pretrained(tmp_path / "dense")
-    return tmp_path / "dense"
-
-
-@pytest.fixture
-def text(tmp_path):
-    (tmp_path / "text.txt").write_text("red green\nblue\nred\ngreen green blue\n")
-    return tmp_path / "text.txt"
 
 
 def test_the_rank_follows_from_the_ratio():
@@ -177,46 +158,6 @@ def test_export_writes_a_dense_model(recipe, source, tmp_path):
         embkern.export_dense(source, tmp_path / "x")
 
 
-def test_inspect_dense_and_compressed(source, tmp_path):
-    dense = inspection.inspect(source)
-    assert (dense.compressed, dense.heads) == (False, ["cls.predictions.decoder"])
-    assert dense.table_bytes == V * H * 4
-    assert dense.ranks[0].rank == H // 2
-    assert all(each.ratio == pytest.approx(dense.table_bytes / each.compressed_bytes) for each in dense.ranks)
-    report = embkern.compress(source, **SVD, output=tmp_path / "small")
-    small = inspection.inspect(tmp_path / "small")
-    assert (small.compressed, small.rank, small.table_bytes) == (True, 5, report.compressed_bytes)
-    assert small.heads == ["cls.predictions.decoder"]
-    report = embkern.compress(source, **PACKED, output=tmp_path / "packed")
-    packed = inspection.inspect(tmp_path / "packed")
-    assert (packed.rank, packed.tiers, packed.table_bytes) == (None, report.tiers, report.compressed_bytes)
-    assert packed.model_bytes == report.model_bytes_after
-    assert packed.facts()["rows at 2 bits"] == "25 (200 bytes)"
-
-
-@both_kinds
-def test_evaluate_agrees_with_the_report(recipe, source, text, tmp_path):
-    report = embkern.compress(source, **recipe, output=tmp_path / "small", text=text)
-    result = inspection.evaluate(tmp_path / "small", source, text=text)
-    assert result.table.direction_error == pytest.approx(report.table.direction_error)
-    assert result.table.neighbor_overlap == report.table.neighbor_overlap
-    assert result.sentences.mean_cosine == pytest.approx(report.sentences.mean_cosine, abs=1e-5)
-    assert (result.model_bytes_before, result.model_bytes_after) == (
-        report.model_bytes_before,
-        report.model_bytes_after,
-    )
-    with pytest.raises(ValueError, match="model: expected one compressed by embkern, got a dense one"):
-        inspection.evaluate(source, source)
-    with pytest.raises(ValueError, match="compressed already"):
-        inspection.evaluate(tmp_path / "small", tmp_path / "small")
-    tiny_bert(vocab_size=50).save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="against: expected a table of 101 x 32 .* got 50 x 32"):
-        inspection.evaluate(tmp_path / "small", tmp_path / "other")
-
-
-# ---- token frequencies -----------------------------------------------------------------------------------
-
-
 def test_frequencies_come_from_counts_text_vocabulary_or_ids(text, tmp_path):
     tokenizer = word_tokenizer()
     prior = vocabulary_prior(tokenizer, V)
@@ -311,66 +252,6 @@ def test_counts_and_tokenizers_of_other_models_are_refused(source, text):
         embkern.compress(source, method="quantize", rank=3)
 
 
-# ---- errors ----------------------------------------------------------------------------------------------
-
-
-def test_an_existing_directory_is_never_lost(source, tmp_path):
-    out = tmp_path / "out"
-    embkern.compress(source, **SVD, output=out)
-    with pytest.raises(FileExistsError, match="output: .* exists"):
-        embkern.compress(source, method="svd", rank=4, output=out)
-    embkern.compress(source, method="svd", rank=4, output=out, overwrite=True)
-    assert read_report(out).rank == 4
-    (tmp_path / "precious").mkdir()
-    (tmp_path / "precious" / "thesis.tex").write_text("x")
-    (tmp_path / "precious" / "config.json").write_text("{}")
-    with pytest.raises(
-        FileExistsError, match=r"did not write \(config.json, thesis.tex\); it is not replaced"
-    ):
-        embkern.compress(source, **SVD, output=tmp_path / "precious", overwrite=True)
-    (out / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"did not write \(notes.txt\)"):
-        embkern.compress(source, **SVD, output=out, overwrite=True)
-    assert (out / "notes.txt").read_text() == "mine"
-    for output in (source, tmp_path):
-        with pytest.raises(ValueError, match="output: .* is, or holds, the model to read"):
-            embkern.compress(source, **SVD, output=output, overwrite=True)
-    with pytest.raises((FileExistsError, PermissionError), match="output"):
-        embkern.compress(source, **SVD, output=source / "config.json", overwrite=True)
-    assert {"config.json", "model.safetensors"} <= set(os.listdir(source))
-
-
-def test_a_manifest_that_cannot_be_read_lists_no_files(tmp_path):
-    (tmp_path / "config.json").touch()
-    listed = tmp_path / "embkern_files.json"
-    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("waits for a writer of the pipe"))
-    try:
-        for content in ("[" * 100_000, "[[]]", "{", None):
-            listed.unlink(missing_ok=True)
-            os.mkfifo(listed) if content is None else listed.write_text(content)
-            signal.alarm(20)
-            with pytest.raises(FileExistsError, match=r"did not write \(config.json\)"):
-                check_output(tmp_path, overwrite=True)
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def test_a_full_disk_while_saving_leaves_the_old_model_whole(source, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    embkern.compress(source, **SVD, output=out)
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(saving, "model_card", full)
-    with pytest.raises(OSError, match="No space left"):
-        embkern.compress(source, method="svd", rank=4, output=out, overwrite=True)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    assert sorted(os.listdir(tmp_path)) == ["dense", "out"]
-
-
 def test_arguments_are_checked_before_any_work(source, tmp_path):
     for arguments, error, message in (
         (dict(ratio=0.5), ValueError, "ratio: expected at least 1"),
@@ -394,20 +275,6 @@ def test_arguments_are_checked_before_any_work(source, tmp_path):
         with pytest.raises(error, match=message):
             embkern.compress(source, output=tmp_path / "out", progress=False, **arguments)
         assert not (tmp_path / "out").exists()
-
-
-def test_missing_and_damaged_models(tmp_path, source):
-    with pytest.raises(
-        FileNotFoundError, match="model: expected a directory or a name on the hub, found none"
-    ):
-        embkern.compress(tmp_path / "nowhere", **SVD)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="model: .*empty cannot be loaded"):
-        embkern.compress(tmp_path / "empty", **SVD)
-    weights = source / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="model: .*dense cannot be loaded"):
-        embkern.compress(source, **SVD)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -435,55 +302,6 @@ def test_zero_rows_and_a_vocabulary_of_one():
         embkern.compress(tiny_bert(vocab_size=1), method="svd", ratio=1)
 
 
-def test_a_table_that_the_checkpoint_lacks_is_named(source, tmp_path):
-    embkern.compress(source, **SVD, output=tmp_path / "small")
-    config = json.loads((tmp_path / "small" / "config.json").read_text())
-    quantization = config.pop("quantization_config")
-    (tmp_path / "small" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        ValueError, match=r"cannot be loaded: the checkpoint does not hold .*word_embeddings.weight"
-    ):
-        inspection.inspect(tmp_path / "small")
-    quantization["table"]["head"] = "dense"
-    quantization["format_version"] = 1  # which has no checksum of the description
-    del quantization["checksum"]
-    (tmp_path / "small" / "config.json").write_text(
-        json.dumps({**config, "quantization_config": quantization})
-    )
-    with pytest.raises(ValueError, match="does not hold cls.predictions.decoder.weight, a dense head"):
-        inspection.inspect(tmp_path / "small")
-
-
-def test_a_missing_tokenizer_stays_missing_and_a_damaged_one_is_named(source, text, tmp_path):
-    (source / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match="tokenizer: the one in .* cannot be loaded"):
-        embkern.compress(source, **SVD)
-    for path in source.glob("*token*"):
-        path.unlink()
-    report = embkern.compress(source, **SVD, output=tmp_path / "out")
-    assert not list((tmp_path / "out").glob("*token*"))
-    assert report.table.worst_rows[0].token is None
-    with pytest.raises(ValueError, match="text: expected a tokenizer with it"):
-        embkern.compress(source, **SVD, text=text)
-
-
 def test_a_tied_head_with_an_activation_is_refused_before_training(source, tmp_path):
     with pytest.raises(ValueError, match="lm_head: a tied head cannot decode through activation 'elu'"):
         embkern.compress(source, method="autoencoder", rank=4, activation="elu", epochs=10**9, progress=False)
-
-
-def test_a_damaged_report_is_named(tmp_path, source):
-    embkern.compress(source, **SVD, output=tmp_path / "out")
-    path = tmp_path / "out" / "embkern_report.json"
-    whole = path.read_text()
-    for content in ('{"rank": 5}', whole.replace('"rank": 5', '"rank": 4', 1), "[" * 10**5, "3"):
-        path.write_text(content)
-        with pytest.raises(ValueError, match="embkern_report.json is damaged"):
-            read_report(tmp_path / "out")
-    content = json.loads(whole)
-    assert content.pop("checksum").startswith("crc32:")
-    before = Report.model_validate(content)
-    content["factors_bytes"] = content.pop("compressed_bytes")
-    path.write_text(json.dumps(content))  # as older reports are: no checksum, and this name
-    assert read_report(tmp_path / "out") == before
-    assert read_report(source) is None

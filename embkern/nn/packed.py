@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.backends import Backend
-from ..ops.gather_decode import gather_decode
+from ..ops.gather_decode import decode_rows
+from ..ops.packed_format import PackedTensors
 from ..ops.packed_logits import packed_logits
 from ..tables import packed
 from ..tables.packed import PackedTable
@@ -61,16 +62,15 @@ class PackedTableModule(TableModule):
         tensors: dict[str, Any] = self.tensors()
         return PackedTable(**tensors, embedding_dim=self._width, check=False)
 
-    def _in_order(self) -> tuple[Any, ...]:
-        """Return the tensors in the order of ``gather_decode``'s arguments."""
+    def _packed_tensors(self) -> PackedTensors:
         codes = (self.records, self.directory, self.tiers, self.levels)
-        return *codes, self.scales, self.basis, self.offset
+        return PackedTensors(*codes, self.scales, self.basis, self.offset)
 
     def _rows(self, ids: Tensor, scale: float = 1.0, padding_idx: int | None = None) -> Tensor:
-        return gather_decode(
+        return decode_rows(
             ids,
-            *self._in_order(),
-            embedding_dim=self._width,
+            self._packed_tensors(),
+            self._width,
             scale=scale,
             padding_idx=padding_idx,
             backend=self.backend,
@@ -137,4 +137,4 @@ class PackedHead(PackedTableModule, CompressedHead):
         self._width = embedding.embedding_dim
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return packed_logits(hidden, *self._in_order(), backend=self.backend)
+        return packed_logits(hidden, *self._packed_tensors(), backend=self.backend)
