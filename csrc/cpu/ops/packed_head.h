@@ -1,5 +1,5 @@
-// What the ops over a whole packed table share: the hidden states in the two forms in which rows meet them, and
-// blocks of rows decoded and multiplied. packed_logits.cpp explains the computation.
+// What the ops over a whole packed table share: the two vectors of a hidden state that rows are multiplied
+// with, and blocks of rows that are decoded and multiplied. packed_logits.cpp explains the computation.
 #pragma once
 
 #include <atomic>
@@ -15,10 +15,10 @@
 namespace embkern {
 namespace {  // torch's Tensor is hidden, and what holds one must be, too
 
-constexpr int64_t kStateTile = 256;      // hidden states that meet them at a time
-constexpr int64_t kGradientRows = 1024;  // that all threads decode together in a backward
-constexpr int64_t kGradientChunk = 64;   // of them, that one thread decodes at a time
-constexpr int64_t kGradientStates = 48;  // whose gradients a thread adds up at a time
+constexpr int64_t kStateTile = 256;      // hidden states in one product with a block of rows
+constexpr int64_t kGradientRows = 1024;  // rows in a block of the backward, which all threads decode
+constexpr int64_t kGradientChunk = 64;   // rows of a block in a task
+constexpr int64_t kGradientStates = 48;  // hidden states in a task that sums their gradients
 
 template <class A>
 struct Free {
@@ -37,7 +37,7 @@ Buffer<A> buffer(int64_t count) {
 
 inline int64_t padded(int64_t width) { return (width + kGroup - 1) / kGroup * kGroup; }
 
-// `count` elements in A.
+// Converts `count` elements from `first` on to A.
 template <class A>
 void widen(const Tensor& tensor, int64_t first, int64_t count, A* to) {
   dispatch_floating(tensor.scalar_type(), "scales", [&](auto element) {
@@ -51,7 +51,8 @@ struct Row {
   const int32_t* record;
 };
 
-// The table, its floating-point tensors, and the hidden states in both forms in which rows meet them.
+// A table with its floating-point tensors, and the hidden states. A row of values is multiplied with a hidden
+// state, a row of coefficients with basis @ hidden state; both are called its factors.
 template <class A>
 struct Head {
   const PackedTable& table;
@@ -113,7 +114,7 @@ struct Head {
           dots.row_products(from + k * width, width, all.data(), states, line.data());
           for (int64_t n = 0; n < states; ++n) to[n * stride + k] = line[n];
         });
-      } else {  // narrower than A, or wider than the sums would be
+      } else {  // hidden and the table differ in width: rare, and converted row by row
         std::vector<A> wide(direct_width, A(0));
         for (int64_t k = 0; k < rows; ++k) {
           for (int64_t j = 0; j < width; ++j) wide[j] = static_cast<A>(from[k * width + j]);

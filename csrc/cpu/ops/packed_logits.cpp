@@ -5,10 +5,10 @@
 //
 // A row of coefficients c is scales[v] * (c @ basis) + offset, so that its logit is scales[v] * (c . (basis @
 // hidden)) + offset . hidden: the N small products basis @ hidden are computed once, and a row costs as many
-// multiplications as it has coefficients. Few hidden states meet the values of a row while they are in
-// registers. Many meet blocks of rows whose values lie in L2, ordered by tier, as products whose length is
-// that of the tier's record. Sums run in fp32 (float64 if hidden or scales are); the bits of a logit depend
-// on the number of hidden states, and neither on the threads nor on the other rows.
+// multiplications as it has coefficients. With up to 8 hidden states, the values of a row are multiplied while
+// they are in registers. With more, blocks of rows are decoded to L2, sorted by tier, and multiplied as
+// matrices, with as many terms as the tier has values. Sums run in fp32 (float64 if hidden or scales are); the
+// bits of a logit depend on the number of hidden states, and neither on the threads nor on the other rows.
 #include <algorithm>
 #include <vector>
 
@@ -20,9 +20,9 @@
 namespace embkern {
 namespace {
 
-constexpr int64_t kFewBlocks = 8;   // of 32 rows that a thread takes at a time where hidden states are few
-constexpr int64_t kManyRows = 192;  // that a thread takes at a time where they are many
-constexpr int64_t kLine = 16;       // ids or states whose logits are transposed together
+constexpr int64_t kFewBlocks = 8;   // blocks of 32 rows in a task with few hidden states
+constexpr int64_t kManyRows = 192;  // rows in a task with many hidden states
+constexpr int64_t kLine = 16;       // ids or hidden states that are transposed together
 
 template <class A, class T>
 void few_states(Head<A>& head, T* logits) {
