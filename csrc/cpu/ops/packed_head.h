@@ -20,21 +20,6 @@ constexpr int64_t kGradientRows = 1024;  // rows in a block of the backward, whi
 constexpr int64_t kGradientChunk = 64;   // rows of a block in a task
 constexpr int64_t kGradientStates = 48;  // hidden states in a task that sums their gradients
 
-template <class A>
-struct Free {
-  void operator()(A* memory) const { ::operator delete(memory, std::align_val_t{64}); }
-};
-template <class A>
-using Buffer = std::unique_ptr<A, Free<A>>;
-
-template <class A>
-Buffer<A> buffer(int64_t count) {
-  Buffer<A> memory(
-      static_cast<A*>(::operator new(std::max<int64_t>(1, count) * sizeof(A), std::align_val_t{64})));
-  poison(memory.get(), count * static_cast<int64_t>(sizeof(A)));
-  return memory;
-}
-
 inline int64_t padded(int64_t width) { return (width + kGroup - 1) / kGroup * kGroup; }
 
 // Converts `count` elements from `first` on to A.
@@ -81,10 +66,9 @@ struct Head {
         width(table.width),
         direct_width(padded(table.width)),
         basis_rows(table.basis_rows) {
-    factors[0] = buffer<A>(states * direct_width);
-    factors[1] = buffer<A>(states * basis_rows);
-    row_scales = buffer<A>(table.vocabulary);
-    widen(scales, 0, table.vocabulary, row_scales.get());
+    factors[0].resize(states * direct_width);
+    factors[1].resize(states * basis_rows);
+    widen(scales, 0, table.vocabulary, row_scales.resize(table.vocabulary));
     for (int64_t n = 0; n < states; ++n) {
       A* to = factors[0].get() + n * direct_width;
       widen(hidden, n * width, width, to);
@@ -215,7 +199,7 @@ struct Head {
     std::vector<const A*> rows(last - first);
     for (const bool transform : {false, true}) {
       const int64_t terms = factor_width(transform);
-      packed[transform] = buffer<A>(products.packed_size(terms, last - first));
+      packed[transform].resize(products.packed_size(terms, last - first));
       for (int64_t n = first; n < last; ++n) rows[n - first] = factor(transform, n);
       if (terms > 0) products.pack_transposed(rows.data(), terms, last - first, packed[transform].get());
     }
@@ -244,31 +228,26 @@ struct Head {
   struct Sums {
     Buffer<A> factors[2];        // (states, factor_width): sum over v of g[n][v] * scales[v] * values[v]
     std::vector<double> totals;  // (states,): sum over v of g[n][v]
-    Buffer<A> scales;            // (V,): sum over n of g[n][v] * (values[v] . factors[n]), if it is needed
-    Buffer<A> rows;              // (V,): sum over n of g[n][v], if it is needed
   };
 
-  // Sums g over blocks of rows. It is written for one block at a time, (rows, states) in the block's order:
-  //   by_id(block, first, last, first id of the block, g) for its ids first to last, before these are decoded;
-  //   by_product(block, begin, end, n, count, products, g) for its rows begin to end and `count` states from n
-  //   on, from the products (kStateTile apart) of their unscaled values with the factors.
-  template <class ById, class ByProduct>
-  Sums gradients(bool multiplies, bool needs_scales, bool needs_rows, ById by_id, ByProduct by_product) {
+  // Sums g over blocks of rows. by_id(block, first, last, first id of the block, to) writes the gradients of
+  // ids first to last of a block to `to`, (rows, states) in the block's order. Unless scale_gradients is null,
+  // it receives the sum over n of g[n][v] * (values[v] . factors[n]) for every row.
+  template <class ById>
+  Sums gradients(A* scale_gradients, ById by_id) {
     const int64_t V = table.vocabulary, stride = std::max(direct_width, basis_rows);
     Sums sums;
     for (const bool transform : {false, true}) {
       const int64_t count = states * factor_width(transform);
-      sums.factors[transform] = buffer<A>(count);
-      std::fill_n(sums.factors[transform].get(), count, A(0));
+      std::fill_n(sums.factors[transform].resize(count), count, A(0));
     }
     sums.totals.assign(states, 0);
-    if (needs_scales) sums.scales = buffer<A>(V);
-    if (needs_rows) sums.rows = buffer<A>(V);
-    multiplies |= needs_scales;
     std::vector<Packed> tiles;
-    for (int64_t n = 0; multiplies && n < states; n += kStateTile)
+    for (int64_t n = 0; scale_gradients && n < states; n += kStateTile)
       tiles.push_back(pack(n, std::min(states, n + kStateTile)));
-    const Buffer<A> values = buffer<A>(kGradientRows * stride), g = buffer<A>(kGradientRows * states);
+    Buffer<A> value_memory, gradient_memory;
+    A* values = value_memory.resize(kGradientRows * stride);
+    A* g = gradient_memory.resize(kGradientRows * states);
     for (int64_t first = 0; first < V; first += kGradientRows) {
       const int64_t rows = std::min(kGradientRows, V - first);
       Block block = sorted(first, first + rows);
@@ -277,52 +256,39 @@ struct Head {
       const int64_t chunks = (rows + kGradientChunk - 1) / kGradientChunk;
       for_tasks(chunks, threads, [&](int64_t task) {
         const int64_t begin = task * kGradientChunk;
-        by_id(block, begin, std::min(rows, begin + kGradientChunk), first, g.get());
+        by_id(block, begin, std::min(rows, begin + kGradientChunk), first, g);
       });
       for_tasks(chunks, threads, [&](int64_t task) {
         const int64_t begin = task * kGradientChunk, end = std::min(rows, begin + kGradientChunk);
-        decode(block, begin, end, false, values.get(), stride);
-        if (multiplies)
-          multiply_chunk(block, begin, end, tiles, needs_scales ? sums.scales.get() : nullptr, g.get(),
-                         by_product);
+        decode(block, begin, end, false, values, stride);
+        if (scale_gradients) sum_scale_gradients(block, begin, end, tiles, g, scale_gradients);
         for (int64_t i = begin; i < end; ++i) {
-          const Row& row = block.rows[i];
-          const A scale = row_scales.get()[row.id];
-          A* to = values.get() + i * stride;
-          for (int64_t j = 0; j < table.used[row.tier] * kGroup; ++j) to[j] *= scale;
-          if (needs_rows) {
-            double total = 0;
-            for (int64_t n = 0; n < states; ++n) total += g.get()[i * states + n];
-            sums.rows.get()[row.id] = static_cast<A>(total);
-          }
+          const A scale = row_scales.get()[block.rows[i].id];
+          for (int64_t j = 0; j < table.used[block.rows[i].tier] * kGroup; ++j) values[i * stride + j] *= scale;
         }
       });
       for_tasks((states + kGradientStates - 1) / kGradientStates, threads, [&](int64_t task) {
         const int64_t begin = task * kGradientStates;
-        add_rows(block, begin, std::min(kGradientStates, states - begin), g.get(), sums);
+        add_rows(block, begin, std::min(kGradientStates, states - begin), g, sums);
       });
     }
     return sums;
   }
 
-  // The part of `gradients` that needs the products of rows begin to end, and their gradient of the scales.
-  template <class ByProduct>
-  void multiply_chunk(const Block& block, int64_t begin, int64_t end, const std::vector<Packed>& tiles,
-                      A* scale_gradients, A* g, ByProduct by_product) const {
-    thread_local std::vector<double> scratch;
-    scratch.resize(std::max(scratch.size(), static_cast<size_t>(kGradientChunk * kStateTile + 8)));
-    A* found = reinterpret_cast<A*>((reinterpret_cast<uintptr_t>(scratch.data()) + 63) / 64 * 64);
+  // The scale gradients of rows begin to end of a block, whose values are not scaled.
+  void sum_scale_gradients(const Block& block, int64_t begin, int64_t end, const std::vector<Packed>& tiles,
+                           const A* g, A* scale_gradients) const {
+    thread_local Buffer<A> scratch;
+    A* found = scratch.resize(kGradientChunk * kStateTile);
     double sums[kGradientChunk] = {};
     for (int64_t n = 0, tile = 0; n < states; n += kStateTile, ++tile) {
       const int64_t count = std::min(kStateTile, states - n);
       multiply(block, begin, end, tiles[tile], count, found, kStateTile);
-      by_product(block, begin, end, n, count, found, g);
-      for (int64_t i = begin; scale_gradients && i < end; ++i)
+      for (int64_t i = begin; i < end; ++i)
         for (int64_t s = 0; s < count; ++s)
           sums[i - begin] += found[(i - begin) * kStateTile + s] * g[i * states + n + s];
     }
-    for (int64_t i = begin; scale_gradients && i < end; ++i)
-      scale_gradients[block.rows[i].id] = static_cast<A>(sums[i - begin]);
+    for (int64_t i = begin; i < end; ++i) scale_gradients[block.rows[i].id] = static_cast<A>(sums[i - begin]);
   }
 
   // Adds the scaled rows of a block, times g, to the sums of `count` states from `begin` on.

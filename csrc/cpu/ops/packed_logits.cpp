@@ -52,12 +52,7 @@ void many_states(Head<A>& head, T* logits) {
     const auto factors = head.pack(first, first + count);
     for_tasks((V + kManyRows - 1) / kManyRows, useful_threads(V * head.width * count), [&](int64_t task) {
       thread_local Buffer<A> scratch;
-      thread_local int64_t room = 0;
-      if (room < kManyRows * (stride + kStateTile)) {
-        room = kManyRows * (stride + kStateTile);
-        scratch = buffer<A>(room);
-      }
-      A *values = scratch.get(), *sums = values + kManyRows * stride;
+      A *values = scratch.resize(kManyRows * (stride + kStateTile)), *sums = values + kManyRows * stride;
       const int64_t row = task * kManyRows, rows = std::min(kManyRows, V - row);
       auto block = head.sorted(row, row + rows);
       if (static_cast<int64_t>(block.rows.size()) < rows) return;
@@ -148,18 +143,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packed_logits_backward(
       return needed ? static_cast<A*>(tensor.mutable_data_ptr()) : nullptr;
     };
     A* scale_gradients = data(of_scales, needs_scales);
-    if (scale_gradients) std::fill_n(scale_gradients, V, A(0));
     Head<A> head(table, hidden, scales, basis, offset);
     dispatch_floating(grad.scalar_type(), "grad", [&](auto element) {
       const auto* from = static_cast<const decltype(element)*>(grad.const_data_ptr());
       const auto sums = head.gradients(
-          false, needs_scales, false,
-          [&](const auto& block, int64_t first, int64_t last, int64_t id, A* g) {
+          scale_gradients, [&](const auto& block, int64_t first, int64_t last, int64_t id, A* g) {
             transpose_gradient(from, V, states, block.place.data(), first, last, id, g);
-          },
-          [](auto&&...) {});
+          });
       head.refuse_damage();
-      if (scale_gradients) std::copy_n(sums.scales.get(), V, scale_gradients);
       head.finish(sums, data(of_hidden, needs_hidden), data(of_basis, needs_basis),
                   data(of_offset, needs_offset));
     });
