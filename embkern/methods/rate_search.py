@@ -15,36 +15,16 @@ class RateSearch:
     """Chooses a subset of the tiers, and one tier of the subset for every row.
 
     Args:
-        errors: (V, T), 1 - cos of every row at every tier.
-        weights: (V,), weights of the rows.
+        cost: (V, T) float64, what every row costs at every tier; infinite where a tier is not allowed.
         tiers: the T tiers.
         shared_bytes: maps the tiers in use to the bytes of a table besides its records.
-        floor: least cosine allowed for any row.
-
-    Raises:
-        ValueError: a row is below the floor at every tier.
     """
 
     def __init__(
-        self,
-        errors: Tensor,
-        weights: Tensor,
-        tiers: list[Tier],
-        shared_bytes: Callable[[list[Tier]], int],
-        floor: float | None = None,
+        self, cost: Tensor, tiers: list[Tier], shared_bytes: Callable[[list[Tier]], int]
     ) -> None:
-        self.tiers, self.shared_bytes = tiers, shared_bytes
-        self.cost = errors.clamp_min(0) * weights.unsqueeze(1)
+        self.cost, self.tiers, self.shared_bytes = cost, tiers, shared_bytes
         self.bytes = torch.tensor([4.0 * tier.words for tier in tiers], dtype=torch.float64)
-        if floor is not None:
-            allowed = 1 - errors >= floor
-            if not bool(allowed.any(1).all()):
-                least = float((1 - errors).amax(1).min())
-                raise ValueError(
-                    f"floor: expected at most {math.floor(least * 1e4) / 1e4}, the worst row's cosine at its "
-                    f"best, got {floor}"
-                )
-            self.cost = torch.where(allowed, self.cost, math.inf)
 
     def within(self, budget: int, most: int) -> tuple[list[int], Tensor] | None:
         """Return indices of up to ``most`` tiers, and for every row its position (V,) in that list.
@@ -132,3 +112,19 @@ class RateSearch:
         upgraded = rows[more[rows].cumsum(0) <= room]
         choice[upgraded] = richer[upgraded]
         return choice
+
+
+def at_least(floor: float, cosines: Tensor, cost: Tensor) -> Tensor:
+    """Return the cost (V, T), infinite where the cosine (V, T) of a row at a tier is below the floor.
+
+    Raises:
+        ValueError: a row is below the floor at every tier.
+    """
+    allowed = cosines >= floor
+    if not bool(allowed.any(1).all()):
+        least = float(cosines.amax(1).min())
+        raise ValueError(
+            f"floor: expected at most {math.floor(least * 1e4) / 1e4}, the worst row's cosine at its "
+            f"best, got {floor}"
+        )
+    return torch.where(allowed, cost, math.inf)

@@ -7,7 +7,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from embkern.methods.allocate import scalar_levels, uniform_steps
+from embkern.methods.row_codes import scalar_levels, uniform_steps
 from embkern.ops.packed_format import trellis_levels, trellis_states
 from embkern.ops.quantize_rows import quantize_rows
 from embkern.ops.quantize_trellis import quantize_trellis

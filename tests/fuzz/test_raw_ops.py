@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from embkern.methods.allocate import scalar_levels, uniform_steps
+from embkern.methods.row_codes import scalar_levels, uniform_steps
 from embkern.ops.backends import unavailable
 from embkern.ops.library import overload
 from embkern.ops.packed_format import Tier, directory_of, trellis_levels, words_of_rows

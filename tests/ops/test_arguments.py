@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 pytest.importorskip("pydantic", reason="the methods need pydantic")
 
-from embkern.methods.allocate import scalar_levels, uniform_steps
+from embkern.methods.row_codes import scalar_levels, uniform_steps
 from embkern.ops import autoencoder_loss, cosine_mse_loss, gather_decode, gather_project
 from embkern.ops.backends import BACKENDS, unavailable
 from embkern.ops.packed_format import trellis_levels

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 pytest.importorskip("pydantic", reason="the methods need pydantic")
 
-from embkern.methods.allocate import scalar_levels, uniform_steps
+from embkern.methods.row_codes import scalar_levels, uniform_steps
 from embkern.ops.backends import unavailable
 from embkern.ops.quantize_rows import quantize_rows
 from tests.conftest import seed_of
