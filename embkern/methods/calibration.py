@@ -1,0 +1,261 @@
+"""Calibration: how strongly a model's output depends on each direction and row of its embedding table."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from ..io.tensor_format import TensorFormat
+
+FORMAT = TensorFormat(
+    "embkern.calibration/1",
+    "a calibration",
+    required=("inputs", "input_moment"),
+    optional=("predictions", "head_moment"),
+    settings=("scored", "facts"),
+    checked=("scored",),
+)
+
+Kind = Literal["causal", "masked", "encoder-decoder", "sentence", "classifier"]
+
+
+class CalibrationRun(BaseModel):
+    """What one pass over text read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: Literal["text", "samples"] = Field(description="text, or samples of the model itself")
+    texts: str = Field(description="hash of the token ids that were read")
+    tokens: int = Field(ge=1, description="number of tokens that were read")
+    length: int = Field(ge=1, description="longest input, in tokens")
+    seed: int = Field(description="random seed of the labels, masks and samples")
+    pooling: str | None = Field(default=None, description="how the tokens of a sentence are pooled")
+
+
+class CalibrationFacts(BaseModel):
+    """The model that a calibration was measured on, and what it read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    architecture: str = Field(description="class of the model")
+    kind: Kind = Field(description="what the model predicts, which decides how its output is compared")
+    weights: str = Field(description="hash of the model's weights")
+    tokenizer: str | None = Field(description="hash of the tokenizer's vocabulary; null without a tokenizer")
+    runs: tuple[CalibrationRun, ...] = Field(min_length=1, description="the passes whose sums were added")
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Sums over text that predict the KL divergence which errors in the rows of a table cause.
+
+    To second order, the KL divergence per scored prediction between the outputs of a model and of the same
+    model with rows ``x_i - e_i`` instead of ``x_i`` is::
+
+        0.5 * sum_i f_i * e_i @ G @ e_i  +  0.5 * sum_i q_i * e_i @ S @ e_i
+
+        f = inputs / inputs.sum(),  G = input_moment / scored       for the lookups of the input
+        q = predictions / scored,   S = head_moment / scored        for an output head over the same rows
+
+    The two sums leave out that some tokens are read and predicted where others are not. For a model that
+    predicts no tokens, the KL divergence is that of its own output distribution.
+
+    Attributes:
+        inputs: (V,) float64 on the CPU, how often each token was read.
+        input_moment: (H, H) float64, the sum of ``g g^T`` over the lookups, where g is the gradient with
+            respect to the row of the table of the summed loss on labels that are sampled from the model.
+        scored: number of predictions whose losses were summed.
+        predictions: (V,) float64, the sum of the predicted probabilities; None without an output head over
+            the rows of the table.
+        head_moment: (H, H) float64, the sum of ``h h^T`` over the inputs of the head; None likewise.
+        facts: the model and the text.
+
+    Raises:
+        ValueError: a shape does not fit the others, a value is not finite, a count is negative, a moment is
+            not symmetric, or only one of ``predictions`` and ``head_moment`` is None.
+        TypeError: a tensor is not float64.
+    """
+
+    inputs: Tensor
+    input_moment: Tensor
+    scored: int
+    predictions: Tensor | None
+    head_moment: Tensor | None
+    facts: CalibrationFacts
+
+    def __post_init__(self) -> None:
+        if self.inputs.dim() != 1 or not len(self.inputs):
+            raise ValueError(f"inputs: expected shape (V,) with V >= 1, got {tuple(self.inputs.shape)}")
+        if self.input_moment.dim() != 2 or not len(self.input_moment):
+            raise ValueError(
+                f"input_moment: expected shape (H, H) with H >= 1, got {tuple(self.input_moment.shape)}"
+            )
+        if (self.predictions is None) != (self.head_moment is None):
+            raise ValueError("predictions, head_moment: expected both or neither, got one")
+        if type(self.scored) is not int or self.scored < 1:
+            raise ValueError(f"scored: expected an integer of at least 1, got {self.scored!r}")
+        V, H = self.num_embeddings, self.embedding_dim
+        for name in ("inputs", "predictions"):
+            counts = getattr(self, name)
+            if counts is not None:
+                _check_values(name, counts, (V,))
+                if not (bool((counts >= 0).all()) and bool(counts.any())):
+                    raise ValueError(f"{name}: expected values of at least 0 with one above, got others")
+        for name in ("input_moment", "head_moment"):
+            moment = getattr(self, name)
+            if moment is not None:
+                _check_values(name, moment, (H, H))
+                asymmetry, largest = float((moment - moment.t()).abs().max()), float(moment.abs().max())
+                if asymmetry > 1e-9 * largest or bool((moment.diagonal() < 0).any()):
+                    raise ValueError(f"{name}: expected a sum of outer products x x^T, got another matrix")
+
+    @property
+    def num_embeddings(self) -> int:
+        """V, the number of rows of the table."""
+        return len(self.inputs)
+
+    @property
+    def embedding_dim(self) -> int:
+        """H, the width of the table."""
+        return len(self.input_moment)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that were read."""
+        return sum(run.tokens for run in self.facts.runs)
+
+    def __add__(self, other: Calibration) -> Calibration:
+        """Return the sum of two calibrations of one model.
+
+        Raises:
+            ValueError: they belong to different models, or one has a head and the other has none.
+        """
+        ours, theirs = (_identity(each) | {"weights": each.facts.weights} for each in (self, other))
+        if different := _different(ours, theirs):
+            raise ValueError(f"calibration: expected two of one model, got {different}")
+        if (self.head_moment is None) != (other.head_moment is None):
+            raise ValueError("calibration: expected two with an output head or two without, got one with it")
+        facts = self.facts.model_copy(
+            update={
+                "tokenizer": self.facts.tokenizer or other.facts.tokenizer,
+                "runs": self.facts.runs + other.facts.runs,
+            }
+        )
+        return Calibration(
+            self.inputs + other.inputs,
+            self.input_moment + other.input_moment,
+            self.scored + other.scored,
+            _sum(self.predictions, other.predictions),
+            _sum(self.head_moment, other.head_moment),
+            facts,
+        )
+
+    def check_model(
+        self,
+        *,
+        architecture: str,
+        num_embeddings: int,
+        embedding_dim: int,
+        tokenizer: str | None = None,
+        weights: str | None = None,
+    ) -> None:
+        """Raise ValueError if this is a calibration of another model; warn if the model was changed since.
+
+        Args:
+            architecture: class of the model.
+            num_embeddings: V.
+            embedding_dim: H.
+            tokenizer: hash of the tokenizer's vocabulary; None does not compare it.
+            weights: hash of the model's weights; None does not compare it.
+
+        Warns:
+            UserWarning: the weights differ from those that were calibrated.
+        """
+        expected = {
+            "architecture": architecture,
+            "table": f"{num_embeddings} x {embedding_dim}",
+            "tokenizer": tokenizer,
+        }
+        got = _identity(self)
+        if different := _different(expected, got):
+            raise ValueError(f"calibration: expected one of this model, got another model's: {different}")
+        if weights is not None and weights != self.facts.weights:
+            warnings.warn(
+                "calibration: the model's weights have changed since it was calibrated; "
+                "calibrate it again for the best result",
+                stacklevel=2,
+            )
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the calibration to one safetensors file; an existing file is replaced atomically."""
+        tensors = {
+            "inputs": self.inputs,
+            "input_moment": self.input_moment,
+            "predictions": self.predictions,
+            "head_moment": self.head_moment,
+        }
+        FORMAT.save(
+            path,
+            {name: tensor for name, tensor in tensors.items() if tensor is not None},
+            scored=self.scored,
+            facts=self.facts.model_dump(),
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Calibration:
+        """Read a file that ``save`` wrote.
+
+        Raises:
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is truncated, edited, or not a calibration.
+        """
+
+        def build(tensors: dict[str, Any], settings: dict[str, Any]) -> Calibration:
+            return cls(
+                tensors["inputs"],
+                tensors["input_moment"],
+                settings["scored"],
+                tensors.get("predictions"),
+                tensors.get("head_moment"),
+                CalibrationFacts.model_validate(settings["facts"]),
+            )
+
+        return FORMAT.load(path, build)
+
+
+def _check_values(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.dtype != torch.float64:
+        raise TypeError(f"{name}: expected float64, got {tensor.dtype}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name}: expected a tensor on the CPU, got {tensor.device}")
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{name}: expected finite values, got NaN or infinity")
+
+
+def _identity(calibration: Calibration) -> dict[str, str | None]:
+    """Return what a calibration must have in common with a model."""
+    return {
+        "architecture": calibration.facts.architecture,
+        "table": f"{calibration.num_embeddings} x {calibration.embedding_dim}",
+        "tokenizer": calibration.facts.tokenizer,
+    }
+
+
+def _different(expected: dict[str, str | None], got: dict[str, str | None]) -> str:
+    """Return the entries that are known on both sides and differ, as words."""
+    return ", ".join(
+        f"{name} {got[name]} instead of {value}"
+        for name, value in expected.items()
+        if value is not None and got[name] is not None and value != got[name]
+    )
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return None if one is None or other is None else one + other
