@@ -26,14 +26,16 @@ that the row has the length of its projection.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..ops.packed_format import GROUP
 from ..tables.packed import PackedTable
-from .allocation import DirectionAllocation
+from .allocation import Allocation, DirectionAllocation, float_dtype, groups_of
 from .base import (
     Options,
     Rows,
@@ -44,27 +46,56 @@ from .base import (
     ratio_error,
     row_weights,
 )
+from .calibration import Calibration
+from .metric_allocation import MetricAllocation, forms_of
 from .rate_search import RateSearch, at_least
 
 
 class AllocateOptions(Options):
     """Options of ``allocate``."""
 
-    exponent: float = Field(0.55, ge=0, le=1, description="rows weigh their frequency to this power")
-    tiers: int = Field(6, ge=1, le=16, description="rates that rows may choose from")
+    exponent: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="rows weigh their frequency to this power; default: 0.55, with a calibration 0.7",
+    )
+    tiers: int | None = Field(
+        None, ge=1, le=16, description="rates that rows may choose from; default: 6, with a calibration 12"
+    )
     floor: float | None = Field(None, gt=0, lt=1, description="least cosine of any row with the original")
 
 
-@torch.no_grad()
-def allocate(table: Rows, *, ratio: float, counts: Tensor | None = None, **options: Any) -> PackedTable:
-    """Quantise every row at its own rate so that the weighted direction error is least for the ratio.
+BASIS_SHARE = 0.05  # of the budget, for the basis without a calibration
+LARGE_BASIS = 0.12  # share of the budget from which smaller bases are tried with a calibration
+DIRECTION_DEFAULTS = {"exponent": 0.55, "tiers": 6}
+METRIC_DEFAULTS = {"exponent": 0.7, "tiers": 12}
 
-    The objective is ``(w * (1 - F.cosine_similarity(x, y))).sum()`` with ``w = counts ** exponent``.
+
+@torch.no_grad()
+def allocate(
+    table: Rows,
+    *,
+    ratio: float,
+    counts: Tensor | None = None,
+    calibration: Calibration | None = None,
+    tied: bool = True,
+    **options: Any,
+) -> PackedTable:
+    """Quantise every row at its own rate so that the weighted error is least for the ratio.
+
+    Without a calibration the objective is the direction error, ``(w * (1 - F.cosine_similarity(x, y))).sum()``
+    with ``w = counts ** exponent``. With one it is the divergence from the dense model that the errors ``e = x
+    - y`` cause: ``(f ** exponent * (e @ G * e).sum(1)).sum() + (q ** exponent * (e @ S * e).sum(1)).sum()``,
+    as ``Calibration`` defines f, G, q and S.
 
     Args:
         table: (V, H), in memory or a ``TableFile``.
         ratio: bytes of the table as stored over bytes of everything that replaces it.
-        counts: (V,), how often each token is read, absolute or relative; None weighs all rows equally.
+        counts: (V,), how often each token is read, absolute or relative; None weighs all rows equally, or
+            takes the counts of the calibration.
+        calibration: what a model's output depends on, from ``embkern.calibrate``.
+        tied: with a calibration, whether an output head uses the table as well.
         options: the fields of ``AllocateOptions``.
 
     Returns:
@@ -73,23 +104,68 @@ def allocate(table: Rows, *, ratio: float, counts: Tensor | None = None, **optio
 
     Raises:
         ValueError, TypeError: the ratio cannot be reached, with the floor if one is given (the message names
-            the highest that can), or an argument is not usable.
+            the highest that can), the calibration is that of another table, or an argument is not usable.
 
     Source: reverse water-filling (Cover and Thomas, Elements of Information Theory, section 10.3); Lagrangian
-    allocation after Shoham and Gersho (1988); trellis codes: Marcellin and Fischer (1990).
+    allocation after Shoham and Gersho (1988); trellis codes: Marcellin and Fischer (1990); errors weighed by
+    second moments of gradients and activations: Optimal Brain Surgeon (Hassibi and Stork 1992), GPTQ (arXiv
+    2210.17323).
     """
     chosen = parse_options(AllocateOptions, options, "allocate")
     check_table(table)
     budget = byte_budget(table, ratio)
-    weights = row_weights(counts, len(table), chosen.exponent)
+    defaults = DIRECTION_DEFAULTS if calibration is None else METRIC_DEFAULTS
+    exponent, tiers = (
+        defaults[name] if getattr(chosen, name) is None else getattr(chosen, name)
+        for name in ("exponent", "tiers")
+    )
     rows = torch.cat([each.to("cpu", torch.float32) for each in blocks(table)])
-    allocation = DirectionAllocation(rows, weights, table.dtype, budget)
-    costs = allocation.costs(exact=chosen.floor is not None)
-    if chosen.floor is not None:
-        costs = at_least(chosen.floor, allocation.cosines(), costs)
-    search = RateSearch(costs, allocation.tiers, allocation.shared_bytes)
-    found = search.within(budget, chosen.tiers)
-    if found is None:
+    dtype, width = float_dtype(rows, table.dtype), table.shape[1]
+    row_bytes = GROUP * dtype.itemsize * width  # of a group of rows of the basis
+    candidates: Iterator[Allocation]
+    if calibration is None:
+        weights = row_weights(counts, len(table), exponent)
+        groups = min(groups_of(width), round(BASIS_SHARE * budget / row_bytes))
+        candidates = iter([DirectionAllocation(rows, weights, dtype, groups)])
+    else:
+        calibration.check_table(table.shape)
+        forms = forms_of(calibration, counts, tied=tied, exponent=exponent)
+        sizes = _basis_sizes(groups_of(width), row_bytes / budget)
+        candidates = (MetricAllocation(rows, forms, dtype, size) for size in sizes)
+    best: _Plan | None = None
+    for allocation in candidates:
+        search = RateSearch(_costs(allocation, chosen.floor), allocation.tiers, allocation.shared_bytes)
+        if found := search.within(budget, int(tiers)):
+            plan = _Plan(search.cost_of(*found), allocation, *found)
+            if best is not None and plan.cost >= best.cost:
+                break
+            best = plan
+    if best is None:
         condition = "" if chosen.floor is None else f" with floor {chosen.floor:g}"
         raise ratio_error(table, ratio, search.least_bytes(), condition)
-    return allocation.refitted(allocation.packed(*found), chosen.floor)
+    return best.allocation.refitted(best.allocation.packed(best.kept, best.choice), chosen.floor)
+
+
+class _Plan(NamedTuple):
+    """The tiers, and the tier of every row, that an allocation chose within the budget."""
+
+    cost: float
+    allocation: Allocation
+    kept: list[int]
+    choice: Tensor
+
+
+def _costs(allocation: Allocation, floor: float | None) -> Tensor:
+    """Return the costs (V, T) of rows at tiers, infinite where the cosine would be below the floor."""
+    return allocation.costs() if floor is None else at_least(floor, *allocation.costs_and_cosines())
+
+
+def _basis_sizes(groups: int, share: float) -> Iterator[int]:
+    """Yield numbers of groups of a basis to try, each of which takes a share of the budget.
+
+    The first is the whole basis. It is the best unless the budget is small for the width of the table.
+    """
+    yield groups
+    while groups and groups * share > LARGE_BASIS:
+        groups = groups * 3 // 4
+        yield groups

@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.packed_format import GROUP, Tier, packed_bytes, packed_values, trellis_levels
+from ..ops.packed_format import GROUP, Tier, packed_bytes, trellis_levels
 from ..tables.packed import PackedTable, pack
 from .quantizer_levels import UNIFORM_STEPS
 from .row_codes import BLOCK_ROWS, RowCodes, profiles
 
 ROW_BITS = (8, 6, 4, 3, 2, 1)
-BASIS_SHARE = 0.05  # of the budget, for the basis of the coefficients
 SAMPLED_ROWS = 512  # on which the error of trellis codes is measured against that of scalar codes
 
 
@@ -43,29 +42,28 @@ class Allocation(ABC):
     """The rows of a table and the tiers at which they can be stored.
 
     Attributes:
-        tiers: the tiers of values, and those of coefficients if the budget allows a basis.
+        tiers: the tiers of values, and those of coefficients if there is a basis.
+        basis: (K, H) float32, or None without coefficients.
+        dtype: of the scales and the basis as stored.
     """
 
-    basis_share = BASIS_SHARE
     most_bits = 2  # of coefficients, on average over all groups
 
-    def __init__(self, rows: Tensor, dtype: torch.dtype, budget: int) -> None:
-        self.rows = rows
+    def __init__(self, rows: Tensor, dtype: torch.dtype, basis_groups: int) -> None:
+        self.rows, self.dtype = rows, dtype
         self.norms = torch.linalg.vector_norm(rows, dim=1)
-        self.dtype = _float_dtype(self.norms, rows.shape[1], dtype)
-        groups = -(-rows.shape[1] // GROUP)
+        groups = groups_of(rows.shape[1])
         plain = RowCodes(F.pad(rows, (0, groups * GROUP - rows.shape[1])), None)
         self.tiers = [Tier(False, (bits,) * groups) for bits in ROW_BITS]
         self.codes = [plain for _ in ROW_BITS]
         self.basis: Tensor | None = None
-        affordable = self.basis_share * budget / GROUP / self.dtype.itemsize / rows.shape[1]
-        if size := GROUP * min(groups, round(affordable)):
-            basis = self._find_basis(size)
+        if basis_groups:
+            basis = self._find_basis(GROUP * basis_groups)
             inverse = torch.where(basis.spread > basis.spread.max() * 1e-4, 1 / basis.spread, 0.0)
             coefficients = torch.cat([part @ basis.analysis for part in rows.split(BLOCK_ROWS)]) * inverse
             found = profiles(basis.spread, self.most_bits)
             self.tiers += found
-            self.codes += [RowCodes(coefficients, basis.spread) for _ in found]
+            self.codes += [RowCodes(coefficients, basis.spread)] * len(found)
             self.basis = basis.synthesis
 
     @abstractmethod
@@ -73,12 +71,12 @@ class Allocation(ABC):
         """Return a basis of ``size`` rows for the rows of the table that are read less often."""
 
     @abstractmethod
-    def costs(self, *, exact: bool = False) -> Tensor:
-        """Return what the error of every row at every tier costs, (V, T) float64, estimated unless exact."""
+    def costs(self) -> Tensor:
+        """Return what the error of every row at every tier costs, (V, T) float64, estimated."""
 
     @abstractmethod
-    def cosines(self) -> Tensor:
-        """Return the cosine (V, T) float64 of every row with what every tier decodes."""
+    def costs_and_cosines(self) -> tuple[Tensor, Tensor]:
+        """Return these costs as measured, and the cosines (V, T) of the rows with what is decoded."""
 
     @abstractmethod
     def _fit_weights(self, ids: Tensor) -> Tensor:
@@ -124,10 +122,11 @@ class Allocation(ABC):
             return packed
         in_basis = packed.tiers[packed.tier_of_rows(), 0].bool() & (self.norms > 0)
         parts = [ids for ids in torch.nonzero(in_basis).flatten().split(BLOCK_ROWS) if len(ids)]
-        basis = self._best_basis(packed, parts, len(packed.basis))
+        coefficients = _Coefficients(packed)
+        basis = self._best_basis(coefficients, parts)
         scales, gained, worst = packed.scales.clone(), 0.0, 1.0
         for ids in parts:
-            x, values = self.rows[ids], _coefficients(packed, ids, len(basis))
+            x, values = self.rows[ids], coefficients.of(ids)
             y = values @ basis.float()
             scales[ids] = (packed.scales[ids].float() * self._projected(x, y)).to(self.dtype)
             gained += self._cost(ids, x, values @ packed.basis.float()) - self._cost(ids, x, y)
@@ -136,12 +135,13 @@ class Allocation(ABC):
             return packed
         return dataclasses.replace(packed, basis=basis, scales=scales)
 
-    def _best_basis(self, packed: PackedTable, parts: list[Tensor], size: int) -> Tensor:
+    def _best_basis(self, coefficients: _Coefficients, parts: list[Tensor]) -> Tensor:
         """Fit the basis (K, H) to the rows by weighted least squares, given their coefficients."""
+        size = coefficients.size
         gram = torch.zeros(size, size, dtype=torch.float64)
         moment = torch.zeros(size, self.rows.shape[1], dtype=torch.float64)
         for ids in parts:
-            values = _coefficients(packed, ids, size)
+            values = coefficients.of(ids)
             weighted = (values * self._fit_weights(ids).float().unsqueeze(1)).t()
             gram += (weighted @ values).double()
             moment += (weighted @ self.rows[ids]).double()
@@ -154,9 +154,9 @@ class Allocation(ABC):
 class DirectionAllocation(Allocation):
     """Weighs every direction of a row alike: a row costs ``weight * (1 - cos)``."""
 
-    def __init__(self, rows: Tensor, weights: Tensor, dtype: torch.dtype, budget: int) -> None:
+    def __init__(self, rows: Tensor, weights: Tensor, dtype: torch.dtype, basis_groups: int) -> None:
         self.weights = weights
-        super().__init__(rows, dtype, budget)
+        super().__init__(rows, dtype, basis_groups)
 
     def _find_basis(self, size: int) -> Basis:
         """Return principal axes of the directions of infrequent rows."""
@@ -174,11 +174,15 @@ class DirectionAllocation(Allocation):
         spread = F.pad(spread, (0, size - len(spread)))
         return Basis(vectors, spread, vectors.t() * spread.unsqueeze(1))
 
-    def costs(self, *, exact: bool = False) -> Tensor:
-        return self._errors(exact).clamp_min(0) * self.weights.unsqueeze(1)
+    def costs(self) -> Tensor:
+        return self._weighted(self._errors(exact=False))
 
-    def cosines(self) -> Tensor:
-        return 1 - self._errors(exact=True)
+    def costs_and_cosines(self) -> tuple[Tensor, Tensor]:
+        errors = self._errors(exact=True)
+        return self._weighted(errors), 1 - errors
+
+    def _weighted(self, errors: Tensor) -> Tensor:
+        return errors.clamp_min(0) * self.weights.unsqueeze(1)
 
     def _errors(self, exact: bool) -> Tensor:
         """Return 1 - cos (V, T) float64 of every row at every tier."""
@@ -222,21 +226,41 @@ def _basis_rows(tiers: list[Tier]) -> int:
     return GROUP * max((len(tier.bits) for tier in tiers if tier.transform), default=0)
 
 
-def _coefficients(packed: PackedTable, ids: Tensor, size: int) -> Tensor:
-    """Decode the coefficients (n, K) of rows, times the rows' scales."""
-    values = packed_values(ids, packed.records, packed.directory, packed.tiers, packed.levels)[1][:, :size]
-    return F.pad(values, (0, size - values.shape[1])) * packed.scales[ids].float().unsqueeze(1)
+class _Coefficients:
+    """Decodes the coefficients of rows.
+
+    Attributes:
+        size: K, the number of rows of the basis.
+    """
+
+    def __init__(self, packed: PackedTable) -> None:
+        assert packed.basis is not None, "rows without a basis have no coefficients"
+        self.size = len(packed.basis)
+        wide = packed.to(torch.float32)
+        plain = wide.tiers.clone()
+        plain[:, 0] = 0  # so that the coefficients are decoded like the values of a row
+        width = GROUP * (plain.shape[1] - 1)
+        self._table = dataclasses.replace(wide, tiers=plain, basis=None, embedding_dim=width, check=False)
+
+    def of(self, ids: Tensor) -> Tensor:
+        """Return the coefficients (n, K) of rows, times the rows' scales."""
+        values = self._table.decode(ids)[:, : self.size]
+        return F.pad(values, (0, self.size - values.shape[1]))
 
 
-def _float_dtype(norms: Tensor, width: int, dtype: torch.dtype) -> torch.dtype:
-    """Return the narrowest dtype that holds the scales of rows with these norms."""
+def groups_of(width: int) -> int:
+    """Return the number of groups of 32 that hold ``width`` values."""
+    return -(-width // GROUP)
+
+
+def float_dtype(rows: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Return the narrowest dtype that holds the scales of these rows (V, H) of a table of ``dtype``."""
     if dtype == torch.bfloat16:
         return dtype
-    present, fp16 = norms[norms > 0], torch.finfo(torch.float16)
-    steps = math.sqrt(width) / UNIFORM_STEPS[8]  # norm of a row of the smallest steps
+    norms, fp16 = torch.linalg.vector_norm(rows, dim=1), torch.finfo(torch.float16)
+    present = norms[norms > 0]
+    steps = math.sqrt(rows.shape[1]) / UNIFORM_STEPS[8]  # norm of a row of the smallest steps
     fits = len(present) == 0 or (
         float(present.min()) / steps > fp16.tiny and float(present.max()) < fp16.max / 8
     )
     return torch.float16 if fits else torch.float32
-
-

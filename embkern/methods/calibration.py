@@ -155,6 +155,14 @@ class Calibration:
             facts,
         )
 
+    def check_table(self, shape: tuple[int, ...]) -> None:
+        """Raise ValueError unless this is a calibration of a table of this shape (V, H)."""
+        if (expected := (self.num_embeddings, self.embedding_dim)) != tuple(shape):
+            raise ValueError(
+                f"calibration: expected one of a {shape[0]} x {shape[1]} table, got one of "
+                f"{expected[0]} x {expected[1]}"
+            )
+
     def check_model(
         self,
         *,

@@ -1,4 +1,12 @@
-"""The objective of rate allocation with a calibration: the divergence from the dense model that errors cause."""
+"""Rate allocation with a calibration: rows cost the divergence from the dense model that their errors cause.
+
+To second order, the KL divergence per token is ``0.5 * sum_i f_i * e_i @ G @ e_i`` for the lookups plus
+``0.5 * sum_i q_i * e_i @ S @ e_i`` for a tied head (see ``Calibration``). Neither metric is round: a model
+reads some directions of a row much more precisely than others. Rows are therefore quantised as coefficients
+in a basis that is orthonormal in the metric ``M = G / trace(G) + S / trace(S)`` instead of the plain one, and
+whose axes are the principal ones of the rows. Errors of the coefficients are then errors in the metric, and
+``allocate``'s water-filling over groups and rows, search of scales and fit of the basis apply unchanged.
+"""
 
 from __future__ import annotations
 
@@ -8,119 +16,205 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..text.frequencies import COMPRESSION_STRENGTH
+from ..text.prior import normalized, vocabulary_prior
 from .allocation import SAMPLED_ROWS, Allocation, Basis, read_often
+from .base import row_weights
 from .calibration import Calibration
 from .row_codes import BLOCK_ROWS
 
-RIDGE = 1e-3  # added to the metric, relative to its mean eigenvalue: the calibration may lack a direction
-WEIGHTED_ROWS = 2048  # rows of the most weight, whose errors are measured at every tier
+# Added to the metric, relative to its mean eigenvalue: a calibration may have no sample of a direction.
+RIDGE = 1e-3
+HEAVY_ROWS = 2048  # rows of the highest weight, whose errors are measured at every tier
+# Strength, in tokens, of the frequencies of the input as a prior of those that a head predicts.
+PREDICTION_STRENGTH = 2000.0
 
 
-@dataclass
-class RowMetric:
-    """What the error e of row i costs: ``inputs[i] * e @ G @ e + predictions[i] * e @ S @ e``.
+@dataclass(frozen=True)
+class Form:
+    """A sum of weighted quadratic forms: ``(weights * ((errors @ matrix) * errors).sum(1)).sum()``.
 
     Attributes:
-        inputs, predictions: (V,) float64, weights of the rows as inputs and in a tied head, or None.
-        input_metric, head_metric: (H, H) float32, G and S, or None.
+        weights: (V,) float64.
+        matrix: (H, H) float64, positive semidefinite and not zero.
     """
 
-    inputs: Tensor | None
-    predictions: Tensor | None
-    input_metric: Tensor | None
-    head_metric: Tensor | None
+    weights: Tensor
+    matrix: Tensor
 
-    def parts(self):
-        """Return the weights and the matrix of every part."""
-        pairs = ((self.inputs, self.input_metric), (self.predictions, self.head_metric))
-        return [(w, m) for w, m in pairs if w is not None and m is not None]
+    @property
+    def trace(self) -> float:
+        """Trace of the matrix."""
+        return float(self.matrix.diagonal().sum())
 
-    def weights(self) -> Tensor:
-        """Return the weights (V,) of rows, with a sum of 1, all parts together."""
-        total = sum(w * m.diagonal().double().sum() for w, m in self.parts())
-        return total / total.sum()
+    def of(self, errors: Tensor) -> Tensor:
+        """Return the quadratic form (n,) float64 of each of the errors (n, H)."""
+        return ((errors @ self.matrix.to(errors.dtype)) * errors).sum(1).double()
 
-    def matrix(self) -> Tensor:
-        """Return the metric (H, H) float64 in which rows are quantised: every part counts alike."""
-        return sum(m.double() / m.diagonal().double().sum() for _, m in self.parts())
 
-    def forms(self, errors: Tensor) -> Tensor:
-        """Return ``e @ m @ e`` (P, n) float32 of errors (n, H) in every part's matrix."""
-        return torch.stack([((errors @ m) * errors).sum(1) for _, m in self.parts()])
+def forms_of(
+    calibration: Calibration, frequencies: Tensor | None, *, tied: bool, exponent: float = 1.0
+) -> list[Form]:
+    """Return the forms whose sum is the KL divergence per token that errors in a table cause.
 
-    def cost(self, ids: Tensor, forms: Tensor) -> Tensor:
-        """Return the weighted sum (n,) float64 of forms (P, n)."""
-        return sum(w[ids] * form for (w, _), form in zip(self.parts(), forms.double()))
+    Args:
+        calibration: sums over text.
+        frequencies: f, (V,), of the tokens as input; None takes those of the calibration.
+        tied: whether an output head uses the table.
+        exponent: rows weigh f and q to this power. 1 gives the divergence itself.
+
+    Raises:
+        ValueError: the frequencies are not usable, or no gradient and no hidden state differs from zero.
+    """
+    if frequencies is None:
+        frequencies = input_frequencies(calibration)
+    inputs = row_weights(frequencies, calibration.num_embeddings)
+    parts = [(inputs, calibration.input_moment)]
+    if tied and calibration.predictions is not None and calibration.head_moment is not None:
+        predicted = calibration.predictions + PREDICTION_STRENGTH * inputs
+        parts.append((predicted / predicted.sum(), calibration.head_moment))
+    forms = [Form(0.5 * weights**exponent, moment / calibration.scored) for weights, moment in parts]
+    forms = [form for form in forms if form.trace > 0]
+    if not forms:
+        raise ValueError(
+            "calibration: expected gradients or hidden states other than zero; do the model's outputs depend "
+            "on its embedding?"
+        )
+    return forms
+
+
+def input_frequencies(calibration: Calibration) -> Tensor:
+    """Estimate the frequencies (V,) float64 of tokens as input from a calibration alone.
+
+    The prior of the counts is what the model predicts on average, or the order of the ids without a head.
+    """
+    prior = calibration.predictions
+    if prior is None:
+        prior = vocabulary_prior(None, calibration.num_embeddings)
+    return normalized(calibration.inputs + COMPRESSION_STRENGTH * normalized(prior))
+
+
+@torch.no_grad()
+def predicted_divergence(
+    table: Tensor, compressed: Tensor, calibration: Calibration, frequencies: Tensor, *, tied: bool
+) -> float:
+    """Return the KL divergence per token, in nats, that a compressed table in place of a table will cause.
+
+    ``0.5 * (f * (e @ G * e).sum(1)).sum() + 0.5 * (q * (e @ S * e).sum(1)).sum()`` with ``e = table -
+    compressed``, the second term with a tied head only. It is correct to second order in e, so for small
+    divergences, and takes errors of different tokens in one text as independent.
+
+    Args:
+        table, compressed: (V, H), floating-point.
+        calibration: sums over text.
+        frequencies: f, (V,), of the tokens as input.
+        tied: whether the model's output head uses the table.
+
+    Raises:
+        ValueError: the shapes do not fit each other.
+    """
+    expected = (calibration.num_embeddings, calibration.embedding_dim)
+    for name, rows in (("table", table), ("compressed", compressed)):
+        if tuple(rows.shape) != expected:
+            raise ValueError(f"{name}: expected shape {expected} as in calibration, got {tuple(rows.shape)}")
+    forms, total = forms_of(calibration, frequencies, tied=tied), 0.0
+    for ids in torch.arange(len(table)).split(BLOCK_ROWS):
+        errors = table[ids].cpu().float() - compressed[ids].cpu().float()
+        total += sum(float((form.weights[ids] * form.of(errors)).sum()) for form in forms)
+    return total
 
 
 class MetricAllocation(Allocation):
-    """Weighs errors as a model sees them: a row costs the divergence that its error causes."""
+    """Weighs errors as a model sees them: a row costs ``sum(weight * e @ matrix @ e)`` over some forms."""
 
-    basis_share = 1.0
     most_bits = 4
 
-    def __init__(self, rows: Tensor, metric: RowMetric, dtype: torch.dtype, budget: int) -> None:
-        self.metric, self.weights = metric, metric.weights()
-        matrix = metric.matrix()
-        self.matrix = (matrix + RIDGE * matrix.diagonal().mean() * torch.eye(len(matrix), dtype=torch.float64))
-        super().__init__(rows, dtype, budget)
+    def __init__(self, rows: Tensor, forms: list[Form], dtype: torch.dtype, basis_groups: int) -> None:
+        self.forms = forms
+        weights: Tensor = sum((form.weights * form.trace for form in forms), torch.zeros(len(rows)))
+        self.weights = weights / weights.sum()
+        metric: Tensor = sum((form.matrix / form.trace for form in forms), torch.zeros(()))
+        self.metric = metric + RIDGE * metric.diagonal().mean() * torch.eye(len(metric), dtype=metric.dtype)
+        super().__init__(rows, dtype, basis_groups)
 
     def _find_basis(self, size: int) -> Basis:
         """Return principal axes, in the metric, of the directions of infrequent rows."""
-        values, vectors = torch.linalg.eigh(self.matrix)
+        values, vectors = torch.linalg.eigh(self.metric)
+        values = values.clamp_min(RIDGE / 2 * float(values.mean()))  # negative only by rounding
         root, inverse = (vectors * values.sqrt()) @ vectors.t(), (vectors / values.sqrt()) @ vectors.t()
         weights = torch.where(read_often(self.weights), 0.0, self.weights).sqrt()
-        total = torch.zeros_like(self.matrix)
-        for part, norm, weight in zip(*(each.split(BLOCK_ROWS) for each in (self.rows, self.norms, weights))):
-            weighted = part * (weight / norm.clamp_min(1e-30)).float().unsqueeze(1)
+        scaled = torch.where(self.norms > 0, weights / self.norms, 0.0).float()
+        total = torch.zeros_like(self.metric)
+        for part, factor in zip(self.rows.split(BLOCK_ROWS), scaled.split(BLOCK_ROWS), strict=True):
+            weighted = part * factor.unsqueeze(1)
             total += (weighted.t() @ weighted).double()
         values, vectors = torch.linalg.eigh(root @ total @ root)
         values, vectors = values.flip(0)[:size].clamp_min(0), vectors.flip(1)[:, :size]
-        spread = (values / weights.square().sum()).sqrt()
-        extra = size - len(spread)
-        analysis = F.pad(root @ vectors, (0, extra))
-        synthesis = F.pad((vectors.t() @ inverse) * spread.unsqueeze(1), (0, 0, 0, extra))
-        return Basis(analysis.float(), F.pad(spread, (0, extra)).float(), synthesis.float())
+        spread = (values / weights.square().sum().clamp_min(1e-300)).sqrt()
+        missing = size - len(spread)  # a width that is no multiple of a group
+        return Basis(
+            analysis=F.pad(root @ vectors, (0, missing)).float(),
+            spread=F.pad(spread, (0, missing)).float(),
+            synthesis=F.pad(spread.unsqueeze(1) * (vectors.t() @ inverse), (0, 0, 0, missing)).float(),
+        )
 
-    def costs(self, *, exact: bool = False) -> Tensor:
-        count = len(self.rows)
-        every = torch.arange(count)
-        some = torch.arange(0, count, max(1, count // SAMPLED_ROWS))
-        heavy = self.weights.argsort(descending=True, stable=True)[: min(WEIGHTED_ROWS, count)]
-        measured = torch.cat([some, heavy])
-        costs = []
-        for index, (codes, tier) in enumerate(zip(self.codes, self.tiers)):
-            if exact:
-                costs.append(self.metric.cost(every, self._forms(index, every)))
-                continue
-            estimate = self._energy(codes.values if codes.spread is None else codes.values * codes.spread)
-            estimate = (estimate - codes.scalar_projections(tier, every).square()).clamp_min(0)
-            forms = self._forms(index, measured)
-            ratio = forms[:, : len(some)].double().sum(1) / estimate[some].double().sum().clamp_min(1e-300)
-            cost = self.metric.cost(every, ratio.unsqueeze(1) * estimate)
-            cost[measured] = self.metric.cost(measured, forms)
-            costs.append(cost)
-        return torch.stack(costs, 1)
+    def costs(self) -> Tensor:
+        """Estimate the costs from scalar codes.
 
-    def _forms(self, index, ids):
-        parts = []
+        The error of scalar codes, in the geometry in which a tier quantises, is turned into every form by the
+        ratio that some rows have on average. The rows that weigh most are measured.
+        """
+        V = len(self.rows)
+        sample = torch.arange(0, V, max(1, V // SAMPLED_ROWS))
+        heavy = self.weights.argsort(descending=True, stable=True)[:HEAVY_ROWS]
+        measured = torch.cat([sample, heavy])
+        columns = []
+        for index in range(len(self.tiers)):
+            estimate = self._scalar_errors(index)
+            found = self._decoded_forms(index, measured)[0]
+            expected = estimate[sample].sum().clamp_min(1e-300)
+            cost = torch.zeros(V, dtype=torch.float64)
+            for form, values in zip(self.forms, found, strict=True):
+                cost += form.weights * (values[: len(sample)].sum() / expected) * estimate
+            columns.append(cost.index_copy_(0, measured, self._weighted(measured, found)))
+        return torch.stack(columns, 1)
+
+    def costs_and_cosines(self) -> tuple[Tensor, Tensor]:
+        every = torch.arange(len(self.rows))
+        found = [self._decoded_forms(index, every) for index in range(len(self.tiers))]
+        costs = [self._weighted(every, forms) for forms, _ in found]
+        return torch.stack(costs, 1), torch.stack([cosines for _, cosines in found], 1)
+
+    def _scalar_errors(self, index: int) -> Tensor:
+        """Return the squared errors (V,) float64 of scalar codes in the geometry of a tier."""
+        codes, every = self.codes[index], torch.arange(len(self.rows))
+        projections = codes.scalar_projections(self.tiers[index], every).double()
+        return (codes.squared_norms - projections.square()).clamp_min(0)  # negative only by rounding
+
+    def _decoded_forms(self, index: int, ids: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return every form's values (n,) of rows at a tier as decoded, and the cosines (n,) float64."""
+        values: list[list[Tensor]] = [[] for _ in self.forms]
+        cosines = []
         for part in ids.split(BLOCK_ROWS):
-            table = self.packed([index], torch.zeros_like(part), part)
-            parts.append(self.metric.forms(self.rows[part] - table.to_dense().float()))
-        return torch.cat(parts, 1)
+            x = self.rows[part]
+            y = self.packed([index], torch.zeros_like(part), part).to_dense().float()
+            for found, form in zip(values, self.forms, strict=True):
+                found.append(form.of(x - y))
+            cosine = F.cosine_similarity(x, y, eps=1e-30)
+            cosines.append(torch.where(self.norms[part] > 0, cosine, 1.0))
+        return [torch.cat(each) for each in values], torch.cat(cosines).double()
 
-    def _energy(self, values):
-        return torch.cat([part.square().sum(1) for part in values.split(BLOCK_ROWS)])
-
-    def cosines(self) -> Tensor:
-        raise NotImplementedError
+    def _weighted(self, ids: Tensor, values: list[Tensor]) -> Tensor:
+        """Return the costs (n,) of rows whose forms have these values."""
+        parts = [form.weights[ids] * each for form, each in zip(self.forms, values, strict=True)]
+        return torch.stack(parts).sum(0)
 
     def _fit_weights(self, ids: Tensor) -> Tensor:
         return self.weights[ids]
 
     def _projected(self, x: Tensor, y: Tensor) -> Tensor:
-        seen = y @ self.matrix.float()
+        seen = y @ self.metric.float()
         return (x * seen).sum(1) / (y * seen).sum(1).clamp_min(1e-30)
 
     def _cost(self, ids: Tensor, x: Tensor, y: Tensor) -> float:
-        return float(self.metric.cost(ids, self.metric.forms(x - y)).sum())
+        return float(self._weighted(ids, [form.of(x - y) for form in self.forms]).sum())

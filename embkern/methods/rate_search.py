@@ -20,9 +20,7 @@ class RateSearch:
         shared_bytes: maps the tiers in use to the bytes of a table besides its records.
     """
 
-    def __init__(
-        self, cost: Tensor, tiers: list[Tier], shared_bytes: Callable[[list[Tier]], int]
-    ) -> None:
+    def __init__(self, cost: Tensor, tiers: list[Tier], shared_bytes: Callable[[list[Tier]], int]) -> None:
         self.cost, self.tiers, self.shared_bytes = cost, tiers, shared_bytes
         self.bytes = torch.tensor([4.0 * tier.words for tier in tiers], dtype=torch.float64)
 
@@ -46,6 +44,10 @@ class RateSearch:
             if len(used) == len(kept):
                 return kept, choice
             kept = [kept[i] for i in used.tolist()]  # unused tiers are dropped, and their share is spent
+
+    def cost_of(self, kept: list[int], choice: Tensor) -> float:
+        """Return the total cost of what ``within`` returned."""
+        return float(self.cost[:, kept].gather(1, choice.unsqueeze(1)).sum())
 
     def least_bytes(self) -> float:
         """Return the bytes of the smallest table, with or without a basis."""
@@ -114,7 +116,7 @@ class RateSearch:
         return choice
 
 
-def at_least(floor: float, cosines: Tensor, cost: Tensor) -> Tensor:
+def at_least(floor: float, cost: Tensor, cosines: Tensor) -> Tensor:
     """Return the cost (V, T), infinite where the cosine (V, T) of a row at a tier is below the floor.
 
     Raises:

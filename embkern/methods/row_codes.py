@@ -77,6 +77,12 @@ class RowCodes:
     values: Tensor
     spread: Tensor | None
 
+    @functools.cached_property
+    def squared_norms(self) -> Tensor:
+        """Squared norms (V,) float64 of all rows, spread included."""
+        spread = 1.0 if self.spread is None else self.spread
+        return torch.cat([(part * spread).square().sum(1).double() for part in self.values.split(BLOCK_ROWS)])
+
     def scalar_projections(self, tier: Tier, ids: Tensor) -> Tensor:
         """Return the projections (n,) of rows with scalar instead of trellis codes, in a tenth of the time.
 
