@@ -17,6 +17,8 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .api import compress, count_files, export_dense
+    from .methods.calibration import Calibration
+    from .models.calibrate import calibrate, self_calibrate
     from .models.config import EmbkernConfig
     from .models.report import Report
     from .models.resize import resize_token_embeddings
@@ -30,6 +32,9 @@ _PUBLIC = {
     "compress": "api",
     "count_files": "api",
     "export_dense": "api",
+    "Calibration": "methods.calibration",
+    "calibrate": "models.calibrate",
+    "self_calibrate": "models.calibrate",
     "Factors": "tables",
     "PackedTable": "tables",
     "FactorizedEmbedding": "nn",
@@ -46,6 +51,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "Calibration",
     "EmbkernConfig",
     "FactorizedEmbedding",
     "FactorizedHead",
@@ -57,12 +63,14 @@ __all__ = [
     "Report",
     "TokenCounts",
     "__version__",
+    "calibrate",
     "compress",
     "count_files",
     "count_tokens",
     "export_dense",
     "read_texts",
     "resize_token_embeddings",
+    "self_calibrate",
 ]
 
 

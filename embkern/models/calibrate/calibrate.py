@@ -1,0 +1,167 @@
+"""``calibrate``: the metric in which a model sees its embedding table, measured on text."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from ...fidelity.sentences import Pooling, pooling_of
+from ...methods.calibration import Calibration, CalibrationFacts, CalibrationRun
+from ...text.counts import fingerprint
+from ..find_table import find_table
+from .kinds import kind_of, longest_input
+from .objectives import LanguageModel, Objective, classifier_objective, mask_of, sentence_objective
+from .passes import run_pass
+from .windows import Windows, sentences, windows_of_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_HASHED_VALUES = 1 << 16  # of each parameter, at most
+
+
+def calibrate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    *,
+    tokens: int = 16384,
+    length: int = 256,
+    seed: int = 0,
+    pooling: Pooling | None = None,
+    progress: bool | None = None,
+    checkpoint: str | os.PathLike | None = None,
+) -> Calibration:
+    """Measure how a model's output depends on its token-embedding table, in one pass over some text.
+
+    The sums of a ``Calibration``: of ``g g^T`` over the looked-up rows, where g is the gradient of a loss on
+    labels that are sampled from the model, and of ``h h^T`` over the inputs of the output head. By the class
+    of the model, the loss is
+
+    - causal language models: the cross entropy at every position of windows of the text;
+    - masked language models: that of 15 % of the tokens, which are masked;
+    - encoder-decoders: that of every position of the decoder, which reads the encoder's window again;
+    - classifiers: that of their labels; for a regression, ``z @ logits`` with a standard normal z;
+    - models without a head: ``z @ e``, with the pooled and normalised embedding e of each text.
+
+    The model's dtype is that of the pass; the sums are float64. The draws of a window depend on the seed and
+    its number alone.
+
+    Args:
+        model: a model of transformers; it is as before afterwards.
+        tokenizer: the model's tokenizer.
+        texts: texts such as ``read_texts`` returns, of the kind that the model will read. They are read
+            once, to the end; what is measured is spread evenly over them.
+        tokens: number of tokens to measure on, at least 1.
+        length: longest input in tokens.
+        seed: random seed of the labels and the masks, at least 0.
+        pooling: mean over the tokens, or the first token (cls), of a sentence encoder, whose head, if it has
+            one, is not used then. None reads a sentence-transformers configuration beside a model without a
+            head; mean without one.
+        progress: whether to show a progress bar on stderr; None shows it on a terminal.
+        checkpoint: file of partial sums, written every 20 seconds, from which an interrupted run is resumed,
+            with the same result. It is removed when the run is complete.
+
+    Raises:
+        ValueError: there is too little text, the tokenizer is another model's, an argument is out of range,
+            the model returns NaN or has no output that is known, or the checkpoint is another run's; the
+            message names it.
+        TypeError: ``texts`` is a single string.
+        UnsupportedModelError: the model has no table that ``find_table`` finds.
+        OSError: the checkpoint cannot be written.
+
+    Source: Fisher information of the row errors, as Amari's natural gradient has it; second-order
+    expansions of the KL divergence, e.g. Martens 2020, arXiv 1412.1193.
+    """
+    for name, value, least in (("tokens", tokens, 1), ("length", length, 2), ("seed", seed, 0)):
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    table = find_table(model)
+    kind = kind_of(model) if pooling is None else "sentence"
+    if kind == "sentence" and model.config.is_encoder_decoder:
+        raise ValueError(f"pooling: expected an encoder or a decoder, got {type(model).__name__}")
+    length = min(length, longest_input(model))
+    read = {"tokens": tokens, "length": length, "V": len(table.weight)}
+    objective: LanguageModel | Objective
+    if kind in ("sentence", "classifier"):
+        windows = sentences(texts, tokenizer, **read)
+        if kind == "sentence":
+            pooling = pooling or _own_pooling(model)
+            objective = sentence_objective(model, windows, seed, pooling)
+        else:
+            objective = classifier_objective(model, windows, seed)
+    else:
+        mask = mask_of(tokenizer) if kind == "masked" else None
+        windows = windows_of_text(texts, tokenizer, **read)
+        objective = LanguageModel(model, windows, seed, mask)
+    facts = CalibrationFacts(
+        architecture=type(model).__name__,
+        kind=kind,
+        weights=weights_fingerprint(model),
+        tokenizer=fingerprint(tokenizer),
+        runs=(run_of("text", windows, seed, pooling),),
+    )
+    return run_pass(model, table, windows, objective, facts, progress=progress, checkpoint=checkpoint)
+
+
+def run_of(
+    source: Literal["text", "samples"], windows: Windows, seed: int, pooling: str | None = None
+) -> CalibrationRun:
+    """Return the facts of a pass over some windows."""
+    return CalibrationRun(
+        source=source,
+        texts=windows.fingerprint,
+        tokens=windows.tokens,
+        length=windows.length,
+        seed=seed,
+        pooling=pooling,
+    )
+
+
+def _own_pooling(model: PreTrainedModel) -> Pooling:
+    """Return the pooling of the folder or the name that a model was loaded from."""
+    name = str(getattr(model, "name_or_path", "") or "")
+    if not name or (name.startswith((".", "/", "~")) and not Path(name).is_dir()):
+        return "mean"
+    return pooling_of(name)
+
+
+def check_calibration(
+    calibration: Calibration, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """Raise ValueError if a calibration is another model's; warn if the weights have changed since.
+
+    Args:
+        calibration: the calibration.
+        model: the model, not compressed yet.
+        tokenizer: its tokenizer; None does not compare it.
+
+    Warns:
+        UserWarning: the model was trained after it was calibrated.
+    """
+    V, H = find_table(model).weight.shape
+    calibration.check_model(
+        architecture=type(model).__name__,
+        num_embeddings=V,
+        embedding_dim=H,
+        tokenizer=None if tokenizer is None else fingerprint(tokenizer),
+        weights=weights_fingerprint(model),
+    )
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """Return a hash of a model's weights in bfloat16; of a large parameter, of values spread evenly over it.
+
+    It is the same for a checkpoint that was loaded in bfloat16 or in a wider dtype.
+    """
+    found = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters(), key=lambda each: each[0]):
+        flat = parameter.detach().flatten()
+        some = flat[:: max(1, flat.numel() // _HASHED_VALUES)].to(torch.bfloat16).cpu()
+        found.update(f"{name} {tuple(parameter.shape)}".encode() + some.view(torch.int16).numpy().tobytes())
+    return f"sha256:{found.hexdigest()[:32]}"
