@@ -19,6 +19,9 @@ from .fidelity import compare_tables, embed_sentences, read_sentences, sentence_
 from .fidelity.sentences import pooling_of
 from .io.atomic import check_writable
 from .methods.base import check_table
+from .methods.calibration import Calibration
+from .methods.metric_allocation import input_frequencies, predicted_divergence
+from .models.calibrate.choice import choose_calibration
 from .models.checkpoint import model_bytes
 from .models.find_table import find_table, other_tables
 from .models.loading import load_model, load_tokenizer
@@ -46,6 +49,9 @@ def compress(
     counts: TokenCounts | Tensor | str | os.PathLike | None = None,
     count_text: Source | Sequence[Source] | None = None,
     text: str | os.PathLike | None = None,
+    calibration: Calibration | str | os.PathLike | None = None,
+    calibrate_text: Source | Sequence[Source] | None = None,
+    calibrate: bool | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     output: str | os.PathLike | None = None,
     overwrite: bool = False,
@@ -74,8 +80,13 @@ def compress(
             takes it, or several.
         text: a text file, one sentence per line; the report then compares the embeddings of its first 1000
             sentences.
-        tokenizer: the tokenizer of a model object, for ``text``, ``count_text`` and the names of the worst
-            rows; that of a model given by name is loaded.
+        calibration: what the model's output depends on, from ``embkern.calibrate`` or a file of
+            ``embkern calibrate``; for ``allocate``.
+        calibrate_text: text to calibrate on instead, as ``count_text``.
+        calibrate: without these two, whether to calibrate on samples of the model itself. None does so for
+            causal language models, unless it would take more than ten minutes; False changes nothing.
+        tokenizer: the tokenizer of a model object, for texts and the names of the worst rows; that of a model
+            given by name is loaded.
         output: directory to save to: model, tokenizer, report and model card. It is complete or does not
             exist.
         overwrite: whether to replace ``output`` if all of its files were written by embkern.
@@ -93,7 +104,7 @@ def compress(
         FileExistsError: ``output`` exists and may not be replaced.
         OSError: ``output`` cannot be written.
     """
-    recipe = _recipe(recipe, method, ratio, rank, lm_head, options)
+    recipe = _recipe(recipe, method, ratio, rank, lm_head, calibrate, options)
     run: dict[str, Any] = {}
     if recipe.method == "autoencoder":
         run = {"progress": progress, "checkpoint": checkpoint, "log": log}
@@ -116,6 +127,11 @@ def compress(
     check_installable(table, recipe)
     table_bytes, bytes_before, others = weight.nbytes, model_bytes(model), other_tables(model)
     frequencies, counted = token_frequencies(len(weight), counts, count_text, tokenizer, progress=progress)
+    calibration, calibrated = choose_calibration(
+        model, recipe, calibration=calibration, text=calibrate_text, tokenizer=tokenizer, progress=progress
+    )
+    if calibration is not None and counts is None and count_text is None:
+        frequencies, counted = input_frequencies(calibration), "those of the calibration"
     embed = before = None
     if sentences is not None:
         pooling = pooling_of(source)
@@ -123,7 +139,7 @@ def compress(
         before = embed()
 
     started = time.perf_counter()
-    compressed = recipe.factorize(weight, frequencies, **run)
+    compressed = recipe.factorize(weight, frequencies, calibration=calibration, tied=table.tied, **run)
     seconds = time.perf_counter() - started
     comparison = compare_tables(
         weight,
@@ -131,6 +147,10 @@ def compress(
         counts=frequencies,
         tokens=tokenizer and tokenizer.convert_ids_to_tokens,
     )
+    predicted = None
+    if calibration is not None:
+        tied = table.tied and recipe.lm_head == "factorized"
+        predicted = predicted_divergence(weight, compressed.to_dense(), calibration, frequencies, tied=tied)
     del weight  # so that install frees the dense table
     install(model, table, compressed, recipe)
 
@@ -144,6 +164,8 @@ def compress(
         tiers=tier_uses(compressed),
         dtype=str(compressed.dtype).removeprefix("torch."),
         counts=counted,
+        calibration=calibrated,
+        predicted_kl=predicted,
         facts=compressed.facts,
         head=model.config.quantization_config.table.head,
         table_bytes=table_bytes,
@@ -236,10 +258,18 @@ def _recipe(
     ratio: float | None,
     rank: int | None,
     lm_head: LMHead | None,
+    calibrate: bool | None,
     options: dict[str, Any],
 ) -> Recipe:
     """Return ``recipe``, or one of the other arguments; raise ValueError if both are given."""
-    fields = {"method": method, "ratio": ratio, "rank": rank, "lm_head": lm_head, "options": options or None}
+    fields = {
+        "method": method,
+        "ratio": ratio,
+        "rank": rank,
+        "lm_head": lm_head,
+        "calibrate": calibrate,
+        "options": options or None,
+    }
     given = {name: value for name, value in fields.items() if value is not None}
     if recipe is None:
         return Recipe.parse(**given)

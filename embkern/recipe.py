@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .methods import METHODS, Method, rank_for_ratio
 from .methods.base import Rows, parse_options
+from .methods.calibration import Calibration
 from .tables.factors import check_rank
 
 LMHead = Literal["factorized", "dense"]
@@ -39,6 +40,12 @@ class Recipe(BaseModel):
         description="tied head: factorized shares the compressed table, dense keeps the original one",
     )
     options: dict[str, Any] = Field(default_factory=dict, description="options of the method")
+    calibrate: bool | None = Field(
+        None,
+        strict=True,
+        description="without a calibration or text for one: whether to calibrate on samples of the model "
+        "itself; default: for causal language models, if it takes less than ten minutes",
+    )
 
     @field_validator("method")
     @classmethod
@@ -62,6 +69,9 @@ class Recipe(BaseModel):
                 f"rank: expected a ratio with method {self.method!r}, got {self.rank}; for a rank: {ranked}"
             )
         parse_options(method.options, self.options, self.method)
+        if self.calibrate and not method.calibrated:
+            usable = ", ".join(name for name, each in METHODS.items() if each.calibrated)
+            raise ValueError(f"calibrate: expected with method {usable} only, got method {self.method!r}")
         return self
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Recipe:
@@ -127,12 +137,22 @@ class Recipe(BaseModel):
         offset = method.has_offset(method.options(**self.options))
         return rank_for_ratio(num_embeddings, embedding_dim, self.ratio, offset=offset)
 
-    def factorize(self, table: Rows, counts: Tensor | None = None, **run: Any) -> Any:
+    def factorize(
+        self,
+        table: Rows,
+        counts: Tensor | None = None,
+        *,
+        calibration: Calibration | None = None,
+        tied: bool = True,
+        **run: Any,
+    ) -> Any:
         """Compress a table (V, H) with the method.
 
         Args:
             table: a tensor, or a ``TableFile`` for methods that read one, such as the autoencoder.
             counts: token frequencies (V,), float64; methods without weights ignore them.
+            calibration: what the model's output depends on, for methods that take it; others ignore it.
+            tied: whether an output head uses the table.
             run: further arguments of the method (``progress``, ``checkpoint``, ...).
 
         Returns:
@@ -141,6 +161,8 @@ class Recipe(BaseModel):
         method = self.known_methods[self.method]
         if method.weighted:
             run["counts"] = counts
+        if calibration is not None and method.calibrated:
+            run.update(calibration=calibration, tied=tied and self.lm_head == "factorized")
         if method.sized_by == "ratio":
             return method.compress(table, ratio=self.ratio, **self.options, **run)
         return method.compress(table, self.rank_for(*table.shape), **self.options, **run)

@@ -34,6 +34,20 @@ def compress(
         list[str] | None,
         typer.Option(help="text to count token frequencies in: file, directory or data set; repeatable"),
     ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="allocate: a file that `embkern calibrate` wrote")
+    ] = None,
+    calibrate_text: Annotated[
+        list[str] | None,
+        typer.Option(help="allocate: text to calibrate on: file, directory or data set; repeatable"),
+    ] = None,
+    calibrate: Annotated[
+        bool | None,
+        typer.Option(
+            help="allocate: calibrate on samples of the model itself; default: for causal language models, "
+            "if it takes less than ten minutes"
+        ),
+    ] = None,
     floor: Annotated[float | None, typer.Option(help="allocate: least cosine of any row")] = None,
     exponent: Annotated[
         float | None, typer.Option(help="allocate, direction: weight of a row = frequency to this power")
@@ -61,10 +75,11 @@ def compress(
         "epochs": epochs, "batch_size": batch_size, "lr": lr, "init": init, "activation": activation,
         "center": center, "seed": seed, "floor": floor, "exponent": exponent,
     }  # fmt: skip
-    fields = {"method": method, "ratio": ratio, "rank": rank, "lm_head": lm_head}
+    fields = {"method": method, "ratio": ratio, "rank": rank, "lm_head": lm_head, "calibrate": calibrate}
     parsed = recipe_of(recipe, fields, flags)
     report = api.compress(
         model, recipe=parsed, counts=counts, count_text=count_text, text=text,
+        calibration=calibration, calibrate_text=calibrate_text,
         output=output, overwrite=overwrite, checkpoint=checkpoint, log=log,
     )  # fmt: skip
     if as_json:

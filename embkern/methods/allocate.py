@@ -84,10 +84,10 @@ def allocate(
 ) -> PackedTable:
     """Quantise every row at its own rate so that the weighted error is least for the ratio.
 
-    Without a calibration the objective is the direction error, ``(w * (1 - F.cosine_similarity(x, y))).sum()``
-    with ``w = counts ** exponent``. With one it is the divergence from the dense model that the errors ``e = x
-    - y`` cause: ``(f ** exponent * (e @ G * e).sum(1)).sum() + (q ** exponent * (e @ S * e).sum(1)).sum()``,
-    as ``Calibration`` defines f, G, q and S.
+    Without a calibration the objective is the direction error: ``(w * (1 - F.cosine_similarity(x,
+    y))).sum()`` with ``w = counts ** exponent``. With one it is the divergence from the dense model that the
+    errors ``e = x - y`` cause: ``(f ** exponent * (e @ G * e).sum(1)).sum() + (q ** exponent * (e @ S *
+    e).sum(1)).sum()``, as ``Calibration`` defines f, G, q and S.
 
     Args:
         table: (V, H), in memory or a ``TableFile``.

@@ -105,7 +105,8 @@ def predicted_divergence(
     divergences, and takes errors of different tokens in one text as independent.
 
     Args:
-        table, compressed: (V, H), floating-point.
+        table: (V, H), floating-point.
+        compressed: (V, H), likewise.
         calibration: sums over text.
         frequencies: f, (V,), of the tokens as input.
         tied: whether the model's output head uses the table.

@@ -75,9 +75,10 @@ class EmbkernConfig(QuantizationConfigMixin):
     """Quantisation config of transformers for a compressed embedding table.
 
     Args:
-        method, ratio, rank, lm_head, options: as in ``embkern.Recipe``. While a model is loaded there is no
-            tokenizer: methods that weight rows by token frequency then estimate it from the order of the ids;
-            ``embkern.compress`` can count text.
+        method, ratio, rank, lm_head, options, calibrate: as in ``embkern.Recipe``. While a model is loaded
+            there is no tokenizer and no text. A causal language model is calibrated on samples of its own;
+            for others the frequencies of tokens are estimated from the order of the ids. ``embkern.compress``
+            can read text.
         table, checksum, format_version, quant_method: written by embkern when a model is saved; not for
             callers.
 
@@ -92,6 +93,7 @@ class EmbkernConfig(QuantizationConfigMixin):
         rank: int | None = None,
         lm_head: LMHead = "factorized",
         options: dict[str, Any] | None = None,
+        calibrate: bool | None = None,
         table: dict[str, Any] | None = None,
         quant_method: str = "embkern",
         format_version: int = FORMAT_VERSION,
@@ -110,7 +112,7 @@ class EmbkernConfig(QuantizationConfigMixin):
         self.quant_method = quant_method
         self.format_version = FORMAT_VERSION  # the version in which the model will be saved
         self.recipe = Recipe.parse(
-            method=method, ratio=ratio, rank=rank, lm_head=lm_head, options=options or {}
+            method=method, ratio=ratio, rank=rank, lm_head=lm_head, options=options or {}, calibrate=calibrate
         )
         self.table = None if table is None else _parse_state(table)
         if table is not None and (checksum is not None or format_version > 1):
@@ -120,6 +122,7 @@ class EmbkernConfig(QuantizationConfigMixin):
                 "rank": rank,
                 "lm_head": lm_head,
                 "options": options,
+                **_calibrate(calibrate),
             }
             if (got := _checksum_of({**described, "table": table})) != checksum:
                 raise ValueError(
@@ -130,11 +133,17 @@ class EmbkernConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """Return the config as in ``config.json``."""
         described = {
-            **self.recipe.model_dump(),
+            **self.recipe.model_dump(exclude={"calibrate"}),
+            **_calibrate(self.recipe.calibrate),
             "table": None if self.table is None else asdict(self.table),
         }
         form = {"quant_method": self.quant_method, "format_version": self.format_version, **described}
         return form if self.table is None else {**form, "checksum": _checksum_of(described)}
+
+
+def _calibrate(value: bool | None) -> dict[str, bool]:
+    """Return the recipe's field if it has a value; models saved by earlier versions lack it."""
+    return {} if value is None else {"calibrate": value}
 
 
 def check_config(directory: str | os.PathLike) -> None:

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
 
 from ..nn import layer_of
 from ..nn.base import CompressedEmbedding, CompressedHead
 from ..recipe import Recipe
 from ..tables import Table
 from ..text.prior import vocabulary_prior
+from .calibrate.choice import choose_calibration
 from .checkpoint import (
     check_files,
     holds,
@@ -53,6 +55,8 @@ from .swap import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.get_logger(__name__)
 
 
 def install(model: PreTrainedModel, table: ModelTable, compressed: Table, recipe: Recipe) -> None:
@@ -176,8 +180,13 @@ class EmbkernQuantizer(HfQuantizer):
             table = find_table(model)
             check_installable(table, config.recipe)
             weight = table.weight.detach()
-            counts = vocabulary_prior(None, len(weight))  # there is no tokenizer here
-            install(model, table, config.recipe.factorize(weight, counts), config.recipe)
+            # There is no tokenizer here, so that only the model itself can tell how often tokens are read.
+            calibration, phrase = choose_calibration(model, config.recipe)
+            if calibration is None and phrase is not None and config.recipe.calibrate is None:
+                logger.info(f"calibration: {phrase}")
+            counts = None if calibration else vocabulary_prior(None, len(weight))
+            compressed = config.recipe.factorize(weight, counts, calibration=calibration, tied=table.tied)
+            install(model, table, compressed, config.recipe)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict]:

@@ -91,6 +91,12 @@ class Report(Comparison):
     tiers: list[TierUse] = Field(default_factory=list, description="tiers of a packed table")
     dtype: str = Field(description="dtype of the floating-point tensors, as stored")
     counts: str | None = Field(None, description="origin of the token frequencies")
+    calibration: str | None = Field(
+        None, description="what the model was calibrated on; null with methods that take no calibration"
+    )
+    predicted_kl: float | None = Field(
+        None, description="KL divergence per token, in nats, that the calibration predicts to second order"
+    )
     facts: dict[str, Any] = Field(
         default_factory=dict, description="what the method reports about its result"
     )
@@ -115,6 +121,8 @@ class Report(Comparison):
             **{f"rows at {tier.name}": f"{tier.rows:,} ({tier.bytes:,} bytes)" for tier in self.tiers},
             **{name: f"{x:.6g}" if isinstance(x, float) else str(x) for name, x in self.facts.items()},
             "token frequencies": self.counts or "not used",
+            **({} if self.calibration is None else {"calibration": self.calibration}),
+            **({} if self.predicted_kl is None else {"predicted KL divergence": f"{self.predicted_kl:.4f}"}),
             "output head": self.head or "none",
             **super().rows(),
             "seconds": f"{self.seconds:.1f}",

@@ -110,7 +110,7 @@ class Candidate:
     def __init__(self, subject: Subject, recipe: Recipe, name: str) -> None:
         self.subject, self.recipe, self.name = subject, recipe, name
         started = time.perf_counter()
-        quiet = {"progress": False} if recipe.method == "autoencoder" else {}
+        quiet: dict[str, Any] = {"progress": False} if recipe.method == "autoencoder" else {}
         self.table: Any = recipe.factorize(subject.weight, subject.frequencies, **quiet)
         self.seconds = time.perf_counter() - started
 

@@ -1,0 +1,104 @@
+"""Which calibration a compression uses: a file, one on text, one on the model's own samples, or none."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ...methods import METHODS
+from ...methods.calibration import Calibration
+from ...recipe import Recipe
+from ...text.frequencies import Source
+from ...text.reading import read_texts
+from .calibrate import calibrate, check_calibration
+from .kinds import kind_of
+from .sampling import CalibrationTooLongError, self_calibrate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_OWN_SAMPLES = "pass calibrate=True (--calibrate) to take the model's own samples"
+
+
+def choose_calibration(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    *,
+    calibration: Calibration | str | os.PathLike | None = None,
+    text: Source | Sequence[Source] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: bool | None = None,
+) -> tuple[Calibration | None, str | None]:
+    """Return the calibration for the compression of a model, and a phrase on it for the report.
+
+    A calibration or a text that is given is used. Without one, ``recipe.calibrate`` decides: True takes
+    samples of the model itself, False none, and None takes them from causal language models, if that takes
+    less than ten minutes.
+
+    Args:
+        model: the dense model.
+        recipe: how its table will be compressed.
+        calibration: a calibration or a file of one.
+        text: sources of text, as ``read_texts`` takes them.
+        tokenizer: the model's tokenizer, or None.
+        progress: whether to show a progress bar on stderr; None shows it on a terminal.
+
+    Returns:
+        The calibration or None; None as the phrase where the method takes no calibration.
+
+    Raises:
+        ValueError: what is given does not fit the method, the model or each other, or the model cannot be
+            calibrated as asked.
+        FileNotFoundError: a file does not exist.
+    """
+    given = {"calibration": calibration, "calibrate_text": text, "calibrate": recipe.calibrate or None}
+    names = [name for name, value in given.items() if value is not None]
+    if not METHODS[recipe.method].calibrated:
+        if names:
+            usable = ", ".join(name for name, each in METHODS.items() if each.calibrated)
+            raise ValueError(f"{names[0]}: expected with method {usable} only, got method {recipe.method!r}")
+        return None, None
+    if len(names) > 1 or (names and recipe.calibrate is False):
+        both = ", ".join(names if recipe.calibrate is not False else [*names, "calibrate=False"])
+        raise ValueError(f"calibration: expected one source, got {both}")
+    if calibration is not None:
+        if not isinstance(calibration, Calibration):
+            calibration = Calibration.load(calibration)
+        check_calibration(calibration, model, tokenizer)
+        return calibration, _described(calibration)
+    if text is not None:
+        if tokenizer is None:
+            raise ValueError("calibrate_text: expected a tokenizer with it (the model has none)")
+        sources = [text] if isinstance(text, (str, os.PathLike)) else text
+        texts = itertools.chain.from_iterable(map(read_texts, sources))
+        found = calibrate(model, tokenizer, texts, progress=progress)
+        return found, _described(found)
+    if recipe.calibrate is False:
+        return None, "none, as asked for"
+    if recipe.calibrate:
+        found = self_calibrate(model, tokenizer=tokenizer, progress=progress, limit_seconds=None)
+        return found, _described(found)
+    return _by_default(model, tokenizer, progress)
+
+
+def _by_default(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, progress: bool | None
+) -> tuple[Calibration | None, str]:
+    try:
+        if kind_of(model) != "causal":
+            return None, "none; text (--calibrate-text) would lower the error that the model sees"
+        found = self_calibrate(model, tokenizer=tokenizer, progress=progress)
+    except CalibrationTooLongError as error:
+        minutes = f"{error.seconds / 60:.0f} minutes"
+        return None, f"none, as it would take {minutes}; {_OWN_SAMPLES}, or text, for a much smaller error"
+    except ValueError as error:  # no token to begin with, values that are not finite
+        return None, f"none ({error})"
+    return found, _described(found)
+
+
+def _described(calibration: Calibration) -> str:
+    sources = {run.source for run in calibration.facts.runs}
+    read = "the model's own samples" if sources == {"samples"} else "text"
+    return f"{calibration.tokens:,} tokens of {read if len(sources) == 1 else 'text and own samples'}"
