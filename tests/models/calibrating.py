@@ -1,45 +1,87 @@
-"""Tiny models, a tokenizer and texts for the tests of calibration."""
+"""Tiny models in float64, a tokenizer and texts for the tests of calibration."""
 
 from __future__ import annotations
+
+import copy
+from typing import Any
 
 import numpy as np
 import torch
 import transformers as T
 
-from embkern.models.calibrate import recording
-from tests.example_models import MODELS, V, build, word_tokenizer
+from tests.conftest import seed_of
+from tests.example_models import _COMMON, MODELS, H, V, word_tokenizer
 
 WORDS = [f"w{i}" for i in range(V - 8)]
 
+CAPPED = {
+    "gemma2": lambda: T.Gemma2ForCausalLM(
+        T.Gemma2Config(**_COMMON, head_dim=8, final_logit_softcapping=3.0, attn_logit_softcapping=20.0)
+    ),
+    "granite": lambda: T.GraniteForCausalLM(T.GraniteConfig(**_COMMON, logits_scaling=0.5)),
+}
+CLASSIFIERS = {
+    "sequence": lambda: T.BertForSequenceClassification(T.BertConfig(**_COMMON, num_labels=3)),
+    "regression": lambda: T.BertForSequenceClassification(T.BertConfig(**_COMMON, num_labels=1)),
+    "labels": lambda: T.BertForSequenceClassification(
+        T.BertConfig(**_COMMON, num_labels=3, problem_type="multi_label_classification")
+    ),
+    "token": lambda: T.BertForTokenClassification(T.BertConfig(**_COMMON, num_labels=4)),
+    "answer": lambda: T.BertForQuestionAnswering(T.BertConfig(**_COMMON)),
+}
 
-def tokenizer(**special: str) -> T.PreTrainedTokenizerFast:
-    """A tokenizer of as many words as the tiny models have rows."""
+
+def tokenizer() -> Any:
+    """Return a tokenizer with as many words as the tiny models have rows."""
     made = word_tokenizer()
-    made.add_special_tokens({"mask_token": "[MASK]", **special})
+    made.add_special_tokens({"mask_token": "[MASK]"})
     made.add_tokens(WORDS)
     made.model_input_names = ["input_ids", "attention_mask"]
     assert len(made) == V
     return made
 
 
-def texts(count: int = 12, words: int = 11) -> list[str]:
-    generator = np.random.default_rng(5)
-    return [" ".join(generator.choice(WORDS, words)) for _ in range(count)]
+def distinct_words(seed: int = 0) -> str:
+    """Return a text that has every word once."""
+    return " ".join(np.random.default_rng(seed).permutation(WORDS))
 
 
-def sharper(model, factor: float = 12.0):
-    """In float64, with a larger table, whose predictions are far from uniform."""
-    model = model.double()
+def sharp(name: str, scale: float = 12.0) -> Any:
+    """Return a model in float64 with a larger table, so that its predictions are far from uniform."""
+    torch.manual_seed(seed_of(3))
+    model = {**MODELS, **CAPPED, **CLASSIFIERS}[name]().double().eval()
+    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
     with torch.no_grad():
-        for module in {id(each): each for each in (model.get_input_embeddings(), model.get_output_embeddings())
-                       if each is not None}.values():
-            if module.weight is not model.get_input_embeddings().weight or module is model.get_input_embeddings():
-                module.weight.mul_(factor)
+        for weight in {id(each.weight): each.weight for each in modules if each is not None}.values():
+            weight.mul_(scale)
     return model
 
 
-def double(name: str):
-    return sharper(build(name))
+def untied(model: Any) -> tuple[Any, list[Any]]:
+    """Return a copy of the model whose embeddings and head share nothing, and the embeddings."""
+    model = copy.deepcopy(model)
+    table = model.get_input_embeddings().weight
+    embeddings = []
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if getattr(module, "weight", None) is table:
+            own = copy.deepcopy(module)
+            own.weight = torch.nn.Parameter(table.detach().clone())
+            parent = model.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], own)
+            if isinstance(own, torch.nn.Embedding):
+                embeddings.append(own)
+    return model, embeddings
 
 
-__all__ = ["MODELS", "WORDS", "V", "double", "recording", "texts", "tokenizer"]
+__all__ = [
+    "CAPPED",
+    "CLASSIFIERS",
+    "MODELS",
+    "WORDS",
+    "H",
+    "V",
+    "distinct_words",
+    "sharp",
+    "tokenizer",
+    "untied",
+]

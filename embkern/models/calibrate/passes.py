@@ -38,6 +38,7 @@ BATCH_TOKENS = 1024  # of a model without a head over the vocabulary
 OnProgress = Callable[[int, int, float], None]
 
 
+@torch.inference_mode(False)  # a caller's inference mode would forbid gradients
 def run_pass(
     model: PreTrainedModel,
     table: ModelTable,

@@ -64,7 +64,6 @@ def recorded(model: PreTrainedModel, table: ModelTable, head: nn.Module | None) 
         for parameter, flag in flags:  # otherwise autograd would keep what their gradients need
             stack.callback(parameter.requires_grad_, flag)
             parameter.requires_grad_(False)
-        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         yield found
 

@@ -54,6 +54,7 @@ class CalibrationTooLongError(RuntimeError):
         self.seconds, self.limit = seconds, limit
 
 
+@torch.inference_mode(False)  # a caller's inference mode would make tensors that cannot be changed
 def self_calibrate(
     model: PreTrainedModel,
     *,

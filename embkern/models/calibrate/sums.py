@@ -62,11 +62,12 @@ class Checkpoint:
     """
 
     def __init__(
-        self, path: str | os.PathLike | None, identity: dict[str, Any], seconds: float = SAVED_EVERY
+        self, path: str | os.PathLike | None, identity: dict[str, Any], seconds: float | None = None
     ) -> None:
         if path is not None:
             check_writable(path, "checkpoint")
-        self.path, self.identity, self.seconds = path, identity, seconds
+        self.path, self.identity = path, identity
+        self.seconds = SAVED_EVERY if seconds is None else seconds
         self.last_saved = time.monotonic()
 
     def load(self, empty: Sums) -> Sums:

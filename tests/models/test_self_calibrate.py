@@ -1,0 +1,191 @@
+"""Calibration on a model's own samples: the samples, the sums, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("transformers")
+import torch
+import transformers as T
+from torch.testing import assert_close
+
+from embkern.models.calibrate import CalibrationTooLongError, sampling, self_calibrate
+from embkern.models.calibrate.objectives import generator_of
+from embkern.models.calibrate.sampling import sample_windows
+from embkern.models.find_table import find_table
+from tests.example_models import MODELS, V, build
+from tests.models.calibrating import sharp, tokenizer
+
+WINDOWS, LENGTH, SEED = 3, 12, 5
+
+
+def sampled(model, **options):
+    settings = {"first": 1, "windows": WINDOWS, "length": LENGTH, "seed": SEED, "progress": False, **options}
+    return torch.from_numpy(sample_windows(model, device=torch.device("cpu"), **settings))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-tied", "gemma3", "gpt-neox", "opt", "qwen3", "gemma2"])
+def test_every_token_is_drawn_from_all_that_precede_it(name):
+    model = sharp(name)
+    ids = sampled(model)
+    assert ids.shape == (WINDOWS, LENGTH)
+    assert bool((ids[:, 0] == 1).all())
+    with torch.no_grad():
+        cumulative = model(input_ids=ids).logits.softmax(-1).cumsum(-1)
+    for number in range(WINDOWS):
+        draws = torch.from_numpy(generator_of(SEED, number, 1).random(LENGTH))
+        for step in range(1, LENGTH):
+            row, token = cumulative[number, step - 1], int(ids[number, step])
+            draw, least = float(draws[step] * row[-1]), float(row[token - 1]) if token else 0.0
+            assert least - 1e-9 <= draw < float(row[token]) + 1e-9
+
+
+def test_samples_depend_on_the_seed_and_the_number_alone():
+    model = sharp("gpt2")
+    ids = sampled(model)
+    assert torch.equal(ids, sampled(model.train()))
+    assert torch.equal(ids[:2], sampled(model, windows=2))
+    assert torch.equal(ids[:, :5], sampled(model, length=5))
+    assert not torch.equal(ids, sampled(model, seed=6))
+    assert model.training
+
+
+def test_samples_go_on_after_the_end_of_text():
+    model = sharp("llama-untied")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[2] = 1e3 * model.model.norm.weight  # or its negative
+    ids = sampled(model, length=30)
+    end = model.config.eos_token_id
+    assert ((ids == end).sum(1) > 1).any(), "the end of text is drawn, and drawn again"
+
+
+def test_a_model_without_a_cache_is_read_again_for_every_token(monkeypatch):
+    model = sharp("gpt2")
+    ids = sampled(model)
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda input_ids: forward(input_ids=input_ids))
+    assert torch.equal(sampled(model), ids)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-untied", "gemma3"])
+def test_the_sums_are_those_of_the_samples(name):
+    model = sharp(name)
+    found = self_calibrate(model, windows=WINDOWS, length=LENGTH, seed=SEED, progress=False)
+    assert (found.tokens, found.scored) == (WINDOWS * LENGTH, WINDOWS * LENGTH)
+    run = found.facts.runs[0]
+    assert (found.facts.kind, found.facts.tokenizer, run.source) == ("causal", None, "samples")
+    with torch.no_grad():
+        probabilities = model(input_ids=sampled(model)).logits.softmax(-1).sum((0, 1))
+    assert_close(found.predictions, probabilities, rtol=1e-9, atol=1e-12)
+    expected = probabilities * (LENGTH - 1) / LENGTH
+    expected[1] += WINDOWS
+    assert_close(found.inputs, expected, rtol=1e-9, atol=1e-12)
+    assert_close(float(found.inputs.sum()), float(found.tokens), rtol=1e-9, atol=0)
+    again = self_calibrate(
+        model, windows=WINDOWS, length=LENGTH, seed=SEED, progress=False, limit_seconds=None
+    )
+    assert torch.equal(again.input_moment, found.input_moment)
+
+
+def test_the_moments_are_those_of_the_pass_over_the_samples():
+    from embkern.models.calibrate.calibrate import run_of, weights_fingerprint
+    from embkern.models.calibrate.objectives import LanguageModel
+    from embkern.models.calibrate.passes import run_pass
+    from embkern.models.calibrate.windows import Windows
+
+    model = sharp("gpt2")
+    read = Windows(list(sampled(model).numpy()))
+    found = self_calibrate(model, windows=WINDOWS, length=LENGTH, seed=SEED, progress=False)
+    facts = found.facts.model_copy(
+        update={"weights": weights_fingerprint(model), "runs": (run_of("text", read, SEED),)}
+    )
+    other = run_pass(model, find_table(model), read, LanguageModel(model, read, SEED), facts, progress=False)
+    assert torch.equal(found.input_moment, other.input_moment)
+    assert torch.equal(found.head_moment, other.head_moment)
+
+
+def test_the_first_token_is_the_models_or_the_tokenizers():
+    def first(model, tokenizer=None):
+        return sampling._first_token(model, tokenizer)
+
+    model = build("gpt2")
+    assert first(model) == model.config.bos_token_id == 1
+    model.generation_config.bos_token_id = 7
+    assert first(model) == 7
+    model.generation_config.bos_token_id = model.config.bos_token_id = None
+    own = tokenizer()
+    own.bos_token = "w3"
+    assert first(model, own) == own.bos_token_id
+    assert first(model) == model.config.eos_token_id == 2
+    model.generation_config.eos_token_id = [9, 2]
+    assert first(model) == 9
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    with pytest.raises(
+        ValueError, match="expected a bos_token_id or eos_token_id below 101 .* got None; give text"
+    ):
+        first(model)
+    model.config.bos_token_id = V
+    with pytest.raises(ValueError, match=f"got {V}; give text"):
+        self_calibrate(model)
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", "bert-backbone"])
+def test_other_models_are_refused(name):
+    with pytest.raises(
+        ValueError, match="calibrate: expected a causal language model to sample from, .* give text"
+    ):
+        self_calibrate(build(name))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"windows": 0}, "windows: expected at least 1, got 0"),
+        ({"length": 1}, "length: expected at least 2, got 1"),
+        ({"seed": -1}, "seed: expected at least 0, got -1"),
+    ],
+)
+def test_wrong_arguments_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        self_calibrate(build("gpt2"), **options)
+
+
+def test_a_model_that_returns_nan_is_refused():
+    model = build("gpt2")
+    with torch.no_grad():
+        model.transformer.ln_f.weight[0] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinity in the output of GPT2LMHeadModel in window 0"):
+        self_calibrate(model)
+
+
+@pytest.mark.parametrize(("stop_in", "length"), [("sample", 30), ("pass", 6)])
+def test_what_would_take_too_long_is_told_and_not_done(stop_in, length):
+    model = build("gpt2").train()
+    with pytest.raises(CalibrationTooLongError, match=r"got an estimate of .*limit_seconds=None") as caught:
+        self_calibrate(model, windows=2, length=length, limit_seconds=1e-9, progress=False)
+    assert caught.value.seconds > caught.value.limit == 1e-9
+    assert model.training
+    assert not any(module._forward_hooks for module in model.modules())
+    self_calibrate(model, windows=2, length=length, limit_seconds=None, progress=False)
+
+
+def test_samples_are_cut_to_what_the_model_reads():
+    model = build("gpt2")
+    found = self_calibrate(model, windows=1, length=500, progress=False)
+    assert found.tokens == model.config.n_positions == 64
+
+
+def test_a_narrow_model_in_inference_mode():
+    model = build("llama-tied").bfloat16()
+    with torch.inference_mode():
+        found = self_calibrate(model, windows=2, length=9, progress=False)
+    assert torch.isfinite(found.input_moment).all()
+    assert not found.inputs.is_inference()
+
+
+def test_every_causal_model_of_the_tests():
+    for name in ("gpt2", "llama-tied", "gpt-neox", "qwen3", "gemma3", "opt"):
+        model: T.PreTrainedModel = MODELS[name]()
+        found = self_calibrate(model, windows=2, length=6, progress=False)
+        assert_close(float(found.predictions.sum()), 12.0, rtol=1e-5, atol=0)
