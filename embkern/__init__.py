@@ -16,7 +16,7 @@ import wrapt
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .api import compress, count_files, export_dense
+    from .api import calibrate_files, compress, count_files, export_dense
     from .methods.calibration import Calibration
     from .models.calibrate import calibrate, self_calibrate
     from .models.config import EmbkernConfig
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 # Public names and their modules, imported at first use, so that `import embkern` takes milliseconds.
 _PUBLIC = {
+    "calibrate_files": "api",
     "compress": "api",
     "count_files": "api",
     "export_dense": "api",
@@ -64,6 +65,7 @@ __all__ = [
     "TokenCounts",
     "__version__",
     "calibrate",
+    "calibrate_files",
     "compress",
     "count_files",
     "count_tokens",

@@ -19,8 +19,9 @@ from .fidelity import compare_tables, embed_sentences, read_sentences, sentence_
 from .fidelity.sentences import pooling_of
 from .io.atomic import check_writable
 from .methods.base import check_table
-from .methods.calibration import Calibration
+from .methods.calibration import Calibration, CalibrationSummary
 from .methods.metric_allocation import input_frequencies, predicted_divergence
+from .models.calibrate import calibrate, check_calibration, self_calibrate
 from .models.calibrate.choice import choose_calibration
 from .models.checkpoint import model_bytes
 from .models.find_table import find_table, other_tables
@@ -276,3 +277,80 @@ def _recipe(
     if given:
         raise ValueError(f"recipe: expected either a recipe or {', '.join(given)}, got both")
     return recipe
+
+
+def calibrate_files(
+    model: str | os.PathLike,
+    sources: Iterable[str | os.PathLike],
+    output: str | os.PathLike,
+    *,
+    own_samples: bool = False,
+    add: Iterable[str | os.PathLike] = (),
+    tokens: int | None = None,
+    length: int = 256,
+    seed: int = 0,
+    errors: str = "strict",
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> CalibrationSummary:
+    """Calibrate a model on texts or on samples of its own, and save the calibration.
+
+    An interrupted run leaves its sums in ``output`` with ``.partial`` appended, from which the same call
+    resumes.
+
+    Args:
+        model: a directory, or a name on the hub.
+        sources: sources of text, as ``read_texts`` takes them.
+        output: file to write, with ``Calibration.save``.
+        own_samples: whether to calibrate a causal language model on its own samples instead of text.
+        add: calibrations of the same model to add, alone or with one on text or samples.
+        tokens: number of tokens; None takes 16384 of text, or 8192 of samples.
+        length: longest input in tokens.
+        seed: random seed of labels, masks and samples.
+        errors: what to do with bytes that are not UTF-8 text: ``strict`` raises, ``replace`` reads U+FFFD.
+        overwrite: whether to replace an existing file.
+        progress: whether to show a progress bar on stderr; None shows it on a terminal.
+
+    Raises:
+        ValueError: a source is not text or has too little, the model or its tokenizer is damaged or cannot be
+            calibrated, or a calibration to add is another model's; the message names it.
+        FileNotFoundError: the model, its tokenizer, a source, or the directory of ``output`` does not exist.
+        FileExistsError: ``output`` exists and ``overwrite`` is False, or it is one of the sources.
+        OSError: ``output`` cannot be written.
+    """
+    sources, parts, path = list(sources), list(add), Path(output).resolve()
+    if own_samples and sources:
+        raise ValueError("text: expected none with samples of the model itself, got both")
+    if not (own_samples or sources or parts):
+        raise ValueError("text: expected a source of text, samples of the model (--self), or files to add")
+    if any(path == Path(source).resolve() for source in sources):
+        raise FileExistsError(f"output: {output} is the text to read; choose another name")
+    check_writable(output, "output")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"output: {output} exists; choose another name, or pass --overwrite")
+    found: list[Calibration] = [Calibration.load(each) for each in parts]
+    tokenizer = load_tokenizer(model)
+    if tokenizer is None and sources:
+        raise FileNotFoundError(
+            f"tokenizer: expected a directory with one, or a name on the hub, found none at {model}"
+        )
+    loaded = load_model(model)
+    for each in found:
+        check_calibration(each, loaded, tokenizer)
+    settings: dict[str, Any] = {
+        "length": length, "seed": seed, "progress": progress, "checkpoint": f"{path}.partial"
+    }  # fmt: skip
+    if sources:
+        texts = itertools.chain.from_iterable(read_texts(source, errors=errors) for source in sources)
+        pooled = (Path(model) / "1_Pooling" / "config.json").is_file()
+        pooling = pooling_of(model) if pooled else None
+        tokens = 16384 if tokens is None else tokens
+        found.append(calibrate(loaded, tokenizer, texts, tokens=tokens, pooling=pooling, **settings))
+    elif own_samples:
+        windows = -(-(8192 if tokens is None else tokens) // max(1, length))
+        found.append(
+            self_calibrate(loaded, windows=windows, tokenizer=tokenizer, limit_seconds=None, **settings)
+        )
+    total = functools.reduce(Calibration.__add__, found)
+    total.save(path)
+    return total.summary()

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .._version import __version__
+from .calibrate import calibrate
 from .compare import compare
 from .compress import compress, export
 from .console import ManyValues
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.command()(compress)
 app.command()(train)
 app.command()(count)
+app.command(cls=ManyValues)(calibrate)
 app.command()(inspect)
 app.add_typer(evaluate_app, name="evaluate")
 app.command(cls=ManyValues)(compare)

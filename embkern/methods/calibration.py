@@ -199,6 +199,19 @@ class Calibration:
                 stacklevel=2,
             )
 
+    def summary(self) -> CalibrationSummary:
+        """Return what ``embkern calibrate`` prints."""
+        return CalibrationSummary(
+            facts=self.facts,
+            num_embeddings=self.num_embeddings,
+            embedding_dim=self.embedding_dim,
+            tokens=self.tokens,
+            scored=self.scored,
+            distinct=int(self.inputs.count_nonzero()),
+            input_share=_first_share(self.input_moment),
+            head_share=None if self.head_moment is None else _first_share(self.head_moment),
+        )
+
     def save(self, path: str | os.PathLike) -> None:
         """Write the calibration to one safetensors file; an existing file is replaced atomically."""
         tensors = {
@@ -234,6 +247,41 @@ class Calibration:
             )
 
         return FORMAT.load(path, build)
+
+
+class CalibrationSummary(BaseModel):
+    """A summary of a calibration, as ``embkern calibrate`` prints it."""
+
+    facts: CalibrationFacts
+    num_embeddings: int = Field(description="V")
+    embedding_dim: int = Field(description="H")
+    tokens: int = Field(description="number of tokens that were read")
+    scored: int = Field(description="number of predictions whose losses were summed")
+    distinct: int = Field(description="rows of the table that were read, or are expected to be")
+    input_share: float = Field(description="share of the input's moment in its first direction")
+    head_share: float | None = Field(description="likewise of the head's moment; null without a head")
+
+    def rows(self) -> dict[str, str]:
+        """Return the rows of the printed table by name."""
+        sources = {"text": "text", "samples": "samples of the model itself"}
+        read = ", ".join(dict.fromkeys(sources[run.source] for run in self.facts.runs))
+        rows = {
+            "model": f"{self.facts.architecture} ({self.facts.kind})",
+            "table": f"{self.num_embeddings:,} x {self.embedding_dim:,}",
+            "tokens": f"{self.tokens:,} ({read})",
+            "distinct": f"{self.distinct:,} of {self.num_embeddings:,} rows",
+            "predictions": f"{self.scored:,}",
+            "input, first direction": f"{self.input_share:.1%} of the sensitivity",
+        }
+        if self.head_share is not None:
+            rows["output head, first direction"] = f"{self.head_share:.1%} of the sensitivity"
+        return rows
+
+
+def _first_share(moment: Tensor) -> float:
+    """Return the largest eigenvalue over the trace; 0 of a zero matrix."""
+    trace = float(moment.trace())
+    return float(torch.linalg.eigvalsh(moment)[-1]) / trace if trace else 0.0
 
 
 def _check_values(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -75,6 +75,18 @@ def test_calibrations_of_different_models_do_not_add_up(fields, message):
         calibration() + calibration(**fields)
 
 
+@pytest.mark.parametrize("fields", [{}, HEADLESS], ids=["with a head", "without a head"])
+def test_summary(fields):
+    summary = calibration(**fields, input_moment=torch.diag(torch.tensor([3.0, 1, 0]).double())).summary()
+    assert (summary.tokens, summary.scored, summary.distinct) == (40, 40, V - 1)
+    assert abs(summary.input_share - 0.75) < 1e-12
+    assert (summary.head_share is None) == bool(fields)
+    rows = summary.rows()
+    assert rows["tokens"] == "40 (text)"
+    assert ("output head, first direction" in rows) != bool(fields)
+    assert calibration(input_moment=torch.zeros(H, H).double()).summary().input_share == 0
+
+
 def check(**fields):
     model = {"architecture": "GPT2LMHeadModel", "num_embeddings": V, "embedding_dim": H}
     calibration().check_model(**{**model, "tokenizer": "sha256:2", "weights": "sha256:1", **fields})
