@@ -130,7 +130,7 @@ def allocate(
     else:
         calibration.check_table(table.shape)
         forms = forms_of(calibration, counts, tied=tied, exponent=exponent)
-        sizes = _basis_sizes(groups_of(width), row_bytes / budget)
+        sizes = _basis_sizes(groups_of(width), row_bytes / max(1, budget))
         candidates = (MetricAllocation(rows, forms, dtype, size) for size in sizes)
     best: _Plan | None = None
     for allocation in candidates:

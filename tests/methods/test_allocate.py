@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from embkern.methods import allocate, svd
-from embkern.methods.row_codes import scalar_levels
 from embkern.methods.base import row_weights
 from embkern.methods.quantizer_levels import distortion
+from embkern.methods.row_codes import scalar_levels
 from embkern.tables.packed import PackedTable
 from tests.conftest import seed_of
 

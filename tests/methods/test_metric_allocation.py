@@ -1,0 +1,197 @@
+"""``allocate`` with a calibration: the error that a model sees, and tables and metrics at their limits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from embkern import Calibration
+from embkern.methods import allocate, predicted_divergence
+from embkern.methods.calibration import CalibrationFacts, CalibrationRun
+from embkern.methods.metric_allocation import PREDICTION_STRENGTH, input_frequencies
+from embkern.text.frequencies import COMPRESSION_STRENGTH
+from tests.conftest import seed_of
+
+V, H, SCORED = 700, 64, 5000
+MANY = 3000  # rows, beside which a basis of 64 rows is small
+FACTS = CalibrationFacts(
+    architecture="Model",
+    kind="causal",
+    weights="none",
+    tokenizer=None,
+    runs=(CalibrationRun(source="text", texts="none", tokens=SCORED, length=16, seed=0),),
+)
+
+
+def moment(width: int, generator: torch.Generator, decades: float = 3.0) -> torch.Tensor:
+    """Return a positive definite matrix whose eigenvalues span some powers of 10, in random directions."""
+    vectors = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))[0]
+    values = torch.logspace(0, -decades, width, dtype=torch.float64)
+    product = (vectors * values) @ vectors.t()
+    return SCORED * (product + product.t()) / 2
+
+
+def calibration(rows: int = V, width: int = H, *, head: bool = True, **changed) -> Calibration:
+    generator = torch.Generator().manual_seed(seed_of(1))
+    counts = torch.rand(rows, generator=generator, dtype=torch.float64) ** 6
+    fields = {
+        "inputs": SCORED * counts / counts.sum(),
+        "input_moment": moment(width, generator),
+        "predictions": SCORED * counts.flip(0) / counts.sum() if head else None,
+        "head_moment": moment(width, generator) if head else None,
+    }
+    return Calibration(**{**fields, **changed}, scored=SCORED, facts=FACTS)
+
+
+def table(rows: int = V, width: int = H) -> torch.Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed_of(2)))
+
+
+def same(one, other) -> bool:
+    tensors = other.tensors()
+    return all(torch.equal(tensor, tensors[name]) for name, tensor in one.tensors().items())
+
+
+def test_divergence_is_the_sum_of_two_quadratic_forms():
+    c, x = calibration(), table().double()
+    y = x + 0.1 * torch.randn(V, H, dtype=torch.float64)
+    counts = torch.rand(V, dtype=torch.float64)
+    f = counts / counts.sum()
+    q = (c.predictions + PREDICTION_STRENGTH * f) / (SCORED + PREDICTION_STRENGTH)
+    e = x - y
+    inputs = 0.5 * (f * ((e @ c.input_moment / SCORED) * e).sum(1)).sum()
+    head = 0.5 * (q * ((e @ c.head_moment / SCORED) * e).sum(1)).sum()
+    # The product of each row is in fp32: H terms, each with a relative error of a few eps.
+    bound = 4 * H * torch.finfo(torch.float32).eps
+    for tied, expected in ((True, inputs + head), (False, inputs)):
+        got = predicted_divergence(x, y, c, counts, tied=tied)
+        assert abs(got - float(expected)) <= bound * float(expected) * 10
+    assert predicted_divergence(x, x, c, counts, tied=True) == 0
+
+
+def test_frequencies_without_counts_are_those_of_the_calibration():
+    c = calibration()
+    expected = c.inputs + COMPRESSION_STRENGTH * c.predictions / c.predictions.sum()
+    torch.testing.assert_close(input_frequencies(c), expected / expected.sum(), rtol=1e-12, atol=0)
+    alone = input_frequencies(calibration(head=False))
+    assert bool((alone > 0).all())
+    assert float(alone.sum()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("ratio", [6, 12])
+def test_a_model_sees_less_error(ratio, tied):
+    """The metric spans three powers of 10, so that equal weights for all directions waste bits."""
+    c, x = calibration(MANY), table(MANY)
+    counts = input_frequencies(c)
+    plain = allocate(x, ratio=ratio, counts=counts)
+    calibrated = allocate(x, ratio=ratio, calibration=c, tied=tied)
+    for each in (plain, calibrated):
+        assert x.nbytes / each.nbytes >= ratio
+    before, after = (
+        predicted_divergence(x, each.to_dense(), c, counts, tied=tied) for each in (plain, calibrated)
+    )
+    assert after < 0.7 * before
+
+
+def test_an_untied_table_does_not_depend_on_the_head():
+    x, counts = table(), torch.rand(V)
+    one = allocate(x, ratio=10, counts=counts, calibration=calibration(), tied=False)
+    assert same(one, allocate(x, ratio=10, counts=counts, calibration=calibration(head=False)))
+    assert not same(one, allocate(x, ratio=10, counts=counts, calibration=calibration()))
+
+
+def test_same_inputs_same_bytes():
+    one, other = (allocate(table(), ratio=12, calibration=calibration()) for _ in range(2))
+    assert same(one, other)
+
+
+def test_the_scale_of_a_metric_does_not_matter_but_the_relation_of_two_does():
+    x, c = table(), calibration()
+    # A power of two, so that no rounding differs.
+    both = calibration(input_moment=c.input_moment * 2**40, head_moment=c.head_moment * 2**40)
+    assert same(allocate(x, ratio=10, calibration=c), allocate(x, ratio=10, calibration=both))
+    one = calibration(head_moment=c.head_moment * 1e-12)
+    counts = input_frequencies(c)
+    table_of_one = allocate(x, ratio=10, calibration=one)
+    got, without = (
+        predicted_divergence(x, each.to_dense(), c, counts, tied=False)
+        for each in (table_of_one, allocate(x, ratio=10, calibration=c))
+    )
+    assert got < without  # rows are chosen for the input alone
+
+
+def test_floor_holds_for_every_row():
+    x, floor = table(), 0.55
+    made = allocate(x, ratio=8, calibration=calibration(), floor=floor)
+    cosine = torch.nn.functional.cosine_similarity(x, made.to_dense().float(), dim=1)
+    # Scales and basis are fp16: the refit's cosines are measured before the basis is cast.
+    assert float(cosine.min()) >= floor - 1e-3
+
+
+ALIVE = torch.arange(H) < H // 2
+SINGULAR = {
+    "of rank 1": lambda m: torch.outer(m[0], m[0]) / m[0, 0],
+    "with dead dimensions": lambda m: m * ALIVE * ALIVE.unsqueeze(1),
+    "of zeros": torch.zeros_like,
+}
+
+
+@pytest.mark.parametrize("name", SINGULAR)
+@pytest.mark.parametrize("which", ["input_moment", "head_moment"])
+def test_singular_metrics(name, which):
+    x, c = table(), calibration()
+    made = allocate(x, ratio=10, calibration=calibration(**{which: SINGULAR[name](getattr(c, which))}))
+    assert x.nbytes / made.nbytes >= 10
+    assert bool(torch.isfinite(made.to_dense()).all())
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "ratio"), [(900, 33, 6), (2000, 31, 4), (257, 95, 4), (100, 257, 2)]
+)
+def test_shapes(rows, width, ratio):
+    x = table(rows, width)
+    made = allocate(x, ratio=ratio, calibration=calibration(rows, width))
+    assert made.to_dense().shape == x.shape
+    assert x.nbytes / made.nbytes >= ratio
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 32), (40, 64)])
+def test_a_table_too_small_for_the_format(rows, width):
+    with pytest.raises(ValueError, match=r"ratio: .* leaves no room"):
+        allocate(table(rows, width), ratio=40, calibration=calibration(rows, width))
+
+
+def test_rows_of_zeros_stay_zero():
+    x = table()
+    x[::7] = 0
+    made = allocate(x, ratio=10, calibration=calibration())
+    assert not made.to_dense()[::7].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_dtypes(dtype):
+    x = table().to(dtype)
+    made = allocate(x, ratio=6, calibration=calibration())
+    assert x.nbytes / made.nbytes >= 6
+    assert made.dtype == (torch.bfloat16 if dtype == torch.bfloat16 else torch.float16)
+
+
+def test_a_small_budget_takes_a_smaller_basis():
+    wide = 128
+    x = table(V, wide)
+    made = allocate(x, ratio=24, calibration=calibration(V, wide))
+    assert made.basis is None or len(made.basis) < wide
+
+
+def test_refusals():
+    x = table()
+    with pytest.raises(ValueError, match="expected one of a 700 x 64 table, got one of 699 x 64"):
+        allocate(x, ratio=8, calibration=calibration(V - 1))
+    zero = torch.zeros(H, H, dtype=torch.float64)
+    with pytest.raises(ValueError, match="calibration: expected gradients or hidden states other than zero"):
+        allocate(x, ratio=8, calibration=calibration(input_moment=zero, head_moment=zero))
+    with pytest.raises(ValueError, match="ratio: 1e\\+06 leaves no room"):
+        allocate(x, ratio=1e6, calibration=calibration())
+    with pytest.raises(ValueError, match=r"compressed: expected shape \(700, 64\) as in calibration"):
+        predicted_divergence(x, x[:, :3], calibration(), torch.ones(V), tied=True)
