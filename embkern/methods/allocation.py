@@ -99,7 +99,11 @@ class Allocation(ABC):
         return every - records
 
     def packed(self, kept: list[int], choice: Tensor, ids: Tensor | None = None) -> PackedTable:
-        """Pack rows, by default all, each at its choice (n,) among the tiers with indices ``kept``."""
+        """Pack rows, by default all, each at its choice (n,) among the tiers with indices ``kept``.
+
+        A table of some rows serves to measure them, and is not validated.
+        """
+        whole = ids is None
         ids = torch.arange(len(self.rows)) if ids is None else ids
         tiers = [self.tiers[index] for index in kept]
         codes, scales = {}, torch.zeros(len(ids))
@@ -110,7 +114,7 @@ class Allocation(ABC):
         if self.basis is not None and (size := _basis_rows(tiers)):
             basis = self.basis[:size].to(self.dtype)
         levels, width = trellis_levels().clone(), self.rows.shape[1]  # a copy, so that tables share no memory
-        return pack(choice, codes, tiers, levels, scales.to(self.dtype), basis, None, width)
+        return pack(choice, codes, tiers, levels, scales.to(self.dtype), basis, None, width, check=whole)
 
     def refitted(self, packed: PackedTable, floor: float | None) -> PackedTable:
         """Fit the basis to the codes by least squares, and the scales to the rows' projections.

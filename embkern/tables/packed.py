@@ -155,6 +155,8 @@ def pack(
     basis: Tensor | None,
     offset: Tensor | None,
     embedding_dim: int,
+    *,
+    check: bool = True,
 ) -> PackedTable:
     """Return the packed table of codes.
 
@@ -168,6 +170,7 @@ def pack(
         basis: (K, H) in the dtype of scales, or None.
         offset: (H,) in the dtype of scales, or None.
         embedding_dim: H.
+        check: whether the table is validated.
     """
     return PackedTable(
         *lay_out(tier_of, codes, tiers),
@@ -176,4 +179,5 @@ def pack(
         None if basis is None else basis.contiguous(),
         offset,
         embedding_dim,
+        check=check,
     )

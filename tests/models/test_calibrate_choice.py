@@ -1,0 +1,194 @@
+"""Which calibration a compression uses, in ``compress``, a recipe, ``EmbkernConfig`` and the command line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+T = pytest.importorskip("transformers")
+
+import embkern
+from embkern import EmbkernConfig, Recipe
+from embkern.cli import main as cli
+from embkern.methods import allocate
+from embkern.methods.metric_allocation import input_frequencies
+from embkern.models.calibrate import CalibrationTooLongError, calibrate, choice, self_calibrate
+from embkern.models.checkpoint import stored_table
+from tests.example_models import MODELS
+from tests.example_tables import quantizing  # noqa: F401 (a fixture)
+from tests.models.calibrating import distinct_words, tokenizer
+
+pytestmark = pytest.mark.usefixtures("quantizing")
+PACKED = {"method": "allocate", "ratio": 2}
+
+
+def build(name: str):
+    torch.manual_seed(1)
+    return MODELS[name]().eval()
+
+
+def same(table, other) -> bool:
+    tensors = other.tensors()
+    return all(torch.equal(each, tensors[name]) for name, each in table.tensors().items())
+
+
+@pytest.fixture
+def own_calibration():
+    """Samples are short here, as the tests need no accuracy."""
+    return self_calibrate(build("gpt2"), windows=2, length=16)
+
+
+@pytest.fixture
+def few_samples(monkeypatch):
+    def short(model, **options):
+        return self_calibrate(model, **{"windows": 2, "length": 16, **options})
+
+    monkeypatch.setattr(choice, "self_calibrate", short)
+
+
+@pytest.mark.usefixtures("few_samples")
+def test_a_causal_model_is_calibrated_on_its_own_samples(own_calibration):
+    model = build("gpt2")
+    weight = model.get_input_embeddings().weight.detach().clone()
+    report = embkern.compress(model, **PACKED)
+    assert report.calibration == "32 tokens of the model's own samples"
+    assert report.counts == "those of the calibration"
+    assert report.predicted_kl > 0
+    assert "predicted KL divergence" in report.rows()
+    counts = input_frequencies(own_calibration)
+    expected = allocate(weight, ratio=2, counts=counts, calibration=own_calibration)
+    assert same(stored_table(model), expected)
+
+
+@pytest.mark.parametrize(("name", "recipe"), [("gpt2", {"calibrate": False}), ("bert", {})])
+def test_others_are_not_unless_asked(name, recipe, monkeypatch):
+    monkeypatch.setattr(choice, "self_calibrate", None)
+    model = build(name)
+    weight = model.get_input_embeddings().weight.detach().clone()
+    counts = torch.arange(len(weight), 0, -1).double()
+    report = embkern.compress(model, **PACKED, **recipe, counts=counts)
+    assert report.calibration.startswith("none")
+    assert report.predicted_kl is None
+    assert same(stored_table(model), allocate(weight, ratio=2, counts=counts))
+
+
+def test_text_and_files(tmp_path):
+    text, words = tmp_path / "text.txt", tokenizer()
+    text.write_text(distinct_words())
+    found = calibrate(build("bert"), words, [distinct_words()])
+    found.save(tmp_path / "calibration.safetensors")
+    tables = []
+    for given in (
+        {"calibrate_text": text},
+        {"calibrate_text": [text]},
+        {"calibration": found},
+        {"calibration": tmp_path / "calibration.safetensors"},
+    ):
+        model = build("bert")
+        report = embkern.compress(model, **PACKED, **given, tokenizer=words)
+        assert report.calibration == f"{found.tokens:,} tokens of text"
+        tables.append(stored_table(model))
+    assert all(same(table, tables[0]) for table in tables)
+
+
+def test_an_untied_input_and_a_dense_head_take_the_input_alone(own_calibration):
+    weight = build("gpt2").get_input_embeddings().weight.detach().clone()
+    expected = allocate(
+        weight, ratio=2, counts=input_frequencies(own_calibration), calibration=own_calibration, tied=False
+    )
+    dense = build("gpt2")
+    embkern.compress(dense, **PACKED, calibration=own_calibration, lm_head="dense")
+    assert same(stored_table(dense), expected)
+
+
+@pytest.mark.usefixtures("few_samples")
+def test_a_model_that_is_compressed_while_it_is_loaded(tmp_path):
+    build("gpt2").save_pretrained(tmp_path / "dense")
+    tables = []
+    for calibrated in (None, True, False):
+        config = EmbkernConfig(ratio=4, calibrate=calibrated)
+        model = T.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
+        tables.append(stored_table(model))
+        model.save_pretrained(tmp_path / f"{calibrated}")
+        saved = json.loads((tmp_path / f"{calibrated}" / "config.json").read_text())["quantization_config"]
+        assert saved.get("calibrate") is calibrated
+        again = T.AutoModelForCausalLM.from_pretrained(tmp_path / f"{calibrated}")
+        assert same(stored_table(again), tables[-1])
+    assert same(tables[0], tables[1])
+    assert not same(tables[0], tables[2])
+
+
+def test_what_would_take_too_long_is_left_out_by_default(monkeypatch):
+    def slow(model, *, limit_seconds=600, **_):
+        if limit_seconds is not None:
+            raise CalibrationTooLongError(1500, limit_seconds)
+        return self_calibrate(model, windows=1, length=8)
+
+    monkeypatch.setattr(choice, "self_calibrate", slow)
+    report = embkern.compress(build("gpt2"), **PACKED)
+    assert report.calibration.startswith(
+        "none, as it would take 25 minutes; pass calibrate=True (--calibrate)"
+    )
+    asked = embkern.compress(build("gpt2"), **PACKED, calibrate=True)
+    assert asked.calibration == "8 tokens of the model's own samples"
+
+
+def test_a_model_that_cannot_be_sampled_is_compressed_without(monkeypatch):
+    model = build("gpt2")
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(torch.nan)
+    report = embkern.compress(model, **PACKED)
+    assert report.calibration.startswith("none (")
+    with pytest.raises(ValueError, match="model"):
+        embkern.compress(build("bert"), **PACKED, calibrate=True)
+
+
+@pytest.mark.usefixtures("few_samples")
+def test_refusals(own_calibration, tmp_path):
+    def refused(message, name="gpt2", **arguments):
+        with pytest.raises(ValueError, match=message):
+            embkern.compress(build(name), **{**PACKED, **arguments})
+
+    refused(
+        "calibration: expected with method allocate only, got method 'svd'", method="svd", calibration="x"
+    )
+    refused("calibrate: expected with method allocate only, got method 'svd'", method="svd", calibrate=True)
+    refused("expected one source, got calibration, calibrate", calibration=own_calibration, calibrate=True)
+    refused("got calibration, calibrate=False", calibration=own_calibration, calibrate=False)
+    refused("calibrate_text: expected a tokenizer with it", calibrate_text=tmp_path)
+    refused("calibration: expected one of this model", name="bert", calibration=own_calibration)
+    with pytest.raises(FileNotFoundError):
+        embkern.compress(build("gpt2"), **PACKED, calibration=tmp_path / "none.safetensors")
+    with pytest.raises(ValueError, match="calibrate: Input should be a valid boolean"):
+        Recipe.parse(ratio=2, calibrate="self")
+
+
+@pytest.mark.usefixtures("few_samples")
+def test_a_trained_model_warns(own_calibration):
+    model = build("gpt2")
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight.mul_(1.5)
+    with pytest.warns(UserWarning, match="weights have changed"):
+        embkern.compress(model, **PACKED, calibration=own_calibration)
+
+
+@pytest.mark.usefixtures("few_samples")
+def test_command_line(tmp_path, own_calibration, monkeypatch, capsys):
+    build("gpt2").save_pretrained(tmp_path / "dense")
+    own_calibration.save(tmp_path / "own.safetensors")
+    seen = []
+    for flags in (
+        [],
+        ["--calibrate"],
+        ["--no-calibrate"],
+        ["--calibration", str(tmp_path / "own.safetensors")],
+    ):
+        call = ["embkern", "compress", str(tmp_path / "dense"), "-o", str(tmp_path / "out"), "--overwrite"]
+        monkeypatch.setattr("sys.argv", [*call, "--ratio", "2", "--json", *flags])
+        with pytest.raises(SystemExit, match="0"):
+            cli.main()
+        seen.append(json.loads(capsys.readouterr().out)["calibration"])
+    own = "32 tokens of the model's own samples"
+    assert seen == [own, own, "none, as asked for", own]
