@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from ..io.tensor_format import TensorFormat
@@ -222,7 +222,8 @@ class Calibration:
         }
         FORMAT.save(
             path,
-            {name: tensor for name, tensor in tensors.items() if tensor is not None},
+            # safetensors refuses tensors that share memory, such as inputs that are the predictions.
+            {name: tensor.clone() for name, tensor in tensors.items() if tensor is not None},
             scored=self.scored,
             facts=self.facts.model_dump(),
         )
@@ -243,7 +244,7 @@ class Calibration:
                 settings["scored"],
                 tensors.get("predictions"),
                 tensors.get("head_moment"),
-                CalibrationFacts.model_validate(settings["facts"]),
+                _facts(settings["facts"]),
             )
 
         return FORMAT.load(path, build)
@@ -282,6 +283,14 @@ def _first_share(moment: Tensor) -> float:
     """Return the largest eigenvalue over the trace; 0 of a zero matrix."""
     trace = float(moment.trace())
     return float(torch.linalg.eigvalsh(moment)[-1]) / trace if trace else 0.0
+
+
+def _facts(stored: Any) -> CalibrationFacts:
+    try:
+        return CalibrationFacts.model_validate(stored)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+        raise ValueError(f"facts: {'; '.join(problems)}") from None
 
 
 def _check_values(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

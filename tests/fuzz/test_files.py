@@ -21,6 +21,11 @@ from embkern.methods.autoencoder import autoencoder
 from embkern.methods.autoencoder.checkpoint import FORMAT as CHECKPOINT
 from embkern.methods.autoencoder.checkpoint import read_checkpoint
 from embkern.methods.autoencoder.weights import Weights
+from embkern.methods.calibration import FORMAT as CALIBRATION
+from embkern.methods.calibration import Calibration, CalibrationFacts, CalibrationRun
+from embkern.models.calibrate.sums import FORMAT as SUMS
+from embkern.models.calibrate.sums import Checkpoint, Sums
+from embkern.models.calibrate.sums import read_checkpoint as read_sums
 from embkern.ops.packed_format import Tier
 from embkern.study.plans import Plan
 from embkern.study.rows import Row
@@ -92,6 +97,58 @@ def _count_examples() -> list[Path]:
     return _saved("counts", [TokenCounts(torch.arange(V) * 7, 11, "sha256:" + "0" * 32, V - 1)])
 
 
+def _calibration_examples() -> list[Path]:
+    runs = (
+        CalibrationRun(source="text", texts="sha256:0", tokens=11, length=4, seed=0),
+        CalibrationRun(source="samples", texts="sha256:1", tokens=5, length=4, seed=7, pooling="mean"),
+    )
+    known = dict(architecture="GPT2LMHeadModel", kind="causal", weights="sha256:2")
+    moment = (_table().t() @ _table()).double()
+    inputs = torch.arange(V).double()
+    return _saved(
+        "calibration",
+        [
+            Calibration(
+                inputs, moment, 16, inputs / 2, moment, CalibrationFacts(**known, tokenizer="", runs=runs)
+            ),
+            Calibration(
+                inputs, moment, 3, None, None, CalibrationFacts(**known, tokenizer=None, runs=runs[:1])
+            ),
+        ],
+    )
+
+
+def _check_calibration(calibration: Calibration) -> None:
+    assert calibration.inputs.sum() > 0
+    assert (calibration.predictions is None) == (calibration.head_moment is None)
+    if calibration.scored < 2**62:
+        assert (calibration + calibration).tokens == 2 * calibration.tokens
+    calibration.summary().model_dump_json()
+
+
+def _calibration_tensors(each: Calibration | Sums) -> dict[str, Tensor]:
+    names = (*CALIBRATION.required, *CALIBRATION.optional)
+    return {name: getattr(each, name) for name in names if getattr(each, name) is not None}
+
+
+IDENTITY = {"weights": "sha256:2", "runs": [{"tokens": 11}]}
+
+
+def _sums_examples() -> list[Path]:
+    path = place() / "sums-0"
+    Checkpoint(path, IDENTITY, seconds=0.0).save_if_due(_some_sums())
+    return [path]
+
+
+def _some_sums() -> Sums:
+    return Sums(*(torch.ones(size).double() for size in ((V,), (H, H), (V,), (H, H))), 11, 2)
+
+
+def _check_sums(sums: Sums) -> None:
+    assert min(sums.scored, sums.batches) >= 1
+    assert sums.inputs.shape == (V,)
+
+
 def _saved(name: str, things: list[Any]) -> list[Path]:
     paths = [place() / f"{name}-{index}" for index in range(len(things))]
     for path, thing in zip(paths, things, strict=True):
@@ -159,6 +216,16 @@ KINDS: dict[str, Kind] = {
         _check_counts,
         lambda each: {"counts": each.counts},
     ),
+    "calibration": Kind(
+        CALIBRATION, _calibration_examples, Calibration.load, _check_calibration, _calibration_tensors
+    ),
+    "sums": Kind(
+        SUMS,
+        _sums_examples,
+        lambda path: read_sums(path, IDENTITY, _some_sums()),
+        _check_sums,
+        _calibration_tensors,
+    ),
     "checkpoint": Kind(
         CHECKPOINT,
         lambda: list(_checkpoint_examples_once()),
@@ -177,7 +244,7 @@ def examples(kind: str) -> list[tuple[bytes, Any]]:
 
 def bytes_case(random: Random) -> Case:
     return dict(
-        kind=random.choice(("packed", "factors", "counts", "checkpoint")),
+        kind=random.choice(("packed", "factors", "counts", "calibration", "sums", "checkpoint")),
         example=random.randrange(6),
         changes=byte_damage(random),
     )

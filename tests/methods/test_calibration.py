@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from embkern.methods.calibration import Calibration, CalibrationFacts, CalibrationRun
 
+DATA = Path(__file__).parents[1] / "data"
 V, H = 11, 3
 RUN = CalibrationRun(source="text", texts="sha256:0", tokens=40, length=8, seed=0)
 FACTS = CalibrationFacts(
@@ -195,3 +197,16 @@ def test_edited_files_are_refused(tmp_path, change, message):
     save_file(tensors, path, metadata)
     with pytest.raises(ValueError, match=message):
         Calibration.load(path)
+
+
+def test_a_file_written_before_holds_what_it_held():
+    """``tests/data/calibration-1.safetensors``, which every later version reads."""
+    found = Calibration.load(DATA / "calibration-1.safetensors")
+    assert torch.equal(found.inputs, torch.arange(6).double())
+    assert torch.equal(found.input_moment, torch.tensor([[5.0, 2], [2, 1]]).double())
+    assert torch.equal(found.predictions, torch.arange(6).double() / 2)
+    assert torch.equal(found.head_moment, torch.tensor([[2.0, -1], [-1, 4]]).double())
+    assert (found.scored, found.facts) == (
+        15,
+        facts(runs=(RUN, RUN.model_copy(update={"source": "samples"}))),
+    )

@@ -78,32 +78,7 @@ class Checkpoint:
         """
         if self.path is None or not Path(self.path).exists():
             return empty
-
-        def build(tensors: dict[str, Any], settings: dict[str, Any]) -> tuple[Sums, dict[str, Any]]:
-            shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in empty.tensors().items()}
-            if shapes != {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}:
-                raise ValueError("it belongs to another model")
-            sums = Sums(
-                tensors["inputs"],
-                tensors["input_moment"],
-                tensors.get("predictions"),
-                tensors.get("head_moment"),
-                settings["scored"],
-                settings["batches"],
-            )
-            return sums, settings["identity"]
-
-        try:
-            sums, identity = FORMAT.load(self.path, build)
-        except (ValueError, FileNotFoundError) as error:
-            raise ValueError(f"checkpoint: {error}; delete it to start anew") from None
-        if identity != self.identity:
-            different = [name for name in self.identity if dict(identity).get(name) != self.identity[name]]
-            raise ValueError(
-                f"checkpoint: {self.path} belongs to another run (different {', '.join(different)}); "
-                "delete it or name another file"
-            )
-        return sums
+        return read_checkpoint(self.path, self.identity, empty)
 
     def save_if_due(self, sums: Sums) -> None:
         """Write the sums if ``seconds`` have passed."""
@@ -117,3 +92,46 @@ class Checkpoint:
         """Remove the file once the run is complete."""
         if self.path is not None:
             Path(self.path).unlink(missing_ok=True)
+
+
+def read_checkpoint(path: str | os.PathLike, identity: dict[str, Any], like: Sums) -> Sums:
+    """Read the partial sums of the run with this identity.
+
+    Args:
+        path: the file.
+        identity: what the checkpoint must have in common with the run.
+        like: sums whose tensors have the same names, shapes and dtypes.
+
+    Raises:
+        ValueError: the file is damaged, or belongs to another run.
+    """
+
+    def shapes(tensors: dict[str, Any]) -> dict[str, Any]:
+        return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+    def build(tensors: dict[str, Any], settings: dict[str, Any]) -> tuple[Sums, dict[str, Any]]:
+        if not isinstance(settings["identity"], dict) or min(settings["scored"], settings["batches"]) < 1:
+            raise ValueError("identity, scored, batches: expected a mapping and positive integers")
+        if settings["identity"] == identity and shapes(tensors) != shapes(like.tensors()):
+            raise ValueError("expected the shapes of the run's sums, got others")
+        sums = Sums(
+            tensors["inputs"],
+            tensors["input_moment"],
+            tensors.get("predictions"),
+            tensors.get("head_moment"),
+            settings["scored"],
+            settings["batches"],
+        )
+        return sums, settings["identity"]
+
+    try:
+        sums, saved = FORMAT.load(path, build)
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"checkpoint: {error}; delete it to start anew") from None
+    if saved != identity:
+        different = [name for name in identity if saved.get(name) != identity[name]]
+        raise ValueError(
+            f"checkpoint: {path} belongs to another run (different {', '.join(different)}); "
+            "delete it or name another file"
+        )
+    return sums
