@@ -172,6 +172,27 @@ def test_long_windows_are_cut_to_what_the_model_reads():
     assert run(build("roberta"), tokens=1000, length=500).facts.runs[0].length <= 64 - 1
 
 
+def test_a_model_with_a_device_map(tmp_path):
+    pytest.importorskip("accelerate")
+    build("gpt2").save_pretrained(tmp_path)
+    mapped = T.GPT2LMHeadModel.from_pretrained(tmp_path, device_map={"": "cpu"})
+    assert_same(run(mapped), run(T.GPT2LMHeadModel.from_pretrained(tmp_path)))
+    mapped.hf_device_map = {"transformer": "cpu", "lm_head": 0}
+    with pytest.raises(UnsupportedModelError, match="device_map: the model is spread over several devices"):
+        run(mapped)
+
+
+def test_the_pooling_beside_a_sentence_encoder_is_read(tmp_path):
+    build("bert-backbone").save_pretrained(tmp_path)
+    loaded = T.BertModel.from_pretrained(tmp_path)
+    assert run(loaded).facts.runs[0].pooling == "mean"
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    assert run(loaded).facts.runs[0].pooling == "cls"
+    assert_same(run(loaded), run(loaded, pooling="cls"))
+    assert run(T.BertForMaskedLM.from_pretrained(tmp_path)).facts.kind == "masked"
+
+
 # ---- refusals --------------------------------------------------------------------------------------------
 
 

@@ -9,9 +9,9 @@ import torch
 import transformers as T
 from torch.testing import assert_close
 
-from embkern.models.calibrate import CalibrationTooLongError, sampling, self_calibrate
+from embkern.models.calibrate import CalibrationTooLongError, on_samples, self_calibrate
 from embkern.models.calibrate.objectives import generator_of
-from embkern.models.calibrate.sampling import sample_windows
+from embkern.models.calibrate.on_samples import sample_windows
 from embkern.models.find_table import find_table
 from tests.example_models import MODELS, V, build
 from tests.models.calibrating import sharp, tokenizer
@@ -89,8 +89,8 @@ def test_the_sums_are_those_of_the_samples(name):
 
 
 def test_the_moments_are_those_of_the_pass_over_the_samples():
-    from embkern.models.calibrate.calibrate import run_of, weights_fingerprint
     from embkern.models.calibrate.objectives import LanguageModel
+    from embkern.models.calibrate.on_text import run_of, weights_fingerprint
     from embkern.models.calibrate.passes import run_pass
     from embkern.models.calibrate.windows import Windows
 
@@ -107,7 +107,7 @@ def test_the_moments_are_those_of_the_pass_over_the_samples():
 
 def test_the_first_token_is_the_models_or_the_tokenizers():
     def first(model, tokenizer=None):
-        return sampling._first_token(model, tokenizer)
+        return on_samples._first_token(model, tokenizer)
 
     model = build("gpt2")
     assert first(model) == model.config.bos_token_id == 1

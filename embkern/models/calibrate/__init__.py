@@ -1,8 +1,8 @@
 """Calibrate a model: measure how its output depends on its embedding table, on text or on its own samples."""
 
-from .calibrate import calibrate, check_calibration, weights_fingerprint
 from .kinds import kind_of
-from .sampling import CalibrationTooLongError, self_calibrate
+from .on_samples import CalibrationTooLongError, self_calibrate
+from .on_text import calibrate, check_calibration, weights_fingerprint
 
 __all__ = [
     "CalibrationTooLongError",

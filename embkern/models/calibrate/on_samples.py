@@ -16,7 +16,6 @@ from tqdm import tqdm
 from ...methods.calibration import Calibration, CalibrationFacts
 from ...text.counts import fingerprint
 from ..find_table import find_table
-from .calibrate import run_of, weights_fingerprint
 from .kinds import kind_of, longest_input
 from .objectives import (
     CHUNK_VALUES,
@@ -26,6 +25,7 @@ from .objectives import (
     generator_of,
     sample,
 )
+from .on_text import run_of, weights_fingerprint
 from .passes import not_finite, run_pass
 from .recording import evaluating
 from .windows import Windows
