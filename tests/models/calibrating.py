@@ -26,6 +26,9 @@ CLASSIFIERS = {
     "labels": lambda: T.BertForSequenceClassification(
         T.BertConfig(**_COMMON, num_labels=3, problem_type="multi_label_classification")
     ),
+    "decoder": lambda: T.GPT2ForSequenceClassification(
+        T.GPT2Config(vocab_size=V, n_embd=H, n_layer=2, n_head=4, n_positions=64, num_labels=3)
+    ),
     "token": lambda: T.BertForTokenClassification(T.BertConfig(**_COMMON, num_labels=4)),
     "answer": lambda: T.BertForQuestionAnswering(T.BertConfig(**_COMMON)),
 }

@@ -92,6 +92,12 @@ def test_all_sentences_are_read_or_evenly_chosen_ones():
     assert len(sentences(["w1"], tokenizer(), tokens=1, length=5, V=V).ids) == 1, "one token is a sentence"
 
 
+def test_long_texts_leave_room_for_others():
+    texts = [f"w{i} " * 5000 for i in range(50)]
+    read = sentences(texts, tokenizer(), tokens=400, length=8, V=V)
+    assert [len(ids) for ids in read.ids] == [8] * 50
+
+
 @pytest.mark.parametrize("texts", [[], ["", " \n"], ["w1"]], ids=["none", "blank", "one token"])
 def test_too_little_text_is_refused(texts):
     with pytest.raises(ValueError, match="texts: expected at least 2 tokens to calibrate on, got [01]"):

@@ -134,10 +134,15 @@ def sample(logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         draws: (n,) float64, uniform in [0, 1).
     """
     probabilities = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
-    total = probabilities.cumsum(-1, dtype=torch.float64)
+    total = with_float64(probabilities).cumsum(-1, dtype=torch.float64)
     wanted = draws.to(total.device)[:, None] * total[:, -1:]
     labels = torch.searchsorted(total, wanted, right=True).clamp_max(logits.shape[-1] - 1)
-    return probabilities, labels.squeeze(1)
+    return probabilities, labels.squeeze(1).to(logits.device)
+
+
+def with_float64(tensor: Tensor) -> Tensor:
+    """Return a tensor on its device, or on the CPU if its device has no float64."""
+    return tensor if tensor.device.type in ("cpu", "cuda") else tensor.cpu()
 
 
 def first_bad_row(probabilities: Tensor) -> int | None:
@@ -209,7 +214,7 @@ def _sampled(logits: Tensor, numbers: Sequence[int], seed: int, stream: int, pro
         probabilities = flat.float().sigmoid() if flat.dtype != torch.float64 else flat.sigmoid()
         return (probabilities - (uniform < probabilities).to(probabilities.dtype)).to(logits.dtype)
     gradient, labels = sample(flat.flatten(0, -2), uniform.flatten())
-    gradient[torch.arange(len(labels)), labels] -= 1
+    gradient[torch.arange(len(labels), device=labels.device), labels] -= 1
     return gradient.view(logits.shape).to(logits.dtype)
 
 

@@ -24,6 +24,7 @@ from .objectives import (
     Scored,
     first_bad_row,
     sample,
+    with_float64,
 )
 from .recording import Recording, recorded
 from .sums import Checkpoint, Sums
@@ -66,6 +67,8 @@ def run_pass(
     language = isinstance(objective, LanguageModel)
     head = _measured_head(model, table) if language else None
     size = LOGIT_BYTES // (4 * V) if language else BATCH_TOKENS
+    if facts.kind == "classifier" and model.config.pad_token_id is None:
+        size = 1  # decoders find the last token of each text of a batch by its padding
     batches = windows.batches(size)
     identity = {
         **facts.model_dump(mode="json"),
@@ -150,9 +153,10 @@ def _language_loss(scored: Scored, count: int, recording: Recording, sums: Sums)
         gradient[some, labels] -= 1
         if hidden is not None:
             predictions += probabilities.sum(0).cpu().double()
-            inputs = _double(hidden[some.to(hidden.device)])
+            inputs = with_float64(hidden[some.to(hidden.device)]).double()
             if slope is not None:
-                inputs = inputs * _double((probabilities * slope[some].square()).sum(1).sqrt())[:, None]
+                weight = (probabilities * slope[some].square()).sum(1)
+                inputs = inputs * weight.to(inputs.device).double().sqrt()[:, None]
             assert sums.head_moment is not None
             sums.head_moment += (inputs.t() @ inputs).cpu()
     if sums.predictions is not None:
@@ -186,13 +190,8 @@ def _add_gradients(loss: Loss, recording: Recording, sums: Sums) -> None:
     for (ids, _, scale), gradient in zip(recording.lookups, gradients, strict=True):
         sums.inputs += torch.bincount(ids.flatten().cpu(), minlength=len(sums.inputs)).double()
         if gradient is not None:
-            rows = scale * _double(gradient.flatten(0, -2))
+            rows = scale * with_float64(gradient.flatten(0, -2)).double()
             sums.input_moment += (rows.t() @ rows).cpu()
-
-
-def _double(tensor: Tensor) -> Tensor:
-    """Return a tensor in float64, on the CPU where its device has no float64."""
-    return (tensor if tensor.device.type in ("cpu", "cuda") else tensor.cpu()).double()
 
 
 def _symmetric(moment: Tensor) -> Tensor:

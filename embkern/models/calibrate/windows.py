@@ -76,6 +76,7 @@ def windows_of_text(
     Raises:
         ValueError: the texts have fewer than two tokens, or an id is not below V.
     """
+    _check_texts(texts)
     before, after = _added_tokens(tokenizer)
     added = len(before) + len(after)
     if length <= added:
@@ -100,7 +101,8 @@ def sentences(
     Raises:
         ValueError: no text has a token, or an id is not below V.
     """
-    kept = _spread(texts, tokens, 0)
+    _check_texts(texts)
+    kept = _spread((text[: CHARS_PER_TOKEN * length] for text in texts), tokens, 0)  # the rest is truncated
     encoded = tokenizer(
         kept, truncation=True, max_length=length, padding=False, verbose=False, return_attention_mask=False
     )["input_ids"] if kept else []  # fmt: skip
@@ -128,8 +130,6 @@ def _spread(texts: Iterable[str], tokens: int, block_chars: int) -> list[str]:
         tokens: number of tokens that are wanted.
         block_chars: a block ends with the text that reaches this many characters.
     """
-    if isinstance(texts, (str, bytes)):
-        raise TypeError(f"texts: expected an iterable of str (read_texts reads a file), got {type(texts)}")
     limit = CHARS_PER_TOKEN * max(tokens, LEAST_TOKENS)
     kept: list[str] = []
     chars, stride = 0, 1  # every stride-th block is kept
@@ -167,6 +167,11 @@ def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[i
         if whole[start : start + len(plain)] == plain:
             return list(whole[:start]), list(whole[start + len(plain) :])
     return [], []
+
+
+def _check_texts(texts: Iterable[str]) -> None:
+    if isinstance(texts, (str, bytes)):
+        raise TypeError(f"texts: expected an iterable of str (read_texts reads a file), got {type(texts)}")
 
 
 def _check_ids(found: Sequence[np.ndarray], V: int) -> None:
