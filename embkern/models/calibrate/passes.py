@@ -142,7 +142,7 @@ def _language_loss(scored: Scored, count: int, recording: Recording, sums: Sums)
         hidden, output = recording.heads[-1]
         hidden, slope = hidden.flatten(0, -2), _slope(output, scored.logits)
     gradient = torch.zeros_like(flat)
-    predictions = torch.zeros(flat.shape[-1], dtype=torch.float64)
+    predictions, weights = torch.zeros(flat.shape[-1], dtype=torch.float64), list[Tensor]()
     rows = max(1, CHUNK_VALUES // flat.shape[-1])
     for start in range(0, len(positions), rows):
         some = positions[start : start + rows]
@@ -153,14 +153,14 @@ def _language_loss(scored: Scored, count: int, recording: Recording, sums: Sums)
         gradient[some, labels] -= 1
         if hidden is not None:
             predictions += probabilities.sum(0).cpu().double()
-            inputs = with_float64(hidden[some.to(hidden.device)]).double()
             if slope is not None:
-                weight = (probabilities * slope[some].square()).sum(1)
-                inputs = inputs * weight.to(inputs.device).double().sqrt()[:, None]
-            assert sums.head_moment is not None
-            sums.head_moment += (inputs.t() @ inputs).cpu()
-    if sums.predictions is not None:
+                weights.append((probabilities * slope[some].square()).sum(1))
+    if hidden is not None and sums.predictions is not None and sums.head_moment is not None:
+        inputs = with_float64(hidden[positions.to(hidden.device)]).double()
+        if weights:
+            inputs = inputs * torch.cat(weights).to(inputs.device).double().sqrt()[:, None]
         sums.predictions += predictions
+        sums.head_moment += (inputs.t() @ inputs).cpu()
     return Loss([scored.logits], [gradient.view_as(scored.logits)], len(positions))
 
 
