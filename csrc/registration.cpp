@@ -12,11 +12,14 @@ STABLE_TORCH_LIBRARY_IMPL(embkern, CPU, m) {
   m.impl("gather_decode_forward.native", TORCH_BOX(&embkern::gather_decode_forward));
   m.impl("packed_logits_forward.native", TORCH_BOX(&embkern::packed_logits_forward));
   m.impl("packed_logits_backward.native", TORCH_BOX(&embkern::packed_logits_backward));
+  m.impl("packed_cross_entropy_forward.native", TORCH_BOX(&embkern::packed_cross_entropy_forward));
+  m.impl("packed_cross_entropy_backward.native", TORCH_BOX(&embkern::packed_cross_entropy_backward));
   m.impl("quantize_rows.native", TORCH_BOX(&embkern::quantize_rows));
   m.impl("quantize_trellis.native", TORCH_BOX(&embkern::quantize_trellis));
   m.impl("cosine_mse_forward.native", TORCH_BOX(&embkern::cosine_mse_forward));
   m.impl("autoencoder_forward.native", TORCH_BOX(&embkern::autoencoder_forward));
   m.impl("autoencoder_train.native", TORCH_BOX(&embkern::autoencoder_train));
+  m.impl("exp_and_tanh", TORCH_BOX(&embkern::exp_and_tanh));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(embkern, CompositeExplicitAutograd, m) {

@@ -4,6 +4,14 @@ from .autoencoder import autoencoder_loss
 from .cosine_mse import cosine_mse_loss
 from .gather_decode import gather_decode
 from .gather_project import gather_project
+from .packed_cross_entropy import packed_cross_entropy
 from .packed_logits import packed_logits
 
-__all__ = ["autoencoder_loss", "cosine_mse_loss", "gather_decode", "gather_project", "packed_logits"]
+__all__ = [
+    "autoencoder_loss",
+    "cosine_mse_loss",
+    "gather_decode",
+    "gather_project",
+    "packed_cross_entropy",
+    "packed_logits",
+]

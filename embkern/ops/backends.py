@@ -40,6 +40,7 @@ KERNELS: dict[tuple[str, str], frozenset[str]] = {
         {
             "gather_project",
             "gather_decode",
+            "packed_cross_entropy",
             "packed_logits",
             "quantize_rows",
             "quantize_trellis",
@@ -49,7 +50,14 @@ KERNELS: dict[tuple[str, str], frozenset[str]] = {
     ),
     ("native", "cuda"): frozenset({"gather_project", "cosine_mse"}),
     ("triton", "cuda"): frozenset(
-        {"gather_project", "gather_decode", "packed_logits", "cosine_mse", "autoencoder"}
+        {
+            "gather_project",
+            "gather_decode",
+            "packed_cross_entropy",
+            "packed_logits",
+            "cosine_mse",
+            "autoencoder",
+        }
     ),
 }
 # Kernels without a backward of their own.

@@ -20,6 +20,7 @@ from torch.autograd import Function, forward_ad
 NAMESPACE = "embkern"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 LIBRARY.define("cpu_capability(int level) -> int")
+LIBRARY.define("exp_and_tanh(Tensor values) -> (Tensor, Tensor)")  # For tests.
 LIBRARY.define("poison_memory(bool on) -> ()")  # For tests: NaN in new memory of the kernels.
 
 

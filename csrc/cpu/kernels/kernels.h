@@ -76,6 +76,25 @@ struct AdamStep {
   T step_size, root_correction, eps;
 };
 
+// ---- the softmax over a table -------------------------------------------------------------------------------
+
+// Logits of some rows of a table, (rows, states): scales[i] * sums[i][n] + offsets[n] + biases[i], and cap *
+// tanh(logit / cap) of that. Rows of sums have room for whole vectors of states.
+template <class A>
+struct LogitBlock {
+  int64_t rows, states, stride;
+  A* sums;
+  const A *scales, *biases;  // null where they are 1 and 0
+  const A* offsets;
+  A cap;  // 0 for none
+};
+
+// The gradient of a logit is (factors[n] * exp(logit - shifts[n]) + uniform[n]) * slope of the cap.
+template <class A>
+struct SoftmaxGradient {
+  const A *shifts, *factors, *uniform;
+};
+
 // ---- packed tables ------------------------------------------------------------------------------------------
 
 // The number of states of the trellis of codes of up to four bits.
@@ -164,6 +183,14 @@ struct TrainingKernels {
   void (*project_packed)(const Projection<T>&, const T* packed);
   void (*outer_update)(const OuterUpdate<T>&);
   void (*adam)(const AdamStep<T>&, int64_t n, const T* grad, T* p, T* m, T* v);
+  // Writes the logits in place of the sums, and per state their maximum and, unless null, their sum.
+  void (*finish_logits)(const LogitBlock<T>&, T* maxima, T* totals);
+  // totals[n] = sum over rows of exp(sums[i][n] - shifts[n]) for finished logits. With `keep` these, times the
+  // slope of the cap, replace the logits. The scales, biases and offsets are not read.
+  void (*sum_exponentials)(const LogitBlock<T>&, const T* shifts, bool keep, T* totals);
+  // The gradients of the logits of sums, which stay; `stride` is that of the gradients.
+  void (*logit_gradients)(const LogitBlock<T>&, const SoftmaxGradient<T>&, T* gradients, int64_t stride);
+  void (*exp_and_tanh)(const T* values, int64_t count, T* exponentials, T* tangents);
 };
 
 struct PackingKernels {

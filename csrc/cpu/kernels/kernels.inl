@@ -24,6 +24,7 @@ namespace {
 #include "cpu/kernels/row_loss.inl"
 #include "cpu/kernels/packed_product.inl"
 #include "cpu/kernels/adam.inl"
+#include "cpu/kernels/logits.inl"
 #include "cpu/kernels/bits.inl"
 #include "cpu/kernels/decode.inl"
 #include "cpu/kernels/packed_row_product.inl"
@@ -55,8 +56,9 @@ const Kernels<T>& kernels() {
 
 template <class T>
 const TrainingKernels<T>& training_kernels() {
-  static constexpr TrainingKernels<T> table = {packed_size<T>,    pack<T>,         pack_transposed<T>,
-                                               project_packed<T>, outer_update<T>, adam<T>};
+  static constexpr TrainingKernels<T> table = {
+      packed_size<T>, pack<T>,          pack_transposed<T>,  project_packed<T>,  outer_update<T>,
+      adam<T>,        finish_logits<T>, sum_exponentials<T>, logit_gradients<T>, exp_and_tanh<T>};
   return table;
 }
 

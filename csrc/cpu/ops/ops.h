@@ -41,6 +41,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packed_logits_backward(
     const std::optional<Tensor>& offset, bool needs_hidden, bool needs_scales, bool needs_basis,
     bool needs_offset);
 
+// Losses, statistics for the backward, and the gradient of the losses' sum by hidden, empty if not needed. The
+// losses and statistics of ignored states are 0.
+std::tuple<Tensor, Tensor, Tensor> packed_cross_entropy_forward(
+    const Tensor& hidden, const Tensor& labels, const Tensor& records, const Tensor& directory,
+    const Tensor& tiers, const Tensor& levels, const Tensor& scales, const std::optional<Tensor>& basis,
+    const std::optional<Tensor>& offset, const std::optional<Tensor>& bias, int64_t ignore_index,
+    double label_smoothing, double softcap, bool needs_hidden);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> packed_cross_entropy_backward(
+    const Tensor& grad, const Tensor& statistics, const Tensor& hidden, const Tensor& labels,
+    const Tensor& records, const Tensor& directory, const Tensor& tiers, const Tensor& levels,
+    const Tensor& scales, const std::optional<Tensor>& basis, const std::optional<Tensor>& offset,
+    const std::optional<Tensor>& bias, int64_t ignore_index, double label_smoothing, double softcap,
+    bool needs_hidden, bool needs_scales, bool needs_basis, bool needs_offset, bool needs_bias);
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> autoencoder_forward(
     const Tensor& target, const std::optional<Tensor>& codes, const std::optional<Tensor>& encoder_weight,
     const std::optional<Tensor>& encoder_bias, const Tensor& basis, const std::optional<Tensor>& offset,
@@ -65,6 +80,9 @@ std::tuple<Tensor, Tensor, Tensor> quantize_rows(const Tensor& values, const std
 std::tuple<Tensor, Tensor, Tensor> quantize_trellis(const Tensor& values, const std::optional<Tensor>& spread,
                                                     const Tensor& bits, const Tensor& levels,
                                                     const Tensor& scales, bool needs_codes);
+
+// exp and tanh of the kernels, for tests.
+std::tuple<Tensor, Tensor> exp_and_tanh(const Tensor& values);
 
 // Turns the filling of fresh tensors and scratch memory with NaN on or off, for tests.
 void set_poison_memory(bool on);

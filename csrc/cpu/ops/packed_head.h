@@ -182,6 +182,18 @@ struct Head {
     }
   }
 
+  void scales_of(const Block& block, int64_t begin, int64_t end, A* to) const {
+    for (int64_t i = begin; i < end; ++i) to[i - begin] = row_scales.get()[block.rows[i].id];
+  }
+
+  // Multiplies decoded rows by their scales.
+  void scale(const Block& block, int64_t begin, int64_t end, A* values, int64_t stride) const {
+    for (int64_t i = begin; i < end; ++i) {
+      const A factor = row_scales.get()[block.rows[i].id];
+      for (int64_t j = 0; j < table.used[block.rows[i].tier] * kGroup; ++j) values[i * stride + j] *= factor;
+    }
+  }
+
   // Calls use(tier, its first row, the one after its last) for the tiers of rows begin to end of a block.
   template <class Use>
   void for_tiers(const Block& block, int64_t begin, int64_t end, Use use) const {
@@ -194,6 +206,11 @@ struct Head {
 
   // The transposed factors of hidden states first to last in both forms, packed for project_packed.
   using Packed = std::array<Buffer<A>, 2>;
+  std::vector<Packed> pack_all() const {
+    std::vector<Packed> tiles;
+    for (int64_t n = 0; n < states; n += kStateTile) tiles.push_back(pack(n, std::min(states, n + kStateTile)));
+    return tiles;
+  }
   Packed pack(int64_t first, int64_t last) const {
     Packed packed;
     std::vector<const A*> rows(last - first);
@@ -230,48 +247,57 @@ struct Head {
     std::vector<double> totals;  // (states,): sum over v of g[n][v]
   };
 
-  // Sums g over blocks of rows. by_id(block, first, last, first id of the block, to) writes the gradients of
-  // ids first to last of a block to `to`, (rows, states) in the block's order. Unless scale_gradients is null,
-  // it receives the sum over n of g[n][v] * (values[v] . factors[n]) for every row.
-  template <class ById>
-  Sums gradients(A* scale_gradients, ById by_id) {
-    const int64_t V = table.vocabulary, stride = std::max(direct_width, basis_rows);
+  Sums no_sums() const {
     Sums sums;
     for (const bool transform : {false, true}) {
       const int64_t count = states * factor_width(transform);
       std::fill_n(sums.factors[transform].resize(count), count, A(0));
     }
     sums.totals.assign(states, 0);
-    std::vector<Packed> tiles;
-    for (int64_t n = 0; scale_gradients && n < states; n += kStateTile)
-      tiles.push_back(pack(n, std::min(states, n + kStateTile)));
-    Buffer<A> value_memory, gradient_memory;
-    A* values = value_memory.resize(kGradientRows * stride);
-    A* g = gradient_memory.resize(kGradientRows * states);
-    for (int64_t first = 0; first < V; first += kGradientRows) {
-      const int64_t rows = std::min(kGradientRows, V - first);
+    return sums;
+  }
+
+  // Calls use(block, its first id, threads) for blocks of kGradientRows rows, up to the first damaged one.
+  template <class Use>
+  void for_blocks(Use use) {
+    for (int64_t first = 0; first < table.vocabulary; first += kGradientRows) {
+      const int64_t rows = std::min(kGradientRows, table.vocabulary - first);
       Block block = sorted(first, first + rows);
-      if (static_cast<int64_t>(block.rows.size()) < rows) return sums;
-      const int64_t threads = useful_threads(rows * width * states);
-      const int64_t chunks = (rows + kGradientChunk - 1) / kGradientChunk;
-      for_tasks(chunks, threads, [&](int64_t task) {
-        const int64_t begin = task * kGradientChunk;
-        by_id(block, begin, std::min(rows, begin + kGradientChunk), first, g);
-      });
-      for_tasks(chunks, threads, [&](int64_t task) {
-        const int64_t begin = task * kGradientChunk, end = std::min(rows, begin + kGradientChunk);
-        decode(block, begin, end, false, values, stride);
-        if (scale_gradients) sum_scale_gradients(block, begin, end, tiles, g, scale_gradients);
-        for (int64_t i = begin; i < end; ++i) {
-          const A scale = row_scales.get()[block.rows[i].id];
-          for (int64_t j = 0; j < table.used[block.rows[i].tier] * kGroup; ++j) values[i * stride + j] *= scale;
-        }
+      if (static_cast<int64_t>(block.rows.size()) < rows) return;
+      use(block, first, useful_threads(rows * width * states));
+    }
+  }
+
+  // Calls use(begin, end) for the chunks of a block.
+  template <class Use>
+  static void for_chunks(const Block& block, int64_t threads, Use use) {
+    const int64_t rows = static_cast<int64_t>(block.rows.size());
+    for_tasks((rows + kGradientChunk - 1) / kGradientChunk, threads,
+              [&](int64_t task) { use(task * kGradientChunk, std::min(rows, (task + 1) * kGradientChunk)); });
+  }
+
+  // Sums g over all rows. For every block, prepare(block, first id, threads, g) is called, and then, for chunks
+  // of its rows, fill(block, first id, begin, end, g), with the values of these rows decoded and not scaled.
+  // Together they write g, a row of `stride` elements for each row of the block.
+  template <class Prepare, class Fill>
+  Sums gradients(int64_t stride, Prepare prepare, Fill fill) {
+    const int64_t value_stride = std::max(direct_width, basis_rows);
+    Sums sums = no_sums();
+    Buffer<A> value_memory, gradient_memory;
+    A* values = value_memory.resize(kGradientRows * value_stride);
+    A* g = gradient_memory.resize(kGradientRows * stride);
+    for_blocks([&](Block& block, int64_t first, int64_t threads) {
+      prepare(block, first, threads, g);
+      for_chunks(block, threads, [&](int64_t begin, int64_t end) {
+        decode(block, begin, end, false, values, value_stride);
+        fill(block, first, begin, end, g);
+        scale(block, begin, end, values, value_stride);
       });
       for_tasks((states + kGradientStates - 1) / kGradientStates, threads, [&](int64_t task) {
         const int64_t begin = task * kGradientStates;
-        add_rows(block, begin, std::min(kGradientStates, states - begin), g, sums);
+        add_rows(block, begin, std::min(kGradientStates, states - begin), g, stride, sums);
       });
-    }
+    });
     return sums;
   }
 
@@ -292,11 +318,12 @@ struct Head {
   }
 
   // Adds the scaled rows of a block, times g, to the sums of `count` states from `begin` on.
-  void add_rows(const Block& block, int64_t begin, int64_t count, const A* g, Sums& sums) const {
+  void add_rows(const Block& block, int64_t begin, int64_t count, const A* g, int64_t stride,
+                Sums& sums) const {
     const int64_t rows = static_cast<int64_t>(block.rows.size());
     std::vector<const A*> left(rows), right(rows);
     for (int64_t i = 0; i < rows; ++i) {
-      left[i] = g + i * states + begin;
+      left[i] = g + i * stride + begin;
       right[i] = static_cast<const A*>(block.values[i]);
       for (int64_t n = 0; n < count; ++n) sums.totals[begin + n] += left[i][n];
     }
@@ -347,6 +374,14 @@ struct Head {
 inline ScalarType sums_type(const Tensor& hidden, const Tensor& scales) {
   const bool wide = hidden.scalar_type() == ScalarType::Double || scales.scalar_type() == ScalarType::Double;
   return wide ? ScalarType::Double : ScalarType::Float;
+}
+
+template <class Body>
+void dispatch_sums(const Tensor& hidden, const Tensor& scales, Body body) {
+  if (sums_type(hidden, scales) == ScalarType::Double)
+    body(double{});
+  else
+    body(float{});
 }
 
 }  // namespace

@@ -82,14 +82,6 @@ void transpose_gradient(const T* grad, int64_t vocabulary, int64_t states, const
   }
 }
 
-template <class Body>
-void dispatch_sums(const Tensor& hidden, const Tensor& scales, Body body) {
-  if (sums_type(hidden, scales) == ScalarType::Double)
-    body(double{});
-  else
-    body(float{});
-}
-
 }  // namespace
 
 Tensor packed_logits_forward(const Tensor& hidden_, const Tensor& records_, const Tensor& directory_,
@@ -146,9 +138,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packed_logits_backward(
     Head<A> head(table, hidden, scales, basis, offset);
     dispatch_floating(grad.scalar_type(), "grad", [&](auto element) {
       const auto* from = static_cast<const decltype(element)*>(grad.const_data_ptr());
+      const auto tiles = needs_scales ? head.pack_all() : std::vector<typename Head<A>::Packed>{};
       const auto sums = head.gradients(
-          scale_gradients, [&](const auto& block, int64_t first, int64_t last, int64_t id, A* g) {
-            transpose_gradient(from, V, states, block.place.data(), first, last, id, g);
+          states,
+          [&](const auto& block, int64_t id, int64_t threads, A* g) {
+            head.for_chunks(block, threads, [&](int64_t first, int64_t last) {
+              transpose_gradient(from, V, states, block.place.data(), first, last, id, g);
+            });
+          },
+          [&](const auto& block, int64_t, int64_t begin, int64_t end, const A* g) {
+            if (needs_scales) head.sum_scale_gradients(block, begin, end, tiles, g, scale_gradients);
           });
       head.refuse_damage();
       head.finish(sums, data(of_hidden, needs_hidden), data(of_basis, needs_basis),

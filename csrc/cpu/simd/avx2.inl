@@ -56,6 +56,14 @@ EMBKERN_INLINE Vector<float> repeat_lanes(const float* from, int first) {
 #include "cpu/simd/planes.inl"
 #include "cpu/simd/power.inl"
 
+// x * 2^whole in two factors, so that the result may be subnormal or infinite; |whole| <= 250.
+EMBKERN_INLINE Vector<float> times_power_of_two(Vector<float> x, Vector<float> whole) {
+  const Integers n = __builtin_convertvector(whole, Integers), half = n >> 1;
+  return x * (Vector<float>)((half + 127) << 23) * (Vector<float>)((n - half + 127) << 23);
+}
+
+#include "cpu/simd/exponential.inl"
+
 // The indices of the 32 values of a group, a byte each.
 using GroupIndices = __m256i;
 

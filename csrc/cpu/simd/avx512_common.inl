@@ -141,6 +141,12 @@ EMBKERN_INLINE void store_codes(const Rounded& rounded, uint8_t* to) { store_byt
 #include "cpu/simd/planes.inl"
 #include "cpu/simd/power.inl"
 
+EMBKERN_INLINE Vector<float> times_power_of_two(Vector<float> x, Vector<float> whole) {
+  return (Vector<float>)_mm512_scalef_ps((__m512)x, (__m512)whole);
+}
+
+#include "cpu/simd/exponential.inl"
+
 // ---- groups of a packed table -------------------------------------------------------------------------------
 
 // The indices of the 32 values of a group.

@@ -62,6 +62,35 @@ inline double sum_in_order(Vector<float> vector) {
   return sum;
 }
 
+// ---- functions lane by lane ---------------------------------------------------------------------------------
+
+template <class V, class Function>
+EMBKERN_INLINE V each_lane(V x, Function function) {
+  for (int i = 0; i < static_cast<int>(sizeof(V) / sizeof(x[0])); ++i) x[i] = function(x[i]);
+  return x;
+}
+
+// Of doubles, and of floats at levels without exponential.inl.
+template <class V>
+EMBKERN_INLINE V exponential(V x) {
+  return each_lane(x, [](auto value) { return std::exp(value); });
+}
+template <class V>
+EMBKERN_INLINE V hyperbolic_tangent(V x) {
+  return each_lane(x, [](auto value) { return std::tanh(value); });
+}
+
+// The larger lanes; y where x is NaN.
+template <class V>
+EMBKERN_INLINE V larger(V x, V y) {
+#if defined(__GNUC__)
+  return x > y ? x : y;
+#else
+  for (int i = 0; i < static_cast<int>(sizeof(V) / sizeof(x[0])); ++i) x[i] = x[i] > y[i] ? x[i] : y[i];
+  return x;
+#endif
+}
+
 // ---- loads and stores ---------------------------------------------------------------------------------------
 
 // Conversion of a vector of 16-bit elements, here lane by lane.

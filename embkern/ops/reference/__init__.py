@@ -10,6 +10,7 @@ from .cosine_mse import MEAN, NONE, POWER_BIAS, REDUCTIONS, SUM, cosine_mse_forw
 from .gather_decode import gather_decode_backward, gather_decode_forward
 from .gather_project import gather_project_backward, gather_project_forward
 from .numerics import accumulation_dtype
+from .packed_cross_entropy import packed_cross_entropy_backward, packed_cross_entropy_forward
 from .packed_logits import packed_logits_backward, packed_logits_forward
 from .quantize_rows import quantize_rows
 from .quantize_trellis import quantize_trellis
@@ -27,6 +28,8 @@ __all__ = [
     "gather_decode_forward",
     "gather_project_backward",
     "gather_project_forward",
+    "packed_cross_entropy_backward",
+    "packed_cross_entropy_forward",
     "packed_logits_backward",
     "packed_logits_forward",
     "quantize_rows",

@@ -59,43 +59,69 @@ def packed_logits_backward(
 
     They are of fp32, or of float64 where the tensor is.
     """
-    codes = (records, directory, tiers, levels)
-    floats = (hidden, scales, basis, offset)
+    packed = PackedTensors(records, directory, tiers, levels, scales, basis, offset)
     needs = (needs_hidden, needs_scales, needs_basis, needs_offset)
-    wide: list[Any] = [each if each is None else each.to(accumulation_dtype(each.dtype)) for each in floats]
-    _, wide_scales, wide_basis, _ = wide
-    sums: list[Any] = [
-        torch.zeros_like(each) if needed else hidden.new_empty(0)
-        for each, needed in zip(wide, needs, strict=True)
-    ]
-    width = GROUP * (tiers.shape[1] - 1)
-    # With no tier in the basis the rows that are decoded are the values of the codes.
-    of_values: tuple[Tensor, ...] = (
-        records,
-        directory,
-        torch.cat([torch.zeros_like(tiers[:, :1]), tiers[:, 1:]], 1),
-        levels,
-    )
-    in_basis = tiers[:, 0].bool()[tiers_of_rows(directory)[: len(scales)].long()]
+    sums = PackedGradients(hidden, packed, needs, decode)
     for ids, columns in zip(_pieces(scales), grad.split(PIECE_ROWS, 1), strict=True):
+        sums.add(ids, columns)
+    return sums.results()
+
+
+class PackedGradients:
+    """Sums of the gradients of hidden, scales, basis and offset, over pieces of the gradient of the logits."""
+
+    def __init__(
+        self, hidden: Tensor, packed: PackedTensors, needs: tuple[bool, bool, bool, bool], decode: Decode
+    ) -> None:
+        self.hidden, self.packed, self.needs, self.decode = hidden, packed, needs, decode
+        floats = (hidden, packed.scales, packed.basis, packed.offset)
+        wide: list[Any] = [
+            each if each is None else each.to(accumulation_dtype(each.dtype)) for each in floats
+        ]
+        _, self.wide_scales, self.wide_basis, _ = wide
+        self.sums: list[Any] = [
+            torch.zeros_like(each) if needed else hidden.new_empty(0)
+            for each, needed in zip(wide, needs, strict=True)
+        ]
+        tiers = packed.tiers
+        self.width = GROUP * (tiers.shape[1] - 1)
+        # With no tier in the basis the rows that are decoded are the values of the codes.
+        self.of_values: tuple[Tensor, ...] = (
+            packed.records,
+            packed.directory,
+            torch.cat([torch.zeros_like(tiers[:, :1]), tiers[:, 1:]], 1),
+            packed.levels,
+        )
+        rows = len(packed.scales)
+        self.in_basis = tiers[:, 0].bool()[tiers_of_rows(packed.directory)[:rows].long()]
+
+    def add(self, ids: Tensor, columns: Tensor) -> None:
+        """Add the gradient (N, ids) of the logits of consecutive rows; products are in the dtype of hidden."""
+        records, directory, tiers, levels, scales, basis, offset = self.packed
+        codes, H, sums = (records, directory, tiers, levels), self.hidden.shape[1], self.sums
+        needs_hidden, needs_scales, needs_basis, needs_offset = self.needs
+        narrow = columns.to(self.hidden.dtype)
         if needs_hidden:
-            rows = decode(ids, *codes, scales, basis, offset, hidden.shape[1], 1.0)
-            sums[0] += columns @ rows.to(grad.dtype)
-        if not any(needs[1:]):
-            continue
-        upstream = (columns.t() @ hidden).to(wide_scales.dtype)  # The gradient of the rows.
+            rows = self.decode(ids, *codes, scales, basis, offset, H, 1.0)
+            sums[0] += narrow @ rows.to(narrow.dtype)
+        if needs_offset:  # The gradients of a state may cancel, and so are summed first.
+            sums[3] += columns.sum(1, dtype=sums[3].dtype) @ self.hidden.to(sums[3].dtype)
+        if not (needs_scales or needs_basis):
+            return
+        upstream = (narrow.t() @ self.hidden).to(self.wide_scales.dtype)  # The gradient of the rows.
         if needs_scales:
-            ones = torch.ones_like(wide_scales)
-            unscaled = decode(ids, *codes, ones, wide_basis, None, hidden.shape[1], 1.0)
+            ones = torch.ones_like(self.wide_scales)
+            unscaled = self.decode(ids, *codes, ones, self.wide_basis, None, H, 1.0)
             sums[1][ids] = (unscaled * upstream).sum(1)
         if needs_basis:
-            size = min(len(wide_basis), width)
-            values = decode(ids, *of_values, wide_scales, None, None, width, 1.0)
-            coefficients = values[:, :size] * in_basis[ids].unsqueeze(1)
+            size = min(len(self.wide_basis), self.width)
+            values = self.decode(ids, *self.of_values, self.wide_scales, None, None, self.width, 1.0)
+            coefficients = values[:, :size] * self.in_basis[ids].unsqueeze(1)
             sums[2][:size] += coefficients.t() @ upstream
-        if needs_offset:
-            sums[3] += upstream.sum(0)
-    return sums[0], sums[1], sums[2], sums[3]
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the sums; those that are not needed are empty."""
+        return self.sums[0], self.sums[1], self.sums[2], self.sums[3]
 
 
 def _pieces(scales: Tensor) -> tuple[Tensor, ...]:
