@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..nn import CompressedHead
+from ..ops.reference.cross_entropy import LossOptions, dense_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 Kind = Literal["masked", "causal"]
 
 LOGITS_AT_ONCE = 1 << 24  # 64 MB in fp32
+IGNORED = -100  # No target has this id.
 
 
 def usable_device(name: str | torch.device | None) -> torch.device | None:
@@ -109,9 +113,12 @@ class SplitModel:
         if self.body is None:
             return
         probe = torch.arange(6, device=model.device)[None] % model.config.get_text_config().vocab_size
-        whole, split = model(input_ids=probe).logits[0], self.logits(self.body(input_ids=probe)[0][0])
+        hidden = self.body(input_ids=probe)[0][0]
+        whole, split = model(input_ids=probe).logits[0], self.logits(hidden)
         if not _same(whole, split):
             self.body = None
+            return
+        self._without_logits = self._agrees(hidden, whole)
 
     def hidden(self, batch: Batch) -> Tensor:
         """Return the hidden states of the scored positions, (n, H); their logits if there is no body."""
@@ -122,21 +129,65 @@ class SplitModel:
         """Return the logits (n, V) of the result of ``hidden``."""
         if self.body is None:
             return hidden
-        with _returning(self.body, self._output(last_hidden_state=hidden[None])):
+        with _replaced_forward(self.body, lambda *_, **__: self._output(last_hidden_state=hidden[None])):
             return self.model(input_ids=hidden.new_zeros((1, len(hidden)), dtype=torch.long)).logits[0]
 
     def loss(self, hidden: Tensor, targets: Tensor) -> float:
-        """Return ``F.cross_entropy(self.logits(hidden), targets, reduction="sum")``, computed in blocks."""
+        """Return ``F.cross_entropy(self.logits(hidden), targets, reduction="sum")``, without (n, V) logits.
+
+        A head that the model applies to hidden states and a softcap, of which there is one at most, take part
+        as they are; the logits of every other model are computed in blocks of positions.
+        """
+        if self.body is not None and self._without_logits:
+            found = self._losses(hidden, targets)
+            assert found is not None, "the head is of the type that was tested"
+            return float(found.sum(dtype=torch.float64))
         rows = max(1, LOGITS_AT_ONCE // self.model.config.get_text_config().vocab_size)
         return sum(
             float(F.cross_entropy(self.logits(block).float(), wanted, reduction="sum"))
             for block, wanted in zip(hidden.split(rows), targets.split(rows), strict=True)
         )
 
+    def _losses(self, hidden: Tensor, targets: Tensor) -> Tensor | None:
+        """Return the losses (n,) by the head alone, without logits; None where there is no way to do that."""
+        head = self.model.get_output_embeddings()
+        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        if not (isinstance(head, CompressedHead) or type(head) is nn.Linear):
+            return None
+        seen: list[Tensor] = []
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Return whether two logits differ by rounding at most."""
-    tolerance = 16 * torch.finfo(one.dtype).eps * float(one.abs().nan_to_num().max())
+        def note(states: Tensor) -> Tensor:
+            seen.append(states)
+            return states[..., :0]  # What the model does with logits has nothing to do.
+
+        assert self.body is not None, "callers ask"
+        with (
+            _replaced_forward(self.body, lambda *_, **__: self._output(last_hidden_state=hidden[None])),
+            _replaced_forward(head, note),
+        ):
+            self.model(input_ids=hidden.new_zeros((1, len(hidden)), dtype=torch.long))
+        if len(seen) != 1 or seen[0].shape[:-1] != (1, len(hidden)):
+            return None
+        if isinstance(head, CompressedHead):
+            return head.loss(seen[0][0], targets, softcap=cap, reduction="none")
+        options = LossOptions(IGNORED, 0.0, cap or 0.0)
+        return dense_losses(seen[0][0], targets, head.weight, head.bias, options)
+
+    def _agrees(self, hidden: Tensor, logits: Tensor) -> bool:
+        """Return whether the losses without logits are those of the model's logits."""
+        targets = logits.argmin(-1)
+        try:
+            found = self._losses(hidden, targets)
+        except RuntimeError:  # The model does more with its logits than with none.
+            return False
+        return found is not None and _same(
+            F.cross_entropy(logits.float(), targets, reduction="none"), found, logits.dtype
+        )
+
+
+def _same(one: Tensor, other: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Return whether two results of sums in a dtype, by default theirs, differ by rounding at most."""
+    tolerance = 16 * torch.finfo(dtype or one.dtype).eps * float(one.abs().nan_to_num().max())
     return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=tolerance, equal_nan=True)
 
 
@@ -158,10 +209,10 @@ def _body_of(model: PreTrainedModel) -> tuple[nn.Module | None, Any]:
 
 
 @contextlib.contextmanager
-def _returning(module: nn.Module, output: Any) -> Iterator[None]:
-    """Make a module return an output without running."""
+def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Make a module run a function in place of its own forward."""
     own = {"forward": module.__dict__["forward"]} if "forward" in module.__dict__ else {}
-    module.forward = lambda *args, **kwargs: output
+    module.forward = forward
     try:
         yield
     finally:

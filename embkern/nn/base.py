@@ -222,6 +222,21 @@ class CompressedHead(TableModule):
         """Return the logits without bias."""
         raise NotImplementedError
 
+    def loss(self, hidden: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        """Return the cross-entropy of the logits, which are never held as a whole.
+
+        ``F.cross_entropy(self(hidden), labels, **options)``
+
+        Args:
+            hidden: (``*``, H).
+            labels: (``*``), int32 or int64.
+            options: ignore_index, label_smoothing, softcap and reduction of ``packed_cross_entropy``.
+
+        Returns:
+            As ``packed_cross_entropy``: float32 (float64 for float64).
+        """
+        raise NotImplementedError
+
     def extra_repr(self) -> str:
         """Return the arguments that ``print`` shows."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"

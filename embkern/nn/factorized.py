@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import gather_project
+from ..ops import gather_project, low_rank_cross_entropy
 from ..ops.backends import Backend
 from ..tables import factors
 from ..tables.factors import ACTIVATIONS, Factors, activate, check_rank
@@ -210,3 +210,9 @@ class FactorizedHead(FactorsModule, CompressedHead):
     def _logits(self, hidden: Tensor) -> Tensor:
         logits = F.linear(F.linear(hidden, self.basis), self.codes)
         return logits if self.offset is None else logits + F.linear(hidden, self.offset.unsqueeze(0))
+
+    def loss(self, hidden: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        """Return the cross-entropy of the logits, never held as a whole: see ``low_rank_cross_entropy``."""
+        return low_rank_cross_entropy(
+            hidden, labels, self.codes, self.basis, self.offset, bias=self.bias, **options
+        )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..ops.backends import Backend
 from ..ops.gather_decode import decode_rows
+from ..ops.packed_cross_entropy import packed_cross_entropy
 from ..ops.packed_format import PackedTensors
 from ..ops.packed_logits import packed_logits
 from ..tables import packed
@@ -138,3 +139,8 @@ class PackedHead(PackedTableModule, CompressedHead):
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return packed_logits(hidden, *self._packed_tensors(), backend=self.backend)
+
+    def loss(self, hidden: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        """Return the cross-entropy of the logits, which are never held: see ``packed_cross_entropy``."""
+        tensors = self._packed_tensors()
+        return packed_cross_entropy(hidden, labels, *tensors, bias=self.bias, backend=self.backend, **options)

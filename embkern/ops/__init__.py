@@ -4,6 +4,7 @@ from .autoencoder import autoencoder_loss
 from .cosine_mse import cosine_mse_loss
 from .gather_decode import gather_decode
 from .gather_project import gather_project
+from .low_rank_cross_entropy import low_rank_cross_entropy
 from .packed_cross_entropy import packed_cross_entropy
 from .packed_logits import packed_logits
 
@@ -12,6 +13,7 @@ __all__ = [
     "cosine_mse_loss",
     "gather_decode",
     "gather_project",
+    "low_rank_cross_entropy",
     "packed_cross_entropy",
     "packed_logits",
 ]

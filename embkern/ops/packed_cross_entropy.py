@@ -119,7 +119,6 @@ class PackedCrossEntropy(Function):
         ctx.mark_non_differentiable(statistics, of_hidden)
         ctx.set_materialize_grads(False)
         if ctx.only_hidden:
-            ctx.dtype = tensors[0].dtype
             ctx.save_for_backward(of_hidden, *(tensors[i] for i in _FLOATS))
         else:
             ctx.save_for_backward(statistics, *tensors)
@@ -131,6 +130,7 @@ class PackedCrossEntropy(Function):
             return (None,) * 13
         known, *tensors = ctx.saved_tensors
         needs = [ctx.needs_input_grad[i] for i in _FLOATS]
+        grads: tuple[Any, ...]
         with torch.no_grad():
             if ctx.only_hidden:
                 floats, grads = tensors, (known * grad.unsqueeze(1).to(known.dtype), *(None,) * 4)
@@ -168,13 +168,13 @@ def packed_cross_entropy(
     label_smoothing=..., reduction=...)`` with ``capped(z) = softcap * tanh(z / softcap)``
 
     Logits are computed a block of rows at a time and folded into the maximum and the sum of exponentials of
-    each hidden state. Sums run in fp32, or in float64 if hidden or scales are of float64. Loss and gradient of
-    a prediction that is nearly certain are computed without cancellation. The native backend takes no time for
-    ignored states, and its bits do not depend on the number of threads.
+    each hidden state. Sums run in fp32, or in float64 if hidden or scales are of float64. Loss and gradient
+    of a prediction that is nearly certain are computed without cancellation. The native backend drops ignored
+    states at once, and its bits do not depend on the number of threads.
 
     Gradients flow to hidden, scales, basis, offset and bias, once (no double backward); the codes are frozen.
-    If only hidden needs one, and without label smoothing, it is computed with the loss, in one pass; otherwise
-    the backward computes the logits again. Under autocast hidden is cast as ``F.linear`` casts it.
+    If only hidden needs one, and without label smoothing, it is computed with the loss, in one pass.
+    Otherwise the backward computes the logits again. Under autocast hidden is cast as ``F.linear`` casts it.
 
     Args:
         hidden: (``*``, H), of any floating-point dtype.

@@ -78,6 +78,37 @@ def gather_decode_forward(random: Random, g: torch.Generator, dtype: torch.dtype
     )
 
 
+def packed_cross_entropy_forward(random: Random, g: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
+    given = gather_decode_forward(random, g, dtype)
+    states, V, H = random.choice((1, 20, 300)), len(given["scales"]), given["embedding_dim"]
+    del given["ids"], given["embedding_dim"], given["scale"]
+    smoothing = random.choice((0.0, 0.1))
+    return dict(
+        hidden=torch.randn(states, H, generator=g).to(random.choice((dtype, torch.float32))),
+        labels=torch.randint(V, (states,), generator=g),
+        **given,
+        bias=torch.randn(V, generator=g) if random.random() < 0.5 else None,
+        ignore_index=random.choice((-100, 0)),
+        label_smoothing=smoothing,
+        softcap=random.choice((0.0, 5.0)),
+        needs_hidden=smoothing == 0 and random.random() < 0.5,
+    )
+
+
+def packed_cross_entropy_backward(random: Random, g: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
+    given = packed_cross_entropy_forward(random, g, dtype)
+    states, dtypes = len(given["labels"]), (given["hidden"].dtype, given["scales"].dtype)
+    del given["needs_hidden"]
+    wide = torch.float64 if torch.float64 in dtypes else torch.float32
+    names = ("needs_hidden", "needs_scales", "needs_basis", "needs_offset", "needs_bias")
+    return dict(
+        grad=torch.randn(states, generator=g),
+        statistics=torch.randn(states, 3, generator=g).to(wide),
+        **given,
+        **{name: random.random() < 0.7 for name in names},
+    )
+
+
 def _to_quantize(random: Random, g: torch.Generator, most: int) -> dict[str, Any]:
     groups = random.randint(1, 3)
     return dict(
@@ -175,6 +206,8 @@ OPS: dict[str, Callable[..., dict[str, Any]]] = {
         gather_project_out,
         gather_project_backward,
         gather_decode_forward,
+        packed_cross_entropy_forward,
+        packed_cross_entropy_backward,
         quantize_rows,
         quantize_trellis,
         cosine_mse_forward,

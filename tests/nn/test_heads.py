@@ -101,3 +101,19 @@ def test_a_head_over_factors_never_decodes_the_table(monkeypatch):
     head = FactorizedHead(layer())
     monkeypatch.setattr("embkern.nn.factorized.gather_project", None)
     head(torch.randn(2, 8)).sum().backward()
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_the_loss_of_a_head_is_that_of_its_logits(with_bias, kind):
+    embedding = layer(kind, scale=5.0).double()
+    head = embedding.head(nn.Parameter(torch.randn(13).double()) if with_bias else None)
+    hidden = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([[1, 12, -100], [0, 5, 1]])
+    options = dict(ignore_index=1, label_smoothing=0.1, reduction="sum")
+    labels[0, 2] = 1
+    capped = 2 * torch.tanh(head(hidden) / 2)
+    expected = F.cross_entropy(capped.flatten(0, 1), labels.flatten(), **options)
+    got = head.loss(hidden, labels, softcap=2.0, **options)
+    assert_close(got, expected)
+    leaves = [hidden, *head.parameters()]
+    assert_close(torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves))

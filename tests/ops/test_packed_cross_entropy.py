@@ -87,7 +87,7 @@ def assert_contract(shape, states, dtype, device="cpu", backend=None, trained=No
     def draw():
         task = Task(shape, states, dtype, device, bias)
         if "ignore_index" in options:
-            task.labels[:: 5] = options["ignore_index"]
+            task.labels[::5] = options["ignore_index"]
         options["reduction"] = "none"
         arguments = (task.leaves, task.upstream)
         wanted = trained
@@ -122,7 +122,7 @@ def test_losses_and_gradients_are_no_worse_than_plain_torch(backend, device, opt
 @pytest.mark.parametrize("options", [{}, dict(softcap=3.0), dict(label_smoothing=0.1)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_frozen_table_has_the_same_contract(backend, device, options, dtype):
-    for states in (1, 300):  # more than are multiplied at a time
+    for states in (40, 300):  # more than are multiplied at a time
         assert_contract((301, 33, 32), states, dtype, device, backend, [0], bias=False, **options)
 
 
@@ -278,9 +278,7 @@ def test_only_what_is_needed_has_a_gradient(backend, device):
     function = task.ours(softcap=3.0, backend=backend)
     for index in range(5):
         _, got = results(function, task.leaves, torch.ones(()), torch.float32, [index])
-        assert_close(
-            got.double(), expected[index], rtol=1e-4, atol=1e-5 * float(expected[index].abs().max())
-        )
+        assert_close(got.double(), expected[index], rtol=1e-4, atol=1e-5 * float(expected[index].abs().max()))
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

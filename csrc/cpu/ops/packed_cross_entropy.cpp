@@ -163,16 +163,16 @@ class CrossEntropy {
 template <class A>
 std::vector<State> CrossEntropy<A>::forward(typename Head<A>::Sums* sums) {
   const int64_t states = head_.states, value_stride = std::max(head_.direct_width, head_.basis_rows);
-  constexpr int64_t kChunks = kGradientRows / kGradientChunk;
+  const int64_t chunks_of_block = head_.block_rows / kGradientChunk;
   // Its exponential is 0, also times the slope of the cap.
   const A excluded = cap_ != 0 ? -2 * cap_ - 2000 : -std::numeric_limits<A>::infinity();
   std::vector<State> found(states);
   for (State& state : found) state.shift = -std::numeric_limits<double>::infinity();
   Buffer<A> value_memory, logit_memory, maxima_memory, total_memory;
-  A* values = value_memory.resize(kGradientRows * value_stride);
-  A* g = logit_memory.resize(kGradientRows * stride_);
-  A* maxima = maxima_memory.resize(kChunks * states);
-  A* totals = smoothing_ != 0 ? total_memory.resize(kChunks * states) : nullptr;
+  A* values = value_memory.resize(head_.block_rows * value_stride);
+  A* g = logit_memory.resize(head_.block_rows * stride_);
+  A* maxima = maxima_memory.resize(chunks_of_block * states);
+  A* totals = smoothing_ != 0 ? total_memory.resize(chunks_of_block * states) : nullptr;
   head_.for_blocks([&](Block& block, int64_t first, int64_t threads) {
     head_.for_chunks(block, threads, [&](int64_t begin, int64_t end) {
       const int64_t chunk = begin / kGradientChunk * states;

@@ -15,9 +15,11 @@
 namespace embkern {
 namespace {  // torch's Tensor is hidden, and what holds one must be, too
 
-constexpr int64_t kStateTile = 256;      // hidden states in one product with a block of rows
-constexpr int64_t kGradientRows = 1024;  // rows in a block of the backward, which all threads decode
-constexpr int64_t kGradientChunk = 64;   // rows of a block in a task
+constexpr int64_t kStateTile = 256;  // hidden states in one product with a block of rows
+// Rows in a block of the backward, which all threads decode: many, as threads wait for each other three times
+// per block, but no more than there is room for their gradients.
+constexpr int64_t kMostRows = 4096, kFewestRows = 1024, kBlockGradients = 1 << 22;
+constexpr int64_t kGradientChunk = 128;  // rows of a block in a task
 constexpr int64_t kGradientStates = 48;  // hidden states in a task that sums their gradients
 
 inline int64_t padded(int64_t width) { return (width + kGroup - 1) / kGroup * kGroup; }
@@ -48,6 +50,7 @@ struct Head {
   const TrainingKernels<A>& products;
 
   int64_t states, width, direct_width, basis_rows;
+  int64_t block_rows;      // of the backward
   Buffer<A> factors[2];    // (states, direct_width): hidden; (states, basis_rows): hidden @ basis^T
   Buffer<A> row_scales;    // (V,)
   std::vector<A> offsets;  // offset . hidden, per state
@@ -65,7 +68,9 @@ struct Head {
         states(hidden.size(0)),
         width(table.width),
         direct_width(padded(table.width)),
-        basis_rows(table.basis_rows) {
+        basis_rows(table.basis_rows),
+        block_rows(std::clamp(kBlockGradients / std::max<int64_t>(states, 1) / kFewestRows * kFewestRows,
+                              kFewestRows, kMostRows)) {
     factors[0].resize(states * direct_width);
     factors[1].resize(states * basis_rows);
     widen(scales, 0, table.vocabulary, row_scales.resize(table.vocabulary));
@@ -257,11 +262,11 @@ struct Head {
     return sums;
   }
 
-  // Calls use(block, its first id, threads) for blocks of kGradientRows rows, up to the first damaged one.
+  // Calls use(block, its first id, threads) for blocks of block_rows rows, up to the first damaged one.
   template <class Use>
   void for_blocks(Use use) {
-    for (int64_t first = 0; first < table.vocabulary; first += kGradientRows) {
-      const int64_t rows = std::min(kGradientRows, table.vocabulary - first);
+    for (int64_t first = 0; first < table.vocabulary; first += block_rows) {
+      const int64_t rows = std::min(block_rows, table.vocabulary - first);
       Block block = sorted(first, first + rows);
       if (static_cast<int64_t>(block.rows.size()) < rows) return;
       use(block, first, useful_threads(rows * width * states));
@@ -284,8 +289,8 @@ struct Head {
     const int64_t value_stride = std::max(direct_width, basis_rows);
     Sums sums = no_sums();
     Buffer<A> value_memory, gradient_memory;
-    A* values = value_memory.resize(kGradientRows * value_stride);
-    A* g = gradient_memory.resize(kGradientRows * stride);
+    A* values = value_memory.resize(block_rows * value_stride);
+    A* g = gradient_memory.resize(block_rows * stride);
     for_blocks([&](Block& block, int64_t first, int64_t threads) {
       prepare(block, first, threads, g);
       for_chunks(block, threads, [&](int64_t begin, int64_t end) {

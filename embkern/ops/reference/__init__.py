@@ -9,6 +9,11 @@ from .autoencoder import autoencoder_forward
 from .cosine_mse import MEAN, NONE, POWER_BIAS, REDUCTIONS, SUM, cosine_mse_forward
 from .gather_decode import gather_decode_backward, gather_decode_forward
 from .gather_project import gather_project_backward, gather_project_forward
+from .low_rank_cross_entropy import (
+    low_rank_cross_entropy_backward,
+    low_rank_cross_entropy_forward,
+    low_rank_gradients,
+)
 from .numerics import accumulation_dtype
 from .packed_cross_entropy import packed_cross_entropy_backward, packed_cross_entropy_forward
 from .packed_logits import packed_logits_backward, packed_logits_forward
@@ -28,6 +33,9 @@ __all__ = [
     "gather_decode_forward",
     "gather_project_backward",
     "gather_project_forward",
+    "low_rank_cross_entropy_backward",
+    "low_rank_cross_entropy_forward",
+    "low_rank_gradients",
     "packed_cross_entropy_backward",
     "packed_cross_entropy_forward",
     "packed_logits_backward",

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .numerics import accumulation_dtype
+from .numerics import accumulation_dtype, autocast_off, widened_on_cpu
 
-MOST_ROWS, FEWEST_ROWS = 16384, 256
+MOST_ROWS, FEWEST_ROWS, COMPILED_ROWS = 16384, 256, 4096
 MOST_LOGITS = 1 << 22  # of a piece, 16 MB in fp32, unless it would have fewer rows than that
 STATISTICS = 3  # Per state: the largest logit, the log of the sum of exp(logit - largest), -log p(label).
 
@@ -43,16 +43,16 @@ class Head(NamedTuple):
         """Return the logits of consecutive rows in the dtype of sums."""
         logits = (self.states @ rows.to(self.states.dtype).t()).to(accumulation_dtype(self.states.dtype))
         if self.constant is not None:
-            logits = logits + self.constant.to(logits.dtype).unsqueeze(1)
+            logits += self.constant.to(logits.dtype).unsqueeze(1)
         if self.bias is not None:
-            logits = logits + self.bias[first : first + len(rows)].to(logits.dtype)
+            logits += self.bias[first : first + len(rows)].to(logits.dtype)
         cap = self.options.softcap
-        return cap * torch.tanh(logits / cap) if cap else logits
+        return logits.div_(cap).tanh_().mul_(cap) if cap else logits
 
-    def slopes(self, logits: Tensor) -> Tensor | float:
-        """Return the derivative of capped logits by those without cap."""
+    def slopes(self, logits: Tensor) -> Tensor | None:
+        """Return the derivative of capped logits by those without cap; None if there is no cap."""
         cap = self.options.softcap
-        return (1 - logits / cap) * (1 + logits / cap) if cap else 1.0
+        return (1 - logits / cap) * (1 + logits / cap) if cap else None
 
     def ignored(self) -> Tensor:
         """Return which states count for nothing."""
@@ -66,7 +66,10 @@ class Head(NamedTuple):
 
 def pieces(vocabulary: int, states: int) -> Iterator[tuple[int, int]]:
     """Yield the first row and the one after the last of each piece of a table."""
-    size = max(FEWEST_ROWS, min(MOST_ROWS, MOST_LOGITS // max(1, states)))
+    if torch.compiler.is_compiling():  # The number of states is unknown, and must not be guarded.
+        size = COMPILED_ROWS
+    else:
+        size = max(FEWEST_ROWS, min(MOST_ROWS, MOST_LOGITS // max(1, states)))
     for first in range(0, vocabulary, size):
         yield first, min(vocabulary, first + size)
 
@@ -82,7 +85,7 @@ def fold(
     dtype = accumulation_dtype(head.states.dtype)
     shift = head.states.new_full((len(head.states),), -math.inf, dtype=dtype)
     rest, label_logit, total, slope_sum = (torch.zeros_like(shift) for _ in range(4))
-    label_slope, label_rows = torch.ones_like(shift), head.states.new_empty(0)
+    label_rows = head.states.new_empty(0)
     sums = head.states.new_empty(0, dtype=dtype)
     if needs_sums:
         sums = torch.zeros_like(head.states, dtype=dtype)
@@ -94,15 +97,19 @@ def fold(
         largest = torch.maximum(shift, logits.amax(1))
         factor = (shift - _finite(largest)).exp()
         shift = largest
-        values = (logits - _finite(shift).unsqueeze(1)).exp()
-        values = values.scatter(1, place, values.gather(1, place).masked_fill(here, 0))
-        rest = rest * factor + values.sum(1)
         if head.options.label_smoothing:
             total = total + logits.sum(1)
+        slopes = head.slopes(logits) if needs_sums else None
+        values = logits.sub_(_finite(shift).unsqueeze(1)).exp_()
+        values.scatter_(1, place, values.gather(1, place).masked_fill(here, 0))
+        rest = rest * factor + values.sum(1)
         if not needs_sums:
             continue
-        values = values * head.slopes(logits)
-        sums = sums * factor.unsqueeze(1) + (values.to(head.states.dtype) @ piece.to(head.states.dtype)).to(dtype)
+        if slopes is not None:
+            values *= slopes
+        sums = sums * factor.unsqueeze(1) + (values.to(head.states.dtype) @ piece.to(head.states.dtype)).to(
+            dtype
+        )
         slope_sum = slope_sum * factor + values.sum(1)
         label_rows = torch.where(here, piece[place.squeeze(1)].to(dtype), label_rows)
     rest = torch.where(shift == -math.inf, math.nan, rest)  # All logits are -inf.
@@ -116,8 +123,8 @@ def fold(
     statistics = torch.stack([shift, log_sum, surprise], 1).masked_fill(ignored.unsqueeze(1), 0)
     of_constant = sums.new_empty(0)
     if needs_sums:
-        label_slope = label_slope * head.slopes(label_logit)
-        of_label = -rest / (rest + label) * label_slope
+        label_slope = head.slopes(label_logit)
+        of_label = -rest / (rest + label) * (1 if label_slope is None else label_slope)
         of_constant = (slope_sum / (rest + label) + of_label).masked_fill(ignored, 0)
         sums = sums / (rest + label).unsqueeze(1) + of_label.unsqueeze(1) * label_rows
         sums = sums.masked_fill(ignored.unsqueeze(1), 0)
@@ -125,17 +132,29 @@ def fold(
 
 
 def logit_gradients(head: Head, piece: Tensor, first: int, grad: Tensor, statistics: Tensor) -> Tensor:
-    """Return the gradients of the logits of a piece without cap, (N, rows), for ``grad`` (N,) of the losses."""
+    """Return the gradients (N, rows) of a piece's logits before the cap, for ``grad`` (N,) of the losses."""
     logits = head.logits(piece, first)
     shift, log_sum, surprise = statistics.unbind(1)
     upstream = grad.to(logits.dtype).masked_fill(head.ignored(), 0).unsqueeze(1)
     smoothing, uniform = head.options.label_smoothing, head.options.label_smoothing / head.vocabulary
-    gradients = upstream * (-log_sum).exp().unsqueeze(1) * (logits - shift.unsqueeze(1)).exp()
-    gradients = gradients - upstream * uniform
+    slopes = head.slopes(logits)
+    gradients = logits.sub_(shift.unsqueeze(1)).exp_().mul_(upstream * (-log_sum).exp().unsqueeze(1))
+    gradients -= upstream * uniform
     here, place = head.labels_within(first, len(piece))
     of_label = upstream * ((-surprise).expm1().unsqueeze(1) + smoothing - uniform)
-    gradients = gradients.scatter(1, place, torch.where(here, of_label, gradients.gather(1, place)))
-    return gradients * head.slopes(logits)
+    gradients.scatter_(1, place, torch.where(here, of_label, gradients.gather(1, place)))
+    return gradients if slopes is None else gradients.mul_(slopes)
+
+
+@autocast_off
+def dense_losses(
+    hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, options: LossOptions
+) -> Tensor:
+    """Return the losses (N,) of a head with a dense table (V, H), by pieces of it; without gradient."""
+    with torch.no_grad():
+        head = Head(widened_on_cpu(hidden), labels, len(weight), None, bias, options)
+        rows = ((first, weight[first:last]) for first, last in pieces(len(weight), len(hidden)))
+        return fold(head, rows, False)[0]
 
 
 def _finite(shift: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def packed_cross_entropy_forward(
     needs_hidden: bool,
     decode: Decode = gather_decode_forward,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses (N,), statistics (N, 3) for the backward, and the gradient of the losses' sum by hidden, if needed.
+    """Losses (N,), statistics (N, 3), and the gradient of the losses' sum by hidden, if needed.
 
     ``F.cross_entropy(softcap * tanh((hidden @ rows.T + bias) / softcap), labels, reduction="none")``
     """

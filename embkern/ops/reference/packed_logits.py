@@ -68,7 +68,7 @@ def packed_logits_backward(
 
 
 class PackedGradients:
-    """Sums of the gradients of hidden, scales, basis and offset, over pieces of the gradient of the logits."""
+    """Sums of gradients of hidden, scales, basis and offset over pieces of the gradient of the logits."""
 
     def __init__(
         self, hidden: Tensor, packed: PackedTensors, needs: tuple[bool, bool, bool, bool], decode: Decode
@@ -96,7 +96,7 @@ class PackedGradients:
         self.in_basis = tiers[:, 0].bool()[tiers_of_rows(packed.directory)[:rows].long()]
 
     def add(self, ids: Tensor, columns: Tensor) -> None:
-        """Add the gradient (N, ids) of the logits of consecutive rows; products are in the dtype of hidden."""
+        """Add the gradient (N, ids) of the logits of some rows; products are in the dtype of hidden."""
         records, directory, tiers, levels, scales, basis, offset = self.packed
         codes, H, sums = (records, directory, tiers, levels), self.hidden.shape[1], self.sums
         needs_hidden, needs_scales, needs_basis, needs_offset = self.needs
