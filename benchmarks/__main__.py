@@ -9,6 +9,7 @@ BENCHMARKS = {
     "gather_project": "the lookup beside dense, quantised and two-step peers: time, bound, peak memory",
     "gather_decode": "the lookup in packed tables beside dense and quantised ones, on real text: time",
     "packed_head": "the tied head over packed tables beside dense and 8-bit ones: logits, gradients: time",
+    "packed_cross_entropy": "the loss of that head beside dense logits: time, extra memory",
     "quality": "rate against distortion: every method from 4x to 64x, as a table and a picture",
     "cosine_mse": "the loss beside plain and compiled torch: time, share of the copy bandwidth, peak memory",
     "train": "the autoencoder's steps beside plain loops: time, share of the GEMM floor, peak memory",
