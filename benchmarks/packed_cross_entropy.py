@@ -1,12 +1,12 @@
 """The cross-entropy of a head over a packed table beside dense logits: time and extra memory.
 
-The table has the shape of SmolLM2-135M's and random rows with a falling spectrum, packed by `allocate`; factors
-of the same size stand beside it (`low-rank`, of the dense table's leading singular vectors). Mode `forward` is
-the loss without gradients, `hidden` the loss and the gradient of the hidden states from a frozen table, `table`
-that of the table as well: of all rows where it is dense, of scales, basis and offset where it is packed, of
-codes and basis where it is low-rank. Providers are timed in paired rounds with other hidden states in every
-round, embkern only after loss and gradient of the hidden states were compared with float64. Extra memory is how
-far the resident set rises during one call (on CUDA: the allocator's peak).
+The table has the shape of SmolLM2-135M's and random rows with a falling spectrum, packed by `allocate`;
+factors of the same size stand beside it (`low-rank`: the dense table on its leading singular vectors). Mode
+`forward` is the loss without gradients, `hidden` the loss and the gradient of the hidden states from a frozen
+table, `table` that of the table as well: of all rows where it is dense, of scales, basis and offset where it is
+packed, of codes and basis where it is low-rank. Providers are timed in paired rounds with other hidden states
+in every round, embkern only after loss and gradient of the hidden states were compared with float64. Extra
+memory is how far the resident set rises during one call (on CUDA: the allocator's peak).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
     """Measure every cell, print a line each; exit 1 if a provider failed."""
     parser = option_parser("packed_cross_entropy", __doc__)
     parser.add_argument("--ratios", type=float, nargs="+", default=[16.0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="N, the numbers of hidden states")
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="N, the numbers of states")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--softcap", type=float, help="of the logits, as in Gemma 2")
     options = parse(parser, arguments, PROVIDERS, seconds={"cpu": (8.0, 1.0), "cuda": (1.0, 0.3)})

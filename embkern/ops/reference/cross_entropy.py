@@ -16,8 +16,10 @@ from torch import Tensor
 
 from .numerics import accumulation_dtype, autocast_off, widened_on_cpu
 
+# A piece has as many rows as make up this number of logits, within bounds. On a CPU they stay in the cache
+# (8 MB in fp32); on a GPU fewer would be bound by launches.
+MOST_LOGITS, MOST_LOGITS_OF_A_GPU = 1 << 21, 1 << 24
 MOST_ROWS, FEWEST_ROWS, COMPILED_ROWS = 16384, 256, 4096
-MOST_LOGITS = 1 << 22  # of a piece, 16 MB in fp32, unless it would have fewer rows than that
 STATISTICS = 3  # Per state: the largest logit, the log of the sum of exp(logit - largest), -log p(label).
 
 
@@ -64,12 +66,13 @@ class Head(NamedTuple):
         return here.unsqueeze(1), (self.labels - first).clamp(0, count - 1).long().unsqueeze(1)
 
 
-def pieces(vocabulary: int, states: int) -> Iterator[tuple[int, int]]:
+def pieces(vocabulary: int, states: Tensor) -> Iterator[tuple[int, int]]:
     """Yield the first row and the one after the last of each piece of a table."""
     if torch.compiler.is_compiling():  # The number of states is unknown, and must not be guarded.
         size = COMPILED_ROWS
     else:
-        size = max(FEWEST_ROWS, min(MOST_ROWS, MOST_LOGITS // max(1, states)))
+        most = MOST_LOGITS if states.is_cpu else MOST_LOGITS_OF_A_GPU
+        size = max(FEWEST_ROWS, min(MOST_ROWS, most // max(1, len(states))))
     for first in range(0, vocabulary, size):
         yield first, min(vocabulary, first + size)
 
@@ -153,7 +156,7 @@ def dense_losses(
     """Return the losses (N,) of a head with a dense table (V, H), by pieces of it; without gradient."""
     with torch.no_grad():
         head = Head(widened_on_cpu(hidden), labels, len(weight), None, bias, options)
-        rows = ((first, weight[first:last]) for first, last in pieces(len(weight), len(hidden)))
+        rows = ((first, weight[first:last]) for first, last in pieces(len(weight), hidden))
         return fold(head, rows, False)[0]
 
 

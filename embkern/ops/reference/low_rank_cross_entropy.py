@@ -107,5 +107,5 @@ def _head(
 
 
 def _pieces(codes: Tensor, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
-    for first, last in pieces(len(codes), len(hidden)):
+    for first, last in pieces(len(codes), hidden):
         yield first, codes[first:last]

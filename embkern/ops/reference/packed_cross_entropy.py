@@ -94,6 +94,6 @@ def sums_dtype(hidden: Tensor, scales: Tensor) -> torch.dtype:
 
 
 def _decoded(packed: PackedTensors, hidden: Tensor, decode: Decode) -> Iterator[tuple[int, Tensor, Tensor]]:
-    for first, last in pieces(len(packed.scales), len(hidden)):
+    for first, last in pieces(len(packed.scales), hidden):
         ids = torch.arange(first, last, device=packed.scales.device)
         yield first, ids, decode(ids, *packed, hidden.shape[1], 1.0)
