@@ -54,6 +54,10 @@ def perplexity(
         str | None,
         typer.Option(help="the dense model; compressed tables are then measured in its input and tied head"),
     ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="without --against: the dense model, from whose predictions the divergence is"),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="masked: random seed of the masks (default: 0)")] = None,
     masking: Annotated[
         str | None,
@@ -87,7 +91,11 @@ def perplexity(
     ] = "strict",
     as_json: AsJson = False,
 ) -> None:
-    """Measure zero-shot perplexity: of one model, or of a dense model and those compressed from it."""
+    """Measure zero-shot perplexity: of one model, or of a dense model and those compressed from it.
+
+    With --against or --reference also the KL divergence from the dense model's predictions: its mean over
+    the scored tokens, its 99th percentile, and how often both find the same token likeliest.
+    """
     from ..evaluate.against import measure_perplexity
 
     flags: dict[str, Any] = {
@@ -96,7 +104,7 @@ def perplexity(
         "batch_size": batch_size,
     }  # fmt: skip
     run = measure_perplexity(
-        models, dataset, against=against, device=device, dtype=dtype, errors=errors,
+        models, dataset, against=against, reference=reference, device=device, dtype=dtype, errors=errors,
         command=_command(),
         **{name: value for name, value in flags.items() if value is not None},
     )  # fmt: skip

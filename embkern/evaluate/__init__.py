@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .against import measure_perplexity
     from .cells import FineTuned
+    from .divergence import Divergence
     from .finetune import fine_tune
     from .glue import GLUE
     from .harness import HarnessRun, run_lm_eval, run_mteb
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "GLUE": "glue",
     "SQUAD": "squad",
+    "Divergence": "divergence",
     "FineTuned": "cells",
     "HarnessRun": "harness",
     "Perplexity": "perplexity",
@@ -34,6 +36,7 @@ _PUBLIC = {
 __all__ = [
     "GLUE",
     "SQUAD",
+    "Divergence",
     "FineTuned",
     "HarnessRun",
     "Perplexity",

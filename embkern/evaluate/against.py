@@ -26,6 +26,7 @@ class PerplexityRun(PerplexityReport):
 
     model: Perplexity
     source: str = Field(description="directory or hub name of the model")
+    reference_source: str | None = Field(None, description="directory or hub name of the reference")
     dataset: str
     nbytes: dict[str, int] = Field(description="bytes of every table as stored, by its model's name")
     command: str | None = None
@@ -33,19 +34,44 @@ class PerplexityRun(PerplexityReport):
     @property
     def columns(self) -> list[str]:
         """Titles of what ``rows`` has after the name and the bytes of the table."""
-        if not self.tables:
-            return ["perplexity"]
-        return ["x", "input only", *(["tied head"] if any(each.tied for each in self.tables) else [])]
+        return [
+            *(["x", "used in"] if self.tables else []),
+            "perplexity",
+            *(_DIVERGENCE if self._compared else []),
+        ]
+
+    @property
+    def _compared(self) -> bool:
+        return bool(self.tables) or self.reference is not None
 
     def rows(self) -> Iterator[list[str]]:
-        """Yield the printed cells of each model."""
+        """Yield the printed cells of each model, with a row for each way in which its table is used."""
+        if self.reference is not None:
+            dense = str(self.reference_source)
+            yield [dense, f"{self.nbytes[dense]:,}", *_figures(self.reference, True)]
         own = self.nbytes[self.source]
-        figures = [(each.name, each.input_only, each.tied) for each in self.tables]
-        for name, *measured in [(self.source, self.model, self.model), *figures]:
+        measured: list[tuple[str, str, Perplexity]] = [(self.source, "-", self.model)]
+        for each in self.tables:
+            measured.append((each.name, "input only", each.input_only))
+            if each.tied is not None:
+                measured.append((each.name, "input and tied head", each.tied))
+        for name, used_in, figure in measured:
             nbytes = self.nbytes[name]
-            shown = [f"{each.perplexity:.2f}" if each else "-" for each in measured]
-            row = [f"{own / nbytes:.2f}", *shown] if self.tables else shown
-            yield [name, f"{nbytes:,}", *row[: len(self.columns)]]
+            used = [f"{own / nbytes:.2f}", used_in] if self.tables else []
+            yield [name, f"{nbytes:,}", *used, *_figures(figure, self._compared)]
+
+
+_DIVERGENCE = ["mean KL", "99 % of KL", "same top 1"]
+
+
+def _figures(measured: Perplexity, compared: bool) -> list[str]:
+    """Return the printed figures of a model, with those of its divergence if there are any in the table."""
+    shown = [f"{measured.perplexity:.2f}"]
+    if compared and (found := measured.divergence) is not None:
+        shown += [f"{found.mean:.4f}", f"{found.p99:.3f}", f"{found.top1:.1%}"]
+    elif compared:
+        shown += ["-"] * len(_DIVERGENCE)
+    return shown
 
 
 def measure_perplexity(
@@ -53,6 +79,7 @@ def measure_perplexity(
     dataset: str | os.PathLike,
     *,
     against: str | None = None,
+    reference: str | None = None,
     errors: str = "strict",
     device: str | None = None,
     dtype: str | None = None,
@@ -65,7 +92,9 @@ def measure_perplexity(
     Args:
         models: a directory or hub name, dense or compressed; with ``against`` one or more compressed ones.
         dataset: text, as ``embkern.text.read_texts`` takes it.
-        against: the dense model.
+        against: the dense model, in whose input and tied head each compressed table is measured.
+        reference: with one model and without ``against``: the dense model from whose predictions its own
+            diverge. The two may differ in more than their tables, and are in memory together.
         errors: what to do with bytes that are not UTF-8 text: ``strict`` or ``replace``.
         device: device to run on, such as ``cuda``; default: the CPU.
         dtype: dtype to run in, such as ``bfloat16``; default: that of the dense model's weights.
@@ -81,6 +110,8 @@ def measure_perplexity(
     usable_device(device)  # before a model is loaded
     if against is None and len(models) != 1:
         raise ValueError(f"against: expected the dense model with {len(models)} models, got none")
+    if against is not None and reference is not None:
+        raise ValueError("reference: expected without against, which measures the divergence as well")
     chosen = getattr(torch, dtype or "float32", None)
     if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
         raise ValueError(f"dtype: expected a floating-point dtype of torch, got {dtype!r}")
@@ -91,6 +122,10 @@ def measure_perplexity(
     if tokenizer is None:
         raise ValueError(f"tokenizer: expected one beside {source}, found none")
     nbytes = {source: _table_bytes(model)}
+    dense = None
+    if reference is not None:
+        dense = load_model(reference)
+        nbytes[reference] = _table_bytes(dense)
     tables: dict[str, Any] = {}
     dense_heads = set()
     for name in models if against is not None else ():
@@ -102,16 +137,19 @@ def measure_perplexity(
         del compressed
     if dtype is not None:
         model.to(chosen)
+        if dense is not None:
+            dense.to(chosen)
     report = evaluate_perplexity(
         model, tokenizer, read_texts(dataset, errors=errors), tables,
-        device=device, progress=progress, **settings,
+        reference=dense, device=device, progress=progress, **settings,
     )  # fmt: skip
     for each in report.tables:
         if each.name in dense_heads:  # the saved model's head is dense, so there is no tied figure
             each.tied = None
     return PerplexityRun(
-        **dict(report), source=source, dataset=os.fspath(dataset), nbytes=nbytes, command=command
-    )
+        **dict(report), source=source, reference_source=reference, dataset=os.fspath(dataset), nbytes=nbytes,
+        command=command,
+    )  # fmt: skip
 
 
 def _table_bytes(model: PreTrainedModel) -> int:

@@ -7,6 +7,7 @@ compressed table as well, as in a model that embkern saves.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,6 +24,7 @@ from ..methods.base import Options, parse_options
 from ..models.find_table import find_table
 from ..tables import Table
 from .batches import Batch, grouped
+from .divergence import Divergence, Prediction, Scores, compare
 from .language_model import Kind, SplitModel, check_causal, evaluating, kind_of, longest_input, usable_device
 from .table_swap import Decodable, TableSwap
 from .windows import LineFilter, Masking, Separator, Window, causal_windows, masked_windows
@@ -73,6 +75,9 @@ class Perplexity(BaseModel):
     perplexity: float = Field(description="exp(loss)")
     loss: float = Field(description="mean over all scored tokens of -log p(token), in nats")
     tokens: int = Field(description="number of scored tokens")
+    divergence: Divergence | None = Field(
+        None, description="from the dense model; null of that model itself, and if it was not run"
+    )
 
 
 class TablePerplexity(BaseModel):
@@ -89,6 +94,7 @@ class PerplexityReport(BaseModel):
     architecture: str
     settings: PerplexitySettings = Field(description="with the model's values in place of null")
     model: Perplexity | None = Field(description="with its own table; null if that was not measured")
+    reference: Perplexity | None = Field(None, description="of the dense model, if one was given")
     tables: list[TablePerplexity]
     windows: int = Field(description="number of windows with a scored token")
     read: int = Field(description="tokens of text in these windows, special ones included")
@@ -121,6 +127,7 @@ def evaluate_perplexity(
     tables: Mapping[str, Table | Tensor | Decodable] | None = None,
     *,
     own: bool = True,
+    reference: PreTrainedModel | None = None,
     device: str | torch.device | None = None,
     progress: bool | None = None,
     **settings: Any,
@@ -138,6 +145,11 @@ def evaluate_perplexity(
     causal model reads all texts as one, in overlapping windows. Its figure is that of transformers'
     ``model(input_ids, labels=labels).loss`` on the same windows, weighted by their scored tokens.
 
+    With each table's perplexity comes its divergence from the model with its own table: for every scored
+    token ``KL(dense || table) = (dense.exp() * (dense - table)).sum(-1)``, of the log-softmax of both logits
+    in fp32, as mean and 99th percentile, and the share of tokens with the same likeliest prediction. A block
+    of logits is in memory at a time, and one number per scored token is kept.
+
     The body runs once per table for both heads, and heads run at scored positions only, if the model can be
     split in this way, which is tested on the given model. Otherwise the whole model runs for each figure.
 
@@ -147,14 +159,17 @@ def evaluate_perplexity(
         texts: any iterable, such as the result of ``embkern.text.read_texts``; it is read once and not kept.
         tables: compressed tables, dense (V, H) tensors or anything with ``to_dense()``, by name. They need a
             dense model, and are all in memory together.
-        own: measure the model with its own table as well; required without ``tables``.
+        own: measure the model with its own table as well; required without ``tables``. Without it there is
+            nothing that tables diverge from, and their divergence is None.
+        reference: the dense model that ``model`` was compressed from, for its divergence; without ``tables``.
         device: the device to move the model to; it stays there.
         progress: show a bar on stderr; None shows it on a terminal.
         settings: see ``PerplexitySettings``.
 
     Raises:
         ValueError: the model is no such language model, the tokenizer is not its own, a table has another
-            shape, a setting is out of range, or there is nothing to score.
+            shape, the reference has another vocabulary or comes with tables, a setting is out of range, or
+            there is nothing to score.
         TypeError: ``texts`` is one string.
     """
     import transformers
@@ -169,43 +184,49 @@ def evaluate_perplexity(
         model.to(usable_device(device))
     if not (own or tables):
         raise ValueError("tables: expected at least one without the model's own, got none")
+    if reference is not None:
+        _check_reference(reference, model, kind, bool(tables))
+        reference.to(model.device)
     found = find_table(model) if tables else None
     swaps = {name: TableSwap(model, table, found) for name, table in (tables or {}).items()}
 
     started, windows, tokens, read = time.perf_counter(), 0, 0, 0
-    losses: dict[tuple[str, str], float] = defaultdict(float)
+    scores: dict[_Figure, Scores] = defaultdict(Scores)
     bar = tqdm(
         desc="perplexity", unit="token", unit_scale=True, disable=None if progress is None else not progress
     )
-    with evaluating(model), bar:
+    with evaluating(model), contextlib.nullcontext() if reference is None else evaluating(reference), bar:
         if kind == "causal":
             check_causal(model)
         split = SplitModel(model)
+        dense = None if reference is None else SplitModel(reference)
         for group in grouped(_windows(texts, tokenizer, model, protocol, kind), protocol.batch_size):
-            batch = Batch.of(group, model)
-            for figure, loss in _losses(split, swaps, batch, own):
-                losses[figure] += loss
-            windows, tokens = windows + len(group), tokens + len(batch.targets)
+            _score(split, swaps, dense, Batch.of(group, model), own, scores)
+            windows, tokens = windows + len(group), tokens + sum(len(window.targets) for window in group)
             new = sum(window.read for window in group)
             read += new
             bar.update(new)
     if not tokens:
         raise ValueError("texts: expected tokens to predict, found none")
 
-    def measured(name: str, column: str) -> Perplexity:
-        loss = losses[name, column] / tokens
+    def measured(figure: _Figure) -> Perplexity:
+        loss = scores[figure].loss / tokens
         with np.errstate(over="ignore"):
-            return Perplexity(kind=kind, perplexity=float(np.exp(loss)), loss=loss, tokens=tokens)
+            perplexity = float(np.exp(loss))
+        return Perplexity(
+            kind=kind, perplexity=perplexity, loss=loss, tokens=tokens, divergence=scores[figure].divergence()
+        )
 
     return PerplexityReport(
         architecture=type(model).__name__,
         settings=protocol,
-        model=measured(*_OWN) if own else None,
+        model=measured(_OWN) if own else None,
+        reference=None if reference is None else measured(_REFERENCE),
         tables=[
             TablePerplexity(
                 name=name,
-                input_only=measured(name, "input_only"),
-                tied=measured(name, "tied") if (name, "tied") in losses else None,
+                input_only=measured((name, "input_only")),
+                tied=measured((name, "tied")) if (name, "tied") in scores else None,
             )
             for name in swaps
         ],
@@ -222,23 +243,63 @@ def evaluate_perplexity(
     )
 
 
-_OWN = ("", "model")
+_Figure = tuple[str, str]
+_OWN, _REFERENCE = ("", "model"), ("", "reference")
 
 
-def _losses(
+def _check_reference(reference: PreTrainedModel, model: PreTrainedModel, kind: Kind, tables: bool) -> None:
+    """Raise ValueError unless the predictions of both models can be compared."""
+    if tables:
+        raise ValueError("reference: expected none with tables; they diverge from the model's own table")
+    sizes = [each.config.get_text_config().vocab_size for each in (model, reference)]
+    if kind_of(reference) != kind or sizes[0] != sizes[1]:
+        raise ValueError(
+            f"reference: expected a {kind} language model with {sizes[0]} tokens, "
+            f"got a {kind_of(reference)} one with {sizes[1]}"
+        )
+
+
+def _score(
+    split: SplitModel,
+    swaps: Mapping[str, TableSwap],
+    dense: SplitModel | None,
+    batch: Batch,
+    own: bool,
+    scores: dict[_Figure, Scores],
+) -> None:
+    """Add the scores of every figure on a batch."""
+    targets, figures = batch.targets, _predictions(split, swaps, batch, own and not swaps)
+    if dense is not None:
+        base, of_base = Prediction(dense, dense.hidden(batch)), scores[_REFERENCE]
+    elif own and swaps:
+        base, of_base = Prediction(split, split.hidden(batch)), scores[_OWN]
+    else:
+        for figure, prediction in figures:
+            with prediction.head():
+                scores[figure].loss += split.loss(prediction.hidden, targets)
+        return
+    # Without a body, hidden states are logits, so that those of a single figure are in memory at a time.
+    groups = [dict(figures)] if split.body is not None else ({name: each} for name, each in figures)
+    for number, group in enumerate(groups):
+        own_scores = of_base if number == 0 else Scores()
+        compare(base, group, targets, own_scores, {figure: scores[figure] for figure in group})
+
+
+def _predictions(
     split: SplitModel, swaps: Mapping[str, TableSwap], batch: Batch, own: bool
-) -> Iterator[tuple[tuple[str, str], float]]:
-    """Yield the summed loss of every figure on a batch."""
+) -> Iterator[tuple[_Figure, Prediction]]:
+    """Yield the predictions of the model with its own table, if asked for, and with every other table."""
     if own:
-        yield _OWN, split.loss(split.hidden(batch), batch.targets)
+        yield _OWN, Prediction(split, split.hidden(batch))
     for name, swap in swaps.items():
         with swap.inputs():
             hidden = split.hidden(batch)
-        yield (name, "input_only"), split.loss(hidden, batch.targets)
+        yield (name, "input_only"), Prediction(split, hidden)
         if swap.heads:
-            with swap.inputs_and_heads():
-                tied = hidden if split.body is not None else split.hidden(batch)
-                yield (name, "tied"), split.loss(tied, batch.targets)
+            if split.body is None:
+                with swap.inputs_and_heads():
+                    hidden = split.hidden(batch)
+            yield (name, "tied"), Prediction(split, hidden, swap.inputs_and_heads)
 
 
 def _resolved(
