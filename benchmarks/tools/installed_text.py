@@ -13,7 +13,7 @@ import re
 import sysconfig
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -96,9 +96,14 @@ def _shingles(paragraph: str) -> set[int]:
     return {_hash(" ".join(words[start : start + SHINGLE])) for start in starts}
 
 
-def installed_documents() -> Iterator[Document]:
-    """Yield the documents of this installation that have a paragraph of prose, one per file."""
+def installed_documents(sources: Collection[str] | None = None) -> Iterator[Document]:
+    """Yield the documents of this installation that have a paragraph of prose, one per file.
+
+    ``sources`` names the kinds to read; default: all.
+    """
     for source, root, pattern, read in _sources():
+        if sources is not None and source not in sources:
+            continue
         for path in sorted(root.glob(pattern)):
             name = path.relative_to(root)
             if path.is_file() and not _LEFT_OUT & set(name.parts) and "changelog" not in path.name.lower():

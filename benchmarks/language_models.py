@@ -1,0 +1,424 @@
+"""Bits per value against KL divergence: the table of a language model by every method, input only and tied.
+
+Everything else of the model stays dense. For each table: perplexity on held-out text, mean and 99th
+percentile of KL(dense || compressed) per scored token in nats, and how often both find the same token
+likeliest. Input only: the input embedding uses the table; tied: the output head as well. Every byte that is
+stored counts.
+
+Models are SmolLM2-135M-Instruct and Gemma-3-270M from Python packages (a run tells what to install), or
+directories. Their tables come from files that hold them in Q8_0, so that Q8_0 has no error.
+
+Tokens are counted, and second moments measured, on sentences of docstrings (benchmarks/text.py); the scored
+text is of another kind, in equal parts manual pages, documentation, and descriptions and licences of packages
+of this installation. Text and weights stay on the machine. Measured rows are kept in the cache, by a hash of
+what they depend on, so that another run measures only what it adds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from embkern.evaluate.batches import Batch, grouped
+from embkern.evaluate.language_model import SplitModel, evaluating
+from embkern.evaluate.perplexity import Perplexity, evaluate_perplexity
+from embkern.evaluate.windows import causal_windows
+from embkern.experiments.dependencies import code_hash, files_fingerprint, frequencies_code, method_code
+from embkern.experiments.engine import Result, key_of, read_result, write_result
+from embkern.io.cache import cache_directory
+from embkern.methods import rank_for_ratio
+from embkern.models.find_table import find_table
+from embkern.models.loading import load_model, load_tokenizer
+from embkern.rivals import ALL_METHODS
+from embkern.text.counts import count_tokens
+from embkern.text.frequencies import COMPRESSION_STRENGTH, expected_frequencies
+from embkern.text.prior import vocabulary_prior
+
+from .language_model_rivals import GGML_FORMATS, NUMPY_FORMATS, feed_forward, gguf_format
+from .results_file import RESULTS, write_results
+from .runner import option_parser, table_line
+from .text import docstrings
+from .tools.installed_models import INSTALLED, dense_model
+from .tools.installed_text import installed_documents, split
+
+RATIOS = [4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0, 24.0, 32.0]
+FEW_RATIOS = [8.0, 16.0, 24.0, 32.0]
+LOW_RANK_RATIOS = [4.0, 8.0, 16.0]
+COUNTED = 70_000  # sentences of docstrings
+MOMENT_TOKENS = 8192
+SCORED_KINDS = ("manual pages", "documentation", "distributions")
+SCORED_CHARS = 14_000  # of each kind
+SCORED_TOKENS = 8192
+WINDOW = 1024
+COLUMNS = {
+    "bits": ("bits", ".3f"),
+    "ppl in": ("input_only", "perplexity", ".2f"),
+    "KL in": ("input_only", "kl", ".4f"),
+    "ppl tied": ("tied", "perplexity", ".2f"),
+    "KL tied": ("tied", "kl", ".4f"),
+    "99 %": ("tied", "kl_p99", ".3f"),
+    "top 1": ("tied", "top1", ".3f"),
+    "seconds": ("seconds", ".0f"),
+}
+
+
+class Entry(NamedTuple):
+    """One table to measure.
+
+    Attributes:
+        method: a column of the results, and a line of the picture.
+        setting: what distinguishes the tables of a method, such as its ratio or its bits.
+        build: returns the table from a `Subject`.
+        code: hash of the code of the method.
+    """
+
+    method: str
+    setting: dict[str, Any]
+    build: Callable[[Subject], Any]
+    code: str
+
+
+class Measured(Result):
+    """The row of a table, with what it depends on."""
+
+    depends: dict[str, Any]
+    row: dict[str, Any]
+
+    def dependencies(self) -> dict[str, Any]:
+        """Return everything that the row follows from."""
+        return self.depends
+
+
+def main(arguments: list[str]) -> None:
+    """Measure every table of every model; print a line each, write a results file per model."""
+    options = _parse(arguments)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    command = " ".join(["python -m benchmarks language_models", *arguments])
+    found = False
+    for name in options.models:
+        try:
+            directory = dense_model(name, options.cache)
+        except ImportError as error:
+            print(f"without {name}: {error}")
+            continue
+        found = True
+        bench = LanguageModels(name if name in INSTALLED else directory.name, directory, options)
+        print("->", bench.run(command))
+    if not found:
+        raise SystemExit("no model to measure")
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = option_parser("language_models", __doc__)
+    add = parser.add_argument
+    add("--models", nargs="+", default=list(INSTALLED), help=f"of {', '.join(INSTALLED)}, or directories")
+    add("--methods", nargs="+", choices=list(METHODS), help="default: all but slow ones")
+    add("--ratios", type=float, nargs="+", help="of the methods that take one; default: several for each")
+    add("--tokens", type=int, default=SCORED_TOKENS, help="of the scored text")
+    add("--threads", type=int, help="of torch")
+    add("--cache", type=Path, help="directory of models and measured rows; default: the user's cache")
+    add("--results", type=Path, default=RESULTS, help="directory of the JSON files")
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return options
+
+
+# ---- what is compressed, and on which text it is measured ------------------------------------------------
+
+
+class Subject:
+    """A model and its table, token frequencies, and the second moment of its hidden states."""
+
+    def __init__(self, directory: Path) -> None:
+        self.model, self.tokenizer = load_model(directory).eval(), load_tokenizer(directory)
+        assert self.tokenizer is not None, f"no tokenizer in {directory}"
+        self.table = find_table(self.model).weight.detach()
+
+    @functools.cached_property
+    def prior(self) -> Tensor:
+        """Frequencies by the order of the vocabulary."""
+        return vocabulary_prior(self.tokenizer, len(self.table))
+
+    @functools.cached_property
+    def counts(self) -> Tensor:
+        """Expected frequencies, from counts of docstrings and the prior."""
+        lines = docstrings()[:COUNTED]
+        counted = count_tokens(lines, self.tokenizer, num_embeddings=len(self.table), progress=False)
+        return expected_frequencies(counted, self.prior, strength=COMPRESSION_STRENGTH)
+
+    @functools.cached_property
+    @torch.no_grad()
+    def moment(self) -> Tensor:
+        """``(h.t() @ h) / N`` of the hidden states that the head reads, (H, H) fp64, on docstrings."""
+        windows = causal_windows(
+            docstrings(), self.tokenizer, max_length=WINDOW, stride=WINDOW, max_tokens=MOMENT_TOKENS
+        )
+        H = self.table.shape[1]
+        total, count = torch.zeros(H, H, dtype=torch.float64), 0
+        with evaluating(self.model):
+            split_model = SplitModel(self.model)
+            for group in grouped(windows, 2):
+                hidden = split_model.hidden(Batch.of(group, self.model)).double()
+                total, count = total + hidden.t() @ hidden, count + len(hidden)
+        return total / count
+
+
+@functools.cache
+def scored_text() -> tuple[list[str], dict[str, int]]:
+    """Return paragraphs of another kind than docstrings, and their characters by source."""
+    documents = list(installed_documents(SCORED_KINDS))
+    texts, sources = [], {}
+    for kind in SCORED_KINDS:
+        of_kind = [document for document in documents if document.source == kind]
+        splits = split(of_kind, held_out_chars=SCORED_CHARS, train_chars=0)
+        texts += splits.test
+        sources[kind] = sum(map(len, splits.test))
+    return texts, sources
+
+
+# ---- methods ---------------------------------------------------------------------------------------------
+
+
+def _by_ratio(
+    method: str, ratios: Sequence[float], counts: str | None = None, label: str | None = None, **given: Any
+) -> Iterator[Entry]:
+    """Yield a method of embkern at every ratio."""
+    each = ALL_METHODS[method]
+    code = ",".join([method_code(method), *([frequencies_code()] if counts else [])])
+
+    def build(ratio: float, subject: Subject) -> Any:
+        options = {**given, **({"counts": getattr(subject, counts)} if counts else {})}
+        if each.sized_by == "ratio":
+            return each.compress(subject.table, ratio=ratio, **options)
+        V, H = subject.table.shape
+        rank = rank_for_ratio(V, H, ratio, offset=each.has_offset(each.options()))
+        return each.compress(subject.table, rank, **options)
+
+    for ratio in ratios:
+        yield Entry(label or method, {"ratio": ratio, **given}, functools.partial(build, ratio), code)
+
+
+def _at_bits(method: str, label: str, settings: Sequence[dict[str, Any]]) -> Iterator[Entry]:
+    """Yield a scalar quantiser of `embkern.rivals` at fixed settings."""
+
+    def build(setting: dict[str, Any], subject: Subject) -> Any:
+        group = {"group": subject.table.shape[1], **setting}  # the whole row unless a setting has another
+        return ALL_METHODS[method].compress(subject.table, ratio=1.0, **group)
+
+    for setting in settings:
+        yield Entry(label, setting, functools.partial(build, setting), method_code(method))
+
+
+def _calibrated(ratios: Sequence[float]) -> Iterator[Entry]:
+    """Yield rate allocation in the metric in which the model sees its table, where embkern has it."""
+    import embkern
+
+    calibrate: Any = getattr(embkern, "calibrate", None)
+    if calibrate is None:
+        return
+
+    @functools.cache
+    def calibration(subject: Subject) -> Any:
+        return calibrate(subject.model, subject.tokenizer, docstrings()[:COUNTED])
+
+    def build(ratio: float, subject: Subject) -> Any:
+        options = {"counts": subject.counts, "calibration": calibration(subject)}
+        return ALL_METHODS["allocate"].compress(subject.table, ratio=ratio, **options)
+
+    code = f"{method_code('allocate')},{code_hash(calibrate.__module__)}"
+    for ratio in ratios:
+        yield Entry("allocate, calibrated", {"ratio": ratio}, functools.partial(build, ratio), code)
+
+
+def _formats(names: Sequence[str]) -> Iterator[Entry]:
+    """Yield formats of GGUF."""
+
+    def build(name: str, subject: Subject) -> Any:
+        return gguf_format(subject.table, name)
+
+    code = code_hash("benchmarks.language_model_rivals", follow=False)
+    for name in names:
+        yield Entry("GGUF", {"format": name}, functools.partial(build, name), code)
+
+
+def _fed_forward(settings: Sequence[int]) -> Iterator[Entry]:
+    """Yield one rate for all rows, with errors fed forward."""
+
+    def build(bits: int, subject: Subject) -> Any:
+        return feed_forward(subject.table, bits, subject.moment)
+
+    code = code_hash("benchmarks.language_model_rivals", "embkern.rivals.rtn", follow=False)
+    for bits in settings:
+        yield Entry("one rate, errors fed forward", {"bits": bits}, functools.partial(build, bits), code)
+
+
+GROUP = 32
+METHODS: dict[str, Callable[[Sequence[float] | None], Iterator[Entry]]] = {
+    "allocate": lambda ratios: _by_ratio("allocate", ratios or RATIOS, "counts"),
+    "allocate, calibrated": lambda ratios: _calibrated(ratios or RATIOS),
+    "allocate, no text": lambda ratios: _by_ratio(
+        "allocate", ratios or FEW_RATIOS, "prior", "allocate, no text"
+    ),
+    "int, groups of 32": lambda ratios: _at_bits(
+        "rtn", "int, groups of 32", [{"bits": bits, "group": GROUP} for bits in (8, 4, 3, 2)]
+    ),
+    "Lloyd-Max, scale per row": lambda ratios: _at_bits(
+        "lloyd_max", "Lloyd-Max, scale per row", [{"bits": bits} for bits in (4, 3, 2)]
+    ),
+    "one rate, errors fed forward": lambda ratios: _fed_forward((4, 3, 2)),
+    "GGUF": lambda ratios: _formats((*NUMPY_FORMATS, *GGML_FORMATS)),
+    "SVD": lambda ratios: _by_ratio("svd", ratios or LOW_RANK_RATIOS, label="SVD"),
+    "autoencoder": lambda ratios: _by_ratio("autoencoder", ratios or LOW_RANK_RATIOS),
+}
+SLOW = ("autoencoder",)  # only if `--methods` names it
+
+
+# ---- measuring -------------------------------------------------------------------------------------------
+
+
+class LanguageModels:
+    """Measures the tables of one model, and keeps their rows."""
+
+    def __init__(self, name: str, directory: Path, options: argparse.Namespace) -> None:
+        self.name, self.options = name, options
+        self.subject = Subject(directory)
+        self.weights = files_fingerprint(sorted(directory.glob("*.safetensors")))
+        self.cache = (options.cache or cache_directory()) / "language_models" / "rows"
+        texts, sources = scored_text()
+        self.texts = texts
+        self.protocol = {"max_length": WINDOW, "stride": WINDOW, "max_tokens": options.tokens}
+        V, H = self.subject.table.shape
+        self.facts: dict[str, Any] = {
+            "model": INSTALLED[name].title if name in INSTALLED else name,
+            "V": V,
+            "H": H,
+            "dense": None,
+            "counted": {"text": "docstrings", "sentences": len(docstrings()[:COUNTED])},
+            "scored": {"characters_by_source": sources, **self.protocol},
+        }
+        self.rows: list[dict[str, Any]] = []
+        self.unavailable: dict[str, str] = {}
+
+    def run(self, command: str) -> Path:
+        """Measure all entries, method by method, and return the results file."""
+        print(table_line(self.facts["model"], {name: name for name in COLUMNS}, COLUMNS, width=44))
+        for method in self.options.methods or [each for each in METHODS if each not in SLOW]:
+            entries = list(METHODS[method](self.options.ratios))
+            if not entries:
+                self.unavailable[method] = "this version of embkern does not have it"
+            self._measure(entries)
+            path = write_results(
+                f"language_models_{self.name}",
+                command,
+                self.rows,
+                directory=self.options.results,
+                **self.facts,
+                unavailable=self.unavailable,
+            )
+        for what, reason in self.unavailable.items():
+            print(f"without {what}: {reason}")
+        return path
+
+    def _depends(self, entry: Entry) -> dict[str, Any]:
+        parts = ("batches", "divergence", "language_model", "perplexity", "table_swap", "windows")
+        return {
+            "weights": self.weights,
+            "method": entry.method,
+            "setting": entry.setting,
+            "code": entry.code,
+            "protocol": self.protocol,
+            "measure": code_hash(*(f"embkern.evaluate.{each}" for each in parts), follow=False),
+            "scored": _digest(self.texts),
+            "counted": _digest(docstrings()[:COUNTED]),
+        }
+
+    def _measure(self, entries: Sequence[Entry]) -> None:
+        """Measure the entries of a method that are not in the cache, in one pass over the text."""
+        found: dict[str, dict[str, Any]] = {}
+        missing: dict[str, tuple[Entry, Any, float]] = {}
+        for entry in entries:
+            key = key_of(self._depends(entry))
+            stored = read_result(self.cache / f"{key}.json", Measured, self._depends(entry))
+            if stored is not None:
+                found[key] = stored.row
+                continue
+            start = time.perf_counter()
+            try:
+                table = entry.build(self.subject)
+            except (ImportError, ValueError) as error:
+                self.unavailable[_label(entry)] = str(error).splitlines()[0]
+                continue
+            missing[key] = (entry, table, time.perf_counter() - start)
+        if missing:
+            tables = {key: table for key, (_, table, _) in missing.items()}
+            report = evaluate_perplexity(
+                self.subject.model, self.subject.tokenizer, self.texts, tables, batch_size=2, progress=False,
+                **self.protocol,
+            )  # fmt: skip
+            for each in report.tables:
+                entry, table, seconds = missing[each.name]
+                row = self._row(entry, table, seconds)
+                row |= {"input_only": _figures(each.input_only), "tied": _figures(each.tied)}
+                row["dense"] = _figures(report.model)
+                depends = self._depends(entry)
+                write_result(self.cache / f"{each.name}.json", Measured(depends=depends, row=row))
+                found[each.name] = row
+        for entry in entries:
+            kept = found.get(key_of(self._depends(entry)))
+            if kept is not None:
+                self.facts["dense"] = kept["dense"]
+                self.rows.append({name: value for name, value in kept.items() if name != "dense"})
+                print(table_line(_label(entry), _shown(kept), COLUMNS, width=44), flush=True)
+
+    def _row(self, entry: Entry, table: Any, seconds: float) -> dict[str, Any]:
+        values = self.subject.table.numel()
+        return {
+            "method": entry.method,
+            "setting": entry.setting,
+            "bytes": table.nbytes,
+            "bits": round(8 * table.nbytes / values, 4),
+            "ratio": round(4 * values / table.nbytes, 3),
+            "seconds": round(seconds, 1),
+        }
+
+
+def _label(entry: Entry) -> str:
+    shown = ", ".join(f"{name} {value}" for name, value in entry.setting.items())
+    return f"{entry.method}: {shown}"
+
+
+def _figures(measured: Perplexity | None) -> dict[str, Any] | None:
+    if measured is None:
+        return None
+    figures: dict[str, Any] = {"perplexity": round(measured.perplexity, 4), "tokens": measured.tokens}
+    if (found := measured.divergence) is not None:
+        figures |= {"kl": round(found.mean, 7), "kl_p99": round(found.p99, 6), "top1": round(found.top1, 5)}
+    return figures
+
+
+def _shown(row: dict[str, Any]) -> dict[str, str]:
+    shown = {}
+    for title, (*names, form) in COLUMNS.items():
+        value: Any = row
+        for name in names:
+            value = value.get(name) if value is not None else None
+        if value is not None:
+            shown[title] = format(value, form)
+    return shown
+
+
+def _digest(texts: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(f"{len(text)} {text}\n".encode())
+    return digest.hexdigest()[:16]
