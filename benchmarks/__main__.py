@@ -10,6 +10,7 @@ BENCHMARKS = {
     "gather_decode": "the lookup in packed tables beside dense and quantised ones, on real text: time",
     "packed_head": "the tied head over packed tables beside dense and 8-bit ones: logits, gradients: time",
     "packed_cross_entropy": "the loss of that head beside dense logits: time, extra memory",
+    "generate": "whole language models beside dense and quantised ones: prefill, decoding, memory",
     "language_models": "rate against KL divergence: the table of language models, input only and tied",
     "quality": "rate against distortion: every method from 4x to 64x, as a table and a picture",
     "cosine_mse": "the loss beside plain and compiled torch: time, share of the copy bandwidth, peak memory",

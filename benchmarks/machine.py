@@ -78,6 +78,11 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int | None:
         return None
 
 
+def resident_bytes() -> int:
+    """Return the resident set of this process (Linux only)."""
+    return _resident()["VmRSS"]
+
+
 def _resident() -> dict[str, int]:
     lines = Path("/proc/self/status").read_text().splitlines()
     return {
