@@ -50,14 +50,14 @@ from .text import docstrings
 from .tools.installed_models import INSTALLED, dense_model
 from .tools.installed_text import installed_documents, split
 
-RATIOS = [4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0, 24.0, 32.0]
-FEW_RATIOS = [8.0, 16.0, 24.0, 32.0]
+RATIOS = [4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0]
+FEW_RATIOS = [8.0, 16.0, 32.0]
 LOW_RANK_RATIOS = [4.0, 8.0, 16.0]
 COUNTED = 70_000  # sentences of docstrings
 MOMENT_TOKENS = 8192
 SCORED_KINDS = ("manual pages", "documentation", "distributions")
-SCORED_CHARS = 14_000  # of each kind
-SCORED_TOKENS = 8192
+SCORED_CHARS = 7_000  # of each kind
+SCORED_TOKENS = 4096
 WINDOW = 1024
 COLUMNS = {
     "bits": ("bits", ".3f"),
