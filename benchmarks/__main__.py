@@ -18,7 +18,7 @@ BENCHMARKS = {
     "direction": "the direction solver beside a Gram matrix, SVD and the paper's recipe: time, quality, gap",
     "methods": "SVD, PCA and the paper's autoencoder on a real table: quality and seconds",
     "import_time": "what `import embkern` costs beyond torch",
-    "plots": "pictures of the figures of gather_project and train",
+    "plots": "pictures of the figures of gather_project, language_models and train",
 }
 TOOLS = {
     "reference_models": "a small BERT and a small GPT, trained on text of this installation, into the cache",

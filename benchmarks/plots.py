@@ -1,4 +1,4 @@
-"""Pictures of results: the latency and the speed-ups of gather_project, the rows per second of train.
+"""Pictures of results: latency and speed-ups of gather_project, rows per second of train, divergence by rate.
 
 Needs matplotlib. Every picture is written beside the results file it shows.
 """
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from .results_file import RESULTS
+
+DRAWN = ("gather_project", "language_models", "train")  # benchmarks whose results have pictures
 
 # Colour-blind safe (Okabe and Ito). Named backends are only in the JSON: the pictures show the default.
 STYLES: dict[str, tuple[str, str, str]] = {
@@ -38,27 +40,43 @@ TRAINING = {
     "embkern": "#D55E00",
 }
 
+# The methods of `language_models`, their labels, and whether a line joins their points.
+METHODS: dict[str, tuple[str, str, str]] = {
+    "allocate, calibrated": ("#009E73", "-", "D"),
+    "allocate": ("#D55E00", "-", "D"),
+    "allocate, no text": ("#D55E00", ":", "d"),
+    "one rate, errors fed forward": ("#0072B2", "-", "o"),
+    "Lloyd-Max, scale per row": ("#56B4E9", "--", "o"),
+    "int, groups of 32": ("#CC79A7", "--", "^"),
+    "GGUF": ("#000000", "", "s"),
+    "SVD": ("#E69F00", "--", "v"),
+    "autoencoder": ("#E69F00", ":", "^"),
+}
+
 
 def main(arguments: list[str]) -> None:
     """Draw the given results files, or those in benchmarks/results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks plots", description=__doc__)
     parser.add_argument(
-        "files", nargs="*", type=Path, help="JSON files; default: gather_project_* and train_*"
+        "files", nargs="*", type=Path, help=f"JSON files; default: {', '.join(f'{name}_*' for name in DRAWN)}"
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="where to look for them")
     parser.add_argument("--model", help="for the latencies; default: the first in the file")
     parser.add_argument("--rank", type=int, help="for the latencies; default: the middle one of the model")
     parser.add_argument("--ids", help="default: the first kind in the file")
     options = parser.parse_args(arguments)
-    found = (options.results.glob(f"{name}_*.json") for name in ("gather_project", "train"))
+    found = (options.results.glob(f"{name}_*.json") for name in DRAWN)
     files = options.files or [path for paths in found for path in sorted(paths)]
     if not files:
-        parser.error(f"no gather_project_* or train_*.json in {options.results}: run the benchmark first")
+        parser.error(f"no results of {', '.join(DRAWN)} in {options.results}: run a benchmark first")
     import matplotlib
 
     with matplotlib.rc_context({"font.size": 9, "legend.fontsize": 8}):
         for path in files:
             results = json.loads(path.read_text())
+            if path.stem.startswith("language_models_"):
+                print("->", divergence(results["rows"], results, path.with_suffix(".png")))
+                continue
             if path.stem.startswith("train_"):
                 print("->", training(results["rows"], results, path.with_suffix(".png")))
                 continue
@@ -179,6 +197,44 @@ def training(rows: list[dict[str, Any]], results: dict[str, Any], path: Path) ->
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(f"Training steps, median\n{_machine(results)}", fontsize=10)
     return _save(figure, path)
+
+
+def divergence(rows: list[dict[str, Any]], results: dict[str, Any], path: Path) -> Path:
+    """Draw the mean KL divergence against bits per value, a line per method: input only, and tied."""
+    panels = [(key, title) for key, title in USES.items() if any(row.get(key) for row in rows)]
+    figure, axes = _subplots(1, len(panels), figsize=(5.2 * len(panels), 4.6), sharey=True)
+    for axis, (key, title) in zip(axes[0], panels, strict=True):
+        for name, (colour, line, marker) in METHODS.items():
+            points = sorted(
+                (row["bits"], row[key]["kl"], row["setting"].get("format", ""))
+                for row in rows
+                if row["method"] == name and row.get(key) and row[key]["kl"] > 0
+            )
+            if not points:
+                continue
+            bits, values = [point[0] for point in points], [point[1] for point in points]
+            axis.plot(bits, values, linestyle=line or "none", color=colour, marker=marker, ms=4.5, label=name)
+            for x, y, label in points:
+                axis.annotate(label, (x, y), textcoords="offset points", xytext=(5, 3), fontsize=7)
+        axis.set(xscale="log", yscale="log", xlabel="bits per value, every byte counted", title=title)
+        axis.set_xlim(0.9, 10)
+        axis.set_xticks([1, 2, 3, 4, 6, 8], ["1", "2", "3", "4", "6", "8"])
+        axis.minorticks_off()
+        axis.grid(True, which="major", alpha=0.3)
+    axes[0][0].set_ylabel("mean KL(dense || compressed) per token, nats")
+    handles: dict[str, Any] = {}
+    for axis in axes[0]:
+        handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
+    tokens = results["dense"]["tokens"]
+    figure.suptitle(
+        f"{results['model']}: embedding table {results['V']:,} × {results['H']}, {tokens:,} tokens",
+        fontsize=10,
+    )
+    return _save(figure, path)
+
+
+USES = {"input_only": "input only", "tied": "input and tied head"}
 
 
 def _subplots(rows: int, columns: int, **options: Any) -> tuple[Any, Any]:
