@@ -4,9 +4,12 @@
 //   (4, 128) int16, scales (V,), basis (K, H) or none, offset (H,) or none -> out (*, H) of scales' dtype.
 //   docs/packed-format.md describes the format.
 //
-// Each distinct id is decoded once and copied to its other positions. Rows of values need no product: H b / 8
-// bytes read, H elements written. Rows of coefficients share a product with the basis, in the tiles of
-// gather_project. The bits of a row depend neither on the other ids nor on the number of threads.
+// Two passes. The first one runs over the positions in order. It writes rows of values: H b / 8 bytes read, H
+// elements written; a row that occurred a short while before is copied. The second one, seldom needed, has the
+// rows of coefficients: each distinct one is decoded once, rows of a tier share a product with the rows of the
+// basis that the tier has bits for, in the tiles of gather_project, and repeated rows are copied. The bits of a
+// row depend neither on the other ids nor on the number of threads.
+#include <atomic>
 #include <cstring>
 #include <vector>
 
@@ -22,98 +25,194 @@
 namespace embkern {
 namespace {
 
-constexpr int64_t kDirectRows = 16;   // rows of values in a task
-constexpr int64_t kProductRows = 48;  // rows of coefficients in a task
+constexpr int64_t kFewRows = 16;       // rows that are found, with their records on the way, before the first is decoded
+constexpr int64_t kFewestRows = 256;   // positions in a task of the first pass
+constexpr int64_t kMostRows = 4096;
+constexpr int64_t kProductRows = 48;   // rows of coefficients in a task
 
 template <class T>
-struct Decode {
+struct Lookup {
   using A = acc_t<T>;
   const Kernels<T>& kernel;  // read once, since another thread may change the level
   const PackedTable& table;
-  const T *scales, *offset;
-  const std::vector<const T*>& terms;  // rows of the basis
+  const T *scales, *basis, *offset;
   A scale;
   T* out;
 
   struct Row {
+    int64_t id, position, tier;
     const int32_t* record;
-    int64_t tier, id, position;
   };
 
-  Row find(int64_t id, int64_t position) const {
-    Row row;
-    row.tier = table.locate(id, &row.record);
-    row.id = id, row.position = position;
-    prefetch(row.record, 128);
-    prefetch(scales + id, sizeof(T));
-    return row;
+  PackedRow<T> packed(const Row& row, const uint8_t* bits, int64_t groups, int64_t width, A factor) const {
+    return {row.record, bits, groups, width, table.levels, static_cast<A>(scales[row.id]) * factor};
   }
 
-  PackedRow<T> packed(const Row& row, int64_t width, A factor) const {
-    return {row.record, table.bits(row.tier), table.used[row.tier],
-            width,      table.levels.data(),  static_cast<A>(scales[row.id]) * factor};
+  // ---- rows of values ----
+
+  // The last position of an id in a task, by a hash of the id.
+  class Recent {
+   public:
+    Recent() { std::memset(offset_, -1, sizeof(offset_)); }
+    int32_t& operator[](int64_t id) {
+      return offset_[static_cast<uint64_t>(id) * 0x9E3779B97F4A7C15u >> (64 - kBits)];
+    }
+
+   private:
+    static constexpr int kBits = 10;
+    int32_t offset_[1 << kBits];
+  };
+
+  void decode(const Row& row) const {
+    kernel.decode_row(packed(row, table.bits(row.tier), table.used[row.tier], table.width, scale), offset, scale,
+                      out + row.position * table.width);
   }
 
-  void direct(const Row& row) const {
-    kernel.decode_row(packed(row, table.width, scale), offset, scale, out + row.position * table.width);
+  // Writes the rows of values at positions first to last, at most kFewRows, and calls use(row) for the rows of
+  // coefficients. Returns false at an id or a record out of range.
+  template <class Index, class Write, class Use>
+  bool some_values(const Index* ids, int64_t first, int64_t last, Write write, Use use) const {
+    Row rows[kFewRows];
+    for (int64_t n = first; n < last; ++n) {
+      Row& row = rows[n - first];
+      row.id = ids[n], row.position = n;
+      if (row.id < 0 || row.id >= table.vocabulary) return false;
+      const auto place = table.find(row.id);
+      if (!table.valid(place)) return false;
+      row.tier = place.tier, row.record = table.records + place.start;
+      prefetch(row.record, table.size[row.tier] * sizeof(int32_t));
+      prefetch(scales + row.id, sizeof(T));
+    }
+    for (int64_t i = 0; i < last - first; ++i) table.transform(rows[i].tier) ? use(rows[i]) : write(rows[i]);
+    return true;
   }
 
-  // Decodes up to kProductRows rows of coefficients. Each is padded with zeros to the rows of the basis, so
-  // that rows of all tiers share one pass over it, and the bits of a row do not depend on the other rows.
-  void product(const Row* rows, int64_t m) const {
-    thread_local std::vector<double> scratch;  // aligned for every type
-    const int64_t k = table.basis_rows;
+  template <class Index, class Use>
+  bool values(const Index* ids, int64_t first, int64_t last, Use use) const {
+    Recent recent;
+    const int64_t width = table.width;
+    for (int64_t n = first; n < last; n += kFewRows) {
+      const auto write = [&](const Row& row) {
+        int32_t& known = recent[row.id];
+        if (known >= 0 && ids[first + known] == row.id)
+          std::memcpy(out + row.position * width, out + (first + known) * width, width * sizeof(T));
+        else
+          decode(row);
+        known = static_cast<int32_t>(row.position - first);
+      };
+      if (!some_values(ids, n, std::min(last, n + kFewRows), write, use)) return false;
+    }
+    return true;
+  }
+
+  // ---- rows of coefficients ----
+
+  // The groups of a tier that have bits, and the rows of the basis that belong to them.
+  struct Terms {
+    std::vector<uint8_t> bits;
+    std::vector<const T*> rows;
+  };
+
+  Terms terms(int64_t tier) const {
+    Terms terms;
+    for (int64_t group = 0; group < table.used[tier]; ++group) {
+      if (table.bits(tier)[group] == 0) continue;
+      terms.bits.push_back(table.bits(tier)[group]);
+      for (int64_t p = group * kGroup; p < (group + 1) * kGroup; ++p)
+        terms.rows.push_back(basis + p * table.width);
+    }
+    return terms;
+  }
+
+  // Multiplies up to kProductRows rows of a tier with the basis.
+  void product(const Row* rows, int64_t m, const Terms& terms) const {
+    thread_local Buffer<double> scratch;
+    const int64_t groups = terms.bits.size(), k = groups * kGroup;
     const int64_t bytes = k * static_cast<int64_t>(kernel.sums_in_element_type ? sizeof(T) : sizeof(A));
-    scratch.resize(std::max<size_t>(scratch.size(), (m * bytes + 7) / 8));
+    char* values = reinterpret_cast<char*>(scratch.resize((m * bytes + 7) / 8));
     const void* left[kProductRows];
     T* to[kProductRows];
-    for (int64_t i = 0; i < m; ++i) {
-      char* values = reinterpret_cast<char*>(scratch.data()) + i * bytes;
-      kernel.decode_coefficients(packed(rows[i], k, 1), values);
+    for (int64_t i = 0; i < m; ++i, values += bytes) {
+      kernel.decode_coefficients(packed(rows[i], terms.bits.data(), groups, k, 1), values);
       left[i] = values;
       to[i] = out + rows[i].position * table.width;
     }
-    kernel.project_sums({m, k, 0, table.width, 0, left, terms.data(), offset, scale, to});
+    kernel.project_sums({m, k, 0, table.width, 0, left, terms.rows.data(), offset, scale, to});
   }
 
-  template <class Copy>
-  void decode(const Row* rows, int64_t m, Copy copy) const {
-    if (table.transform(rows[0].tier))
-      product(rows, m);
-    else
-      for (int64_t i = 0; i < m; ++i) direct(rows[i]);
-    for (int64_t i = 0; i < m; ++i) copy(rows[i].position);
-  }
+  void one_product(const Row& row) const { product(&row, 1, terms(row.tier)); }
 
-  void operator()(const Distinct& distinct) const {
-    const int64_t count = distinct.count(), width = table.width;
-    // Rows of values come first, then those of coefficients, both in order of first occurrence.
-    std::vector<Row> rows(count);
-    int64_t direct_rows = 0, products = count;
-    for (int64_t u = 0; u < count; ++u) {
-      const Row row = find(distinct.id(u), distinct.first(u));
-      rows[table.transform(row.tier) ? --products : direct_rows++] = row;
-    }
-    std::reverse(rows.begin() + products, rows.end());
-    const int64_t work = width * (2 * count + (count - products) * table.basis_rows / 2);
-
+  void products(const std::vector<Row>& found) const {
+    const int64_t width = table.width;
+    std::vector<int64_t> ids(found.size());
+    for (size_t i = 0; i < found.size(); ++i) ids[i] = found[i].id;
+    const Distinct distinct(ids.data(), ids.size(), table.vocabulary, -1);
+    // The distinct rows in the order of their tiers; `position` is the place in `found` until the product.
+    std::array<int64_t, kMaxTiers + 1> begin{};
+    for (int64_t u = 0; u < distinct.count(); ++u) ++begin[found[distinct.first(u)].tier + 1];
+    for (int64_t tier = 0; tier < kMaxTiers; ++tier) begin[tier + 1] += begin[tier];
     struct Task {
-      int64_t first, last;
+      int64_t first, last, tier;
     };
     std::vector<Task> tasks;
-    const auto add = [&](int64_t first, int64_t last, int64_t most) {
-      for (; first < last; first += most) tasks.push_back({first, std::min(last, first + most)});
-    };
-    add(products, count, kProductRows);  // the long tasks first
-    add(0, products, kDirectRows);
+    std::vector<Terms> all(table.count);
+    int64_t work = 0;
+    for (int64_t tier = 0; tier < table.count; ++tier) {
+      const int64_t last = begin[tier + 1];
+      if (begin[tier] == last) continue;
+      all[tier] = terms(tier);
+      work += (last - begin[tier]) * width * (2 + all[tier].rows.size());
+      for (int64_t i = begin[tier]; i < last; i += kProductRows)
+        tasks.push_back({i, std::min(last, i + kProductRows), tier});
+    }
+    std::vector<Row> rows(distinct.count());
+    std::vector<int32_t> places(distinct.count());
+    for (int64_t u = 0; u < distinct.count(); ++u) {
+      const int64_t place = distinct.first(u), to = begin[found[place].tier]++;
+      rows[to] = found[place];
+      places[to] = static_cast<int32_t>(place);
+    }
     for_tasks(tasks.size(), useful_threads(work), [&](int64_t task) {
-      const auto [first, last] = tasks[task];
-      decode(rows.data() + first, last - first, [&](int64_t position) {
-        const T* row = out + position * width;
-        for (int64_t n = distinct.next(position); n >= 0; n = distinct.next(n))
-          std::memcpy(out + n * width, row, width * sizeof(T));
-      });
+      const auto [first, last, tier] = tasks[task];
+      product(rows.data() + first, last - first, all[tier]);
+      for (int64_t i = first; i < last; ++i) {
+        const T* row = out + rows[i].position * width;
+        for (int64_t place = distinct.next(places[i]); place >= 0; place = distinct.next(place))
+          std::memcpy(out + found[place].position * width, row, width * sizeof(T));
+      }
     });
+  }
+
+  // ---- both ----
+
+  template <class Index>
+  void operator()(const Index* ids, int64_t count) const {
+    if (count <= kFewRows) {
+      const bool valid = some_values(
+          ids, 0, count, [&](const Row& row) { decode(row); }, [&](const Row& row) { one_product(row); });
+      return valid ? void() : refuse(ids, count);
+    }
+    const int64_t threads = useful_threads(2 * count * table.width);
+    const int64_t share = (count + 4 * threads - 1) / (4 * threads);
+    const int64_t size = std::clamp(share, kFewestRows, kMostRows), tasks = (count + size - 1) / size;
+    std::vector<std::vector<Row>> found(tasks);
+    std::atomic<bool> valid{true};
+    for_tasks(tasks, threads, [&](int64_t task) {
+      if (!values(ids, task * size, std::min(count, (task + 1) * size),
+                  [&](const Row& row) { found[task].push_back(row); }))
+        valid.store(false, std::memory_order_relaxed);
+    });
+    if (!valid.load(std::memory_order_relaxed)) refuse(ids, count);
+    for (int64_t task = 1; task < tasks; ++task)
+      found[0].insert(found[0].end(), found[task].begin(), found[task].end());
+    if (!found[0].empty()) products(found[0]);
+  }
+
+  template <class Index>
+  void refuse(const Index* ids, int64_t count) const {
+    for (int64_t n = 0; n < count; ++n) checked(ids, n, table.vocabulary);
+    for (int64_t n = 0; n < count; ++n) table.check_place(checked(ids, n, table.vocabulary));
+    check(false, "ids: expected no other thread to write to them or to the table during the call");
   }
 };
 
@@ -133,27 +232,19 @@ Tensor gather_decode_forward(const Tensor& ids_, const Tensor& records_, const T
       checked_table(records, directory, tiers, levels, scales, basis, offset, embedding_dim);
   Tensor out =
       empty_in_huge_pages(lookup_sizes(ids, embedding_dim), scales.scalar_type(), scales.element_size());
-  if (ids.numel() == 0) return out;
+  const int64_t count = ids.numel();
+  if (count == 0) return out;
   dispatch_floating(scales.scalar_type(), "scales", [&](auto element) {
     using T = decltype(element);
-    const T* rows = optional_data<T>(basis);
-    std::vector<const T*> terms(table.basis_rows);
-    for (size_t p = 0; p < terms.size(); ++p) terms[p] = rows + p * embedding_dim;
-    const Decode<T> run{kernels<T>(),
-                        table,
-                        static_cast<const T*>(scales.const_data_ptr()),
-                        optional_data<T>(offset),
-                        terms,
-                        static_cast<acc_t<T>>(scale),
-                        static_cast<T*>(out.mutable_data_ptr())};
+    const Lookup<T> look_up{kernels<T>(),
+                            table,
+                            static_cast<const T*>(scales.const_data_ptr()),
+                            optional_data<T>(basis),
+                            optional_data<T>(offset),
+                            static_cast<acc_t<T>>(scale),
+                            static_cast<T*>(out.mutable_data_ptr())};
     dispatch_index(ids.scalar_type(), "ids", [&](auto index) {
-      const auto* all = static_cast<const decltype(index)*>(ids.const_data_ptr());
-      if (ids.numel() == 1) {
-        const auto row = run.find(checked(all, 0, table.vocabulary), 0);
-        run.decode(&row, 1, [](int64_t) {});
-      } else {
-        run(Distinct(all, ids.numel(), table.vocabulary, -1));
-      }
+      look_up(static_cast<const decltype(index)*>(ids.const_data_ptr()), count);
     });
   });
   return out;

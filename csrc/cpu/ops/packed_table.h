@@ -4,10 +4,12 @@
 
 #include <array>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <vector>
 
 #include "cpu/common/arguments.h"
+#include "cpu/common/compiler.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/ops/ops.h"
 
@@ -16,34 +18,94 @@ namespace {  // torch's Tensor is hidden, and so must be what holds one
 
 constexpr int64_t kGroup = 32, kMaxTiers = 16, kLevelBits = 4;
 
-// A checked table. What bounds the reads is a copy: another thread may write to the tensors after the check.
-struct PackedTable {
-  const int32_t *records, *directory;
-  std::vector<uint8_t> tiers;
-  int64_t count, vocabulary, groups, words;  // numbers of tiers, rows, groups of a tier, words of the records
-  int64_t basis_rows, width;
+// The tiers of a table, checked, and what follows from them. They are a copy, since they bound the reads of
+// records, and another thread may write to the tensor.
+struct Tiers {
+  std::vector<uint8_t> bytes;
+  int64_t count, groups, basis_rows, width;
   std::array<int64_t, kMaxTiers> size{}, used{};  // words and groups of a tier's record
   std::array<int32_t, 256> pair;                  // words of two records, by the byte with their tiers
-  std::array<int16_t, kLevelBits * kTrellisStates + 2> levels{};
 
-  const uint8_t* bits(int64_t tier) const { return tiers.data() + tier * (1 + groups) + 1; }
-  bool transform(int64_t tier) const { return tiers[tier * (1 + groups)] != 0; }
+  Tiers(const uint8_t* all, int64_t count, int64_t groups, int64_t basis_rows, int64_t width)
+      : bytes(all, all + count * (1 + groups)),
+        count(count),
+        groups(groups),
+        basis_rows(basis_rows),
+        width(width) {
+    for (int64_t tier = 0; tier < count; ++tier) {
+      const uint8_t* own = bytes.data() + tier * (1 + groups);
+      const int64_t most = own[0] != 0 ? basis_rows : width + kGroup - 1;
+      for (int64_t group = 0; group < groups; ++group) {
+        const int64_t bits = own[1 + group];
+        check(bits <= 8 && (bits == 0 || (group + 1) * kGroup <= most / kGroup * kGroup),
+              "tiers: expected up to 8 bits in a group of the row, got ", bits, " in group ", group, " of tier ",
+              tier);
+        size[tier] += bits;
+        if (bits) used[tier] = group + 1;
+      }
+    }
+    for (size_t i = 0; i < pair.size(); ++i) pair[i] = static_cast<int32_t>(size[i & 15] + size[i >> 4]);
+  }
 
-  // Finds the record of a row and returns its tier.
-  int64_t locate(int64_t id, const int32_t** record) const {
+  // The tiers of a call. Each thread keeps those of its latest tables and recognises them by their bytes, so
+  // that it does not matter whose memory they are in.
+  static std::shared_ptr<const Tiers> of(const uint8_t* all, int64_t count, int64_t groups, int64_t basis_rows,
+                                         int64_t width) {
+    constexpr size_t kKept = 4;
+    thread_local std::array<std::shared_ptr<const Tiers>, kKept> kept;
+    thread_local size_t oldest = 0;
+    for (const auto& tiers : kept)
+      if (tiers && tiers->count == count && tiers->groups == groups && tiers->basis_rows == basis_rows &&
+          tiers->width == width && std::memcmp(tiers->bytes.data(), all, tiers->bytes.size()) == 0)
+        return tiers;
+    auto made = std::make_shared<const Tiers>(all, count, groups, basis_rows, width);
+    kept[oldest] = made;
+    oldest = (oldest + 1) % kKept;
+    return made;
+  }
+};
+
+// A checked table.
+struct PackedTable {
+  const int32_t *records, *directory;
+  const int16_t* levels;
+  std::shared_ptr<const Tiers> tiers;
+  int64_t count, vocabulary, words;  // numbers of tiers, rows, words of the records
+  int64_t basis_rows, width;
+  const int64_t *size, *used;  // words and groups of a tier's record
+
+  const uint8_t* bits(int64_t tier) const { return tiers->bytes.data() + tier * (1 + tiers->groups) + 1; }
+  bool transform(int64_t tier) const { return bits(tier)[-1] != 0; }
+
+  // Where the directory says that the record of a row is.
+  struct Place {
+    int64_t start, tier;
+  };
+
+  EMBKERN_INLINE Place find(int64_t id) const {
     std::array<int32_t, 5> entry;
     std::memcpy(entry.data(), directory + id / kGroup * 5, sizeof(entry));
-    int64_t start = entry[0];
-    const int64_t lane = id % kGroup;
-    const auto two = [&](int64_t i) { return static_cast<uint32_t>(entry[1 + i / 4]) >> 8 * (i % 4) & 255; };
-    for (int64_t i = 0; i < lane / 2; ++i) start += pair[two(i)];
-    if (lane % 2) start += size[two(lane / 2) & 15];
-    const int64_t tier = two(lane / 2) >> 4 * (lane % 2) & 15;
-    check(tier < count && start >= 0 && start + size[tier] <= words,
-          "directory: expected records within their ", words, " words and tiers below ", count, ", got tier ",
-          tier, " at ", start, " for id ", id);
-    *record = records + start;
-    return tier;
+    const int32_t* pair = tiers->pair.data();
+    const int64_t lane = id % kGroup, before = lane / 2;
+    int64_t start = entry[0], own = 0;
+    // All 16 bytes are looked up, since a loop of unknown length costs a mispredicted branch.
+    EMBKERN_UNROLL for (int64_t i = 0; i < kGroup / 2; ++i) {
+      const int64_t two = static_cast<uint32_t>(entry[1 + i / 4]) >> 8 * (i % 4) & 255;
+      start += i < before ? pair[two] : 0;
+      own = i == before ? two : own;
+    }
+    if (lane % 2) start += size[own & 15];
+    return {start, own >> 4 * (lane % 2) & 15};
+  }
+
+  bool valid(const Place& place) const {
+    return place.tier < count && place.start >= 0 && place.start + size[place.tier] <= words;
+  }
+
+  void check_place(int64_t id) const {
+    const Place place = find(id);
+    check(valid(place), "directory: expected records within their ", words, " words and tiers below ", count,
+          ", got tier ", place.tier, " at ", place.start, " for id ", id);
   }
 };
 
@@ -68,10 +130,9 @@ inline PackedTable checked_table(const Tensor& records, const Tensor& directory,
   PackedTable table;
   table.records = static_cast<const int32_t*>(records.const_data_ptr());
   table.directory = static_cast<const int32_t*>(directory.const_data_ptr());
-  const auto* all_tiers = static_cast<const uint8_t*>(tiers.const_data_ptr());
-  table.tiers.assign(all_tiers, all_tiers + tiers.numel());
-  table.count = tiers.size(0), table.vocabulary = scales.size(0), table.groups = tiers.size(1) - 1;
-  table.words = records.numel(), table.width = width, table.basis_rows = 0;
+  table.levels = static_cast<const int16_t*>(levels.const_data_ptr());
+  table.count = tiers.size(0), table.vocabulary = scales.size(0);
+  table.words = records.size(0), table.width = width, table.basis_rows = 0;
   if (basis) {
     check_tensor("basis", *basis, 2, type);
     check_size("basis", *basis, 1, width);
@@ -82,20 +143,9 @@ inline PackedTable checked_table(const Tensor& records, const Tensor& directory,
     check_tensor("offset", *offset, 1, type);
     check_size("offset", *offset, 0, width);
   }
-  for (int64_t tier = 0; tier < table.count; ++tier) {
-    const int64_t most = table.transform(tier) ? table.basis_rows : width + kGroup - 1;
-    for (int64_t group = 0; group < table.groups; ++group) {
-      const int64_t bits = table.bits(tier)[group];
-      check(bits <= 8 && (bits == 0 || (group + 1) * kGroup <= most / kGroup * kGroup),
-            "tiers: expected up to 8 bits in a group of the row, got ", bits, " in group ", group, " of tier ",
-            tier);
-      table.size[tier] += bits;
-      if (bits) table.used[tier] = group + 1;
-    }
-  }
-  for (size_t i = 0; i < table.pair.size(); ++i)
-    table.pair[i] = static_cast<int32_t>(table.size[i & 15] + table.size[i >> 4]);
-  std::memcpy(table.levels.data(), levels.const_data_ptr(), kLevelBits * kTrellisStates * sizeof(int16_t));
+  table.tiers = Tiers::of(static_cast<const uint8_t*>(tiers.const_data_ptr()), table.count, tiers.size(1) - 1,
+                          table.basis_rows, width);
+  table.size = table.tiers->size.data(), table.used = table.tiers->used.data();
   return table;
 }
 
