@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.backends import Backend
-from ..ops.gather_decode import decode_rows
+from ..ops.gather_decode import Tensors, decode_rows
 from ..ops.packed_cross_entropy import packed_cross_entropy
 from ..ops.packed_format import PackedTensors
 from ..ops.packed_logits import packed_logits
@@ -63,19 +63,27 @@ class PackedTableModule(TableModule):
         tensors: dict[str, Any] = self.tensors()
         return PackedTable(**tensors, embedding_dim=self._width, check=False)
 
-    def _packed_tensors(self) -> PackedTensors:
-        codes = (self.records, self.directory, self.tiers, self.levels)
-        return PackedTensors(*codes, self.scales, self.basis, self.offset)
+    def _packed_tensors(self) -> Tensors:
+        # Seven calls of nn.Module.__getattr__ take as long as the lookup of a row.
+        codes, floats = self._buffers, self._parameters
+        try:
+            held: Any = (
+                codes["records"],
+                codes["directory"],
+                codes["tiers"],
+                codes["levels"],
+                floats["scales"],
+                floats["basis"],
+                floats["offset"],
+            )
+        except KeyError:  # A parametrization, FSDP or DataParallel has put an attribute in a parameter's place.
+            held = tuple(getattr(self, name) for name in PackedTensors._fields)
+        tensors: Tensors = held
+        return tensors
 
     def _rows(self, ids: Tensor, scale: float = 1.0, padding_idx: int | None = None) -> Tensor:
-        return decode_rows(
-            ids,
-            self._packed_tensors(),
-            self._width,
-            scale=scale,
-            padding_idx=padding_idx,
-            backend=self.backend,
-        )
+        packed = self._packed_tensors()
+        return decode_rows(ids, packed, self._width, scale, padding_idx, self.backend)
 
 
 class PackedEmbedding(PackedTableModule, CompressedEmbedding):
@@ -106,6 +114,12 @@ class PackedEmbedding(PackedTableModule, CompressedEmbedding):
         super().__init__(table.num_embeddings, table.embedding_dim, padding_idx, scale, backend)
         self._width = table.embedding_dim
         self._register(table)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the rows of ``ids`` (any shape, int32 or int64), times ``scale``: (``*``, H)."""
+        packed = self._packed_tensors()
+        scale = self._rounded_scale.get(packed[4].dtype, self._scale)
+        return decode_rows(ids, packed, self._width, scale, self.padding_idx, self.backend)
 
     @classmethod
     def from_table(cls, table: PackedTable, **kwargs: Any) -> PackedEmbedding:

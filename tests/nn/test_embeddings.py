@@ -200,6 +200,20 @@ def test_ids_out_of_range(kind):
         layer(kind)(torch.tensor([13]))
 
 
+def test_a_parametrization_of_a_parameter_is_looked_up(kind):
+    embedding = layer(kind)
+    ids, name = torch.arange(13), {"packed": "scales"}.get(kind, "codes")
+    expected = copy.deepcopy(embedding)
+    getattr(expected, name).data.mul_(2)
+
+    class Double(nn.Module):
+        def forward(self, parameter):
+            return 2 * parameter
+
+    nn.utils.parametrize.register_parametrization(embedding, name, Double())
+    assert torch.equal(embedding(ids), expected(ids))
+
+
 def test_compiles_fullgraph(kind):
     embedding = layer(kind, padding_idx=0, scale=3.0)
     compiled, graphs = compile_counting(lambda ids: embedding(ids).square().sum())

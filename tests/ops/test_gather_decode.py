@@ -135,8 +135,23 @@ def test_scale_is_applied_before_the_only_rounding(backend, device, dtype, offse
     got = p.ours(p.ids, *p.factors, scale=25.25, backend=backend)
     of_values = ~p.transform[p.ids]
     assert_rounded_once(got[of_values], exact[of_values])
-    # On CPUs with bf16 products, coefficients are rounded to bf16 as well, like every operand.
+    # On CPUs with bf16 products, scaled coefficients are rounded to bf16 as well.
     assert_no_worse_than(got, exact.to(dtype), exact)
+
+
+def test_coefficients_of_bf16_are_rounded_once_at_most(level):
+    """The bound that the op states: where bf16 is multiplied, scaled coefficients are rounded to it before."""
+    p = problem((200, 97, 96, 1), torch.bfloat16, offset=False, tiers=[Tier(True, (3, 2, 8)), Tier(True, (4,))])
+    ids = torch.arange(200)
+    wide = [f.double() for f in p.factors]
+    exact = p.plain(ids, *wide)
+    size = (wide[0].unsqueeze(1) * p.values).abs()[:, :96] @ wide[1].abs()
+    got = p.ours(ids, *p.factors)
+    if level == "avx512_bf16":
+        sums = 96 * 2**-24 * size
+        assert ((got - exact).abs() <= 2**-8 * (exact.abs() + 1.01 * size) + sums).all()
+    else:
+        assert_rounded_once(got, exact)
 
 
 @pytest.mark.parametrize("frozen", [0, 1, 2])

@@ -110,6 +110,7 @@ struct PackedRow {
   const int16_t*
       levels;  // in steps of 2^-12: kTrellisStates each for 1 to 4 bits, then 2 more that are readable
   acc_t<T> factor;
+  int64_t equal = 1;  // so many groups at the start, or more, have as many bits as the first one
 };
 
 // A row to be quantized value by value, in units of a spread per column. A code stands for the level nearest to
@@ -163,8 +164,10 @@ struct Kernels {
                        T* grad);  // may be `output`
   // to[j] = factor * value[j] + scale * offset[j] for j < width; values beyond the groups are 0.
   void (*decode_row)(const PackedRow<T>&, const T* offset, A scale, T* to);
-  // to[j] = factor * value[j] in the sums' type, for project_sums.
+  // to[j] = factor * value[j] in the sums' type, for project_sums; the width is a multiple of 32.
   void (*decode_coefficients)(const PackedRow<T>&, void* to);
+  // Copies memory past the caches; both addresses and the size are multiples of 64 bytes.
+  void (*copy_streamed)(const void* from, void* to, int64_t bytes);
   // out[n] = factor * sum of value[j] * factors[n][j] for n < count; count is 1, 2, 4 or kFewStates.
   void (*packed_products)(const PackedRow<A>&, const A* const* factors, int64_t count, A* out);
   // out[n] = sum of row[j] * factors[n][j] for j < width; the factors are 0 from there to a multiple of 32.

@@ -49,6 +49,7 @@ const Kernels<T>& kernels() {
                                        row_gradient<T>,
                                        decode_row<T>,
                                        decode_coefficients<T, S>,
+                                       copy_streamed,
                                        packed_products<T>,
                                        row_products<T>};
   return table;

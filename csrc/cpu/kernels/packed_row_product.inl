@@ -39,8 +39,10 @@ EMBKERN_INLINE void products_of_row(const PackedRow<A>& row, const A* const* fac
       });
     }
   } else {
-    for_values<A>(row, [&](int64_t first, Vector<A> values) {
-      for (int n = 0; n < N; ++n) total[n] = total[n] + values * load(factors[n] + first);
+    for_values<A>(row, [&](int64_t first, const Vector<A>* values, A step) {
+      for (int v = 0; v < kVectorsOfGroup<A>; ++v)
+        for (int n = 0; n < N; ++n)
+          total[n] = total[n] + (step * values[v]) * load(factors[n] + first + v * kLanes<A>);
     });
   }
   for (int n = 0; n < N; ++n) out[n] = row.factor * static_cast<A>(sum_of_lanes<A>(total[n]));

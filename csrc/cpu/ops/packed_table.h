@@ -18,12 +18,31 @@ namespace {  // torch's Tensor is hidden, and so must be what holds one
 
 constexpr int64_t kGroup = 32, kMaxTiers = 16, kLevelBits = 4;
 
+// A tensor, or a contiguous copy of it. Copies of a Tensor count references, which is most of the time that the
+// arguments of a small call take.
+class Contiguous {
+ public:
+  explicit Contiguous(const Tensor& tensor) : tensor_(&tensor) {
+    if (tensor.is_contiguous()) return;
+    copy_ = torch::stable::contiguous(tensor);
+    tensor_ = &*copy_;
+  }
+  Contiguous(const Contiguous&) = delete;
+  const Tensor& operator*() const { return *tensor_; }
+  const Tensor* operator->() const { return tensor_; }
+
+ private:
+  const Tensor* tensor_;
+  std::optional<Tensor> copy_;
+};
+
 // The tiers of a table, checked, and what follows from them. They are a copy, since they bound the reads of
 // records, and another thread may write to the tensor.
 struct Tiers {
   std::vector<uint8_t> bytes;
   int64_t count, groups, basis_rows, width;
   std::array<int64_t, kMaxTiers> size{}, used{};  // words and groups of a tier's record
+  std::array<int64_t, kMaxTiers> equal{};         // groups at its start that have as many bits as the first
   std::array<int32_t, 256> pair;                  // words of two records, by the byte with their tiers
 
   Tiers(const uint8_t* all, int64_t count, int64_t groups, int64_t basis_rows, int64_t width)
@@ -38,10 +57,11 @@ struct Tiers {
       for (int64_t group = 0; group < groups; ++group) {
         const int64_t bits = own[1 + group];
         check(bits <= 8 && (bits == 0 || (group + 1) * kGroup <= most / kGroup * kGroup),
-              "tiers: expected up to 8 bits in a group of the row, got ", bits, " in group ", group, " of tier ",
-              tier);
+              "tiers: expected up to 8 bits in a group of the row, got ", bits, " in group ", group,
+              " of tier ", tier);
         size[tier] += bits;
         if (bits) used[tier] = group + 1;
+        if (equal[tier] == group && bits == own[1]) equal[tier] = group + 1;
       }
     }
     for (size_t i = 0; i < pair.size(); ++i) pair[i] = static_cast<int32_t>(size[i & 15] + size[i >> 4]);
@@ -83,17 +103,20 @@ struct PackedTable {
   };
 
   EMBKERN_INLINE Place find(int64_t id) const {
-    std::array<int32_t, 5> entry;
-    std::memcpy(entry.data(), directory + id / kGroup * 5, sizeof(entry));
-    const int32_t* pair = tiers->pair.data();
+    const int32_t* entry = directory + id / kGroup * 5;
+    uint64_t tiers_of[2];  // of 16 rows each, a byte for two
+    std::memcpy(tiers_of, entry + 1, sizeof(tiers_of));
     const int64_t lane = id % kGroup, before = lane / 2;
-    int64_t start = entry[0], own = 0;
-    // All 16 bytes are looked up, since a loop of unknown length costs a mispredicted branch.
-    EMBKERN_UNROLL for (int64_t i = 0; i < kGroup / 2; ++i) {
-      const int64_t two = static_cast<uint32_t>(entry[1 + i / 4]) >> 8 * (i % 4) & 255;
-      start += i < before ? pair[two] : 0;
-      own = i == before ? two : own;
-    }
+    const int64_t own = tiers_of[before / 8] >> 8 * (before % 8) & 255;
+    // All 16 bytes are looked up, since a loop of unknown length costs a mispredicted branch. The bytes from
+    // that of the row on are made 0, and what they add is subtracted.
+    const uint64_t mask = (uint64_t(1) << 8 * (before % 8)) - 1;
+    const uint64_t low = tiers_of[0] & (before < 8 ? mask : ~uint64_t(0)),
+                   high = before < 8 ? 0 : tiers_of[1] & mask;
+    const int32_t* pair = tiers->pair.data();
+    int64_t start = entry[0] - (kGroup / 2 - before) * pair[0];
+    EMBKERN_UNROLL for (int i = 0; i < 64; i += 8) start += pair[low >> i & 255];
+    EMBKERN_UNROLL for (int i = 0; i < 64; i += 8) start += pair[high >> i & 255];
     if (lane % 2) start += size[own & 15];
     return {start, own >> 4 * (lane % 2) & 15};
   }

@@ -43,6 +43,11 @@ EMBKERN_INLINE Vector<double> square_root(Vector<double> x) {
   return (Vector<double>)_mm256_sqrt_pd((__m256d)x);
 }
 
+EMBKERN_INLINE void store_streamed(const char* from, char* to) {
+  EMBKERN_UNROLL for (int at = 0; at < 64; at += 32) _mm256_stream_si256(
+      reinterpret_cast<__m256i*>(to + at), _mm256_load_si256(reinterpret_cast<const __m256i*>(from + at)));
+}
+
 // Lane i is from[first + (i >> BITS)]; `from` is aligned and all of these are in one vector of it.
 template <int BITS>
 EMBKERN_INLINE Vector<float> repeat_lanes(const float* from, int first) {
@@ -94,6 +99,8 @@ EMBKERN_INLINE void to_floats(const GroupIndices& indices, Vector<float>* values
 // to 6 of an index choose among eight of them: a gather of 32 entries takes twice as long.
 class Table128 {
  public:
+  static constexpr float kUnit = 1;  // of the results
+
   EMBKERN_INLINE explicit Table128(const int16_t* entries) {
     EMBKERN_UNROLL for (int i = 0; i < 8; ++i) {
       const __m256i some = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(entries + 16 * i));

@@ -23,5 +23,8 @@ EMBKERN_INLINE GroupIndices group_indices(const int32_t* words) {
     __m256i& part = parts[bit % 2];
     part = _mm256_mask_add_epi8(part, plane, part, _mm256_set1_epi8(static_cast<char>(1 << bit)));
   });
-  return {_mm256_or_si256(parts[0], parts[1])};
+  // Four bytes each in the order of GroupIndices, then widened.
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_or_si256(parts[0], parts[1]), order);
+  return {_mm512_cvtepu8_epi16(bytes)};
 }

@@ -63,7 +63,7 @@ struct Product<BFloat16> {
 };
 
 // One word per plane of the index, the highest bit first, each rotated as index_plane does it; then the bytes
-// of the same 8 values side by side; then a product over GF(2) transposes each 8 x 8 bits.
+// of the same 8 values side by side; then a product over GF(2) transposes 8 x 8 bits.
 template <int BITS, int COUNT>
 EMBKERN_INLINE GroupIndices group_indices(const int32_t* words) {
   const auto bit = [](int word) { return 7 - word < COUNT ? 7 - word : 0; };
@@ -73,11 +73,16 @@ EMBKERN_INLINE GroupIndices group_indices(const int32_t* words) {
       _mm256_setr_epi32(plane(0), plane(1), plane(2), plane(3), plane(4), plane(5), plane(6), plane(7));
   const __m256i rotations =
       _mm256_setr_epi32(before(0), before(1), before(2), before(3), before(4), before(5), before(6), before(7));
-  const __m256i bytes_of_8 = _mm256_setr_epi8(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29, 2, 6,
-                                              10, 14, 18, 22, 26, 30, 3, 7, 11, 15, 19, 23, 27, 31);
+  // 8 bytes of lane i hold byte i / 2 of every plane, the other 8 hold byte 2 + i / 2; of the 8 values there
+  // are, `values` selects the lower or the upper four and makes each a word.
+  const __m512i bytes = _mm512_set_epi32(0x1f1b1713, 0x0f0b0703, 0x1d191511, 0x0d090501, 0x1f1b1713, 0x0f0b0703,
+                                         0x1d191511, 0x0d090501, 0x1e1a1612, 0x0e0a0602, 0x1c181410, 0x0c080400,
+                                         0x1e1a1612, 0x0e0a0602, 0x1c181410, 0x0c080400);
+  constexpr int64_t kLower = 0x0008000400020001, kUpper = 0x0080004000200010;
+  const __m512i values = _mm512_set_epi64(kUpper, kUpper, kLower, kLower, kUpper, kUpper, kLower, kLower);
   const __m256i record = _mm256_maskz_loadu_epi32(static_cast<__mmask8>((1 << BITS) - 1), words);
   const __mmask8 used = static_cast<__mmask8>(0xff << (8 - COUNT));
   const __m256i rotated = _mm256_rolv_epi32(_mm256_maskz_permutexvar_epi32(used, planes, record), rotations);
-  return {_mm256_gf2p8affine_epi64_epi8(_mm256_set1_epi64x(0x8040201008040201),
-                                        _mm256_permutexvar_epi8(bytes_of_8, rotated), 0)};
+  const __m512i planes_of_8 = _mm512_permutexvar_epi8(bytes, _mm512_castsi256_si512(rotated));
+  return {_mm512_gf2p8affine_epi64_epi8(values, planes_of_8, 0)};
 }

@@ -49,6 +49,10 @@ EMBKERN_INLINE Vector<T> inverse_of_root(Vector<T> x, T scale, T eps) {
   }
 }
 
+EMBKERN_INLINE void store_streamed(const char* from, char* to) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_load_si512(from));
+}
+
 // Lane i is from[first + (i >> BITS)]; `from` is aligned and all of these are in one vector of it.
 template <int BITS>
 EMBKERN_INLINE Vector<float> repeat_lanes(const float* from, int first) {
@@ -149,33 +153,35 @@ EMBKERN_INLINE Vector<float> times_power_of_two(Vector<float> x, Vector<float> w
 
 // ---- groups of a packed table -------------------------------------------------------------------------------
 
-// The indices of the 32 values of a group.
+// The indices of the 32 values of a group, a word each, in the order that two unpacking instructions take: lane
+// i of 128 bits has those of values 4 i to 4 i + 3 and 16 + 4 i to 16 + 4 i + 3.
 struct GroupIndices {
-  __m256i bytes;
+  __m512i words;
 };
 
 EMBKERN_INLINE void to_floats(const GroupIndices& indices, Vector<float>* values) {
-  const __m128i low = _mm256_castsi256_si128(indices.bytes), high = _mm256_extracti128_si256(indices.bytes, 1);
-  values[0] = (Vector<float>)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(low));
-  values[1] = (Vector<float>)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(high));
+  const __m512i zero = _mm512_setzero_si512();
+  values[0] = (Vector<float>)_mm512_cvtepi32_ps(_mm512_unpacklo_epi16(indices.words, zero));
+  values[1] = (Vector<float>)_mm512_cvtepi32_ps(_mm512_unpackhi_epi16(indices.words, zero));
 }
 
 // A table of 128 integers in four registers. Two shuffles of 64 entries each look 32 indices up.
 class Table128 {
  public:
+  static constexpr float kUnit =
+      1.0f / 65536;  // of the results: unpacked into upper halves, a word keeps its sign
+
   EMBKERN_INLINE explicit Table128(const int16_t* entries) {
     EMBKERN_UNROLL for (int i = 0; i < 4; ++i) quarter_[i] = _mm512_loadu_si512(entries + 32 * i);
   }
 
   EMBKERN_INLINE void look_up(const GroupIndices& indices, Vector<float>* values) const {
-    const __m512i index = _mm512_cvtepu8_epi16(indices.bytes);
-    const __mmask32 upper = _mm256_movepi8_mask(_mm256_slli_epi16(indices.bytes, 1));  // bit 6 of the index
-    const __m512i entries =
-        _mm512_mask_blend_epi16(upper, _mm512_permutex2var_epi16(quarter_[0], index, quarter_[1]),
-                                _mm512_permutex2var_epi16(quarter_[2], index, quarter_[3]));
-    const __m256i low = _mm512_castsi512_si256(entries), high = _mm512_extracti64x4_epi64(entries, 1);
-    values[0] = (Vector<float>)_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(low));
-    values[1] = (Vector<float>)_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(high));
+    const __m512i index = indices.words, zero = _mm512_setzero_si512();
+    const __m512i entries = _mm512_mask_blend_epi16(_mm512_test_epi16_mask(index, _mm512_set1_epi16(64)),
+                                                    _mm512_permutex2var_epi16(quarter_[0], index, quarter_[1]),
+                                                    _mm512_permutex2var_epi16(quarter_[2], index, quarter_[3]));
+    values[0] = (Vector<float>)_mm512_cvtepi32_ps(_mm512_unpacklo_epi16(zero, entries));
+    values[1] = (Vector<float>)_mm512_cvtepi32_ps(_mm512_unpackhi_epi16(zero, entries));
   }
 
  private:

@@ -12,6 +12,8 @@ EMBKERN_INLINE V square_root(V x) {
   return x;
 }
 
+EMBKERN_INLINE void store_streamed(const char* from, char* to) { std::memcpy(to, from, 64); }
+
 // Lane i is from[first + (i >> BITS)]; `from` is aligned.
 template <int BITS>
 EMBKERN_INLINE Vector<float> repeat_lanes(const float* from, int first) {
@@ -48,6 +50,8 @@ EMBKERN_INLINE void to_floats(const GroupIndices& indices, Vector<float>* values
 // A table of 128 integers.
 class Table128 {
  public:
+  static constexpr float kUnit = 1;  // of the results
+
   EMBKERN_INLINE explicit Table128(const int16_t* entries) : entries_(entries) {}
 
   EMBKERN_INLINE void look_up(const GroupIndices& indices, Vector<float>* values) const {
