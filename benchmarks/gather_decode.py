@@ -39,7 +39,7 @@ from .shapes import Model, id_sets, zipf_probabilities
 from .text import docstrings
 
 ID_SETS = 8
-COUNTS = [1, 16, 128, 1024, 4096]
+COUNTS = [1, 16, 128, 1024, 4096, 16384]
 HIDDEN = [1, 16, 128, 1024]
 SHAPE = (30522, 384)  # of a random table
 BASELINES = ("dense-fp32", "quint4x2")

@@ -76,7 +76,7 @@ class PackedTableModule(TableModule):
                 floats["basis"],
                 floats["offset"],
             )
-        except KeyError:  # A parametrization, FSDP or DataParallel has put an attribute in a parameter's place.
+        except KeyError:  # A parametrization or FSDP has put an attribute in a parameter's place.
             held = tuple(getattr(self, name) for name in PackedTensors._fields)
         tensors: Tensors = held
         return tensors
@@ -117,7 +117,7 @@ class PackedEmbedding(PackedTableModule, CompressedEmbedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows of ``ids`` (any shape, int32 or int64), times ``scale``: (``*``, H)."""
-        packed = self._packed_tensors()
+        packed = self._packed_tensors()  # once, for the dtype, too
         scale = self._rounded_scale.get(packed[4].dtype, self._scale)
         return decode_rows(ids, packed, self._width, scale, self.padding_idx, self.backend)
 

@@ -186,7 +186,8 @@ struct Lookup {
       int64_t first, last, tier;
     };
     std::vector<Task> tasks;
-    const int64_t share = std::clamp(distinct.count() / torch::stable::get_num_threads(), kFewRows, kProductRows);
+    const int64_t share =
+        std::clamp(distinct.count() / torch::stable::get_num_threads(), kFewRows, kProductRows);
     std::vector<Terms> all(table.count);
     int64_t work = 0;
     for (int64_t tier = 0; tier < table.count; ++tier) {
