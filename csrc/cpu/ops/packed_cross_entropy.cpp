@@ -244,8 +244,11 @@ template <class A>
 void CrossEntropy<A>::add_labels(const std::vector<State>& states, typename Head<A>::Sums& sums) const {
   std::vector<Row> rows(head_.states);
   for (int64_t n = 0; n < head_.states; ++n) {
-    rows[n].id = labels_.labels[n];
-    rows[n].tier = head_.table.locate(rows[n].id, &rows[n].record);
+    const int64_t id = labels_.labels[n];
+    head_.table.check_place(id);
+    const auto [start, tier] = head_.table.find(id);
+    rows[n].id = id, rows[n].tier = tier;
+    rows[n].record = head_.table.records + start;
   }
   for_tasks((head_.states + kGradientStates - 1) / kGradientStates,
             useful_threads(head_.states * head_.width * kGroup), [&](int64_t task) {

@@ -12,9 +12,9 @@ from ...methods.calibration import Calibration
 from ...recipe import Recipe
 from ...text.frequencies import Source
 from ...text.reading import read_texts
-from .on_text import calibrate, check_calibration
 from .kinds import kind_of
 from .on_samples import CalibrationTooLongError, self_calibrate
+from .on_text import calibrate, check_calibration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
