@@ -3,9 +3,9 @@
 The table has the shape of SmolLM2-135M's and random rows with a falling spectrum, packed by `allocate`;
 factors of the same size stand beside it (`low-rank`: the dense table on its leading singular vectors). Mode
 `forward` is the loss without gradients, `hidden` the loss and the gradient of the hidden states from a frozen
-table, `table` that of the table as well: of all rows where it is dense, of scales, basis and offset where it is
-packed, of codes and basis where it is low-rank. Providers are timed in paired rounds with other hidden states
-in every round, embkern only after loss and gradient of the hidden states were compared with float64. Extra
+table, `table` that of the table as well: of all rows where it is dense, of scales, basis and offset where it
+is packed, of codes and basis where it is low-rank. Providers are timed in paired rounds with other states in
+every round, embkern only after loss and gradient of the hidden states were compared with float64. Extra
 memory is how far the resident set rises during one call (on CUDA: the allocator's peak).
 """
 

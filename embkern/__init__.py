@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .methods.calibration import Calibration
     from .models.calibrate import calibrate, self_calibrate
     from .models.config import EmbkernConfig
+    from .models.fused_loss import enable_fused_loss
     from .models.report import Report
     from .models.resize import resize_token_embeddings
     from .nn import FactorizedEmbedding, FactorizedHead, PackedEmbedding, PackedHead
@@ -48,6 +49,7 @@ _PUBLIC = {
     "Recipe": "recipe",
     "Report": "models.report",
     "EmbkernConfig": "models.config",
+    "enable_fused_loss": "models.fused_loss",
     "resize_token_embeddings": "models.resize",
 }
 
@@ -69,6 +71,7 @@ __all__ = [
     "compress",
     "count_files",
     "count_tokens",
+    "enable_fused_loss",
     "export_dense",
     "read_texts",
     "resize_token_embeddings",

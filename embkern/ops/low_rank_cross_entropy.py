@@ -92,10 +92,10 @@ def low_rank_cross_entropy(
     ``F.cross_entropy(capped(F.linear(hidden, codes @ basis + offset, bias)), labels, ignore_index=...,
     label_smoothing=..., reduction=...)`` with ``capped(z) = softcap * tanh(z / softcap)``
 
-    ``hidden @ basis.T`` meets the codes a piece at a time, so that no more than 16 million logits exist at once
-    (2 million on CPU) unless that were fewer than 256 rows, and the logits are folded into the maximum and the
-    sum of exponentials of each hidden state. Sums run in fp32 (float64 for float64); products run in the dtype
-    of hidden, on CPU in that of sums. Loss and gradient of a prediction that is nearly certain are computed
+    ``hidden @ basis.T`` meets the codes a piece at a time, with no more than 16 million logits (2 million on
+    CPU) unless that were fewer than 256 rows, and the logits are folded into the maximum and the sum of
+    exponentials of each hidden state. Sums run in fp32 (float64 for float64); products run in the dtype of
+    hidden, on CPU in that of sums. Loss and gradient of a prediction that is nearly certain are computed
     without cancellation.
 
     Gradients flow to hidden, codes, basis, offset and bias, once (no double backward). If codes and bias are
