@@ -143,7 +143,8 @@ def gather_decode(
             trellis (``embkern.ops.packed_format.trellis_states``). Wider codes are uniform, ``code -
             (2**bits - 1) / 2``.
         scales: (V,), a factor on each row.
-        basis: (K, H), K a multiple of 32; None if no tier needs it.
+        basis: (K, H), K a multiple of 32; None if no tier needs it. Rows for groups of 0 bits may be left
+            unread, or be multiplied by 0.
         offset: (H,), added to every row, or None.
         embedding_dim: H, the number of columns.
         scale: factor on the result, applied before the rounding.

@@ -109,12 +109,17 @@ def test_gather_decode(case):
     b = torch.zeros(H, dtype=torch.float64) if offset is None else offset.double()
     direct = torch.nn.functional.pad(values, (0, max(0, H - values.shape[1])))[:, :H]
     row, size = direct, direct.abs()
+    undefined = torch.full((len(flat), H), scale != 0)
     if basis is not None:
         coefficients = torch.nn.functional.pad(values, (0, max(0, case["K"] - values.shape[1])))
         coefficients = coefficients[:, : case["K"]]
         at = transform.unsqueeze(1)
         row = torch.where(at, coefficients @ basis.double(), row)
         size = torch.where(at, coefficients.abs() @ basis.double().abs(), size)
+        # Groups without bits are no terms: their rows of the basis may be multiplied by 0, or not read.
+        terms = (coefficients != 0).double()
+        met = (terms @ (~basis.isfinite()).double() > 0) | b.isnan()
+        undefined &= ~at | met | (~factor.isfinite() & (terms.sum(1, keepdim=True) > 0))
     exact = scale * (factor * row + b)
     sizes = factor.abs() * size + b.abs()
     # In bf16 and fp16 the scaled coefficients and the basis are rounded before the product.
@@ -143,7 +148,7 @@ def test_gather_decode(case):
         options = dict(embedding_dim=H, scale=scale, padding_idx=padding, backend=backend)
         with Unchanged(ids, grad, *tensors.values()):
             got = gather_decode(ids, **tensors, **options)
-            assert_within(got.reshape(exact.shape), exact, within + lost, most, f"{backend} rows", scale != 0)
+            assert_within(got.reshape(exact.shape), exact, within + lost, most, f"{backend} rows", undefined)
             assert same_bits(got, gather_decode(ids, **tensors, **options))
             leaves = {
                 name: each.detach().requires_grad_()
