@@ -8,7 +8,7 @@ head alone.
 `decode` is `generate` of 16 tokens after a prompt of 16, `prefill` of one token after 512, `encode` a forward
 pass of 32 tokenised sentences. Providers of a model are in memory together and timed in paired rounds,
 embkern after its logits were compared with those of its dense decoding. `memory` is the resident set of a
-fresh process that loaded a model and ran it once, beyond its imports.
+fresh process that loaded a model, ran it and read all its weights, beyond what it had after its imports.
 """
 
 from __future__ import annotations
@@ -43,9 +43,11 @@ from .text import docstrings
 from .tools.installed_models import INSTALLED, dense_model
 
 MODELS = (*INSTALLED, "minilm")
+OPS = ("prefill", "decode", "encode", "memory")
 PROMPT, NEW, PREFILL, SENTENCES = 16, 16, 512, 32
 SLOW = 6.0  # times the dense call's time: a provider that takes longer is not timed again
 COUNTED = 70_000  # sentences
+PAGE = 4096  # bytes
 ERROR = 1e-4  # of logits after tens of layers in fp32
 BASELINES = ("dense-fp32", "dense-bf16", "qint8")
 
@@ -56,6 +58,7 @@ def main(arguments: list[str]) -> None:
     add = parser.add_argument
     add("--models", nargs="+", choices=MODELS, default=list(MODELS))
     add("--ratio", type=float, default=16.0, help="of embkern's table")
+    add("--ops", nargs="+", choices=OPS, default=list(OPS))
     add("--random", action="store_true", help="random weights, also where the packages are installed")
     add("--cache", type=Path, help="directory of the models; default: the user's cache")
     add("--resident", nargs=2, metavar=("PROVIDER", "DIR"), help="print the memory of this process")
@@ -101,10 +104,13 @@ class Generate(Bench):
         for op, count in calls.items():
             if self.late():
                 return
+            if op not in self.options.ops:
+                continue
             self._run_cell(name, op, count, models, inputs[op])
         timed = list(models)
         models.clear()
-        self._memory(name, {each: places[each] for each in timed})
+        if "memory" in self.options.ops:
+            self._memory(name, {each: places[each] for each in timed})
         self.write()
 
     def _directory(self, name: str) -> tuple[Path, bool]:
@@ -298,13 +304,23 @@ def _of_shape(name: str) -> Any:
 
 
 def _resident(provider: str, directory: str) -> dict[str, int]:
-    """Load a model in this process, use it once, and return the resident bytes beyond the imports."""
-    import transformers  # noqa: F401
+    """Load a model in this process, run it, read all its weights, and return the resident bytes it added.
 
+    Files of weights are mapped into memory, so that what nothing reads is not resident yet.
+    """
+    import transformers
+
+    import embkern.models.quantizer  # noqa: F401 (as loading a compressed model does)
+
+    config = transformers.AutoConfig.from_pretrained(directory)
+    getattr(transformers, config.architectures[0])  # imports its module
     before = resident_bytes()
     model = PROVIDERS[provider].load(Path(directory))
     with torch.no_grad():
         Generate._forward(model)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_quantized:
+            tensor.detach().flatten()[:: PAGE // tensor.element_size()].sum()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return {"resident": resident_bytes() - before, "before": before}
