@@ -107,8 +107,7 @@ struct PackedRow {
   const int32_t* words;
   const uint8_t* bits;  // per group; the groups' words follow each other
   int64_t groups, width;
-  const int16_t*
-      levels;  // in steps of 2^-12: kTrellisStates each for 1 to 4 bits, then 2 more that are readable
+  const int16_t* levels;  // in steps of 2^-12, kTrellisStates each for 1 to 4 bits
   acc_t<T> factor;
   int64_t equal = 1;  // so many groups at the start, or more, have as many bits as the first one
 };

@@ -168,8 +168,7 @@ EMBKERN_INLINE void to_floats(const GroupIndices& indices, Vector<float>* values
 // A table of 128 integers in four registers. Two shuffles of 64 entries each look 32 indices up.
 class Table128 {
  public:
-  static constexpr float kUnit =
-      1.0f / 65536;  // of the results: unpacked into upper halves, a word keeps its sign
+  static constexpr float kUnit = 1.0f / 65536;  // of the results: an upper half of a word, with its sign
 
   EMBKERN_INLINE explicit Table128(const int16_t* entries) {
     EMBKERN_UNROLL for (int i = 0; i < 4; ++i) quarter_[i] = _mm512_loadu_si512(entries + 32 * i);
