@@ -55,7 +55,10 @@ def test_wrong_logits_are_not_timed(tmp_path, tiny, monkeypatch):
 
     monkeypatch.setattr(generate.Generate, "_forward", staticmethod(wrong))
     with pytest.raises(SystemExit, match="1"):
-        generate.main([*QUICK, "--cache", str(tmp_path / "cache"), "--results", str(tmp_path)])
+        generate.main(
+            [*QUICK, "--clock", "process", "--cache", str(tmp_path / "cache"), "--results", str(tmp_path)]
+        )
     contents = json.loads((tmp_path / "generate_cpu.json").read_text())
+    assert contents["clock"] == "process"
     assert "embkern" not in {row["provider"] for row in contents["rows"]}
     assert "relative error" in contents["failures"][0]["error"]

@@ -90,6 +90,14 @@ def test_documents_are_the_prose_of_an_installation(tmp_path, monkeypatch):
     }
 
 
+def test_only_the_named_sources_are_read(tmp_path, monkeypatch):
+    (tmp_path / "README").write_text(PROSE)
+    sources = [(name, tmp_path, "README", installed_text._plain) for name in ("manual pages", "packages")]
+    monkeypatch.setattr(installed_text, "_sources", lambda: iter(sources))
+    assert [each.source for each in installed_documents()] == ["manual pages", "packages"]
+    assert [each.source for each in installed_documents(["packages"])] == ["packages"]
+
+
 def test_this_installation_has_documents():
     first = next(installed_documents())
     assert first.source == "standard library"
