@@ -214,8 +214,9 @@ def divergence(rows: list[dict[str, Any]], results: dict[str, Any], path: Path) 
                 continue
             bits, values = [point[0] for point in points], [point[1] for point in points]
             axis.plot(bits, values, linestyle=line or "none", color=colour, marker=marker, ms=4.5, label=name)
-            for x, y, label in points:
-                axis.annotate(label, (x, y), textcoords="offset points", xytext=(5, 3), fontsize=7)
+            for number, (x, y, label) in enumerate(points):  # alternately below and above: some lie together
+                place = (5, 3 if number % 2 else -9)
+                axis.annotate(label, (x, y), textcoords="offset points", xytext=place, fontsize=7)
         axis.set(xscale="log", yscale="log", xlabel="bits per value, every byte counted", title=title)
         axis.set_xlim(0.9, 10)
         axis.set_xticks([1, 2, 3, 4, 6, 8], ["1", "2", "3", "4", "6", "8"])
