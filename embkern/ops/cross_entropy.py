@@ -17,7 +17,7 @@ def check_options(label_smoothing: float, softcap: float | None, reduction: str)
     """Raise ValueError for an option out of range."""
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: expected 0 to 1, got {label_smoothing}")
-    if softcap is not None and not 0 < softcap < 1e30:
+    if softcap is not None and not 1e-30 <= softcap <= 1e30:
         raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")

@@ -105,7 +105,7 @@ def assert_contract(shape, states, dtype, device="cpu", backend=None, trained=No
 @pytest.mark.usefixtures("poisoned")
 def test_every_instruction_set_keeps_the_numerical_contract(level, dtype):
     assert cpu_capability() == level
-    for shape in SHAPES:
+    for shape in SHAPES[::2]:
         assert_contract(shape, 50, dtype)
         assert_contract(shape, 50, dtype, trained=[0], softcap=4.0)
     assert_contract(SHAPES[-1], 300, dtype, trained=[0])
@@ -115,7 +115,7 @@ def test_every_instruction_set_keeps_the_numerical_contract(level, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("poisoned")
 def test_losses_and_gradients_are_no_worse_than_plain_torch(backend, device, options, dtype):
-    for shape in SHAPES:
+    for shape in SHAPES[1::2] if options else SHAPES:
         assert_contract(shape, 40, dtype, device, backend, **options)
 
 

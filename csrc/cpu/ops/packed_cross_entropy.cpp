@@ -365,7 +365,7 @@ struct Arguments {
       check_size("bias", *bias, 0, table.vocabulary);
     }
     check(smoothing >= 0 && smoothing <= 1, "label_smoothing: expected 0 to 1, got ", smoothing);
-    check(cap >= 0 && cap < 1e30, "softcap: expected a positive number, got ", cap);
+    check(cap == 0 || (cap >= 1e-30 && cap <= 1e30), "softcap: expected 0 or a positive number, got ", cap);
     kept = kept_labels(labels, table.vocabulary, ignore_index);
     hidden = rows_at(hidden, kept.positions);
   }
