@@ -36,6 +36,7 @@ from embkern.experiments.dependencies import code_hash, files_fingerprint, frequ
 from embkern.experiments.engine import Result, key_of, read_result, write_result
 from embkern.io.cache import cache_directory
 from embkern.methods import rank_for_ratio
+from embkern.models.calibrate import calibrate
 from embkern.models.find_table import find_table
 from embkern.models.loading import load_model, load_tokenizer
 from embkern.rivals import ALL_METHODS
@@ -220,22 +221,17 @@ def _at_bits(method: str, label: str, settings: Sequence[dict[str, Any]]) -> Ite
 
 
 def _calibrated(ratios: Sequence[float]) -> Iterator[Entry]:
-    """Yield rate allocation in the metric in which the model sees its table, where embkern has it."""
-    import embkern
-
-    calibrate: Any = getattr(embkern, "calibrate", None)
-    if calibrate is None:
-        return
+    """Yield rate allocation in the metric in which the model sees its table."""
 
     @functools.cache
     def calibration(subject: Subject) -> Any:
-        return calibrate(subject.model, subject.tokenizer, docstrings()[:COUNTED])
+        return calibrate(subject.model, subject.tokenizer, docstrings()[:COUNTED], progress=False)
 
     def build(ratio: float, subject: Subject) -> Any:
         options = {"counts": subject.counts, "calibration": calibration(subject)}
         return ALL_METHODS["allocate"].compress(subject.table, ratio=ratio, **options)
 
-    code = f"{method_code('allocate')},{code_hash(calibrate.__module__)}"
+    code = f"{method_code('allocate')},{code_hash('embkern.models.calibrate.on_text')}"
     for ratio in ratios:
         yield Entry("allocate, calibrated", {"ratio": ratio}, functools.partial(build, ratio), code)
 

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from embkern.methods.rate_search import RateSearch
+from embkern.methods.rate_search import RateSearch, at_least
 from embkern.ops.packed_format import Tier
 
 TIERS = [Tier(False, (bits,)) for bits in (1, 2, 4, 8)]  # 4, 8, 16 and 32 bytes a row
@@ -27,7 +27,8 @@ def errors() -> torch.Tensor:
 @pytest.mark.parametrize("budget", [4 * V, 60, 100, 32 * V])
 def test_no_other_choice_of_as_many_bytes_has_less_error(errors, budget):
     weights = torch.rand(V, dtype=torch.float64) + 0.1
-    found = RateSearch(errors, weights, TIERS, no_shared_bytes).within(budget, len(TIERS))
+    search = RateSearch(errors * weights.unsqueeze(1), TIERS, no_shared_bytes)
+    found = search.within(budget, len(TIERS))
     assert found is not None
     kept, choice = found
     size = torch.tensor([4 * tier.words for tier in TIERS])
@@ -37,12 +38,14 @@ def test_no_other_choice_of_as_many_bytes_has_less_error(errors, budget):
     every = torch.tensor(list(itertools.product(range(len(TIERS)), repeat=V)))
     costs = (errors[torch.arange(V), every] * weights).sum(1)
     cost = float((errors[torch.arange(V), chosen] * weights).sum())
+    # Sums of V products in another order.
+    assert search.cost_of(kept, choice) == pytest.approx(cost, rel=1e-14)
     # A choice that minimises the Lagrangian is optimal for its own bytes; the price is exact to 1e-5.
     assert cost <= float(costs[size[every].sum(1) <= spent].min()) * (1 + 1e-4)
 
 
 def test_the_smallest_and_the_largest_choice_are_reached(errors):
-    search = RateSearch(errors, torch.ones(V), TIERS, no_shared_bytes)
+    search = RateSearch(errors, TIERS, no_shared_bytes)
     assert search.least_bytes() == 4 * V
     assert search.within(4 * V - 1, 4) is None
     for budget, tier in ((4 * V, 0), (32 * V, 3)):
@@ -52,7 +55,7 @@ def test_the_smallest_and_the_largest_choice_are_reached(errors):
 
 
 def test_no_more_tiers_are_kept_than_asked_for(errors):
-    search = RateSearch(errors, torch.ones(V), TIERS, no_shared_bytes)
+    search = RateSearch(errors, TIERS, no_shared_bytes)
     for most in (1, 2, 3):
         kept, choice = search.within(70, most)
         assert len(kept) <= most
@@ -60,7 +63,7 @@ def test_no_more_tiers_are_kept_than_asked_for(errors):
 
 
 def test_bytes_that_rows_share_are_part_of_the_budget(errors):
-    search = RateSearch(errors, torch.ones(V), TIERS, lambda tiers: 10 * len(tiers))
+    search = RateSearch(errors, TIERS, lambda tiers: 10 * len(tiers))
     kept, choice = search.within(80, 4)
     assert sum(4 * TIERS[kept[position]].words for position in choice.tolist()) + 10 * len(kept) <= 80
     assert search.least_bytes() == 4 * V + 10 * len(TIERS)
@@ -68,7 +71,8 @@ def test_bytes_that_rows_share_are_part_of_the_budget(errors):
 
 def test_a_floor_excludes_tiers_row_by_row():
     errors = torch.tensor([[0.5, 0.3, 0.2, 0.1]] * (V - 1) + [[0.9, 0.6, 0.4, 0.05]], dtype=torch.float64)
-    kept, choice = RateSearch(errors, torch.ones(V), TIERS, no_shared_bytes, 0.5).within(4 * (V - 1) + 16, 4)
+    cost = at_least(0.5, errors, 1 - errors)
+    kept, choice = RateSearch(cost, TIERS, no_shared_bytes).within(4 * (V - 1) + 16, 4)
     assert [kept[position] for position in choice.tolist()] == [0] * (V - 1) + [2]
     with pytest.raises(ValueError, match=r"floor: expected at most 0.9, the worst row's cosine .* got 0.99"):
-        RateSearch(errors, torch.ones(V), TIERS, no_shared_bytes, 0.99)
+        at_least(0.99, errors, 1 - errors)
