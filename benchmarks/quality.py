@@ -3,7 +3,7 @@
 A ratio is bytes of the fp32 table over bytes of everything that replaces it. Direction error is 1 - cos(row,
 reconstruction), as a mean over rows and weighted by token frequency. Fidelity is the Spearman correlation of
 pairwise sentence similarities before and after compression, on held-out sentences of the kind that was
-counted, and of another kind.
+counted, and of another kind. `allocate (calibrated)` knows what the sentence embeddings depend on, too.
 
 Tokens are counted in sentences of docstrings (benchmarks/text.py) or of `--text FILE`; the last 800 lines are
 held out. The other kind is the general English of embkern/data/sentences.txt, or the first 800 lines of
@@ -14,6 +14,7 @@ order of the vocabulary, mixed, and the text's own.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import os
 import time
@@ -25,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embkern.fidelity import embed_sentences, read_sentences, sentence_fidelity
-from embkern.methods import rank_for_ratio
+from embkern.methods import Calibration, rank_for_ratio
+from embkern.models.calibrate import calibrate
 from embkern.rivals import ALL_METHODS
 from embkern.text.counts import count_tokens
 from embkern.text.frequencies import COMPRESSION_STRENGTH, expected_frequencies
@@ -51,8 +53,9 @@ COLUMNS = {
     "seconds": ("seconds", ".1f"),
 }
 SLOW = ("nonlinear_autoencoder",)  # minutes to hours on a CPU; only run if `--methods` names it
-# These show the effect of counts and exponent, and the cost of only six tiers of rows.
+# These show the effect of a calibration, of counts and exponent, and the cost of only six tiers of rows.
 VARIANTS: dict[str, dict[str, Any]] = {
+    "allocate (calibrated)": {"calibration": "on the counted sentences"},
     "allocate (prior)": {"counts": "prior"},
     "allocate (uniform)": {"counts": "uniform"},
     "allocate (exponent 0.5)": {"exponent": 0.5},
@@ -126,20 +129,25 @@ class Quality:
         lines = docstrings() if text is None else read_sentences(text, COUNTED + HELD_OUT)
         if len(lines) < 2 * HELD_OUT:
             raise SystemExit(f"--text: expected at least {2 * HELD_OUT} lines, got {len(lines)}")
-        counted, self.same = lines[-HELD_OUT - COUNTED : -HELD_OUT], lines[-HELD_OUT:]
+        self.counted, self.same = lines[-HELD_OUT - COUNTED : -HELD_OUT], lines[-HELD_OUT:]
         self.other = read_sentences(other or SENTENCES, HELD_OUT)
-        count = count_tokens(counted, self.tokenizer, num_embeddings=len(self.table), progress=False)
+        count = count_tokens(self.counted, self.tokenizer, num_embeddings=len(self.table), progress=False)
         self.prior = vocabulary_prior(self.tokenizer, len(self.table))
         self.counts = expected_frequencies(count, self.prior, strength=strength)
         self.before = [self._embed(self.same), self._embed(self.other)]
         self.facts: dict[str, Any] = {
             "text": "docstrings" if text is None else text.name,
             "other": (other or SENTENCES).name,
-            "counted_sentences": len(counted),
+            "counted_sentences": len(self.counted),
             "counted_tokens": int(count.counts.sum()),
             "sentences": [len(self.same), len(self.other)],
             "bits_per_token": [self._bits(self.same), self._bits(self.other)],
         }
+
+    @functools.cached_property
+    def calibration(self) -> Calibration:
+        """What the sentence embeddings depend on."""
+        return calibrate(self.model, self.tokenizer, self.counted, length=128, pooling="mean", progress=False)
 
     def _bits(self, sentences: list[str]) -> dict[str, float]:
         """Return the cross-entropy per token of sentences, in bits, under each kind of frequencies."""
@@ -187,6 +195,8 @@ class Quality:
         if method.weighted:
             counts = {"mixed": self.counts, "prior": self.prior, "uniform": None}
             options["counts"] = counts[options.get("counts", "mixed")]
+        if "calibration" in options:
+            options["calibration"] = self.calibration
         if method.sized_by == "ratio":
             return method.compress(self.table, ratio=ratio, **options)
         (V, H), offset = self.table.shape, method.has_offset(method.options())

@@ -54,12 +54,7 @@ from .rate_search import RateSearch, at_least
 class AllocateOptions(Options):
     """Options of ``allocate``."""
 
-    exponent: float | None = Field(
-        None,
-        ge=0,
-        le=1,
-        description="rows weigh their frequency to this power; default: 0.55, with a calibration 0.7",
-    )
+    exponent: float = Field(0.55, ge=0, le=1, description="rows weigh their frequency to this power")
     tiers: int | None = Field(
         None, ge=1, le=16, description="rates that rows may choose from; default: 6, with a calibration 12"
     )
@@ -68,8 +63,7 @@ class AllocateOptions(Options):
 
 BASIS_SHARE = 0.05  # of the budget, for the basis without a calibration
 LARGE_BASIS = 0.12  # share of the budget from which smaller bases are tried with a calibration
-DIRECTION_DEFAULTS = {"exponent": 0.55, "tiers": 6}
-METRIC_DEFAULTS = {"exponent": 0.7, "tiers": 12}
+DIRECTION_TIERS, METRIC_TIERS = 6, 12  # by default
 
 
 @torch.no_grad()
@@ -114,28 +108,24 @@ def allocate(
     chosen = parse_options(AllocateOptions, options, "allocate")
     check_table(table)
     budget = byte_budget(table, ratio)
-    defaults = DIRECTION_DEFAULTS if calibration is None else METRIC_DEFAULTS
-    exponent, tiers = (
-        defaults[name] if getattr(chosen, name) is None else getattr(chosen, name)
-        for name in ("exponent", "tiers")
-    )
+    tiers = chosen.tiers or (DIRECTION_TIERS if calibration is None else METRIC_TIERS)
     rows = torch.cat([each.to("cpu", torch.float32) for each in blocks(table)])
     dtype, width = float_dtype(rows, table.dtype), table.shape[1]
     row_bytes = GROUP * dtype.itemsize * width  # of a group of rows of the basis
     candidates: Iterator[Allocation]
     if calibration is None:
-        weights = row_weights(counts, len(table), exponent)
+        weights = row_weights(counts, len(table), chosen.exponent)
         groups = min(groups_of(width), round(BASIS_SHARE * budget / row_bytes))
         candidates = iter([DirectionAllocation(rows, weights, dtype, groups)])
     else:
         calibration.check_table(table.shape)
-        forms = forms_of(calibration, counts, tied=tied, exponent=exponent)
+        forms = forms_of(calibration, counts, tied=tied, exponent=chosen.exponent)
         sizes = _basis_sizes(groups_of(width), row_bytes / max(1, budget))
         candidates = (MetricAllocation(rows, forms, dtype, size) for size in sizes)
     best: _Plan | None = None
     for allocation in candidates:
         search = RateSearch(_costs(allocation, chosen.floor), allocation.tiers, allocation.shared_bytes)
-        if found := search.within(budget, int(tiers)):
+        if found := search.within(budget, tiers):
             plan = _Plan(search.cost_of(*found), allocation, *found)
             if best is not None and plan.cost >= best.cost:
                 break
