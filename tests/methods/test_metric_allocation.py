@@ -105,19 +105,19 @@ def test_same_inputs_same_bytes():
     assert same(one, other)
 
 
-def test_the_scale_of_a_metric_does_not_matter_but_the_relation_of_two_does():
+def test_the_scale_of_a_calibration_does_not_matter():
     x, c = table(), calibration()
     # A power of two, so that no rounding differs.
     both = calibration(input_moment=c.input_moment * 2**40, head_moment=c.head_moment * 2**40)
     assert same(allocate(x, ratio=10, calibration=c), allocate(x, ratio=10, calibration=both))
-    one = calibration(head_moment=c.head_moment * 1e-12)
-    counts = input_frequencies(c)
-    table_of_one = allocate(x, ratio=10, calibration=one)
-    got, without = (
-        predicted_divergence(x, each.to_dense(), c, counts, tied=False)
-        for each in (table_of_one, allocate(x, ratio=10, calibration=c))
-    )
-    assert got < without  # rows are chosen for the input alone
+
+
+@pytest.mark.parametrize("factor", [1e-12, 1e12])
+def test_metrics_of_very_different_scale(factor):
+    x = table()
+    made = allocate(x, ratio=10, calibration=calibration(head_moment=calibration().head_moment * factor))
+    assert x.nbytes / made.nbytes >= 10
+    assert bool(torch.isfinite(made.to_dense()).all())
 
 
 def test_floor_holds_for_every_row():
