@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from embkern.evaluate.batches import Batch, grouped
-from embkern.evaluate.language_model import SplitModel, evaluating
+from embkern.evaluate.language_model import SplitModel
 from embkern.evaluate.perplexity import Perplexity, evaluate_perplexity
 from embkern.evaluate.windows import causal_windows
 from embkern.experiments.dependencies import code_hash, files_fingerprint, frequencies_code, method_code
@@ -38,6 +38,7 @@ from embkern.io.cache import cache_directory
 from embkern.methods import rank_for_ratio
 from embkern.models.calibrate import calibrate
 from embkern.models.find_table import find_table
+from embkern.models.inference import evaluating
 from embkern.models.loading import load_model, load_tokenizer
 from embkern.rivals import ALL_METHODS
 from embkern.text.counts import count_tokens

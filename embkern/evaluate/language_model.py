@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models.inference import language_kind
 from ..nn import CompressedHead
 from ..ops.reference.cross_entropy import LossOptions, dense_losses
 
@@ -46,23 +47,18 @@ def kind_of(model: PreTrainedModel) -> Kind:
     Raises:
         ValueError: it is neither: an encoder without a head, an encoder-decoder, a classifier.
     """
-    from transformers.models.auto import modeling_auto as auto
-
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise ValueError(
             f"model: {name} is an encoder-decoder; perplexity is of masked and causal language models"
         )
-    masked = name.endswith("ForMaskedLM") or name in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
-    causal = name.endswith("ForCausalLM") or name in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    if masked and causal:  # XLM can be either; its config decides
-        masked = not getattr(model.config, "causal", False)
-    if not (masked or causal):
+    kind = language_kind(model)
+    if kind is None:
         raise ValueError(
             f"model: {name} has no language-model head, so it has no perplexity; expected a masked or causal "
             "language model, such as BertForMaskedLM or GPT2LMHeadModel"
         )
-    return "masked" if masked else "causal"
+    return kind
 
 
 def no_perplexity(model: PreTrainedModel) -> str | None:
@@ -72,16 +68,6 @@ def no_perplexity(model: PreTrainedModel) -> str | None:
     except ValueError as error:
         return str(error)
     return None
-
-
-def longest_input(model: PreTrainedModel) -> int:
-    """Return how many tokens a model can read at once; 2^30 where nothing limits them."""
-    limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None) or -1]
-    for name, module in model.named_modules():
-        # RoBERTa and related models start to count positions after the padding token's.
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            limits.append(module.num_embeddings - module.padding_idx - 1)
-    return min((limit for limit in limits if limit > 0), default=1 << 30)
 
 
 def check_causal(model: PreTrainedModel) -> None:
@@ -218,19 +204,3 @@ def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterato
     finally:
         del module.forward
         module.__dict__.update(own)
-
-
-@contextlib.contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Turn off dropout, and the cache of keys and values, which nothing reads; restore both afterwards."""
-    config = model.config.get_text_config()
-    training, cached = model.training, getattr(config, "use_cache", None)
-    model.eval()
-    if cached is not None:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        model.train(training)
-        if cached is not None:
-            config.use_cache = cached

@@ -22,10 +22,11 @@ from tqdm import tqdm
 from .._version import __version__
 from ..methods.base import Options, parse_options
 from ..models.find_table import find_table
+from ..models.inference import evaluating, longest_input
 from ..tables import Table
 from .batches import Batch, grouped
 from .divergence import Divergence, Prediction, Scores, compare
-from .language_model import Kind, SplitModel, check_causal, evaluating, kind_of, longest_input, usable_device
+from .language_model import Kind, SplitModel, check_causal, kind_of, usable_device
 from .table_swap import Decodable, TableSwap
 from .windows import LineFilter, Masking, Separator, Window, causal_windows, masked_windows
 

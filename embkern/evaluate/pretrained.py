@@ -21,6 +21,7 @@ from ..experiments.dependencies import (
 )
 from ..methods import METHODS
 from ..models.find_table import find_table
+from ..models.inference import longest_input
 from ..models.loading import load_tokenizer
 from ..models.quantizer import install
 from ..models.swap import check_installable
@@ -28,7 +29,6 @@ from ..recipe import Recipe
 from ..tables import Table
 from ..text.frequencies import token_frequencies
 from .cells import CellSettings
-from .language_model import longest_input
 from .records import read_file
 from .tasks import Prepared, Task
 from .trainer import freeze_table, train_and_score

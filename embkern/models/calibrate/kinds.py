@@ -1,10 +1,11 @@
-"""What a model predicts, and how much it can read."""
+"""What a model predicts."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from ...methods.calibration import Kind
+from ..inference import language_kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,8 +19,6 @@ def kind_of(model: PreTrainedModel) -> Kind:
     Raises:
         ValueError: it is an encoder-decoder without a head.
     """
-    from transformers.models.auto import modeling_auto as auto
-
     name = type(model).__name__
     if name.endswith(_CLASSIFIERS):
         return "classifier"
@@ -32,17 +31,4 @@ def kind_of(model: PreTrainedModel) -> Kind:
         return "sentence"
     if model.config.is_encoder_decoder:
         return "encoder-decoder"
-    masked = name.endswith("ForMaskedLM") or name in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
-    if masked and name in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():  # XLM, whose config decides
-        masked = not getattr(model.config, "causal", False)
-    return "masked" if masked else "causal"
-
-
-def longest_input(model: PreTrainedModel) -> int:
-    """Return how many tokens a model can read at once; 2^30 where nothing limits them."""
-    limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None) or -1]
-    for name, module in model.named_modules():
-        # RoBERTa and related models start to count positions after the padding token's.
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            limits.append(module.num_embeddings - module.padding_idx - 1)
-    return min((limit for limit in limits if limit > 0), default=1 << 30)
+    return language_kind(model) or "causal"

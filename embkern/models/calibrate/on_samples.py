@@ -16,7 +16,8 @@ from tqdm import tqdm
 from ...methods.calibration import Calibration, CalibrationFacts
 from ...text.counts import fingerprint
 from ..find_table import find_table
-from .kinds import kind_of, longest_input
+from ..inference import evaluating, longest_input
+from .kinds import kind_of
 from .objectives import (
     CHUNK_VALUES,
     LanguageModel,
@@ -27,7 +28,6 @@ from .objectives import (
 )
 from .on_text import run_of, weights_fingerprint
 from .passes import not_finite, run_pass
-from .recording import evaluating
 from .windows import Windows
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from ...fidelity.sentences import Pooling, pooling_of
 from ...methods.calibration import Calibration, CalibrationFacts, CalibrationRun
 from ...text.counts import fingerprint
 from ..find_table import find_table
-from .kinds import kind_of, longest_input
+from ..inference import longest_input
+from .kinds import kind_of
 from .objectives import LanguageModel, Objective, classifier_objective, mask_of, sentence_objective
 from .passes import run_pass
 from .windows import Windows, sentences, windows_of_text

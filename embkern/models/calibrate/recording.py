@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..find_table import ModelTable
+from ..inference import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,24 +67,6 @@ def recorded(model: PreTrainedModel, table: ModelTable, head: nn.Module | None) 
             parameter.requires_grad_(False)
         stack.enter_context(torch.enable_grad())
         yield found
-
-
-@contextlib.contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Turn off dropout, and the cache of keys and values; restore both, for each module, afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    config = model.config.get_text_config()
-    cached = getattr(config, "use_cache", None)
-    model.eval()
-    if cached is not None:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        if cached is not None:
-            config.use_cache = cached
 
 
 def _modules(model: PreTrainedModel, table: ModelTable) -> list[tuple[str, nn.Module]]:
