@@ -26,6 +26,7 @@ that the row has the length of its projection.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ from torch import Tensor
 
 from ..ops.packed_format import GROUP
 from ..tables.packed import PackedTable
-from .allocation import Allocation, DirectionAllocation, float_dtype, groups_of
+from .allocation import ROW_BITS, Allocation, DirectionAllocation, float_dtype, groups_of
 from .base import (
     Options,
     Rows,
@@ -123,16 +124,21 @@ def allocate(
         sizes = _basis_sizes(groups_of(width), row_bytes / max(1, budget))
         candidates = (MetricAllocation(rows, forms, dtype, size) for size in sizes)
     best: _Plan | None = None
+    least = math.inf
     for allocation in candidates:
-        search = RateSearch(_costs(allocation, chosen.floor), allocation.tiers, allocation.shared_bytes)
-        if found := search.within(budget, tiers):
-            plan = _Plan(search.cost_of(*found), allocation, *found)
-            if best is not None and plan.cost >= best.cost:
-                break
-            best = plan
+        costs, before = _costs(allocation, chosen.floor), best
+        # The search drops tiers one by one. It would keep a basis that only pays for none at all.
+        for count in (len(costs[0]), *([] if calibration is None else [len(ROW_BITS)])):
+            search = RateSearch(costs[:, :count], allocation.tiers[:count], allocation.shared_bytes)
+            least = min(least, search.least_bytes())
+            if found := search.within(budget, tiers):
+                plan = _Plan(search.cost_of(*found), allocation, *found)
+                best = plan if best is None or plan.cost < best.cost else best
+        if before is not None and best is before:
+            break
     if best is None:
         condition = "" if chosen.floor is None else f" with floor {chosen.floor:g}"
-        raise ratio_error(table, ratio, search.least_bytes(), condition)
+        raise ratio_error(table, ratio, least, condition)
     return best.allocation.refitted(best.allocation.packed(best.kept, best.choice), chosen.floor)
 
 

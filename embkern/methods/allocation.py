@@ -42,11 +42,13 @@ class Allocation(ABC):
     """The rows of a table and the tiers at which they can be stored.
 
     Attributes:
+        weights: (V,) float64, weights of the rows with a sum of 1, which a subclass sets first.
         tiers: the tiers of values, and those of coefficients if there is a basis.
         basis: (K, H) float32, or None without coefficients.
         dtype: of the scales and the basis as stored.
     """
 
+    weights: Tensor
     most_bits = 2  # of coefficients, on average over all groups
 
     def __init__(self, rows: Tensor, dtype: torch.dtype, basis_groups: int) -> None:
@@ -116,6 +118,17 @@ class Allocation(ABC):
         levels, width = trellis_levels().clone(), self.rows.shape[1]  # a copy, so that tables share no memory
         return pack(choice, codes, tiers, levels, scales.to(self.dtype), basis, None, width, check=whole)
 
+    def _moment_of_directions(self) -> Tensor:
+        """Return the weighted mean (H, H) float64 of ``x x^T`` over the directions x of infrequent rows."""
+        width = self.rows.shape[1]
+        weights = torch.where(read_often(self.weights), 0.0, self.weights).sqrt().float()
+        directions = self.rows / torch.where(self.norms > 0, self.norms, 1.0).unsqueeze(1)
+        total = torch.zeros(width, width, dtype=torch.float64)
+        for part, weight in zip(directions.split(BLOCK_ROWS), weights.split(BLOCK_ROWS), strict=True):
+            weighted = part * weight.unsqueeze(1)
+            total += (weighted.t() @ weighted).double()
+        return total / weights.double().square().sum()
+
     def refitted(self, packed: PackedTable, floor: float | None) -> PackedTable:
         """Fit the basis to the codes by least squares, and the scales to the rows' projections.
 
@@ -164,16 +177,9 @@ class DirectionAllocation(Allocation):
 
     def _find_basis(self, size: int) -> Basis:
         """Return principal axes of the directions of infrequent rows."""
-        width = self.rows.shape[1]
-        weights = torch.where(read_often(self.weights), 0.0, self.weights).sqrt().float()
-        directions = self.rows / torch.where(self.norms > 0, self.norms, 1.0).unsqueeze(1)
-        total = torch.zeros(width, width, dtype=torch.float64)
-        for part, weight in zip(directions.split(BLOCK_ROWS), weights.split(BLOCK_ROWS), strict=True):
-            weighted = part * weight.unsqueeze(1)
-            total += (weighted.t() @ weighted).double()
-        values, vectors = torch.linalg.eigh(total)
+        values, vectors = torch.linalg.eigh(self._moment_of_directions())
         values, vectors = values.flip(0)[:size].clamp_min(0), vectors.flip(1)[:, :size].float()
-        spread = (values / weights.double().square().sum()).sqrt().float()
+        spread = values.sqrt().float()
         vectors = F.pad(vectors, (0, size - vectors.shape[1]))
         spread = F.pad(spread, (0, size - len(spread)))
         return Basis(vectors, spread, vectors.t() * spread.unsqueeze(1))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..text.frequencies import COMPRESSION_STRENGTH
 from ..text.prior import normalized, vocabulary_prior
-from .allocation import SAMPLED_ROWS, Allocation, Basis, read_often
+from .allocation import SAMPLED_ROWS, Allocation, Basis
 from .base import row_weights
 from .calibration import Calibration
 from .row_codes import BLOCK_ROWS
@@ -143,15 +143,9 @@ class MetricAllocation(Allocation):
         values, vectors = torch.linalg.eigh(self.metric)
         values = values.clamp_min(RIDGE / 2 * float(values.mean()))  # negative only by rounding
         root, inverse = (vectors * values.sqrt()) @ vectors.t(), (vectors / values.sqrt()) @ vectors.t()
-        weights = torch.where(read_often(self.weights), 0.0, self.weights).sqrt()
-        scaled = torch.where(self.norms > 0, weights / self.norms, 0.0).float()
-        total = torch.zeros_like(self.metric)
-        for part, factor in zip(self.rows.split(BLOCK_ROWS), scaled.split(BLOCK_ROWS), strict=True):
-            weighted = part * factor.unsqueeze(1)
-            total += (weighted.t() @ weighted).double()
-        values, vectors = torch.linalg.eigh(root @ total @ root)
+        values, vectors = torch.linalg.eigh(root @ self._moment_of_directions() @ root)
         values, vectors = values.flip(0)[:size].clamp_min(0), vectors.flip(1)[:, :size]
-        spread = (values / weights.square().sum().clamp_min(1e-300)).sqrt()
+        spread = values.sqrt()
         missing = size - len(spread)  # a width that is no multiple of a group
         return Basis(
             analysis=F.pad(root @ vectors, (0, missing)).float(),

@@ -61,11 +61,12 @@ def test_divergence_is_the_sum_of_two_quadratic_forms():
     e = x - y
     inputs = 0.5 * (f * ((e @ c.input_moment / SCORED) * e).sum(1)).sum()
     head = 0.5 * (q * ((e @ c.head_moment / SCORED) * e).sum(1)).sum()
-    # The product of each row is in fp32: H terms, each with a relative error of a few eps.
-    bound = 4 * H * torch.finfo(torch.float32).eps
+    # Products are in fp32: a form errs by up to 2 H eps |e|^2 |M|, where |M| = 1 is the largest eigenvalue,
+    # and is |e|^2 trace(M) / H = 0.15 |e|^2 on average.
+    bound = 2 * H * torch.finfo(torch.float32).eps / 0.14
     for tied, expected in ((True, inputs + head), (False, inputs)):
         got = predicted_divergence(x, y, c, counts, tied=tied)
-        assert abs(got - float(expected)) <= bound * float(expected) * 10
+        assert abs(got - float(expected)) <= bound * float(expected)
     assert predicted_divergence(x, x, c, counts, tied=True) == 0
 
 
@@ -78,19 +79,25 @@ def test_frequencies_without_counts_are_those_of_the_calibration():
     assert float(alone.sum()) == pytest.approx(1)
 
 
+@pytest.mark.parametrize(("ratio", "most"), [(6, 1.0), (12, 0.9)])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_model_sees_less_error(tied):
-    """Metrics that span three powers of 10 let a table of random rows gain a quarter, and a half untied."""
+def test_a_model_sees_less_error(tied, ratio, most):
+    """Metrics that span three powers of 10 let a table of random rows gain, the more the fewer its bits."""
     c, x = calibration(MANY), table(MANY)
     counts = input_frequencies(c)
-    plain = allocate(x, ratio=12, counts=counts, exponent=1)
-    calibrated = allocate(x, ratio=12, calibration=c, tied=tied, exponent=1)
+    plain = allocate(x, ratio=ratio, counts=counts, exponent=1)
+    calibrated = allocate(x, ratio=ratio, calibration=c, tied=tied, exponent=1)
     for each in (plain, calibrated):
-        assert x.nbytes / each.nbytes >= 12
+        assert x.nbytes / each.nbytes >= ratio
     before, after = (
         predicted_divergence(x, each.to_dense(), c, counts, tied=tied) for each in (plain, calibrated)
     )
-    assert after < 0.9 * before
+    assert after < most * before
+
+
+def test_a_basis_that_does_not_pay_is_left_out():
+    """At 8 bits a value its bytes buy more as codes."""
+    assert allocate(table(), ratio=4, calibration=calibration()).basis is None
 
 
 def test_an_untied_table_does_not_depend_on_the_head():
@@ -124,8 +131,9 @@ def test_floor_holds_for_every_row():
     x, floor = table(), 0.55
     made = allocate(x, ratio=8, calibration=calibration(), floor=floor)
     cosine = torch.nn.functional.cosine_similarity(x, made.to_dense().float(), dim=1)
-    # Scales and basis are fp16: the refit's cosines are measured before the basis is cast.
-    assert float(cosine.min()) >= floor - 1e-3
+    # Cosines are measured in fp32, and rows are decoded to fp16: a relative error of 2^-11 turns a row by as
+    # much at most.
+    assert float(cosine.min()) >= floor - 2**-11
 
 
 ALIVE = torch.arange(H) < H // 2
