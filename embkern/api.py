@@ -150,8 +150,13 @@ def compress(
     )
     predicted = None
     if calibration is not None:
-        tied = table.tied and recipe.lm_head == "factorized"
-        predicted = predicted_divergence(weight, compressed.to_dense(), calibration, frequencies, tied=tied)
+        predicted = predicted_divergence(
+            weight,
+            compressed.to_dense(),
+            calibration,
+            frequencies,
+            tied=recipe.compresses_head(table.tied),
+        )
     del weight  # so that install frees the dense table
     install(model, table, compressed, recipe)
 

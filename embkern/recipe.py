@@ -69,9 +69,8 @@ class Recipe(BaseModel):
                 f"rank: expected a ratio with method {self.method!r}, got {self.rank}; for a rank: {ranked}"
             )
         parse_options(method.options, self.options, self.method)
-        if self.calibrate and not method.calibrated:
-            usable = ", ".join(name for name, each in METHODS.items() if each.calibrated)
-            raise ValueError(f"calibrate: expected with method {usable} only, got method {self.method!r}")
+        if self.calibrate:
+            self.check_calibrated("calibrate")
         return self
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Recipe:
@@ -121,6 +120,16 @@ class Recipe(BaseModel):
         overrides["options"] = {**options, **overrides.get("options", {})}
         return cls.parse(**{**(defaults or {}), **fields, **overrides})
 
+    def check_calibrated(self, argument: str) -> None:
+        """Raise the ValueError of an argument that the method cannot use unless it takes a calibration."""
+        if not self.known_methods[self.method].calibrated:
+            usable = ", ".join(name for name, each in METHODS.items() if each.calibrated)
+            raise ValueError(f"{argument}: expected with method {usable} only, got method {self.method!r}")
+
+    def compresses_head(self, tied: bool) -> bool:
+        """Return whether an output head will use the compressed table, if it is tied to the dense one."""
+        return tied and self.lm_head == "factorized"
+
     def rank_for(self, num_embeddings: int, embedding_dim: int) -> int:
         """Return the rank of the result for a (V, H) table.
 
@@ -152,7 +161,7 @@ class Recipe(BaseModel):
             table: a tensor, or a ``TableFile`` for methods that read one, such as the autoencoder.
             counts: token frequencies (V,), float64; methods without weights ignore them.
             calibration: what the model's output depends on, for methods that take it; others ignore it.
-            tied: whether an output head uses the table.
+            tied: whether an output head uses the dense table.
             run: further arguments of the method (``progress``, ``checkpoint``, ...).
 
         Returns:
@@ -162,7 +171,7 @@ class Recipe(BaseModel):
         if method.weighted:
             run["counts"] = counts
         if calibration is not None and method.calibrated:
-            run.update(calibration=calibration, tied=tied and self.lm_head == "factorized")
+            run.update(calibration=calibration, tied=self.compresses_head(tied))
         if method.sized_by == "ratio":
             return method.compress(table, ratio=self.ratio, **self.options, **run)
         return method.compress(table, self.rank_for(*table.shape), **self.options, **run)

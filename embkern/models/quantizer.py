@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils import logging
 
 from ..nn import layer_of
 from ..nn.base import CompressedEmbedding, CompressedHead
@@ -55,8 +54,6 @@ from .swap import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-logger = logging.get_logger(__name__)
 
 
 def install(model: PreTrainedModel, table: ModelTable, compressed: Table, recipe: Recipe) -> None:
@@ -181,9 +178,7 @@ class EmbkernQuantizer(HfQuantizer):
             check_installable(table, config.recipe)
             weight = table.weight.detach()
             # There is no tokenizer here, so that only the model itself can tell how often tokens are read.
-            calibration, phrase = choose_calibration(model, config.recipe)
-            if calibration is None and phrase is not None and config.recipe.calibrate is None:
-                logger.info(f"calibration: {phrase}")
+            calibration = choose_calibration(model, config.recipe)[0]
             counts = None if calibration else vocabulary_prior(None, len(weight))
             compressed = config.recipe.factorize(weight, counts, calibration=calibration, tied=table.tied)
             install(model, table, compressed, config.recipe)

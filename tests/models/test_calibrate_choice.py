@@ -120,7 +120,7 @@ def test_a_model_that_is_compressed_while_it_is_loaded(tmp_path):
     assert not same(tables[0], tables[2])
 
 
-def test_what_would_take_too_long_is_left_out_by_default(monkeypatch):
+def test_what_would_take_too_long_is_left_out_by_default(monkeypatch, caplog):
     def slow(model, *, limit_seconds=600, **_):
         if limit_seconds is not None:
             raise CalibrationTooLongError(1500, limit_seconds)
@@ -131,17 +131,19 @@ def test_what_would_take_too_long_is_left_out_by_default(monkeypatch):
     assert report.calibration.startswith(
         "none, as it would take 25 minutes; pass calibrate=True (--calibrate)"
     )
+    assert "calibration: none, as it would take 25 minutes" in caplog.text
     asked = embkern.compress(build("gpt2"), **PACKED, calibrate=True)
     assert asked.calibration == "8 tokens of the model's own samples"
 
 
-def test_a_model_that_cannot_be_sampled_is_compressed_without(monkeypatch):
+def test_a_model_that_cannot_be_sampled_is_compressed_without(caplog):
     model = build("gpt2")
     with torch.no_grad():
         model.transformer.ln_f.weight.fill_(torch.nan)
     report = embkern.compress(model, **PACKED)
     assert report.calibration.startswith("none (")
-    with pytest.raises(ValueError, match="model"):
+    assert "calibration: none (" in caplog.text
+    with pytest.raises(ValueError, match="calibrate: expected a causal language model to sample from"):
         embkern.compress(build("bert"), **PACKED, calibrate=True)
 
 

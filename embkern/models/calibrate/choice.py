@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from .on_text import calibrate, check_calibration
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_log = logging.getLogger(__name__)
 _OWN_SAMPLES = "pass calibrate=True (--calibrate) to take the model's own samples"
 
 
@@ -35,7 +37,7 @@ def choose_calibration(
 
     A calibration or a text that is given is used. Without one, ``recipe.calibrate`` decides: True takes
     samples of the model itself, False none, and None takes them from causal language models, if that takes
-    less than ten minutes.
+    less than ten minutes; if they cannot be had, a line of the log says so.
 
     Args:
         model: the dense model.
@@ -55,10 +57,9 @@ def choose_calibration(
     """
     given = {"calibration": calibration, "calibrate_text": text, "calibrate": recipe.calibrate or None}
     names = [name for name, value in given.items() if value is not None]
+    if names:
+        recipe.check_calibrated(names[0])
     if not METHODS[recipe.method].calibrated:
-        if names:
-            usable = ", ".join(name for name, each in METHODS.items() if each.calibrated)
-            raise ValueError(f"{names[0]}: expected with method {usable} only, got method {recipe.method!r}")
         return None, None
     if len(names) > 1 or (names and recipe.calibrate is False):
         both = ", ".join(names if recipe.calibrate is not False else [*names, "calibrate=False"])
@@ -90,12 +91,14 @@ def _by_default(
         if kind_of(model) != "causal":
             return None, "none; text (--calibrate-text) would lower the error that the model sees"
         found = self_calibrate(model, tokenizer=tokenizer, progress=progress)
+        return found, _described(found)
     except CalibrationTooLongError as error:
         minutes = f"{error.seconds / 60:.0f} minutes"
-        return None, f"none, as it would take {minutes}; {_OWN_SAMPLES}, or text, for a much smaller error"
+        phrase = f"none, as it would take {minutes}; {_OWN_SAMPLES}, or text, for a much smaller error"
     except ValueError as error:  # no token to begin with, values that are not finite
-        return None, f"none ({error})"
-    return found, _described(found)
+        phrase = f"none ({error})"
+    _log.warning("embkern: calibration: %s", phrase)
+    return None, phrase
 
 
 def _described(calibration: Calibration) -> str:
