@@ -90,6 +90,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, nargs="*", default=HIDDEN, help="hidden states of the head")
     parser.add_argument("--ids", nargs="+", choices=["text", "zipf", "uniform"])
     parser.add_argument("--text", type=Path, help="of the ids, one sentence a line; default: docstrings")
+    parser.add_argument("--speed", type=float, default=0.0, help="option of allocate")
     parser.add_argument("--random", action="store_true", help="a random table, no text")
     options = parse(parser, arguments, PROVIDERS, seconds={"cpu": (4.0, 1.0), "cuda": (1.0, 0.3)})
     options.ratios = options.ratios or ([16.0] if options.quick else [16.0, 32.0])
@@ -171,7 +172,8 @@ class GatherDecode(Bench):
             factors = [torch.randn(size, generator=generator) for size in ((V, r), (r, H))]
             return random_packed_table(V, H, 4 * GROUP, bits=(bits, bits + 1)), (factors[0], factors[1])
         reduced = svd(self.dense, rank_for_ratio(V, H, ratio, offset=False))
-        return allocate(self.dense, ratio=ratio, counts=self.counts), (reduced.codes, reduced.basis)
+        packed = allocate(self.dense, ratio=ratio, counts=self.counts, speed=self.options.speed)
+        return packed, (reduced.codes, reduced.basis)
 
     def _lookups(
         self, table: PackedTable, factors: tuple[Tensor, Tensor], ratio: float

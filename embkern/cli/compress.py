@@ -49,6 +49,9 @@ def compress(
         ),
     ] = None,
     floor: Annotated[float | None, typer.Option(help="allocate: least cosine of any row")] = None,
+    speed: Annotated[
+        float | None, typer.Option(help="allocate: share of the lookups, 0 to 1, that need no matrix product")
+    ] = None,
     exponent: Annotated[
         float | None, typer.Option(help="allocate, direction: weight of a row = frequency to this power")
     ] = None,
@@ -73,7 +76,7 @@ def compress(
 
     flags = {
         "epochs": epochs, "batch_size": batch_size, "lr": lr, "init": init, "activation": activation,
-        "center": center, "seed": seed, "floor": floor, "exponent": exponent,
+        "center": center, "seed": seed, "floor": floor, "speed": speed, "exponent": exponent,
     }  # fmt: skip
     fields = {"method": method, "ratio": ratio, "rank": rank, "lm_head": lm_head, "calibrate": calibrate}
     parsed = recipe_of(recipe, fields, flags)

@@ -48,7 +48,7 @@ from .base import (
     row_weights,
 )
 from .calibration import Calibration
-from .metric_allocation import MetricAllocation, forms_of
+from .metric_allocation import MetricAllocation, forms_of, input_frequencies
 from .rate_search import RateSearch, at_least
 
 
@@ -60,6 +60,9 @@ class AllocateOptions(Options):
         None, ge=1, le=16, description="rates that rows may choose from; default: 6, with a calibration 12"
     )
     floor: float | None = Field(None, gt=0, lt=1, description="least cosine of any row with the original")
+    speed: float = Field(
+        0.0, ge=0, le=1, description="least share of the lookups that read rows of values, without a product"
+    )
 
 
 BASIS_SHARE = 0.05  # of the budget, for the basis without a calibration
@@ -112,21 +115,25 @@ def allocate(
     tiers = chosen.tiers or (DIRECTION_TIERS if calibration is None else METRIC_TIERS)
     rows = torch.cat([each.to("cpu", torch.float32) for each in blocks(table)])
     dtype, width = float_dtype(rows, table.dtype), table.shape[1]
+    most_groups = groups_of(width) if chosen.speed < 1 else 0  # of the basis
     row_bytes = GROUP * dtype.itemsize * width  # of a group of rows of the basis
     candidates: Iterator[Allocation]
     if calibration is None:
         weights = row_weights(counts, len(table), chosen.exponent)
-        groups = min(groups_of(width), round(BASIS_SHARE * budget / row_bytes))
+        groups = min(most_groups, round(BASIS_SHARE * budget / row_bytes))
         candidates = iter([DirectionAllocation(rows, weights, dtype, groups)])
     else:
         calibration.check_table(table.shape)
+        counts = input_frequencies(calibration) if counts is None else counts
         forms = forms_of(calibration, counts, tied=tied, exponent=chosen.exponent)
-        sizes = _basis_sizes(groups_of(width), row_bytes / max(1, budget))
+        sizes = _basis_sizes(most_groups, row_bytes / max(1, budget))
         candidates = (MetricAllocation(rows, forms, dtype, size) for size in sizes)
     best: _Plan | None = None
     least = math.inf
+    fast = _fast_rows(counts, len(table), chosen.speed)
     for allocation in candidates:
         costs, before = _costs(allocation, chosen.floor), best
+        costs[fast.unsqueeze(1) & torch.tensor([tier.transform for tier in allocation.tiers])] = math.inf
         # The search drops tiers one by one. It would keep a basis that only pays for none at all.
         for count in (len(costs[0]), *([] if calibration is None else [len(ROW_BITS)])):
             search = RateSearch(costs[:, :count], allocation.tiers[:count], allocation.shared_bytes)
@@ -137,7 +144,9 @@ def allocate(
         if before is not None and best is before:
             break
     if best is None:
-        condition = "" if chosen.floor is None else f" with floor {chosen.floor:g}"
+        conditions = {"floor": chosen.floor, "speed": chosen.speed or None}
+        given = [f"{name} {value:g}" for name, value in conditions.items() if value is not None]
+        condition = f" with {' and '.join(given)}" if given else ""
         raise ratio_error(table, ratio, least, condition)
     return best.allocation.refitted(best.allocation.packed(best.kept, best.choice), chosen.floor)
 
@@ -149,6 +158,16 @@ class _Plan(NamedTuple):
     allocation: Allocation
     kept: list[int]
     choice: Tensor
+
+
+def _fast_rows(counts: Tensor | None, num_embeddings: int, share: float) -> Tensor:
+    """Return which rows (V,), those with the highest counts, make up a share of the lookups."""
+    frequencies = row_weights(counts, num_embeddings)
+    order = frequencies.argsort(descending=True, stable=True)
+    before = frequencies[order].cumsum(0) - frequencies[order]
+    fast = torch.zeros(num_embeddings, dtype=torch.bool)
+    fast[order] = before < share
+    return fast if share < 1 else torch.ones_like(fast)
 
 
 def _costs(allocation: Allocation, floor: float | None) -> Tensor:

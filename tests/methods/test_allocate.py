@@ -109,6 +109,29 @@ def test_the_floor_holds_for_every_row_and_one_too_high_is_refused() -> None:
         allocate(table, ratio=12, counts=counts, floor=0.999999)
 
 
+@pytest.mark.parametrize("speed", [0.3, 0.9, 1.0])
+def test_speed_is_the_least_share_of_lookups_without_a_product(speed) -> None:
+    table, counts = _table(), _zipf(2000)
+    packed = allocate(table, ratio=12, counts=counts, speed=speed)
+    assert packed.nbytes <= table.nbytes / 12
+    values = packed.tiers[packed.tier_of_rows(), 0] == 0
+    assert counts[values].sum() / counts.sum() >= speed - 1e-12
+    assert (packed.basis is None) == bool(values.all())
+    if speed == 1:
+        assert values.all()
+
+
+def test_speed_has_its_price_in_ratio_and_quality() -> None:
+    table, counts = _table(8000), _zipf(8000)
+    found = [allocate(table, ratio=16, counts=counts, speed=speed) for speed in (0.0, 1.0)]
+    weights = counts**0.55
+    free, fast = (float((weights * _errors(table, packed)).sum()) for packed in found)
+    assert fast > free  # Rare rows take at least a bit a value, which frequent ones lack.
+    with pytest.raises(ValueError, match=r"ratio: 30 .* with speed 1; the highest that fits is"):
+        allocate(table, ratio=30, counts=counts, speed=1)
+    assert allocate(table, ratio=30, counts=counts).nbytes <= table.nbytes / 30
+
+
 def test_the_highest_ratio_is_named_and_fits() -> None:
     table = _table(300, 96)
     with pytest.raises(ValueError, match="ratio: 1000 leaves no room .* highest that fits is") as error:

@@ -136,6 +136,15 @@ def test_floor_holds_for_every_row():
     assert float(cosine.min()) >= floor - 2**-11
 
 
+@pytest.mark.parametrize("speed", [0.5, 1.0])
+def test_speed_counts_lookups_as_the_calibration_does(speed):
+    c = calibration()
+    made = allocate(table(), ratio=10, calibration=c, speed=speed)
+    values = made.tiers[made.tier_of_rows(), 0] == 0
+    assert float(input_frequencies(c)[values].sum()) >= speed - 1e-12
+    assert speed < 1 or made.basis is None
+
+
 ALIVE = torch.arange(H) < H // 2
 SINGULAR = {
     "of rank 1": lambda m: torch.outer(m[0], m[0]) / m[0, 0],
