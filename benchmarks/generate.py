@@ -2,8 +2,8 @@
 
 SmolLM2-135M and Gemma-3-270M are real where their packages are installed, or have their shapes and random
 weights; `minilm` is all-MiniLM-L6-v2 and encodes sentences. Every model is loaded from its directory;
-embkern's was compressed by `allocate` at `--ratio`, with counts of docstrings, and saved. Rivals quantise the
-head alone.
+embkern's was compressed by `allocate` at `--ratio`, with counts of docstrings and, if it is a real language
+model, a calibration on them, and saved. Rivals quantise the head alone.
 
 `decode` is `generate` of 16 tokens after a prompt of 16, `prefill` of one token after 512, `encode` a forward
 pass of 32 tokenised sentences. Providers of a model are in memory together and timed in paired rounds,
@@ -153,11 +153,13 @@ class Generate(Bench):
         depends = {
             "weights": files_fingerprint(sorted(directory.glob("*.safetensors"))),
             "code": [method_code("allocate"), frequencies_code()],
+            "calibrated": name in INSTALLED,
             "ratio": ratio,
         }
         output = self._cache / f"{name}-{ratio:g}x-{key_of(depends)}"
         if not output.is_dir():
             tokenizer = load_tokenizer(directory)
+            calibration = None
             counts: Any
             if tokenizer is None:
                 V = load_model(directory).get_input_embeddings().weight.shape[0]
@@ -166,7 +168,14 @@ class Generate(Bench):
                 from embkern.text.counts import count_tokens
 
                 counts = count_tokens(docstrings()[:COUNTED], tokenizer, progress=False)
-            embkern.compress(directory, ratio=ratio, counts=counts, tokenizer=tokenizer, output=output)
+                if name in INSTALLED:
+                    calibration = embkern.calibrate(
+                        load_model(directory), tokenizer, docstrings(), progress=False
+                    )
+            embkern.compress(
+                directory, ratio=ratio, counts=counts, calibration=calibration,
+                calibrate=None if calibration else False, tokenizer=tokenizer, output=output,
+            )  # fmt: skip
         return output
 
     def _models(self, name: str, places: dict[str, Path]) -> dict[str, Any]:
