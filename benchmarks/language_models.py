@@ -327,14 +327,16 @@ class LanguageModels:
         return path
 
     def _depends(self, entry: Entry) -> dict[str, Any]:
-        parts = ("batches", "divergence", "language_model", "perplexity", "table_swap", "windows")
+        own = ("batches", "divergence", "language_model", "perplexity", "windows")
+        parts = [f"embkern.evaluate.{each}" for each in own]
+        parts += ["embkern.fidelity.divergence", "embkern.models.table_swap"]
         return {
             "weights": self.weights,
             "method": entry.method,
             "setting": entry.setting,
             "code": entry.code,
             "protocol": self.protocol,
-            "measure": code_hash(*(f"embkern.evaluate.{each}" for each in parts), follow=False),
+            "measure": code_hash(*parts, follow=False),
             "scored": _digest(self.texts),
             "counted": _digest(docstrings()[:COUNTED]),
         }

@@ -25,6 +25,7 @@ from .models.calibrate import calibrate, check_calibration, self_calibrate
 from .models.calibrate.choice import choose_calibration
 from .models.checkpoint import model_bytes
 from .models.find_table import find_table, other_tables
+from .models.held_out import held_out_divergence
 from .models.loading import load_model, load_tokenizer
 from .models.quantizer import install
 from .models.report import Report, public_name, tier_uses
@@ -128,9 +129,16 @@ def compress(
     check_installable(table, recipe)
     table_bytes, bytes_before, others = weight.nbytes, model_bytes(model), other_tables(model)
     frequencies, counted = token_frequencies(len(weight), counts, count_text, tokenizer, progress=progress)
-    calibration, calibrated = choose_calibration(
-        model, recipe, calibration=calibration, text=calibrate_text, tokenizer=tokenizer, progress=progress
+    chosen = choose_calibration(
+        model,
+        recipe,
+        calibration=calibration,
+        text=calibrate_text,
+        tokenizer=tokenizer,
+        progress=progress,
+        hold_out=True,
     )
+    calibration = chosen.calibration
     if calibration is not None and counts is None and count_text is None:
         frequencies, counted = input_frequencies(calibration), "those of the calibration"
     embed = before = None
@@ -148,15 +156,12 @@ def compress(
         counts=frequencies,
         tokens=tokenizer and tokenizer.convert_ids_to_tokens,
     )
-    predicted = None
+    predicted = measured = None
+    head = recipe.compresses_head(table.tied)
     if calibration is not None:
-        predicted = predicted_divergence(
-            weight,
-            compressed.to_dense(),
-            calibration,
-            frequencies,
-            tied=recipe.compresses_head(table.tied),
-        )
+        predicted = predicted_divergence(weight, compressed.to_dense(), calibration, frequencies, tied=head)
+    if chosen.held_out is not None:
+        measured = held_out_divergence(model, table, compressed, chosen.held_out, head=head)
     del weight  # so that install frees the dense table
     install(model, table, compressed, recipe)
 
@@ -170,8 +175,9 @@ def compress(
         tiers=tier_uses(compressed),
         dtype=str(compressed.dtype).removeprefix("torch."),
         counts=counted,
-        calibration=calibrated,
+        calibration=chosen.phrase,
         predicted_kl=predicted,
+        divergence=measured,
         facts=compressed.facts,
         head=model.config.quantization_config.table.head,
         table_bytes=table_bytes,

@@ -8,24 +8,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .against import measure_perplexity
     from .cells import FineTuned
-    from .divergence import Divergence
     from .finetune import fine_tune
     from .glue import GLUE
     from .harness import HarnessRun, run_lm_eval, run_mteb
     from .perplexity import Perplexity, PerplexityReport, evaluate_perplexity
     from .squad import SQUAD
-    from .table_swap import TableSwap
 
 # Public names and their modules, imported at first use so that the command line starts without torch.
 _PUBLIC = {
     "GLUE": "glue",
     "SQUAD": "squad",
-    "Divergence": "divergence",
     "FineTuned": "cells",
     "HarnessRun": "harness",
     "Perplexity": "perplexity",
     "PerplexityReport": "perplexity",
-    "TableSwap": "table_swap",
     "evaluate_perplexity": "perplexity",
     "fine_tune": "finetune",
     "measure_perplexity": "against",
@@ -36,12 +32,10 @@ _PUBLIC = {
 __all__ = [
     "GLUE",
     "SQUAD",
-    "Divergence",
     "FineTuned",
     "HarnessRun",
     "Perplexity",
     "PerplexityReport",
-    "TableSwap",
     "evaluate_perplexity",
     "fine_tune",
     "measure_perplexity",

@@ -6,27 +6,15 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import numpy as np
-import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from ..fidelity.divergence import Divergences
 from .language_model import SplitModel
 
 # Values of a block of log-probabilities: 64 MB in fp32, 64 tokens of a vocabulary of 262,144. Five tensors of
 # this size are in memory at a time.
 LOG_PROBABILITIES_AT_ONCE = 1 << 24
-
-
-class Divergence(BaseModel):
-    """How far predictions are from those of the dense model, over all scored tokens."""
-
-    model_config = ConfigDict(ser_json_inf_nan="strings")
-
-    mean: float = Field(description="mean of KL(dense || model) over scored tokens, in nats")
-    p99: float = Field(description="99th percentile of it, interpolated linearly")
-    top1: float = Field(description="share of scored tokens for which both find the same token likeliest")
 
 
 class Prediction(NamedTuple):
@@ -53,42 +41,11 @@ class Scores:
 
     def __init__(self) -> None:
         self.loss = 0.0
-        self._divergences: list[np.ndarray] = []
-        self._agreeing = 0
+        self.divergences = Divergences()
 
     def add_loss(self, log_probabilities: Tensor, targets: Tensor) -> None:
         """Add the summed cross-entropy of (n, V) log-probabilities and (n,) targets."""
         self.loss += float(F.nll_loss(log_probabilities, targets, reduction="sum"))
-
-    def add_divergence(self, divergences: Tensor, agreeing: Tensor) -> None:
-        """Add (n,) divergences, and whether the likeliest tokens agree."""
-        self._divergences.append(divergences.float().cpu().numpy())
-        self._agreeing += int(agreeing.sum())
-
-    def divergence(self) -> Divergence | None:
-        """Return the divergence over all tokens; None where none was added."""
-        if not self._divergences:
-            return None
-        each = np.concatenate(self._divergences)
-        return Divergence(
-            mean=float(each.mean(dtype=np.float64)),
-            p99=float(np.quantile(each, 0.99)),
-            top1=self._agreeing / len(each),
-        )
-
-
-def kl_divergence(dense: Tensor, probabilities: Tensor, other: Tensor) -> Tensor:
-    """Return ``F.kl_div(other, dense, log_target=True, reduction="none").sum(-1)``, overwriting ``other``.
-
-    A token that both exclude with a logit of -inf adds nothing, where ``F.kl_div`` returns NaN.
-
-    Args:
-        dense: (n, V) log-probabilities.
-        probabilities: ``dense.exp()``.
-        other: (n, V) log-probabilities.
-    """
-    difference = other.neg_().add_(dense).masked_fill_(probabilities == 0, 0)
-    return torch.linalg.vecdot(probabilities, difference)
 
 
 def compare(
@@ -108,9 +65,8 @@ def compare(
         block = slice(start, start + rows)
         expected, wanted = dense.log_probabilities(block), targets[block]
         dense_scores.add_loss(expected, wanted)
-        probabilities, likeliest = expected.exp(), expected.argmax(-1)
+        probabilities = expected.exp()
         for name, prediction in others.items():
             got = prediction.log_probabilities(block)
             scores[name].add_loss(got, wanted)
-            agreeing = got.argmax(-1) == likeliest
-            scores[name].add_divergence(kl_divergence(expected, probabilities, got), agreeing)
+            scores[name].divergences.add(expected, probabilities, got)

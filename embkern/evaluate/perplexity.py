@@ -20,14 +20,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .._version import __version__
+from ..fidelity import Divergence
 from ..methods.base import Options, parse_options
 from ..models.find_table import find_table
 from ..models.inference import evaluating, longest_input
+from ..models.table_swap import Decodable, TableSwap
 from ..tables import Table
 from .batches import Batch, grouped
-from .divergence import Divergence, Prediction, Scores, compare
+from .divergence import Prediction, Scores, compare
 from .language_model import Kind, SplitModel, check_causal, kind_of, usable_device
-from .table_swap import Decodable, TableSwap
 from .windows import LineFilter, Masking, Separator, Window, causal_windows, masked_windows
 
 if TYPE_CHECKING:
@@ -215,7 +216,11 @@ def evaluate_perplexity(
         with np.errstate(over="ignore"):
             perplexity = float(np.exp(loss))
         return Perplexity(
-            kind=kind, perplexity=perplexity, loss=loss, tokens=tokens, divergence=scores[figure].divergence()
+            kind=kind,
+            perplexity=perplexity,
+            loss=loss,
+            tokens=tokens,
+            divergence=scores[figure].divergences.total(),
         )
 
     return PerplexityReport(

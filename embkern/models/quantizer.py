@@ -178,7 +178,7 @@ class EmbkernQuantizer(HfQuantizer):
             check_installable(table, config.recipe)
             weight = table.weight.detach()
             # There is no tokenizer here, so that only the model itself can tell how often tokens are read.
-            calibration = choose_calibration(model, config.recipe)[0]
+            calibration = choose_calibration(model, config.recipe).calibration
             counts = None if calibration else vocabulary_prior(None, len(weight))
             compressed = config.recipe.factorize(weight, counts, calibration=calibration, tied=table.tied)
             install(model, table, compressed, config.recipe)

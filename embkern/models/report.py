@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr
 
-from ..fidelity import SentenceFidelity, TableComparison
+from ..fidelity import HeldOutDivergence, SentenceFidelity, TableComparison
 from ..io.checked_json import read_checked_json
 from ..recipe import Recipe
 from ..tables import Table
@@ -97,6 +97,11 @@ class Report(Comparison):
     predicted_kl: float | None = Field(
         None, description="KL divergence per token, in nats, that the calibration predicts to second order"
     )
+    divergence: HeldOutDivergence | None = Field(
+        None,
+        description="of the predictions from those of the dense model, on text or samples that the "
+        "calibration did not see",
+    )
     facts: dict[str, Any] = Field(
         default_factory=dict, description="what the method reports about its result"
     )
@@ -122,11 +127,21 @@ class Report(Comparison):
             **{name: f"{x:.6g}" if isinstance(x, float) else str(x) for name, x in self.facts.items()},
             "token frequencies": self.counts or "not used",
             **({} if self.calibration is None else {"calibration": self.calibration}),
-            **({} if self.predicted_kl is None else {"predicted KL divergence": f"{self.predicted_kl:.4f}"}),
+            **self._divergences(),
             "output head": self.head or "none",
             **super().rows(),
             "seconds": f"{self.seconds:.1f}",
         }
+
+    def _divergences(self) -> dict[str, str]:
+        """Return the rows on the divergence from the dense model."""
+        rows = {}
+        if self.predicted_kl is not None:
+            rows["KL divergence, predicted"] = f"{self.predicted_kl:.4f}"
+        if (found := self.divergence) is not None:
+            rows["KL divergence, measured"] = f"{found.mean:.4f} ({found.tokens:,} tokens not calibrated on)"
+            rows["same likeliest token"] = f"{found.top1:.1%}"
+        return rows
 
     @property
     def model(self) -> PreTrainedModel:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..evaluate import TableSwap, evaluate_perplexity
+from ..evaluate import evaluate_perplexity
 from ..evaluate.batches import Batch
 from ..evaluate.language_model import SplitModel
 from ..evaluate.perplexity import PerplexityReport
@@ -24,6 +24,7 @@ from ..models.find_table import find_table
 from ..models.quantizer import install
 from ..models.report import tier_uses
 from ..models.saving import save
+from ..models.table_swap import TableSwap
 from ..nn import layer_of
 from .subject import Candidate, Subject, nearest_rows
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 T = pytest.importorskip("transformers")
 import embkern
 from embkern.evaluate import divergence, evaluate_perplexity, language_model, measure_perplexity
-from embkern.evaluate.divergence import Scores, kl_divergence
-from embkern.evaluate.table_swap import TableSwap
+from embkern.fidelity.divergence import Divergences, kl_divergence
+from embkern.models.table_swap import TableSwap
 from tests.evaluate.language_models import SIZES, TEXTS, VOCABULARY, sharp
 from tests.example_models import build
 from tests.example_tables import packed_of
@@ -48,15 +48,18 @@ def test_a_token_that_both_exclude_adds_nothing():
 
 @pytest.mark.parametrize("count", [1, 7, 1000])
 def test_mean_and_percentile_are_those_of_torch(count):
-    values = torch.rand(count, generator=torch.Generator().manual_seed(count))
-    scores = Scores()
-    for block in values.split(13):
-        scores.add_divergence(block, block > 0.25)
-    got = scores.divergence()
+    logits = torch.randn(2, count, 9, generator=torch.Generator().manual_seed(count))
+    dense, other = logits.log_softmax(-1)
+    values = kl_divergence(dense, dense.exp(), other.clone())
+    collected = Divergences()
+    for expected, block in zip(dense.split(13), other.split(13), strict=True):
+        collected.add(expected, expected.exp(), block.clone())
+    got = collected.total()
+    assert collected.tokens == count
     assert got.mean == pytest.approx(float(values.double().mean()), rel=1e-6)
     assert got.p99 == pytest.approx(float(values.quantile(0.99)), rel=1e-6)
-    assert got.top1 == pytest.approx(float((values > 0.25).double().mean()))
-    assert Scores().divergence() is None
+    assert got.top1 == pytest.approx(float((dense.argmax(-1) == other.argmax(-1)).double().mean()))
+    assert Divergences().total() is None
 
 
 # ---- models ----------------------------------------------------------------------------------------------

@@ -9,8 +9,9 @@ import torch
 
 T = pytest.importorskip("transformers")
 import embkern
-from embkern.evaluate import TableSwap, evaluate_perplexity
+from embkern.evaluate import evaluate_perplexity
 from embkern.evaluate.perplexity import perplexity
+from embkern.models.table_swap import TableSwap
 from tests.evaluate.language_models import TEXTS, sharp
 from tests.example_tables import packed_of, quantizing  # noqa: F401 (a fixture)
 

@@ -10,7 +10,8 @@ import torch
 from torch.testing import assert_close
 
 from embkern.models.calibrate import calibrate, kind_of
-from embkern.models.calibrate.objectives import MASK_SHARE, generator_of
+from embkern.models.calibrate.objectives import generator_of
+from embkern.models.calibrate.windows import MASK_SHARE
 from tests.models.calibrating import CLASSIFIERS, V, distinct_words, sharp, tokenizer, untied
 
 LENGTH, SEED = 9, 4

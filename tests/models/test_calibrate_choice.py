@@ -14,7 +14,8 @@ from embkern import EmbkernConfig, Recipe
 from embkern.cli import main as cli
 from embkern.methods import allocate
 from embkern.methods.metric_allocation import input_frequencies
-from embkern.models.calibrate import CalibrationTooLongError, calibrate, choice, self_calibrate
+from embkern.models.calibrate import CalibrationTooLongError, calibrate, choice
+from embkern.models.calibrate.on_samples import self_calibrate_holding_out
 from embkern.models.checkpoint import stored_table
 from tests.example_models import MODELS
 from tests.example_tables import quantizing  # noqa: F401 (a fixture)
@@ -37,15 +38,16 @@ def same(table, other) -> bool:
 @pytest.fixture
 def own_calibration():
     """Samples are short here, as the tests need no accuracy."""
-    return self_calibrate(build("gpt2"), windows=2, length=16)
+    found, _ = self_calibrate_holding_out(build("gpt2"), choice.HELD_OUT_SAMPLES, windows=2, length=16)
+    return found
 
 
 @pytest.fixture
 def few_samples(monkeypatch):
-    def short(model, **options):
-        return self_calibrate(model, **{"windows": 2, "length": 16, **options})
+    def short(model, held_out, **options):
+        return self_calibrate_holding_out(model, held_out, **{"windows": 2, "length": 16, **options})
 
-    monkeypatch.setattr(choice, "self_calibrate", short)
+    monkeypatch.setattr(choice, "self_calibrate_holding_out", short)
 
 
 @pytest.mark.usefixtures("few_samples")
@@ -56,7 +58,9 @@ def test_a_causal_model_is_calibrated_on_its_own_samples(own_calibration):
     assert report.calibration == "32 tokens of the model's own samples"
     assert report.counts == "those of the calibration"
     assert report.predicted_kl > 0
-    assert "predicted KL divergence" in report.rows()
+    assert report.divergence.tokens == choice.HELD_OUT_SAMPLES * 15  # The last of 16 predicts none.
+    assert report.divergence.mean > 0
+    assert {"KL divergence, predicted", "KL divergence, measured"} <= set(report.rows())
     counts = input_frequencies(own_calibration)
     expected = allocate(weight, ratio=2, counts=counts, calibration=own_calibration)
     assert same(stored_table(model), expected)
@@ -64,7 +68,7 @@ def test_a_causal_model_is_calibrated_on_its_own_samples(own_calibration):
 
 @pytest.mark.parametrize(("name", "recipe"), [("gpt2", {"calibrate": False}), ("bert", {})])
 def test_others_are_not_unless_asked(name, recipe, monkeypatch):
-    monkeypatch.setattr(choice, "self_calibrate", None)
+    monkeypatch.setattr(choice, "self_calibrate_holding_out", None)
     model = build(name)
     weight = model.get_input_embeddings().weight.detach().clone()
     counts = torch.arange(len(weight), 0, -1).double()
@@ -121,12 +125,12 @@ def test_a_model_that_is_compressed_while_it_is_loaded(tmp_path):
 
 
 def test_what_would_take_too_long_is_left_out_by_default(monkeypatch, caplog):
-    def slow(model, *, limit_seconds=600, **_):
+    def slow(model, held_out, *, limit_seconds, **_):
         if limit_seconds is not None:
             raise CalibrationTooLongError(1500, limit_seconds)
-        return self_calibrate(model, windows=1, length=8)
+        return self_calibrate_holding_out(model, held_out, windows=1, length=8)
 
-    monkeypatch.setattr(choice, "self_calibrate", slow)
+    monkeypatch.setattr(choice, "self_calibrate_holding_out", slow)
     report = embkern.compress(build("gpt2"), **PACKED)
     assert report.calibration.startswith(
         "none, as it would take 25 minutes; pass calibrate=True (--calibrate)"

@@ -6,7 +6,7 @@ import itertools
 import logging
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ...methods import METHODS
 from ...methods.calibration import Calibration
@@ -14,14 +14,31 @@ from ...recipe import Recipe
 from ...text.frequencies import Source
 from ...text.reading import read_texts
 from .kinds import kind_of
-from .on_samples import CalibrationTooLongError, self_calibrate
-from .on_text import calibrate, check_calibration
+from .on_samples import CalibrationTooLongError, self_calibrate_holding_out
+from .on_text import calibrate_holding_out, check_calibration
+from .windows import HeldOut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
+LONGEST_SECONDS = 600.0  # of a calibration that was not asked for
+HELD_OUT_TOKENS, HELD_OUT_SAMPLES = 2048, 8  # to measure the divergence on
 _OWN_SAMPLES = "pass calibrate=True (--calibrate) to take the model's own samples"
+
+
+class Choice(NamedTuple):
+    """The calibration for a compression.
+
+    Attributes:
+        calibration: the calibration or None.
+        phrase: says in the report what it is; None where the method takes no calibration.
+        held_out: inputs that it did not see, to measure the divergence on; None where there are none.
+    """
+
+    calibration: Calibration | None = None
+    phrase: str | None = None
+    held_out: HeldOut | None = None
 
 
 def choose_calibration(
@@ -32,8 +49,9 @@ def choose_calibration(
     text: Source | Sequence[Source] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: bool | None = None,
-) -> tuple[Calibration | None, str | None]:
-    """Return the calibration for the compression of a model, and a phrase on it for the report.
+    hold_out: bool = False,
+) -> Choice:
+    """Return the calibration for the compression of a model.
 
     A calibration or a text that is given is used. Without one, ``recipe.calibrate`` decides: True takes
     samples of the model itself, False none, and None takes them from causal language models, if that takes
@@ -46,9 +64,7 @@ def choose_calibration(
         text: sources of text, as ``read_texts`` takes them.
         tokenizer: the model's tokenizer, or None.
         progress: whether to show a progress bar on stderr; None shows it on a terminal.
-
-    Returns:
-        The calibration or None; None as the phrase where the method takes no calibration.
+        hold_out: whether to keep some inputs of a language model out of the calibration.
 
     Raises:
         ValueError: what is given does not fit the method, the model or each other, or the model cannot be
@@ -60,7 +76,7 @@ def choose_calibration(
     if names:
         recipe.check_calibrated(names[0])
     if not METHODS[recipe.method].calibrated:
-        return None, None
+        return Choice()
     if len(names) > 1 or (names and recipe.calibrate is False):
         both = ", ".join(names if recipe.calibrate is not False else [*names, "calibrate=False"])
         raise ValueError(f"calibration: expected one source, got {both}")
@@ -68,37 +84,54 @@ def choose_calibration(
         if not isinstance(calibration, Calibration):
             calibration = Calibration.load(calibration)
         check_calibration(calibration, model, tokenizer)
-        return calibration, _described(calibration)
+        return Choice(calibration, _described(calibration))
     if text is not None:
         if tokenizer is None:
             raise ValueError("calibrate_text: expected a tokenizer with it (the model has none)")
         sources = [text] if isinstance(text, (str, os.PathLike)) else text
         texts = itertools.chain.from_iterable(map(read_texts, sources))
-        found = calibrate(model, tokenizer, texts, progress=progress)
-        return found, _described(found)
+        found, unseen = calibrate_holding_out(
+            model, tokenizer, texts, HELD_OUT_TOKENS if hold_out else 0, progress=progress
+        )
+        return Choice(found, _described(found), unseen)
     if recipe.calibrate is False:
-        return None, "none, as asked for"
+        return Choice(None, "none, as asked for")
     if recipe.calibrate:
-        found = self_calibrate(model, tokenizer=tokenizer, progress=progress, limit_seconds=None)
-        return found, _described(found)
-    return _by_default(model, tokenizer, progress)
+        return _on_samples(model, tokenizer, progress, hold_out, None)
+    return _by_default(model, tokenizer, progress, hold_out)
 
 
 def _by_default(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, progress: bool | None
-) -> tuple[Calibration | None, str]:
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    progress: bool | None,
+    hold_out: bool,
+) -> Choice:
     try:
         if kind_of(model) != "causal":
-            return None, "none; text (--calibrate-text) would lower the error that the model sees"
-        found = self_calibrate(model, tokenizer=tokenizer, progress=progress)
-        return found, _described(found)
+            return Choice(None, "none; text (--calibrate-text) would lower the error that the model sees")
+        return _on_samples(model, tokenizer, progress, hold_out, LONGEST_SECONDS)
     except CalibrationTooLongError as error:
         minutes = f"{error.seconds / 60:.0f} minutes"
         phrase = f"none, as it would take {minutes}; {_OWN_SAMPLES}, or text, for a much smaller error"
     except ValueError as error:  # no token to begin with, values that are not finite
         phrase = f"none ({error})"
     _log.warning("embkern: calibration: %s", phrase)
-    return None, phrase
+    return Choice(None, phrase)
+
+
+def _on_samples(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    progress: bool | None,
+    hold_out: bool,
+    limit_seconds: float | None,
+) -> Choice:
+    samples = HELD_OUT_SAMPLES if hold_out else 0
+    found, unseen = self_calibrate_holding_out(
+        model, samples, tokenizer=tokenizer, progress=progress, limit_seconds=limit_seconds
+    )
+    return Choice(found, _described(found), unseen)
 
 
 def _described(calibration: Calibration) -> str:

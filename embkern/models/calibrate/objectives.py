@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CHUNK_VALUES = 1 << 21  # probabilities at a time: 8 MB in fp32, and 16 MB for their sums in float64
-MASK_SHARE = 0.15
 
 
 class NotFiniteError(ArithmeticError):
@@ -85,14 +84,8 @@ class LanguageModel:
         """Run the model on some of the windows, which have one length."""
         ids, positions, draws = [], [], []
         for row, number in enumerate(numbers):
-            own, generator = self.windows.ids[number], generator_of(self.seed, number)
-            places = np.arange(len(own))
-            if self.mask is not None:
-                content = places[self.windows.first : len(own) - self.windows.last]
-                share = max(1, round(MASK_SHARE * len(content)))
-                places = np.sort(generator.permutation(content)[:share])
-                own = own.copy()
-                own[places] = self.mask
+            generator = generator_of(self.seed, number)
+            own, places = self.windows.scored(number, self.mask, generator)
             ids.append(own)
             positions.append(row * len(own) + places)
             draws.append(generator.random(len(places)))

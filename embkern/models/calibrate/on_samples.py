@@ -28,7 +28,7 @@ from .objectives import (
 )
 from .on_text import run_of, weights_fingerprint
 from .passes import not_finite, run_pass
-from .windows import Windows
+from .windows import HeldOut, Windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,7 +54,6 @@ class CalibrationTooLongError(RuntimeError):
         self.seconds, self.limit = seconds, limit
 
 
-@torch.inference_mode(False)  # a caller's inference mode would make tensors that cannot be changed
 def self_calibrate(
     model: PreTrainedModel,
     *,
@@ -89,6 +88,27 @@ def self_calibrate(
         CalibrationTooLongError: by its first steps, it would take longer than ``limit_seconds``.
         UnsupportedModelError: the model has no table that ``find_table`` finds.
     """
+    found, _ = self_calibrate_holding_out(
+        model, 0, windows=windows, length=length, seed=seed, tokenizer=tokenizer,
+        progress=progress, checkpoint=checkpoint, limit_seconds=limit_seconds,
+    )  # fmt: skip
+    return found
+
+
+@torch.inference_mode(False)  # a caller's inference mode would make tensors that cannot be changed
+def self_calibrate_holding_out(
+    model: PreTrainedModel,
+    held_out: int,
+    *,
+    windows: int = 32,
+    length: int = 256,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: bool | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    limit_seconds: float | None = 600,
+) -> tuple[Calibration, HeldOut | None]:
+    """Return the result of ``self_calibrate``, and ``held_out`` further samples; None for none."""
     for name, value, least in (("windows", windows, 1), ("length", length, 2), ("seed", seed, 0)):
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
@@ -111,14 +131,15 @@ def self_calibrate(
     samples = sample_windows(
         model,
         first,
-        windows,
+        windows + held_out,
         length,
         seed,
         device=table.weight.device,
         progress=progress,
         check_time=check_time,
     )
-    read = Windows(list(samples))
+    read = Windows(list(samples[:windows]))
+    unseen = HeldOut(Windows(list(samples[windows:]))) if held_out else None
     facts = CalibrationFacts(
         architecture=type(model).__name__,
         kind=kind,
@@ -137,11 +158,11 @@ def self_calibrate(
         on_progress=check_time,
     )
     if found.predictions is None:  # a head of another width than the table
-        return found
+        return found, unseen
     # Of the tokens that are read, all but the first of a window were predicted.
     inputs = found.predictions * ((length - 1) / length)
     inputs[first] += windows
-    return dataclasses.replace(found, inputs=inputs)
+    return dataclasses.replace(found, inputs=inputs), unseen
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from ..inference import longest_input
 from .kinds import kind_of
 from .objectives import LanguageModel, Objective, classifier_objective, mask_of, sentence_objective
 from .passes import run_pass
-from .windows import Windows, sentences, windows_of_text
+from .windows import HeldOut, Windows, sentences, windows_of_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -79,6 +79,30 @@ def calibrate(
     Source: Fisher information of the row errors, as Amari's natural gradient has it; second-order
     expansions of the KL divergence, e.g. Martens 2020, arXiv 1412.1193.
     """
+    found, _ = calibrate_holding_out(
+        model, tokenizer, texts, 0,
+        tokens=tokens, length=length, seed=seed, pooling=pooling, progress=progress, checkpoint=checkpoint,
+    )  # fmt: skip
+    return found
+
+
+def calibrate_holding_out(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    held_out: int,
+    *,
+    tokens: int = 16384,
+    length: int = 256,
+    seed: int = 0,
+    pooling: Pooling | None = None,
+    progress: bool | None = None,
+    checkpoint: str | os.PathLike | None = None,
+) -> tuple[Calibration, HeldOut | None]:
+    """Return the result of ``calibrate``, and inputs of some ``held_out`` tokens that it did not see.
+
+    The latter are those of a language model that is no encoder-decoder, and at most a ninth of all inputs.
+    """
     for name, value, least in (("tokens", tokens, 1), ("length", length, 2), ("seed", seed, 0)):
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
@@ -87,7 +111,9 @@ def calibrate(
     if kind == "sentence" and model.config.is_encoder_decoder:
         raise ValueError(f"pooling: expected an encoder or a decoder, got {type(model).__name__}")
     length = min(length, longest_input(model))
-    read = {"tokens": tokens, "length": length, "V": len(table.weight)}
+    measured = kind in ("causal", "masked")  # what is held out serves to measure these alone
+    read = {"tokens": tokens + held_out * measured, "length": length, "V": len(table.weight)}
+    unseen: HeldOut | None = None
     objective: LanguageModel | Objective
     if kind in ("sentence", "classifier"):
         windows = sentences(texts, tokenizer, **read)
@@ -99,6 +125,9 @@ def calibrate(
     else:
         mask = mask_of(tokenizer) if kind == "masked" else None
         windows = windows_of_text(texts, tokenizer, **read)
+        if held_out and measured:
+            windows, rest = windows.hold_out(held_out)
+            unseen = None if rest is None else HeldOut(rest, mask, seed)
         objective = LanguageModel(model, windows, seed, mask)
     facts = CalibrationFacts(
         architecture=type(model).__name__,
@@ -107,7 +136,8 @@ def calibrate(
         tokenizer=fingerprint(tokenizer),
         runs=(run_of("text", windows, seed, pooling),),
     )
-    return run_pass(model, table, windows, objective, facts, progress=progress, checkpoint=checkpoint)
+    found = run_pass(model, table, windows, objective, facts, progress=progress, checkpoint=checkpoint)
+    return found, unseen
 
 
 def run_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 CHARS_PER_TOKEN = 32  # kept of the text, some 8 times as many as a token has
 LEAST_TOKENS = 4096
 BLOCK_CHARS = 4096  # adjacent text that is kept or left out as one
+MASK_SHARE = 0.15
 LONGEST_TEXT = 1 << 16  # a longer one is cut
 
 
@@ -53,6 +55,38 @@ class Windows:
             found.update(len(ids).to_bytes(8, "little") + ids.astype("<i8").tobytes())
         return f"sha256:{found.hexdigest()[:32]}"
 
+    def hold_out(self, tokens: int) -> tuple[Windows, Windows | None]:
+        """Return these inputs without some that are spread evenly over them, and those.
+
+        The latter have some ``tokens`` tokens, but are at most a ninth of the inputs; None if that is none.
+        """
+        count = min(-(-tokens // self.length), len(self.ids) // 9)
+        if count <= 0:
+            return self, None
+        chosen = {(2 * number + 1) * len(self.ids) // (2 * count) for number in range(count)}
+        parts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+        for number, ids in enumerate(self.ids):
+            parts[number in chosen].append(ids)
+        return dataclasses.replace(self, ids=parts[0]), dataclasses.replace(self, ids=parts[1])
+
+    def scored(
+        self, number: int, mask: int | None, generator: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids (T,) of an input and the positions (n,) whose outputs are scored.
+
+        With the id of a mask token, 15 % of the tokens besides the special ones are masked and scored, else
+        all are scored.
+        """
+        ids = self.ids[number]
+        places = np.arange(len(ids))
+        if mask is None:
+            return ids, places
+        content = places[self.first : len(ids) - self.last]
+        places = np.sort(generator.permutation(content)[: max(1, round(MASK_SHARE * len(content)))])
+        ids = ids.copy()
+        ids[places] = mask
+        return ids, places
+
     def batches(self, tokens: int) -> list[list[int]]:
         """Return the numbers of the inputs of each batch: inputs of one length, at most ``tokens`` together.
 
@@ -64,6 +98,31 @@ class Windows:
             numbers, size = list(group), max(1, tokens // length)
             found += [numbers[start : start + size] for start in range(0, len(numbers), size)]
         return found
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Inputs of a language model that its calibration did not see.
+
+    Attributes:
+        windows: the inputs.
+        mask: id of the mask token of a masked language model; None for a causal one.
+        seed: random seed of the masks.
+    """
+
+    windows: Windows
+    mask: int | None = None
+    seed: int = 0
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield each input: ids (T,), the positions (n,) of scored outputs, and the ids (n,) to predict."""
+        for number, ids in enumerate(self.windows.ids):
+            if self.mask is None:
+                yield ids, np.arange(len(ids) - 1), ids[1:]
+                continue
+            generator = np.random.default_rng((self.seed, number))
+            masked, places = self.windows.scored(number, self.mask, generator)
+            yield masked, places, ids[places]
 
 
 def windows_of_text(

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-from ..models.find_table import ModelTable, find_table
 from ..nn import layer_of
 from ..tables import Table
 from ..tables.factors import Factors
 from ..tables.packed import PackedTable
+from .find_table import ModelTable, find_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
