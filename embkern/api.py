@@ -35,6 +35,7 @@ from .recipe import LMHead, Recipe
 from .text.counts import CountSummary, TokenCounts, count_tokens
 from .text.frequencies import Source, token_frequencies
 from .text.reading import read_texts
+from .text.token_names import token_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -154,7 +155,7 @@ def compress(
         weight,
         compressed.to(weight.dtype),
         counts=frequencies,
-        tokens=tokenizer and tokenizer.convert_ids_to_tokens,
+        tokens=tokenizer and functools.partial(token_names, tokenizer),
     )
     predicted = measured = None
     head = recipe.compresses_head(table.tied)

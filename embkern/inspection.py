@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -14,6 +15,7 @@ from .models.find_table import find_table, input_embeddings, other_tables
 from .models.loading import load_model, load_tokenizer
 from .models.report import Comparison, TierUse, tier_uses
 from .nn.base import CompressedEmbedding, CompressedHead
+from .text.token_names import token_names
 
 
 class RankSaving(BaseModel):
@@ -153,6 +155,7 @@ def evaluate(
             f"as in {directory}, got {' x '.join(map(str, table.shape))} in {against}"
         )
     tokenizer = load_tokenizer(against) or load_tokenizer(directory)
+    tokens = tokenizer and functools.partial(token_names, tokenizer)
     nbytes = stored_table(compressed).nbytes
     result = Comparison(
         table_bytes=table.nbytes,
@@ -160,7 +163,7 @@ def evaluate(
         ratio=table.nbytes / nbytes,
         model_bytes_before=model_bytes(dense),
         model_bytes_after=model_bytes(compressed),
-        table=compare_tables(table, embedding.table, tokens=tokenizer and tokenizer.convert_ids_to_tokens),
+        table=compare_tables(table, embedding.table, tokens=tokens),
     )
     if sentences is not None:
         if tokenizer is None:

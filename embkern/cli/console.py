@@ -67,7 +67,4 @@ def print_rows(rows: Mapping[str, str], title: str | None = None) -> None:
 def print_comparison(comparison: Comparison, title: str) -> None:
     """Print a comparison as a table, and the tokens of the worst rows."""
     print_rows(comparison.rows(), title)
-    shown = ", ".join(
-        f"{row.token or row.id} {row.direction_error:.2f}" for row in comparison.table.worst_rows
-    )
-    console().print(f"worst rows: {shown}", markup=False)
+    console().print(f"worst rows: {', '.join(map(str, comparison.table.worst_rows))}", markup=False)

@@ -11,14 +11,21 @@ from torch import Tensor
 
 from ..methods.base import BLOCK_ROWS
 from ..tables import Table
+from ..text.token_names import Kind, TokenName
 
 
 class WorstRow(BaseModel):
     """One of the rows with the largest direction errors."""
 
     id: int
-    token: str | None = None
+    token: str | None = Field(None, description="its text; null without a token or a tokenizer")
+    kind: Kind | None = Field(None, description="special or unused, if the token is no text")
     direction_error: float
+
+    def __str__(self) -> str:
+        """Return the token, or the id for want of one, and the error."""
+        name = str(self.id) if self.token is None else str(TokenName(self.token, self.kind))
+        return f"{name} {self.direction_error:.2f}"
 
 
 class TableComparison(BaseModel):
@@ -42,7 +49,7 @@ def compare_tables(
     reconstruction: Table | Tensor,
     *,
     counts: Tensor | None = None,
-    tokens: Callable[[list[int]], Sequence[str]] | None = None,
+    tokens: Callable[[list[int]], Sequence[TokenName]] | None = None,
     worst: int = 10,
     neighbors: int = 10,
     sampled_rows: int = 512,
@@ -58,7 +65,7 @@ def compare_tables(
         table: (V, H).
         reconstruction: a compressed table, or a dense tensor (V, H).
         counts: how often each token is read, (V,), for ``weighted_direction_error``.
-        tokens: maps ids to token strings, for the worst rows.
+        tokens: maps ids to names, for the worst rows, such as ``token_names`` with a tokenizer does.
         worst: how many worst rows to list.
         neighbors: how many nearest neighbours of a row to compare.
         sampled_rows: number of rows whose neighbours are compared.
@@ -85,7 +92,7 @@ def compare_tables(
     error = torch.cat(errors)
     weights = None if counts is None else counts.to(error) / counts.sum().to(error)
     ids = error.argsort(descending=True)[:worst].tolist()
-    names: Sequence[str | None] = tokens(ids) if tokens else [None] * len(ids)
+    names = tokens(ids) if tokens else [TokenName(None)] * len(ids)
     return TableComparison(
         direction_error=float(error.mean()),
         direction_error_p99=float(error.kthvalue(max(1, round(0.99 * len(error)))).values),
@@ -93,7 +100,7 @@ def compare_tables(
         rmse=(squared / table.numel()) ** 0.5,
         neighbor_overlap=_neighbor_overlap(table, rebuilt, neighbors, sampled_rows, seed),
         worst_rows=[
-            WorstRow(id=i, token=name, direction_error=float(error[i]))
+            WorstRow(id=i, token=name.text, kind=name.kind, direction_error=float(error[i]))
             for i, name in zip(ids, names, strict=True)
         ],
     )

@@ -53,7 +53,7 @@ def describe_model(subject: Subject) -> dict[str, Any]:
 def measure_table(subject: Subject, candidate: Candidate) -> dict[str, Any]:
     """Compare the table with the dense one row by row, and count the bytes of both."""
     comparison = compare_tables(
-        subject.weight, candidate.rows, counts=subject.frequencies, tokens=subject.tokens, seed=subject.seed
+        subject.weight, candidate.rows, counts=subject.frequencies, tokens=subject.names, seed=subject.seed
     )
     nbytes, before = candidate.table.nbytes, subject.weight.nbytes
     return {

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
 from .._version import __version__
 from ..io.atomic import replacing
+from ..text.token_names import visible
 from .document import Cell, Section, Table, names_of
 from .result import PAGE_NAME, Study
 from .sections import sections_of
@@ -76,24 +76,6 @@ def _markdown_cell(cell: Cell) -> str:
 def _plain(text: str) -> str:
     """Escape everything that Markdown or HTML would interpret."""
     return re.sub(r"[&<>|`*_\\\[\]#~$@]|:(?=\S)", lambda found: f"&#{ord(found.group())};", text)
-
-
-def visible(token: str) -> str:
-    """Return a token with visible spaces and control characters, isolated if it runs from right to left."""
-    shown = "".join(_visible(character) for character in token) or "∅"
-    if unicodedata.category(shown[0]).startswith("M"):
-        shown = "◌" + shown
-    if any(unicodedata.bidirectional(character) in ("R", "AL", "AN") for character in shown):
-        shown = f"\u2068{shown}\u2069"
-    return shown
-
-
-def _visible(character: str) -> str:
-    if character == " ":
-        return "␣"
-    if unicodedata.category(character)[0] in "CZ":
-        return character.encode("unicode_escape", "backslashreplace").decode()
-    return character
 
 
 # ---- HTML ------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from ..models.checkpoint import model_bytes
 from ..models.find_table import UnsupportedModelError, find_table
 from ..models.swap import check_installable
 from ..text.reading import read_texts
+from ..text.token_names import TokenName, token_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -92,10 +93,12 @@ class Subject:
 
     def tokens(self, ids: list[int]) -> list[str]:
         """Return the names of tokens."""
-        names: Sequence[str | None] = (
-            [None] * len(ids) if self.tokenizer is None else self.tokenizer.convert_ids_to_tokens(ids)
-        )
-        return [name if name is not None else f"#{i}" for i, name in zip(ids, names, strict=True)]
+        texts = (name.text for name in self.names(ids))
+        return [f"#{i}" if text is None else text for i, text in zip(ids, texts, strict=True)]
+
+    def names(self, ids: list[int]) -> list[TokenName]:
+        """Return texts and kinds of tokens; without a tokenizer they have none."""
+        return [TokenName(None)] * len(ids) if self.tokenizer is None else token_names(self.tokenizer, ids)
 
 
 class Candidate:

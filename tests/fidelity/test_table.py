@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from embkern import Factors
 from embkern.fidelity import compare_tables
+from embkern.text.token_names import TokenName
 from tests.example_tables import packed_of
 
 
@@ -77,7 +78,7 @@ def test_zero_rows():
 def test_tokens_of_the_worst_rows_and_tiny_tables():
     table = torch.randn(2, 3)
     factors = Factors(table, torch.eye(3))
-    got = compare_tables(table, factors, tokens=lambda ids: [f"<{i}>" for i in ids])
+    got = compare_tables(table, factors, tokens=lambda ids: [TokenName(f"<{i}>") for i in ids])
     assert {row.token for row in got.worst_rows} == {"<0>", "<1>"}
     assert compare_tables(table[:1], table[:1]).neighbor_overlap == 1.0
 

@@ -16,7 +16,8 @@ for package in REQUIRED:
 from embkern.io.checked_json import read_checked_json
 from embkern.study import Row
 from embkern.study.document import value_at
-from embkern.study.report import visible, write_report
+from embkern.study.report import write_report
+from embkern.text.token_names import visible
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
