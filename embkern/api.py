@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ._version import __version__
 from .fidelity import compare_tables, embed_sentences, read_sentences, sentence_fidelity
@@ -32,8 +31,8 @@ from .models.report import Report, public_name, tier_uses
 from .models.saving import check_output, save
 from .models.swap import check_installable
 from .recipe import LMHead, Recipe
-from .text.counts import CountSummary, TokenCounts, count_tokens
-from .text.frequencies import Source, token_frequencies
+from .text.counts import CountSummary, count_tokens
+from .text.frequencies import Counts, Source, token_frequencies
 from .text.reading import read_texts
 from .text.token_names import token_names
 
@@ -49,13 +48,13 @@ def compress(
     method: str | None = None,
     lm_head: LMHead | None = None,
     recipe: Recipe | None = None,
-    counts: TokenCounts | Tensor | str | os.PathLike | None = None,
+    counts: Counts | None = None,
     count_text: Source | Sequence[Source] | None = None,
     text: str | os.PathLike | None = None,
     calibration: Calibration | str | os.PathLike | None = None,
     calibrate_text: Source | Sequence[Source] | None = None,
     calibrate: bool | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: PreTrainedTokenizerBase | str | os.PathLike | None = None,
     output: str | os.PathLike | None = None,
     overwrite: bool = False,
     progress: bool | None = None,
@@ -76,9 +75,9 @@ def compress(
             original table for it, which makes the model larger. Untied heads do not change.
         recipe: an object with all of the above and the options, instead of them.
         counts: token frequencies for methods that weight rows and for the report's weighted error: a file of
-            ``embkern count``, a ``TokenCounts``, or frequencies (V,), which are used as they are. Counts of
-            text are mixed with an estimate from the order of the vocabulary (``vocabulary_prior``); without
-            counts, that estimate is used.
+            ``embkern count``, a ``TokenCounts``, a mapping of ids or tokens to integers, or frequencies (V,),
+            which are used as they are. Counts of text are mixed with an estimate from the order of the
+            vocabulary (``vocabulary_prior``); without counts, that estimate is used.
         count_text: text to count in addition: a file, directory or data set as ``embkern.text.read_texts``
             takes it, or several.
         text: a text file, one sentence per line; the report then compares the embeddings of its first 1000
@@ -88,8 +87,8 @@ def compress(
         calibrate_text: text to calibrate on instead, as ``count_text``.
         calibrate: without these two, whether to calibrate on samples of the model itself. None does so for
             causal language models, unless it would take more than ten minutes; False changes nothing.
-        tokenizer: the tokenizer of a model object, for texts and the names of the worst rows; that of a model
-            given by name is loaded.
+        tokenizer: the tokenizer of a model object, or its directory or name, for texts and the names of the
+            worst rows; that of a model given by name is loaded.
         output: directory to save to: model, tokenizer, report and model card. It is complete or does not
             exist.
         overwrite: whether to replace ``output`` if all of its files were written by embkern.
@@ -117,6 +116,10 @@ def compress(
         check_output(output, overwrite, source=model)
     sentences = None if text is None else read_sentences(text)
     source: str | None = None
+    if isinstance(tokenizer, (str, os.PathLike)):
+        name, tokenizer = tokenizer, load_tokenizer(tokenizer)
+        if tokenizer is None:
+            raise FileNotFoundError(f"tokenizer: expected a directory or name with one, found none at {name}")
     if isinstance(model, (str, os.PathLike)):
         source = os.fspath(model)
         model = load_model(source)

@@ -235,6 +235,14 @@ def test_bad_counts_are_named(source, arguments, message):
         embkern.compress(source, **SVD, **arguments)
 
 
+def test_a_tokenizer_may_be_given_by_its_directory(source, tmp_path):
+    reports = [embkern.compress(build("bert"), **SVD, tokenizer=each) for each in (word_tokenizer(), source)]
+    assert reports[0].table == reports[1].table
+    assert any(row.token is not None for row in reports[1].table.worst_rows)
+    with pytest.raises(FileNotFoundError, match="tokenizer: expected a directory or name with one"):
+        embkern.compress(build("bert"), **SVD, tokenizer=tmp_path)
+
+
 def test_counts_and_tokenizers_of_other_models_are_refused(source, text):
     other = T.PreTrainedTokenizerFast(
         tokenizer_object=word_tokenizer().backend_tokenizer,

@@ -39,14 +39,15 @@ def parse_options(model: type[AnyOptions], options: dict[str, Any], owner: str) 
     try:
         return model.model_validate(options)
     except ValidationError as error:
-        known = ", ".join(model.model_fields)
-        problems = []
+        problems, known = [], ""
         for problem in error.errors():
             message = problem["msg"].removeprefix("Value error, ")
             if place := ".".join(map(str, problem["loc"])):  # a model validator names its fields itself
                 message = f"{place}: {message}, got {problem['input']!r}"
+            if problem["type"] == "extra_forbidden":
+                known = f" (known: {', '.join(model.model_fields)})"
             problems.append(message)
-        raise ValueError(f"{owner}: {'; '.join(problems)} (known: {known})") from None
+        raise ValueError(f"{owner}: {'; '.join(problems)}{known}") from None
 
 
 @contextlib.contextmanager
@@ -73,6 +74,8 @@ def check_table(table: Rows) -> None:
 
 def check_shape(table: Rows) -> None:
     """Check everything that ``check_table`` checks, except the values."""
+    if not isinstance(table, (Tensor, TableFile)):
+        raise TypeError(f"table: expected a tensor (V, H) or a TableFile, got {type(table).__name__}")
     if len(table.shape) != 2 or 0 in table.shape:
         raise ValueError(f"table: expected shape (V, H) with V, H >= 1, got {tuple(table.shape)}")
     if table.device.type == "meta":
@@ -152,9 +155,12 @@ def row_weights(
     Raises:
         ValueError: ``counts``, which the message calls ``name``, is not (V,), not finite, negative or all
             zero.
+        TypeError: it is no tensor.
     """
     if counts is None:
         return torch.full((num_embeddings,), 1 / num_embeddings, dtype=torch.float64)
+    if not isinstance(counts, Tensor):
+        raise TypeError(f"{name}: expected a tensor ({num_embeddings},), got {type(counts).__name__}")
     if counts.shape != (num_embeddings,):
         raise ValueError(
             f"{name}: expected shape ({num_embeddings},), one per row, got {tuple(counts.shape)}"

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 FORMAT = TensorFormat("embkern.counts/1", "token counts", required=("counts",), settings=("facts",))
+_MOST = 2**63 - 1
 BATCH_CHARS = 1 << 18  # characters per call of the tokenizer, which needs about 100 bytes for each
 
 
@@ -107,6 +108,36 @@ class TokenCounts:
             raise ValueError("counts, texts, vocabulary_size: expected at least 0, got less")
         if (total := _exact_sum(self.counts)) >= 2**63:
             raise ValueError(f"counts: expected a sum below 2^63, got {total:,}")
+
+    @classmethod
+    def from_mapping(
+        cls, counts: Mapping[Any, int], num_embeddings: int, tokenizer: PreTrainedTokenizerBase | None
+    ) -> TokenCounts:
+        """Return counts that are given by id or by token, such as a ``collections.Counter``; others are 0.
+
+        Args:
+            counts: maps ids below V, or pieces of the tokenizer's vocabulary, to integers.
+            num_embeddings: V.
+            tokenizer: the tokenizer of the ids; needed for pieces.
+
+        Raises:
+            ValueError: a key is no id below V and no token, or a count is negative.
+            TypeError: a count is no integer.
+        """
+        vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
+        found = np.zeros(num_embeddings, np.int64)
+        for key, count in counts.items():
+            id = vocabulary.get(key, -1) if isinstance(key, str) else key
+            if not isinstance(id, (int, np.integer)) or not 0 <= id < num_embeddings:
+                tokens = "" if tokenizer is None else " or tokens of the model's tokenizer"
+                raise ValueError(f"counts: expected ids below {num_embeddings}{tokens} as keys, got {key!r}")
+            if not isinstance(count, (int, np.integer)):
+                raise TypeError(f"counts: expected integers, got {count!r} for {key!r}")
+            if not 0 <= count <= _MOST:
+                raise ValueError(f"counts: expected integers from 0 to {_MOST}, got {count} for {key!r}")
+            found[id] += count
+        known = "none" if tokenizer is None else fingerprint(tokenizer)
+        return cls(torch.from_numpy(found), 0, known, len(vocabulary))
 
     @property
     def tokens(self) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,8 @@ from .reading import read_texts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Counts of text, or one number per row.
+Counts = TokenCounts | Mapping[Any, int] | Tensor | np.ndarray | Sequence[float] | str | os.PathLike
 Source = str | os.PathLike  # of text, as read_texts takes it
 
 STRENGTH = 5000.0  # strength of the prior in tokens, see expected_frequencies
@@ -64,7 +67,7 @@ def expected_frequencies(counts: TokenCounts | None, prior: Tensor, *, strength:
 
 def token_frequencies(
     num_embeddings: int,
-    counts: TokenCounts | Tensor | str | os.PathLike | None,
+    counts: Counts | None,
     count_text: Source | Sequence[Source] | None,
     tokenizer: PreTrainedTokenizerBase | None,
     *,
@@ -74,8 +77,9 @@ def token_frequencies(
 
     Args:
         num_embeddings: V.
-        counts: frequencies (V,), which are only normalised, or counts of text: ``TokenCounts`` or a file of
-            them. None for no counts.
+        counts: frequencies, a tensor, an array or a list of V numbers, which are only normalised; or counts
+            of text: ``TokenCounts``, a file of them, or a mapping of ids or tokens to integers. None for no
+            counts.
         count_text: sources of text to count in addition, as ``read_texts`` takes them.
         tokenizer: the tokenizer of the model, or None.
         progress: whether to show a progress bar on stderr; None shows it on a terminal.
@@ -87,6 +91,11 @@ def token_frequencies(
         ValueError: the counts, the text or the tokenizer belong to another model, or are not usable.
         FileNotFoundError: a file does not exist.
     """
+    if isinstance(counts, (list, tuple, np.ndarray)):
+        try:
+            counts = torch.as_tensor(np.asarray(counts, np.float64))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"counts: expected {num_embeddings} numbers, got {error}") from None
     if isinstance(counts, Tensor):
         if count_text is not None:
             raise ValueError("counts, count_text: expected frequencies or text to count, got both")
@@ -101,6 +110,13 @@ def token_frequencies(
         return wide / wide.sum(), "as given"
     if isinstance(counts, (str, os.PathLike)):
         counts = TokenCounts.load(counts)
+    elif isinstance(counts, Mapping):
+        counts = TokenCounts.from_mapping(counts, num_embeddings, tokenizer)
+    elif counts is not None and not isinstance(counts, TokenCounts):
+        raise TypeError(
+            "counts: expected TokenCounts, a file of them, a mapping or one number per row, "
+            f"got {type(counts).__name__}"
+        )
     if counts is not None and tokenizer is not None:
         counts.check_tokenizer(tokenizer)
     if count_text is not None:
@@ -113,5 +129,6 @@ def token_frequencies(
     prior = vocabulary_prior(tokenizer, num_embeddings)
     order = "the order of the vocabulary" if tokenizer is not None else "the order of the ids (no tokenizer)"
     if counts is not None:
-        order = f"{counts.tokens:,} tokens of {counts.texts:,} texts, and {order}"
+        read = f" of {counts.texts:,} texts" if counts.texts else ""
+        order = f"{counts.tokens:,} tokens{read}, and {order}"
     return expected_frequencies(counts, prior, strength=COMPRESSION_STRENGTH), order

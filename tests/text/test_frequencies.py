@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -9,7 +12,7 @@ from torch.testing import assert_close
 transformers = pytest.importorskip("transformers")
 
 from embkern.text.counts import TokenCounts, count_tokens
-from embkern.text.frequencies import expected_frequencies
+from embkern.text.frequencies import expected_frequencies, token_frequencies
 from embkern.text.prior import vocabulary_prior
 from tests.example_tokenizers import SENTENCES, wordpiece
 from tests.text.test_prior import check_distribution
@@ -47,6 +50,47 @@ def test_counts_are_mixed_with_the_prior(counts):
 def test_bad_mixtures_are_refused(counts, prior, strength, message):
     with pytest.raises(ValueError, match=message):
         expected_frequencies(counts, prior, strength=strength)
+
+
+NUMBERS = [3, 0.5, 0, 7]
+
+
+@pytest.mark.parametrize(
+    "given", [torch.tensor(NUMBERS), NUMBERS, tuple(NUMBERS), np.array(NUMBERS, np.float32)]
+)
+def test_numbers_are_taken_as_they_are_whatever_holds_them(given):
+    frequencies, origin = token_frequencies(4, given, None, None)
+    assert_close(frequencies, torch.tensor(NUMBERS, dtype=torch.float64) / 10.5)
+    assert origin == "as given"
+
+
+def test_a_mapping_is_counts_of_text(counts):
+    made = wordpiece()
+    by_id = Counter({id: int(count) for id, count in enumerate(counts.counts) if count})
+    by_token = {made.convert_ids_to_tokens(id): count for id, count in by_id.items()}
+    expected, _ = token_frequencies(140, counts, None, made)
+    for given in (by_id, by_token):
+        frequencies, origin = token_frequencies(140, given, None, made)
+        assert_close(frequencies, expected)
+        assert origin.startswith(f"{counts.tokens} tokens, and the order")
+    assert_close(token_frequencies(140, by_id, None, None)[0].sum(), torch.tensor(1.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ([1, 2, 3], ValueError, r"counts: expected 4 finite numbers, .* got shape \(3,\)"),
+        ([1, "x", 2, 3], TypeError, "counts: expected 4 numbers, got could not convert"),
+        ({4: 1}, ValueError, "counts: expected ids below 4 as keys, got 4"),
+        ({"the": 1}, ValueError, "counts: expected ids below 4 as keys, got 'the'"),
+        ({1: 0.5}, TypeError, "counts: expected integers, got 0.5 for 1"),
+        ({1: -1}, ValueError, "counts: expected integers from 0 to .*, got -1 for 1"),
+        (7, TypeError, "counts: expected TokenCounts, a file of them, .* got int"),
+    ],
+)
+def test_wrong_counts_are_named(given, error, message):
+    with pytest.raises(error, match=message):
+        token_frequencies(4, given, None, None)
 
 
 def test_the_prior_lowers_the_cross_entropy_of_real_text_and_counts_lower_it_further():
