@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
+from rich.table import Table
 
-from .console import AsJson, Model, Text, print_json
+from .console import AsJson, Model, Text, console, print_json
+
+if TYPE_CHECKING:
+    from ..study.verdict import Best
 
 
 def compare(
@@ -74,5 +79,18 @@ def compare(
     done = study.compare(model, output=output, overwrite=overwrite, **options)
     if as_json:
         print_json(done)
-    else:
-        print(f"{done.measured} of {len(done.rows)} rows measured in {done.seconds:g} s -> {done.page}")
+        return
+    _print_verdict(study.verdicts_of(done))
+    print(f"{done.measured} of {len(done.rows)} rows measured in {done.seconds:g} s -> {done.page}")
+
+
+def _print_verdict(found: list[Best]) -> None:
+    """Print the best method at each ratio, and the commands that make the models."""
+    if not found:
+        return
+    table = Table("ratio", "best method", found[0].criterion.title, "model smaller by")
+    for best in found:
+        table.add_row(f"{best.row.ratio:g}", escape(best.row.method), *best.figures)
+    console().print(table)
+    for best in found:
+        print(best.command)

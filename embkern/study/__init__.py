@@ -8,5 +8,6 @@ from .comparison import compare, compare_row
 from .result import Study
 from .rows import Row
 from .spec import StudyOptions
+from .verdict import verdicts_of
 
-__all__ = ["Row", "Study", "StudyOptions", "compare", "compare_row"]
+__all__ = ["Row", "Study", "StudyOptions", "compare", "compare_row", "verdicts_of"]

@@ -70,12 +70,13 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report: a heading, then paragraphs, pictures and tables."""
+    """A part of the report: a heading, then paragraphs, pictures, tables and commands."""
 
     title: str
     paragraphs: list[str] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
 
 
 def value_at(row: Row, key: str) -> Any:

@@ -21,6 +21,7 @@ from ..experiments.timing import paired_ratio, paired_rounds, quantiles, sampler
 from ..fidelity import compare_tables, embed_sentences, sentence_fidelity
 from ..models.checkpoint import model_bytes
 from ..models.find_table import find_table
+from ..models.inference import language_kind
 from ..models.quantizer import install
 from ..models.report import tier_uses
 from ..models.saving import save
@@ -46,6 +47,7 @@ def describe_model(subject: Subject) -> dict[str, Any]:
         "model_bytes": subject.bytes,
         "table_share": subject.weight.nbytes / subject.bytes,
         "tied_heads": table.heads,
+        "kind": language_kind(subject.model),
         "frequencies": subject.counted,
     }
 
@@ -65,6 +67,7 @@ def measure_table(subject: Subject, candidate: Candidate) -> dict[str, Any]:
         "ratio": before / nbytes,
         "model_bytes": subject.bytes,
         "compressed_model_bytes": subject.bytes - before + nbytes if candidate.fits else None,
+        "model_saved": (before - nbytes) / subject.bytes if candidate.fits else None,
         "compress_seconds": round(candidate.seconds, 3),
         **comparison.model_dump(),
     }

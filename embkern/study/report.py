@@ -47,6 +47,7 @@ def to_markdown(study: Study, sections: Sequence[Section]) -> str:
         parts += [f"## {section.title}", *map(_plain, section.paragraphs)]
         parts += [f"![{each.caption}]({FIGURES_NAME}/{each.name}.svg)" for each in section.pictures]
         parts += [_markdown_table(each) for each in section.tables]
+        parts += [f"```\n{each}\n```" for each in section.commands]
     measured = [[Cell(row.measure), *names_of(row)] for row in study.rows]
     table = Table(["measures", "method", "asked"], measured, [row.id for row in study.rows], names=3)
     return "\n\n".join([*parts, "## Rows", _markdown_table(table)]) + "\n"

@@ -10,6 +10,7 @@ from . import figures
 from .document import Cell, Picture, Section, Table, names_of, number, value_at
 from .result import Study
 from .rows import DENSE, Row
+from .verdict import section_of
 
 _WORST = 5  # number of worst rows in the report; a row of data has more
 
@@ -51,7 +52,8 @@ def sections_of(study: Study) -> list[Section]:
     """Return the sections of a study's report."""
     results = _Results(study)
     parts = (_model, _direction, _perplexity, _sentences, _bytes, _lookup, _worst, _neighbors, _missing)
-    return [section for part in parts if (section := part(results)) is not None]
+    sections = [section_of(study), *(part(results) for part in parts)]
+    return [section for section in sections if section is not None]
 
 
 Column = tuple[str, str, str]  # title, key, format

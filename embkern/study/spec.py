@@ -128,7 +128,7 @@ class StudyOptions(BaseModel):
             values = value if isinstance(value, list) else [] if value is True else [value]
             parts += [flag, *map(_argument, values)]
         parts += ["-o", str(self.output)]
-        return " ".join(map(_quoted, [*parts, *(["--row", row] if row else [])]))
+        return " ".join(map(quoted, [*parts, *(["--row", row] if row else [])]))
 
 
 def _argument(value: Any) -> str:
@@ -136,7 +136,7 @@ def _argument(value: Any) -> str:
     return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
-def _quoted(word: str) -> str:
+def quoted(word: str) -> str:
     """Quote a word for a shell, with escapes for characters that cannot be printed."""
     if word.isprintable():
         return shlex.quote(word)
