@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .models.fused_loss import enable_fused_loss
     from .models.report import Report
     from .models.resize import resize_token_embeddings
-    from .nn import FactorizedEmbedding, FactorizedHead, PackedEmbedding, PackedHead
+    from .nn import FactorizedEmbedding, FactorizedHead, PackedEmbedding, PackedHead, SegmentedEmbedding
     from .recipe import Recipe
     from .tables import Factors, PackedTable
     from .text import TokenCounts, count_tokens, read_texts
@@ -43,6 +43,7 @@ _PUBLIC = {
     "FactorizedHead": "nn",
     "PackedEmbedding": "nn",
     "PackedHead": "nn",
+    "SegmentedEmbedding": "nn",
     "TokenCounts": "text",
     "count_tokens": "text",
     "read_texts": "text",
@@ -64,6 +65,7 @@ __all__ = [
     "PackedTable",
     "Recipe",
     "Report",
+    "SegmentedEmbedding",
     "TokenCounts",
     "__version__",
     "calibrate",

@@ -4,6 +4,7 @@ from ..tables import Table
 from .base import CompressedEmbedding, CompressedHead
 from .factorized import FactorizedEmbedding, FactorizedHead
 from .packed import PackedEmbedding, PackedHead
+from .segmented import SegmentedEmbedding
 
 KINDS: dict[str, type[CompressedEmbedding]] = {
     layer.kind: layer for layer in (FactorizedEmbedding, PackedEmbedding)
@@ -23,5 +24,6 @@ __all__ = [
     "FactorizedHead",
     "PackedEmbedding",
     "PackedHead",
+    "SegmentedEmbedding",
     "layer_of",
 ]
