@@ -27,19 +27,30 @@ from .models.find_table import other_tables
 from .models.loading import load_model, load_tokenizer
 from .models.plan import NOT_CALIBRATED, calibration_serves, plan_tables, token_rows
 from .models.quantizer import install
-from .models.report import Report, TableReport, public_name
+from .models.report import Report, TableReport, name_of, public_name
 from .models.saving import check_output, save
+from .models.static_embeddings import (
+    decode_bag,
+    encode_sentences,
+    encoder_of,
+    is_sentence_transformer,
+    is_static,
+    is_static_folder,
+    load_static,
+    tokenizer_of,
+)
 from .recipe import LMHead, Recipe, Tables
 from .text.counts import CountSummary, TokenCounts, count_tokens
 from .text.frequencies import Source, token_frequencies
 from .text.reading import read_texts
 
 if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def compress(
-    model: PreTrainedModel | str | os.PathLike,
+    model: PreTrainedModel | SentenceTransformer | str | os.PathLike,
     *,
     ratio: float | None = None,
     rank: int | None = None,
@@ -66,7 +77,8 @@ def compress(
     A model object is changed in place; a model that is given by name is loaded.
 
     Args:
-        model: a model of transformers, a directory, or a name on the hub.
+        model: a model of transformers, a ``SentenceTransformer`` over one or over static embeddings, a
+            directory, or a name on the hub.
         ratio: bytes of the table over bytes of everything that replaces it, as stored; at least 1.
         rank: r, 1 to H, instead of a ratio, for methods that make factors.
         method: a name in ``embkern.methods.METHODS``.
@@ -122,8 +134,15 @@ def compress(
     source: str | None = None
     if isinstance(model, (str, os.PathLike)):
         source = os.fspath(model)
-        model = load_model(source)
-        tokenizer = tokenizer or load_tokenizer(source)
+        if is_static_folder(source):
+            model = load_static(source)
+        else:
+            model, tokenizer = load_model(source), tokenizer or load_tokenizer(source)
+    whole = model  # what is saved and returned
+    if is_static(model):
+        tokenizer = tokenizer or tokenizer_of(model)
+    elif is_sentence_transformer(model):
+        model, tokenizer = encoder_of(model), tokenizer or model.tokenizer
     if sentences is not None and tokenizer is None:
         raise ValueError("text: expected a tokenizer with it (the model has none)")
 
@@ -148,8 +167,11 @@ def compress(
         frequencies, counted = input_frequencies(calibration), "those of the calibration"
     embed = before = None
     if sentences is not None:
-        pooling = pooling_of(source)
-        embed = functools.partial(embed_sentences, model, tokenizer, sentences, pooling=pooling)
+        if is_sentence_transformer(whole):
+            embed = functools.partial(encode_sentences, whole, sentences)
+        else:
+            pooling = pooling_of(source)
+            embed = functools.partial(embed_sentences, model, tokenizer, sentences, pooling=pooling)
         before = embed()
 
     reports = []
@@ -173,7 +195,7 @@ def compress(
         del compressed
     report = Report.of_tables(
         reports,
-        source=public_name(source or str(getattr(model.config, "_name_or_path", ""))) or type(model).__name__,
+        source=public_name(source or name_of(model)) or type(model).__name__,
         architecture=type(model).__name__,
         recipe=recipe,
         model_bytes_before=bytes_before,
@@ -186,9 +208,12 @@ def compress(
             "transformers": metadata.version("transformers"),
         },
     )
-    report._model = model
+    report._model = whole
     if output is not None:
-        save(model, output, source=source, tokenizer=tokenizer, report=report)
+        if is_sentence_transformer(whole):
+            save(whole, output, report=report)
+        else:
+            save(model, output, source=source, tokenizer=tokenizer, report=report)
     return report
 
 
@@ -207,6 +232,9 @@ def export_dense(directory: str | os.PathLike, output: str | os.PathLike, *, ove
         OSError: ``output`` cannot be written.
     """
     check_output(output, overwrite, source=directory)
+    if is_static_folder(directory):
+        save(decode_bag(load_static(directory)), output)
+        return
     model = load_model(directory)
     if getattr(model, "hf_quantizer", None) is None:
         raise ValueError(f"model: expected one compressed by embkern, got a dense one: {directory}")

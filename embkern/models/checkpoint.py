@@ -15,6 +15,7 @@ from ..nn.base import CompressedHead, TableModule
 from ..ops.backends import DTYPES
 from ..tables import Table
 from .config import TableState
+from .static_embeddings import is_static
 from .swap import canonical_name, compressed_embedding, table_roots
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ def stored_tables(model: PreTrainedModel) -> dict[str, Table]:
         ValueError: the model was trained to values that overflow a dtype.
     """
     roots = table_roots(model)
+    if is_static(model):
+        return {name: root.stored_table() for name, root in roots.items()}
     states = model.hf_quantizer.quantization_config.states if roots else {}
     return {name: stored_form(root, states[name]) for name, root in roots.items()}
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _PROBED_ROWS = 64  # rows of which probe_scale compares input and output
 
-Role = Literal["input", "head", "other"]
+Role = Literal["input", "head", "bag", "other"]
 
 
 class UnsupportedModelError(ValueError):
@@ -34,8 +34,8 @@ class ModelTable:
         output_head: name of the model's output head, tied or not, or None; None for all but the input table.
         scales: constant factor of each embedding module's output, by name; empty on the meta device.
         weight: the table, (V, H).
-        role: ``input`` (the input embedding and what is tied to it), ``head`` (an untied output head), or
-            ``other``.
+        role: ``input`` (the input embedding and what is tied to it), ``head`` (an untied output head),
+            ``bag`` (static embeddings), or ``other``.
         segments: number of equal segments of a row that are stored as rows of their own: in per-layer tables
             one for each layer, 1 in others.
     """

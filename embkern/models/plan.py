@@ -16,6 +16,7 @@ from ..tables import Table
 from ..text.prior import normalized, vocabulary_prior
 from .find_table import ModelTable, find_table, input_or_none
 from .select_tables import find_tables
+from .static_embeddings import check_bag, find_bag, is_static
 from .swap import check_installable
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class TablePlan:
 
     def named(self, error: ValueError) -> ValueError:
         """Return an error that names the table unless it is the input table."""
-        return error if self.table.role == "input" else ValueError(f"{self.table.root}: {error}")
+        return error if self.table.role in ("input", "bag") else ValueError(f"{self.table.root}: {error}")
 
 
 def plan_tables(model: PreTrainedModel, recipe: Recipe) -> list[TablePlan]:
@@ -116,7 +117,10 @@ def plan_tables(model: PreTrainedModel, recipe: Recipe) -> list[TablePlan]:
         UnsupportedModelError: a table cannot be replaced, or a name in the recipe selects none.
         ValueError: a table is not finite.
     """
-    if recipe.tables is None:
+    if is_static(model):
+        check_bag(recipe)
+        plans = [TablePlan(find_bag(model), recipe, True, False)]
+    elif recipe.tables is None:
         plans = [TablePlan(find_table(model), recipe, True, True)]
     else:
         sizes, own = _vocabularies(model), getattr(input_or_none(model), "weight", None)

@@ -38,6 +38,7 @@ from .config import EmbkernConfig, TableState, dtype_name
 from .find_table import ModelTable, find_table
 from .plan import calibration_serves, plan_tables
 from .select_tables import table_named
+from .static_embeddings import install_bag
 from .swap import (
     DenseModules,
     canonical_name,
@@ -68,7 +69,7 @@ def install(model: PreTrainedModel, table: ModelTable, compressed: Table, recipe
 
     Args:
         model: the model.
-        table: what ``find_table`` or ``find_tables`` returned for it.
+        table: what ``find_table``, ``find_tables`` or ``find_bag`` returned for it.
         compressed: the compressed rows of the table.
         recipe: the recipe of the model's compression.
 
@@ -76,6 +77,9 @@ def install(model: PreTrainedModel, table: ModelTable, compressed: Table, recipe
         UnsupportedModelError: a head cannot decode through the table's activation. The model is unchanged.
     """
     check_installable(table, recipe)
+    if table.role == "bag":
+        install_bag(model, compressed)
+        return
     _own_config(model)
     config = EmbkernConfig(**recipe.model_dump())
     quantizer = getattr(model, "hf_quantizer", None) or EmbkernQuantizer(config, pre_quantized=False)

@@ -267,8 +267,10 @@ def model_card(report: Report) -> str:
     """Return a model card in Markdown; its code imports embkern first, without which loading fails."""
     from huggingface_hub import ModelCard, ModelCardData
 
+    library = "sentence_transformers" if report.architecture == "SentenceTransformer" else "transformers"
+    load = "SentenceTransformer" if library != "transformers" else f"{report.architecture}.from_pretrained"
     data = ModelCardData(
-        library_name="transformers",
+        library_name=library.replace("_", "-"),
         tags=["embkern", "compressed-embeddings"],
         base_model=report.source if _is_hub_name(report.source) else None,
     )
@@ -280,10 +282,10 @@ def model_card(report: Report) -> str:
 ---
 
 ```python
-import embkern  # first: without it transformers cannot read the compressed embedding
-from transformers import {report.architecture}
+import embkern  # first: without it {library} cannot read the compressed embedding
+from {library} import {report.architecture}
 
-model = {report.architecture}.from_pretrained("path/or/name/of/this/model")
+model = {load}("path/or/name/of/this/model")
 ```
 
 `{report.source}` with its token embeddings compressed by embkern {report.versions["embkern"]}.
@@ -297,6 +299,11 @@ The figures compare the table with the original one; `embkern_report.json` has a
 """
         )
     )
+
+
+def name_of(model: Any) -> str:
+    """Return the name or the directory that a model was loaded from; empty if it is not known."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
 
 
 def public_name(source: str) -> str:

@@ -1,6 +1,7 @@
 """Replacements of ``nn.Embedding`` and of a tied ``nn.Linear`` that decode a compressed table."""
 
 from ..tables import Table
+from .bag import PackedEmbeddingBag
 from .base import CompressedEmbedding, CompressedHead
 from .factorized import FactorizedEmbedding, FactorizedHead
 from .packed import PackedEmbedding, PackedHead
@@ -23,6 +24,7 @@ __all__ = [
     "FactorizedEmbedding",
     "FactorizedHead",
     "PackedEmbedding",
+    "PackedEmbeddingBag",
     "PackedHead",
     "SegmentedEmbedding",
     "layer_of",
