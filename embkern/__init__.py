@@ -23,7 +23,14 @@ if TYPE_CHECKING:
     from .models.fused_loss import enable_fused_loss
     from .models.report import Report
     from .models.resize import resize_token_embeddings
-    from .nn import FactorizedEmbedding, FactorizedHead, PackedEmbedding, PackedHead
+    from .nn import (
+        FactorizedEmbedding,
+        FactorizedHead,
+        PackedEmbedding,
+        PackedEmbeddingBag,
+        PackedHead,
+        SegmentedEmbedding,
+    )
     from .recipe import Recipe
     from .tables import Factors, PackedTable
     from .text import TokenCounts, count_tokens, read_texts
@@ -42,7 +49,9 @@ _PUBLIC = {
     "FactorizedEmbedding": "nn",
     "FactorizedHead": "nn",
     "PackedEmbedding": "nn",
+    "PackedEmbeddingBag": "nn",
     "PackedHead": "nn",
+    "SegmentedEmbedding": "nn",
     "TokenCounts": "text",
     "count_tokens": "text",
     "read_texts": "text",
@@ -60,10 +69,12 @@ __all__ = [
     "FactorizedHead",
     "Factors",
     "PackedEmbedding",
+    "PackedEmbeddingBag",
     "PackedHead",
     "PackedTable",
     "Recipe",
     "Report",
+    "SegmentedEmbedding",
     "TokenCounts",
     "__version__",
     "calibrate",
@@ -87,6 +98,16 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_PUBLIC])
+
+
+# Static embeddings of sentence-transformers, from version 6 on and before.
+@wrapt.when_imported("sentence_transformers.sentence_transformer.modules.static_embedding")
+@wrapt.when_imported("sentence_transformers.models.StaticEmbedding")
+def _register_static(module: Any) -> None:
+    def load(*arguments: Any) -> Any:
+        return importlib.import_module(".models.static_embeddings", __name__).load_packed(*arguments)
+
+    wrapt.wrap_function_wrapper(module, "StaticEmbedding.load", load)
 
 
 # Runs at once if transformers' quantizers are already imported, else right after their import.

@@ -14,39 +14,50 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ._version import __version__
-from .fidelity import compare_tables, embed_sentences, read_sentences, sentence_fidelity
+from .fidelity import embed_sentences, read_sentences, sentence_fidelity
 from .fidelity.sentences import pooling_of
 from .io.atomic import check_writable
-from .methods.base import check_table
 from .methods.calibration import Calibration, CalibrationSummary
-from .methods.metric_allocation import input_frequencies, predicted_divergence
+from .methods.metric_allocation import input_frequencies
 from .models.calibrate import calibrate, check_calibration, self_calibrate
-from .models.calibrate.choice import choose_calibration
+from .models.calibrate.choice import Choice, choose_calibration
 from .models.checkpoint import model_bytes
-from .models.find_table import find_table, other_tables
+from .models.find_table import other_tables
 from .models.held_out import held_out_divergence
 from .models.loading import load_model, load_tokenizer
+from .models.plan import NOT_CALIBRATED, calibration_serves, plan_tables, token_rows
 from .models.quantizer import install
-from .models.report import Report, public_name, tier_uses
+from .models.report import Report, TableReport, name_of, public_name
 from .models.saving import check_output, save
-from .models.swap import check_installable
-from .recipe import LMHead, Recipe
+from .models.static_embeddings import (
+    decode_bag,
+    encode_sentences,
+    encoder_of,
+    is_sentence_transformer,
+    is_static,
+    is_static_folder,
+    load_static,
+    tokenizer_of,
+)
+from .recipe import LMHead, Recipe, Tables
 from .text.counts import CountSummary, count_tokens
 from .text.frequencies import Counts, Source, token_frequencies
 from .text.reading import read_texts
 from .text.token_names import token_names
 
 if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def compress(
-    model: PreTrainedModel | str | os.PathLike,
+    model: PreTrainedModel | SentenceTransformer | str | os.PathLike,
     *,
     ratio: float | None = None,
     rank: int | None = None,
     method: str | None = None,
     lm_head: LMHead | None = None,
+    tables: Tables | None = None,
     recipe: Recipe | None = None,
     counts: Counts | None = None,
     count_text: Source | Sequence[Source] | None = None,
@@ -67,12 +78,17 @@ def compress(
     A model object is changed in place; a model that is given by name is loaded.
 
     Args:
-        model: a model of transformers, a directory, or a name on the hub.
+        model: a model of transformers, a ``SentenceTransformer`` over one or over static embeddings, a
+            directory, or a name on the hub.
         ratio: bytes of the table over bytes of everything that replaces it, as stored; at least 1.
         rank: r, 1 to H, instead of a ratio, for methods that make factors.
         method: a name in ``embkern.methods.METHODS``.
         lm_head: ``factorized``, the default, lets a tied head share the compressed table; ``dense`` keeps the
             original table for it, which makes the model larger. Untied heads do not change.
+        tables: names or patterns of the tables to compress, by default the input table and what is tied to
+            it: of any ``nn.Embedding`` (``"embed_tokens_per_layer"``, ``"*.wpe"``), ``"input"`` for the input
+            table, ``"output"`` or its name for an untied output head, which becomes a packed linear layer. A
+            mapping gives some of them a ratio of their own: ``{"input": 16, "output": 8}``.
         recipe: an object with all of the above and the options, instead of them.
         counts: token frequencies for methods that weight rows and for the report's weighted error: a file of
             ``embkern count``, a ``TokenCounts``, a mapping of ids or tokens to integers, or frequencies (V,),
@@ -98,7 +114,8 @@ def compress(
         options: options of the method, such as ``epochs=10``.
 
     Returns:
-        The report; ``report.model`` is the compressed model.
+        The report; ``report.model`` is the compressed model. Its sizes are those of all compressed tables
+        together, the comparison that of the first; ``report.tables`` has each of several tables.
 
     Raises:
         ValueError: an argument is wrong, or the model's embedding cannot be replaced; the message names it.
@@ -106,7 +123,7 @@ def compress(
         FileExistsError: ``output`` exists and may not be replaced.
         OSError: ``output`` cannot be written.
     """
-    recipe = _recipe(recipe, method, ratio, rank, lm_head, calibrate, options)
+    recipe = _recipe(recipe, method, ratio, rank, lm_head, calibrate, tables, options)
     run: dict[str, Any] = {}
     if recipe.method == "autoencoder":
         run = {"progress": progress, "checkpoint": checkpoint, "log": log}
@@ -122,86 +139,92 @@ def compress(
             raise FileNotFoundError(f"tokenizer: expected a directory or name with one, found none at {name}")
     if isinstance(model, (str, os.PathLike)):
         source = os.fspath(model)
-        model = load_model(source)
-        tokenizer = tokenizer or load_tokenizer(source)
+        if is_static_folder(source):
+            model = load_static(source)
+        else:
+            model, tokenizer = load_model(source), tokenizer or load_tokenizer(source)
+    whole = model  # what is saved and returned
+    if is_static(model):
+        tokenizer = tokenizer or tokenizer_of(model)
+    elif is_sentence_transformer(model):
+        model, tokenizer = encoder_of(model), tokenizer or model.tokenizer
     if sentences is not None and tokenizer is None:
         raise ValueError("text: expected a tokenizer with it (the model has none)")
 
-    table = find_table(model)
-    weight = table.weight.detach()
-    check_table(weight)
-    check_installable(table, recipe)
-    table_bytes, bytes_before, others = weight.nbytes, model_bytes(model), other_tables(model)
-    frequencies, counted = token_frequencies(len(weight), counts, count_text, tokenizer, progress=progress)
-    chosen = choose_calibration(
-        model,
-        recipe,
-        calibration=calibration,
-        text=calibrate_text,
-        tokenizer=tokenizer,
-        progress=progress,
-        hold_out=True,
+    plans = plan_tables(model, recipe)
+    bytes_before = model_bytes(model)
+    frequencies, counted = token_frequencies(
+        token_rows(model, plans), counts, count_text, tokenizer, progress=progress
     )
+    chosen = Choice(phrase=NOT_CALIBRATED if recipe.calibrated else None)
+    if calibration_serves(plans):
+        chosen = choose_calibration(
+            model,
+            recipe,
+            calibration=calibration,
+            text=calibrate_text,
+            tokenizer=tokenizer,
+            progress=progress,
+            hold_out=[plan.table.role for plan in plans] == ["input"],
+        )
+    elif calibration is not None or calibrate_text is not None or recipe.calibrate:
+        raise ValueError(f"calibration: expected none: {NOT_CALIBRATED}")
     calibration = chosen.calibration
     if calibration is not None and counts is None and count_text is None:
         frequencies, counted = input_frequencies(calibration), "those of the calibration"
     embed = before = None
     if sentences is not None:
-        pooling = pooling_of(source)
-        embed = functools.partial(embed_sentences, model, tokenizer, sentences, pooling=pooling)
+        if is_sentence_transformer(whole):
+            embed = functools.partial(encode_sentences, whole, sentences)
+        else:
+            pooling = pooling_of(source)
+            embed = functools.partial(embed_sentences, model, tokenizer, sentences, pooling=pooling)
         before = embed()
 
-    started = time.perf_counter()
-    compressed = recipe.factorize(weight, frequencies, calibration=calibration, tied=table.tied, **run)
-    seconds = time.perf_counter() - started
-    comparison = compare_tables(
-        weight,
-        compressed.to(weight.dtype),
-        counts=frequencies,
-        tokens=tokenizer and functools.partial(token_names, tokenizer),
-    )
-    predicted = measured = None
-    head = recipe.compresses_head(table.tied)
-    if calibration is not None:
-        predicted = predicted_divergence(weight, compressed.to_dense(), calibration, frequencies, tied=head)
-    if chosen.held_out is not None:
-        measured = held_out_divergence(model, table, compressed, chosen.held_out, head=head)
-    del weight  # so that install frees the dense table
-    install(model, table, compressed, recipe)
-
-    report = Report(
-        source=public_name(source or str(getattr(model.config, "_name_or_path", ""))) or type(model).__name__,
+    reports, divergence = [], None
+    for plan in plans:
+        known = plan.knowledge(frequencies, calibration)
+        started = time.perf_counter()
+        compressed = plan.compress(known, **run)
+        seconds = time.perf_counter() - started
+        tokens = functools.partial(token_names, tokenizer) if tokenizer and plan.of_tokens else None
+        measured = TableReport.of(
+            plan,
+            compressed,
+            known,
+            tokens,
+            counts=counted if plan.of_tokens else "all rows weigh alike",
+            calibration=chosen.phrase if known.calibration or calibration is None else NOT_CALIBRATED,
+            seconds=round(seconds, 3),
+        )
+        reports.append(measured)
+        if chosen.held_out is not None:
+            head = recipe.compresses_head(plan.table.tied)
+            divergence = held_out_divergence(model, plan.table, compressed, chosen.held_out, head=head)
+        install(model, plan.table, compressed, recipe)  # frees the dense table
+        del compressed
+    report = Report.of_tables(
+        reports,
+        source=public_name(source or name_of(model)) or type(model).__name__,
         architecture=type(model).__name__,
         recipe=recipe,
-        num_embeddings=compressed.num_embeddings,
-        embedding_dim=compressed.embedding_dim,
-        rank=getattr(compressed, "rank", None),
-        tiers=tier_uses(compressed),
-        dtype=str(compressed.dtype).removeprefix("torch."),
-        counts=counted,
-        calibration=chosen.phrase,
-        predicted_kl=predicted,
-        divergence=measured,
-        facts=compressed.facts,
-        head=model.config.quantization_config.table.head,
-        table_bytes=table_bytes,
-        compressed_bytes=compressed.nbytes,
-        ratio=table_bytes / compressed.nbytes,
+        divergence=divergence,
         model_bytes_before=bytes_before,
         model_bytes_after=model_bytes(model),
-        table=comparison,
         sentences=sentence_fidelity(before, embed()) if embed and before is not None else None,
-        other_tables=others,
-        seconds=round(seconds, 3),
+        other_tables=other_tables(model),
         versions={
             "embkern": __version__,
             "torch": torch.__version__,
             "transformers": metadata.version("transformers"),
         },
     )
-    report._model = model
+    report._model = whole
     if output is not None:
-        save(model, output, source=source, tokenizer=tokenizer, report=report)
+        if is_sentence_transformer(whole):
+            save(whole, output, report=report)
+        else:
+            save(model, output, source=source, tokenizer=tokenizer, report=report)
     return report
 
 
@@ -220,6 +243,9 @@ def export_dense(directory: str | os.PathLike, output: str | os.PathLike, *, ove
         OSError: ``output`` cannot be written.
     """
     check_output(output, overwrite, source=directory)
+    if is_static_folder(directory):
+        save(decode_bag(load_static(directory)), output)
+        return
     model = load_model(directory)
     if getattr(model, "hf_quantizer", None) is None:
         raise ValueError(f"model: expected one compressed by embkern, got a dense one: {directory}")
@@ -275,6 +301,7 @@ def _recipe(
     rank: int | None,
     lm_head: LMHead | None,
     calibrate: bool | None,
+    tables: Tables | None,
     options: dict[str, Any],
 ) -> Recipe:
     """Return ``recipe``, or one of the other arguments; raise ValueError if both are given."""
@@ -284,6 +311,7 @@ def _recipe(
         "rank": rank,
         "lm_head": lm_head,
         "calibrate": calibrate,
+        "tables": tables,
         "options": options or None,
     }
     given = {name: value for name, value in fields.items() if value is not None}

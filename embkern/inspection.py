@@ -88,6 +88,7 @@ def inspect(name: str | os.PathLike) -> Summary:
     if isinstance(embedding, CompressedEmbedding):
         stored = stored_table(model)
         state = model.config.quantization_config.table
+        own = [(n, m) for n, m in model.named_modules() if not getattr(m, "table_name", "")]
         return Summary(
             **common,
             num_embeddings=embedding.num_embeddings,
@@ -97,8 +98,8 @@ def inspect(name: str | os.PathLike) -> Summary:
             rank=getattr(stored, "rank", None),
             tiers=tier_uses(stored),
             table_bytes=stored.nbytes,
-            modules=[n for n, m in model.named_modules() if isinstance(m, CompressedEmbedding)],
-            heads=[n for n, m in model.named_modules() if isinstance(m, CompressedHead)],
+            modules=[n for n, m in own if isinstance(m, CompressedEmbedding)],
+            heads=[n for n, m in own if isinstance(m, CompressedHead)],
             scales=dict(state.scales),
         )
     table = find_table(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,13 +17,15 @@ from .methods.calibration import Calibration
 from .tables.factors import check_rank
 
 LMHead = Literal["factorized", "dense"]
+Tables = Mapping[str, float | None] | Sequence[str]
 DEFAULT_METHOD = "allocate"
 
 
 class Recipe(BaseModel):
     """How to compress a table: the method, its options, and the size of the result.
 
-    Exactly one of ``ratio`` and ``rank`` is given; methods whose size is a number of bytes take a ratio.
+    Exactly one of ``ratio`` and ``rank`` is given, or a ratio for every one of ``tables``; methods whose size
+    is a number of bytes take a ratio.
 
     Raises:
         pydantic.ValidationError: a field is unknown or wrong; ``Recipe.parse`` raises a plain ValueError.
@@ -47,6 +49,21 @@ class Recipe(BaseModel):
         "itself; default: for causal language models, if it takes less than ten minutes",
     )
 
+    tables: dict[str, float | None] | None = Field(
+        None,
+        description="names or patterns of the tables to compress, each with a ratio of its own or null; a "
+        "list of names will do; default: the input table",
+    )
+
+    @field_validator("tables", mode="before")
+    @classmethod
+    def _named_tables(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {value: None}
+        if isinstance(value, Sequence) and all(isinstance(name, str) for name in value):
+            return dict.fromkeys(value)
+        return value
+
     @field_validator("method")
     @classmethod
     def _known_method(cls, value: str) -> str:
@@ -56,10 +73,17 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if (self.ratio is None) == (self.rank is None):
+        if self.tables is not None and not self.tables:
+            raise ValueError("tables: expected at least one name or pattern, got none")
+        own = [ratio for ratio in (self.tables or {}).values() if ratio is not None]
+        if self.rank is not None and own:
+            raise ValueError(f"tables: expected no ratios with a rank, got {own[0]:g}")
+        sized = bool(own) and len(own) == len(self.tables or {})
+        if (self.ratio is None) == (self.rank is None) and not (sized and self.rank is None):
             raise ValueError("expected exactly one of ratio and rank")
-        if self.ratio is not None and not self.ratio >= 1:
-            raise ValueError(f"ratio: expected at least 1 (bytes before over bytes after), got {self.ratio}")
+        for ratio in (self.ratio, *own):
+            if ratio is not None and not ratio >= 1:
+                raise ValueError(f"ratio: expected at least 1 (bytes before over bytes after), got {ratio}")
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank: expected at least 1, got {self.rank}")
         method = self.known_methods[self.method]
@@ -120,9 +144,23 @@ class Recipe(BaseModel):
         overrides["options"] = {**options, **overrides.get("options", {})}
         return cls.parse(**{**(defaults or {}), **fields, **overrides})
 
+    def with_ratio(self, ratio: float | None) -> Recipe:
+        """Return the recipe with another ratio; itself for None."""
+        return self if ratio is None else self.model_copy(update={"ratio": ratio})
+
+    @property
+    def makes_packed_tables(self) -> bool:
+        """Whether the method makes packed tables, which take a ratio, instead of factors."""
+        return self.known_methods[self.method].sized_by == "ratio"
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the method takes a calibration."""
+        return self.known_methods[self.method].calibrated
+
     def check_calibrated(self, argument: str) -> None:
         """Raise the ValueError of an argument that the method cannot use unless it takes a calibration."""
-        if not self.known_methods[self.method].calibrated:
+        if not self.calibrated:
             usable = ", ".join(name for name, each in METHODS.items() if each.calibrated)
             raise ValueError(f"{argument}: expected with method {usable} only, got method {self.method!r}")
 

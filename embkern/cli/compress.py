@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .console import AsJson, Model, Output, Overwrite, Text, print_comparison, print_json
-from .recipe import recipe_of
+from .recipe import recipe_of, tables_of
 
 
 def compress(
@@ -24,6 +24,13 @@ def compress(
     lm_head: Annotated[
         str | None,
         typer.Option(help="tied head: factorized (default) shares the compressed table, dense keeps its own"),
+    ] = None,
+    tables: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="a table to compress, by name or pattern, or NAME=RATIO: 'input' is the default, 'output' "
+            "an untied head; repeatable"
+        ),
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file; flags override it")] = None,
     text: Text = None,
@@ -78,7 +85,10 @@ def compress(
         "epochs": epochs, "batch_size": batch_size, "lr": lr, "init": init, "activation": activation,
         "center": center, "seed": seed, "floor": floor, "speed": speed, "exponent": exponent,
     }  # fmt: skip
-    fields = {"method": method, "ratio": ratio, "rank": rank, "lm_head": lm_head, "calibrate": calibrate}
+    fields = {
+        "method": method, "ratio": ratio, "rank": rank, "lm_head": lm_head, "calibrate": calibrate,
+        "tables": tables_of(tables),
+    }  # fmt: skip
     parsed = recipe_of(recipe, fields, flags)
     report = api.compress(
         model, recipe=parsed, counts=counts, count_text=count_text, text=text,

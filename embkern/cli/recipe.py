@@ -9,6 +9,20 @@ if TYPE_CHECKING:
     from ..recipe import Recipe
 
 
+def tables_of(values: list[str] | None) -> dict[str, float | None] | None:
+    """Return names of tables, each with its ratio or None, from ``NAME`` and ``NAME=RATIO``."""
+    if not values:
+        return None
+    found: dict[str, float | None] = {}
+    for value in values:
+        name, given, ratio = value.partition("=")
+        try:
+            found[name] = float(ratio) if given else None
+        except ValueError:
+            raise ValueError(f"tables: expected NAME or NAME=RATIO, got {value!r}") from None
+    return found
+
+
 def recipe_of(file: Path | None, fields: dict[str, Any], options: dict[str, Any], **defaults: Any) -> Recipe:
     """Return the recipe of a YAML file and of options of the command, which override the file.
 

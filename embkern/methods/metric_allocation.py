@@ -10,6 +10,7 @@ whose axes are the principal ones of the rows. Errors of the coefficients are th
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -71,8 +72,7 @@ def forms_of(
     inputs = row_weights(frequencies, calibration.num_embeddings)
     parts = [(inputs, calibration.input_moment)]
     if tied and calibration.predictions is not None and calibration.head_moment is not None:
-        predicted = calibration.predictions + PREDICTION_STRENGTH * inputs
-        parts.append((predicted / predicted.sum(), calibration.head_moment))
+        parts.append((_predicted(calibration.predictions, inputs), calibration.head_moment))
     forms = [Form(0.5 * weights**exponent, moment / calibration.scored) for weights, moment in parts]
     forms = [form for form in forms if form.trace > 0]
     if not forms:
@@ -92,6 +92,30 @@ def input_frequencies(calibration: Calibration) -> Tensor:
     if prior is None:
         prior = vocabulary_prior(None, calibration.num_embeddings)
     return normalized(calibration.inputs + COMPRESSION_STRENGTH * normalized(prior))
+
+
+def _predicted(predictions: Tensor, inputs: Tensor) -> Tensor:
+    """Return the relative frequencies (V,) that a head predicts, with those of the input as a prior."""
+    return normalized(predictions + PREDICTION_STRENGTH * inputs)
+
+
+def calibration_of_head(calibration: Calibration, frequencies: Tensor | None) -> tuple[Tensor, Calibration]:
+    """Return the frequencies and the calibration of an untied output head, for ``allocate`` with it alone.
+
+    The head's sums take the place of the input's: its errors cost ``0.5 * (q * (e @ S * e).sum(1)).sum()``.
+
+    Args:
+        calibration: sums over text, with those of a head.
+        frequencies: f, (V,), of the tokens as input; None takes those of the calibration.
+    """
+    predictions, moment = calibration.predictions, calibration.head_moment
+    assert predictions is not None, "no head was measured"
+    assert moment is not None, "no head was measured"
+    inputs = input_frequencies(calibration) if frequencies is None else normalized(frequencies)
+    head = dataclasses.replace(
+        calibration, inputs=predictions, input_moment=moment, predictions=None, head_moment=None
+    )
+    return _predicted(predictions, inputs), head
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
-"""The compressed table in a model's checkpoint: its stored form and size, and checks of what is loaded."""
+"""Compressed tables in a model's checkpoint: their stored form and size, and checks of what is loaded."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,35 +11,55 @@ from torch import Tensor, nn
 from ..io.mapped_table import DTYPES as FLOAT_DTYPES
 from ..io.tensor_format import verify_checksums
 from ..nn import KINDS
-from ..nn.base import CompressedEmbedding, CompressedHead
+from ..nn.base import CompressedHead, TableModule
 from ..ops.backends import DTYPES
 from ..tables import Table
 from .config import TableState
-from .find_table import input_embeddings
-from .swap import canonical_name, compressed_embedding
+from .static_embeddings import is_static
+from .swap import canonical_name, compressed_embedding, table_roots
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def model_bytes(model: PreTrainedModel) -> int:
-    """Return the bytes of a stored model: parameters, shared ones once, and the compressed table."""
-    embedding = input_embeddings(model)
-    if not isinstance(embedding, CompressedEmbedding):
-        return sum(parameter.nbytes for parameter in model.parameters())
-    own = {id(parameter) for parameter in embedding.parameters()}
+    """Return the bytes of a stored model: parameters, shared ones once, and the compressed tables."""
+    tables = stored_tables(model)
+    own = {id(getattr(root, name)) for root in table_roots(model).values() for name in root.tensor_names}
     others = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in own)
-    return others + stored_table(model).nbytes
+    return others + sum(table.nbytes for table in tables.values())
+
+
+def stored_tables(model: PreTrainedModel) -> dict[str, Table]:
+    """Return a model's compressed tables in the dtypes in which they are stored, by name.
+
+    Raises:
+        ValueError: the model was trained to values that overflow a dtype.
+    """
+    roots = table_roots(model)
+    if is_static(model):
+        return {name: root.stored_table() for name, root in roots.items()}
+    states = model.hf_quantizer.quantization_config.states if roots else {}
+    return {name: stored_form(root, states[name]) for name, root in roots.items()}
 
 
 def stored_table(model: PreTrainedModel) -> Table:
-    """Return a compressed model's table in the dtype in which it is stored.
+    """Return the table of a compressed model's input in the dtype in which it is stored.
 
     Raises:
-        ValueError: the model is not compressed by embkern, or was trained to values that overflow the dtype.
+        ValueError: the model's input is not compressed by embkern, or was trained to values that overflow the
+            dtype.
     """
-    root = compressed_embedding(model)
-    dtype = storage_dtype(root, model.hf_quantizer.quantization_config.table)
+    return stored_form(compressed_embedding(model), model.hf_quantizer.quantization_config.table)
+
+
+def stored_form(root: TableModule, state: TableState) -> Table:
+    """Return the table of a module in the dtype in which it is stored.
+
+    Raises:
+        ValueError: it was trained to values that overflow the dtype.
+    """
+    dtype = storage_dtype(root, state)
     table = root.table.to(dtype=dtype)
     for name, live in root.tensors().items():
         stored = table.tensors()[name]
@@ -50,13 +70,13 @@ def stored_table(model: PreTrainedModel) -> Table:
     return table
 
 
-def storage_dtype(root: CompressedEmbedding, state: TableState) -> torch.dtype:
+def storage_dtype(root: TableModule, state: TableState) -> torch.dtype:
     """Return the dtype to save in: a packed table keeps the stored one unless the model's is narrower."""
     widened = torch.promote_types(root.dtype, state.stored_dtype) == root.dtype
     return state.stored_dtype if root.keeps_stored_dtype and widened else root.dtype
 
 
-def is_whole(root: CompressedEmbedding, state: TableState) -> bool:
+def is_whole(root: TableModule, state: TableState) -> bool:
     """Return whether all tensors of the table are here: none is on meta, sharded or of another shape."""
     tensors = root.tensors()
     return all(type(tensor) is Tensor and not tensor.is_meta for tensor in tensors.values()) and all(
@@ -64,24 +84,25 @@ def is_whole(root: CompressedEmbedding, state: TableState) -> bool:
     )
 
 
-def check_files(files: list[str], root: str, state: TableState) -> dict[str, list[int]]:
+def check_files(model: nn.Module, files: list[str], root: str, state: TableState) -> dict[str, list[int]]:
     """Return the shapes of the tensors in a checkpoint, by name.
 
     Args:
+        model: the model that is loaded.
         files: paths of the checkpoint's files.
-        root: name of the input embedding.
+        root: name of the table's first module.
         state: description of the table.
 
     Raises:
         ValueError: the table's tensors are missing (transformers would only warn and initialise them at
             random), or differ from the description in shape or dtype.
     """
-    leaf = root.rpartition(".")[2]
     layer, found = KINDS[state.kind], dict[str, list[int]]()
     stored = {key: each for path in files for key, each in _stored(path).items()}
+    owner = _owner(model, stored, root, state)
     for key, (shape, dtype) in stored.items():
         for name in layer.tensor_names:
-            if not f".{key}".endswith(f".{leaf}.{name}"):
+            if key != f"{owner}.{name}":
                 continue
             found[name] = shape
             # transformers would cast them silently.
@@ -93,10 +114,33 @@ def check_files(files: list[str], root: str, state: TableState) -> dict[str, lis
                 )
     if found != state.shapes:
         raise ValueError(
-            f"the checkpoint does not hold the compressed table its config describes: expected {leaf} with "
-            f"shapes {state.shapes}, found {found or 'none'}"
+            f"the checkpoint does not hold the compressed table its config describes: expected "
+            f"{root.rpartition('.')[2]} with shapes {state.shapes}, found {found or 'none'}"
         )
     return {key: shape for key, (shape, _) in stored.items()}
+
+
+def _owner(model: nn.Module, stored: dict[str, Any], root: str, state: TableState) -> str | None:
+    """Return the name by which a checkpoint calls a table's first module.
+
+    Checkpoints of other architectures nest it under other prefixes, so that the longest end of ``root`` that
+    is found decides. A head whose name the architecture changes in files, so that no module of the model has
+    the name there, is found by its shapes.
+    """
+    names = KINDS[state.kind].tensor_names
+    owners: dict[str, dict[str, list[int]]] = {}
+    for key, (shape, _) in stored.items():
+        owner, _, tensor = key.rpartition(".")
+        if tensor in names:
+            owners.setdefault(owner, {})[tensor] = shape
+    parts = root.split(".")
+    for start in range(len(parts)):
+        end = ".".join(parts[start:])
+        if found := [owner for owner in owners if f".{owner}".endswith(f".{end}")]:
+            return found[-1]
+    known = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    renamed = {owner: shapes for owner, shapes in owners.items() if owner.rpartition(".")[2] not in known}
+    return next((owner for owner, shapes in renamed.items() if shapes == state.shapes), None)
 
 
 # Dtypes of a table's tensors by their names in safetensors files.
@@ -128,7 +172,7 @@ def scale_of(state: TableState, name: str) -> float:
     raise ValueError(f"quantization_config.table.scales: no entry for {name}, only {sorted(state.scales)}")
 
 
-def verify(root: CompressedEmbedding, state: TableState) -> None:
+def verify(root: TableModule, state: TableState) -> None:
     """Raise ValueError if a loaded table differs from the saved one, or its tensors contradict each other.
 
     Floating-point tensors are verified unless the model's dtype is narrower than the stored one; a table that

@@ -1,4 +1,4 @@
-"""The description of a compressed table in a saved model's ``config.json``."""
+"""The description of compressed tables in a saved model's ``config.json``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..io.tensor_format import checksum
 from ..nn import KINDS
 from ..ops.backends import DTYPES
-from ..recipe import DEFAULT_METHOD, LMHead, Recipe
+from ..recipe import DEFAULT_METHOD, LMHead, Recipe, Tables
 from ..tables import Table
 
-FORMAT_VERSION = 2
-_READABLE_VERSIONS = (1, 2)  # version 1 has no checksum of the description
+FORMAT_VERSION = 3
+_READABLE_VERSIONS = (1, 2, 3)
+_ONE_TABLE = 2  # the version of models whose input table alone is compressed; version 1 has no checksum
 
 
 @dataclass
@@ -35,6 +37,7 @@ class TableState:
         head: ``factorized`` (tied to the compressed table), ``dense``, or None.
         dtype: dtype of the stored floating-point tensors.
         checksums: checksums of the stored tensors, by name.
+        segments: number of rows of the table that are a row of the embedding, as in ``SegmentedEmbedding``.
     """
 
     kind: str
@@ -44,6 +47,7 @@ class TableState:
     head: str | None
     dtype: str
     checksums: dict[str, str] = field(default_factory=dict)
+    segments: int = 1
 
     def describe(self, table: Table) -> None:
         """Set shapes, dtype and checksums to those of a table as it is stored."""
@@ -55,6 +59,11 @@ class TableState:
     def stored_dtype(self) -> torch.dtype:
         """``dtype`` as a torch.dtype."""
         return getattr(torch, self.dtype)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields as in ``config.json``, which has no segments of tables without them."""
+        fields = asdict(self)
+        return fields if self.segments > 1 else {n: value for n, value in fields.items() if n != "segments"}
 
     def skeleton(self, dtype: torch.dtype) -> Table:
         """Return a table of these shapes on the meta device; it is not validated."""
@@ -72,15 +81,20 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 class EmbkernConfig(QuantizationConfigMixin):
-    """Quantisation config of transformers for a compressed embedding table.
+    """Quantisation config of transformers for compressed embedding tables.
+
+    Attributes:
+        recipe: how the tables are compressed.
+        table: description of the input table, or None if it is dense.
+        named_tables: descriptions of the other compressed tables, by the name of their first module.
 
     Args:
-        method, ratio, rank, lm_head, options, calibrate: as in ``embkern.Recipe``. While a model is loaded
-            there is no tokenizer and no text. A causal language model is calibrated on samples of its own;
-            for others the frequencies of tokens are estimated from the order of the ids. ``embkern.compress``
-            can read text.
-        table, checksum, format_version, quant_method: written by embkern when a model is saved; not for
-            callers.
+        method, ratio, rank, lm_head, options, calibrate, tables: as in ``embkern.Recipe``. While a model is
+            loaded there is no tokenizer and no text. A causal language model is calibrated on samples of its
+            own; for others the frequencies of tokens are estimated from the order of the ids.
+            ``embkern.compress`` can read text.
+        table, named_tables, checksum, format_version, quant_method: written by embkern when a model is saved;
+            not for callers.
 
     Raises:
         ValueError: a field is unknown, out of range, or damaged.
@@ -94,7 +108,9 @@ class EmbkernConfig(QuantizationConfigMixin):
         lm_head: LMHead = "factorized",
         options: dict[str, Any] | None = None,
         calibrate: bool | None = None,
+        tables: Tables | None = None,
         table: dict[str, Any] | None = None,
+        named_tables: dict[str, dict[str, Any]] | None = None,
         quant_method: str = "embkern",
         format_version: int = FORMAT_VERSION,
         checksum: str | None = None,
@@ -110,19 +126,22 @@ class EmbkernConfig(QuantizationConfigMixin):
         if unknown:
             raise ValueError(f"quantization_config: unknown field(s) {', '.join(sorted(unknown))}")
         self.quant_method = quant_method
-        self.format_version = FORMAT_VERSION  # the version in which the model will be saved
         self.recipe = Recipe.parse(
-            method=method, ratio=ratio, rank=rank, lm_head=lm_head, options=options or {}, calibrate=calibrate
-        )
+            method=method, ratio=ratio, rank=rank, lm_head=lm_head, options=options or {},
+            calibrate=calibrate, tables=tables,
+        )  # fmt: skip
         self.table = None if table is None else _parse_state(table)
-        if table is not None and (checksum is not None or format_version > 1):
+        if not isinstance(named_tables, (dict, NoneType)):
+            raise ValueError(f"quantization_config.named_tables: expected a mapping, got {named_tables!r}")
+        self.named_tables = {name: _parse_state(each) for name, each in (named_tables or {}).items()}
+        if self.states and (checksum is not None or format_version > 1):
             described = {
                 "method": method,
                 "ratio": ratio,
                 "rank": rank,
                 "lm_head": lm_head,
                 "options": options,
-                **_calibrate(calibrate),
+                **_given(calibrate=calibrate, tables=tables, named_tables=named_tables),
             }
             if (got := _checksum_of({**described, "table": table})) != checksum:
                 raise ValueError(
@@ -130,20 +149,31 @@ class EmbkernConfig(QuantizationConfigMixin):
                     "config.json is damaged or edited"
                 )
 
+    @property
+    def states(self) -> dict[str, TableState]:
+        """Descriptions of all compressed tables, by name; the name of the input table is empty."""
+        return self.named_tables if self.table is None else {"": self.table, **self.named_tables}
+
+    @property
+    def format_version(self) -> int:
+        """The version in which the model will be saved: the oldest that describes it."""
+        return FORMAT_VERSION if self.recipe.tables or self.named_tables else _ONE_TABLE
+
     def to_dict(self) -> dict[str, Any]:
         """Return the config as in ``config.json``."""
+        named = {name: state.as_json() for name, state in self.named_tables.items()}
         described = {
-            **self.recipe.model_dump(exclude={"calibrate"}),
-            **_calibrate(self.recipe.calibrate),
-            "table": None if self.table is None else asdict(self.table),
+            **self.recipe.model_dump(exclude={"calibrate", "tables"}),
+            **_given(calibrate=self.recipe.calibrate, tables=self.recipe.tables, named_tables=named or None),
+            "table": None if self.table is None else self.table.as_json(),
         }
         form = {"quant_method": self.quant_method, "format_version": self.format_version, **described}
-        return form if self.table is None else {**form, "checksum": _checksum_of(described)}
+        return {**form, "checksum": _checksum_of(described)} if self.states else form
 
 
-def _calibrate(value: bool | None) -> dict[str, bool]:
-    """Return the recipe's field if it has a value; models saved by earlier versions lack it."""
-    return {} if value is None else {"calibrate": value}
+def _given(**fields: Any) -> dict[str, Any]:
+    """Return the fields that have a value; models saved by earlier versions lack these."""
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def check_config(directory: str | os.PathLike) -> None:
@@ -194,7 +224,12 @@ def _parse_state(table: dict[str, Any]) -> TableState:
             raise ValueError(
                 f"checksums: expected those of {', '.join(state.shapes)}, got {state.checksums!r}"
             )
-        state.skeleton(dtype).validate()
+        skeleton = state.skeleton(dtype)
+        skeleton.validate()
+        if type(state.segments) is not int or state.segments < 1 or skeleton.num_embeddings % state.segments:
+            raise ValueError(
+                f"segments: expected a divisor of {skeleton.num_embeddings} rows, got {state.segments!r}"
+            )
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"quantization_config.table is damaged: {error}") from None
     except RecursionError:

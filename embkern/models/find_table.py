@@ -1,9 +1,9 @@
-"""Find a model's token-embedding table: the modules that share it, their scales and the tied heads."""
+"""Find a model's embedding tables: the modules that share each, their scales and the tied heads."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 _PROBED_ROWS = 64  # rows of which probe_scale compares input and output
 
+Role = Literal["input", "head", "bag", "other"]
+
 
 class UnsupportedModelError(ValueError):
     """The model's embedding cannot be replaced; the message tells the reason."""
@@ -22,15 +24,20 @@ class UnsupportedModelError(ValueError):
 
 @dataclass
 class ModelTable:
-    """A model's token-embedding table and the modules that share it.
+    """An embedding table of a model and the modules that share it.
 
     Attributes:
-        root: name of the input embedding, whose parameters the others share after the swap.
+        root: name of the first module, whose parameters the others share after the swap: an embedding, or a
+            head whose table no embedding shares.
         embeddings: names of all embedding modules of the table, root first.
-        heads: names of the output heads that are tied to it.
-        output_head: name of the model's output head, tied or not, or None.
+        heads: names of the output heads that are tied to it, or, without embeddings, of the heads over it.
+        output_head: name of the model's output head, tied or not, or None; None for all but the input table.
         scales: constant factor of each embedding module's output, by name; empty on the meta device.
         weight: the table, (V, H).
+        role: ``input`` (the input embedding and what is tied to it), ``head`` (an untied output head),
+            ``bag`` (static embeddings), or ``other``.
+        segments: number of equal segments of a row that are stored as rows of their own: in per-layer tables
+            one for each layer, 1 in others.
     """
 
     root: str
@@ -39,11 +46,18 @@ class ModelTable:
     output_head: str | None
     scales: dict[str, float]
     weight: Tensor
+    role: Role = "input"
+    segments: int = 1
 
     @property
     def tied(self) -> bool:
-        """Whether an output head shares the table."""
-        return bool(self.heads)
+        """Whether an output head shares the table with an embedding."""
+        return bool(self.heads and self.embeddings)
+
+    @property
+    def rows(self) -> Tensor:
+        """The rows that are compressed, (V * segments, H / segments), detached; a view of the table."""
+        return self.weight.detach().view(len(self.weight) * self.segments, -1)
 
 
 def find_table(model: PreTrainedModel) -> ModelTable:
@@ -54,7 +68,7 @@ def find_table(model: PreTrainedModel) -> ModelTable:
             spread over devices; there is no input embedding, it is not a plain ``nn.Embedding``, it is
             compressed already, it normalises its rows, or a module of another type shares its weight.
     """
-    _check_model(model)
+    check_model(model)
     module = input_embeddings(model)
     if isinstance(module, CompressedEmbedding):
         raise UnsupportedModelError(
@@ -64,26 +78,52 @@ def find_table(model: PreTrainedModel) -> ModelTable:
         raise UnsupportedModelError(
             f"the input embedding of {type(model).__name__} is {type(module).__name__}, expected nn.Embedding"
         )
-    names: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
-    sharing: dict[str, Any] = {name: names[name] for name in _sharing(model, names, module)}
-    embeddings = [name for name, each in sharing.items() if isinstance(each, nn.Embedding)]
-    heads = [name for name, each in sharing.items() if type(each).forward is nn.Linear.forward]
+    names = dict(model.named_modules(remove_duplicate=False))
+    return table_at(model, next(name for name, each in names.items() if each is module))
+
+
+def table_at(model: PreTrainedModel, name: str) -> ModelTable:
+    """Return the table of the module ``name`` with all modules that share it.
+
+    Raises:
+        UnsupportedModelError: one of them cannot be replaced.
+    """
+    names: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
+    module = names[name]
+    sharing: dict[str, Any] = {each: names[each] for each in _sharing(model, names, module)}
+    embeddings = [each for each, found in sharing.items() if isinstance(found, nn.Embedding)]
+    heads = [each for each, found in sharing.items() if type(found).forward is nn.Linear.forward]
     if others := sharing.keys() - set(embeddings) - set(heads):
-        kinds = ", ".join(f"{name} ({type(sharing[name]).__name__})" for name in sorted(others))
+        kinds = ", ".join(f"{each} ({type(sharing[each]).__name__})" for each in sorted(others))
         raise UnsupportedModelError(
             f"the embedding's weight is shared by modules that cannot be replaced: {kinds}"
         )
-    for name in embeddings:
-        _check_embedding(name, sharing[name])
-    root = next(name for name in embeddings if names[name] is module)
-    embeddings = [root, *(name for name in embeddings if name != root)]
-    scales = {} if module.weight.is_meta else {name: probe_scale(sharing[name], name) for name in embeddings}
-    output = model.get_output_embeddings()
-    output_head = next((name for name, each in names.items() if each is output), None) if output else None
-    return ModelTable(root, embeddings, heads, output_head, scales, module.weight)
+    for each in embeddings:
+        _check_embedding(each, sharing[each])
+    own, head = input_or_none(model), output_or_none(model)
+    ordered = embeddings or heads
+    main = next((each for each in ordered if sharing[each] is own), None)
+    root = main or next(each for each in ordered if sharing[each] is module)
+    role: Role = "input" if main else "head" if any(sharing[each] is head for each in heads) else "other"
+    embeddings.sort(key=lambda each: each != root)
+    scales = {} if module.weight.is_meta else {each: probe_scale(sharing[each], each) for each in embeddings}
+    output_head = (
+        next((each for each, found in names.items() if found is head), None) if main and head else None
+    )
+    segments = _segments(model, module) if role == "other" else 1
+    return ModelTable(root, embeddings, heads, output_head, scales, module.weight, role, segments)
 
 
-def _check_model(model: PreTrainedModel) -> None:
+def _segments(model: PreTrainedModel, module: nn.Module) -> int:
+    """Return the number of layers that a row of a per-layer table has a segment for, 1 of other tables."""
+    config = model.config.get_text_config()
+    layers = getattr(config, "num_hidden_layers", 1)
+    width = layers * (getattr(config, "hidden_size_per_layer_input", None) or 0)
+    return layers if isinstance(module, nn.Embedding) and module.embedding_dim == width else 1
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError if a model is wrapped, quantised by something else, or on many devices."""
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
@@ -133,13 +173,26 @@ def _sharing(model: PreTrainedModel, names: dict[str, nn.Module], module: nn.Emb
 
 def input_embeddings(model: PreTrainedModel) -> nn.Module:
     """Return the model's input embedding, or raise UnsupportedModelError."""
-    try:
-        module = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError, TypeError):
-        module = None
+    module = input_or_none(model)
     if module is None:
         raise UnsupportedModelError(f"{type(model).__name__} has no token embedding (get_input_embeddings)")
     return module
+
+
+def input_or_none(model: PreTrainedModel) -> nn.Module | None:
+    """Return the model's input embedding, or None."""
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+
+
+def output_or_none(model: PreTrainedModel) -> nn.Module | None:
+    """Return the model's output head, or None."""
+    try:
+        return model.get_output_embeddings()
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
 
 
 def other_tables(model: PreTrainedModel) -> dict[str, int]:
@@ -148,7 +201,7 @@ def other_tables(model: PreTrainedModel) -> dict[str, int]:
     embkern leaves them alone. Per-layer embeddings (``embed_tokens_per_layer`` of Gemma 3n and 4), for
     example, are larger than the main table.
     """
-    main: Any = input_embeddings(model)
+    main: Any = input_or_none(model)
     size = getattr(main, "num_embeddings", 0) * getattr(main, "embedding_dim", 0)
     return {
         name: module.weight.nbytes
@@ -173,7 +226,13 @@ def probe_scale(module: nn.Embedding, name: str = "embedding") -> float:
     ids = ids[rows.abs().amax(1) > 0]
     if len(ids) == 0:
         return 1.0
-    rows, output = weight[ids].double(), module(ids).double()
+    try:
+        rows, output = weight[ids].double(), module(ids).double()
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise UnsupportedModelError(
+            f"{name} ({type(module).__name__}) does not look up rows by their ids, as a compressed table "
+            f"does ({error})"
+        ) from None
     if torch.equal(rows, output):
         return 1.0
     tolerance = 4 * torch.finfo(weight.dtype).eps

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from ..io.errors import reason_of
 from .config import check_config
-from .find_table import input_embeddings
+from .find_table import input_or_none, output_or_none
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,7 +55,7 @@ def not_loaded(name: str | os.PathLike, error: Exception) -> Exception:
 
 def _check_loaded(model: PreTrainedModel, missing: set[str]) -> None:
     """Raise ValueError if the table or the output head is missing in the checkpoint, and so is random."""
-    required = {id(input_embeddings(model)), id(model.get_output_embeddings())}
+    required = {id(input_or_none(model)), id(output_or_none(model))}
     names = [name for name, module in model.named_modules() if id(module) in required]
     lost = sorted(key for key in missing if key.rpartition(".")[0] in names)
     if lost:

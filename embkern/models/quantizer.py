@@ -1,4 +1,4 @@
-"""The quantizer of transformers that saves and loads models with a compressed table.
+"""The quantizer of transformers that saves and loads models with compressed tables.
 
 ``EmbkernConfig`` and ``EmbkernQuantizer`` are registered with transformers when embkern is imported, or when
 transformers is, if that comes later. Then::
@@ -20,10 +20,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 
 from ..nn import layer_of
-from ..nn.base import CompressedEmbedding, CompressedHead
+from ..nn.base import CompressedHead, TableModule
 from ..recipe import Recipe
 from ..tables import Table
-from ..text.prior import vocabulary_prior
 from .calibrate.choice import choose_calibration
 from .checkpoint import (
     check_files,
@@ -31,23 +30,29 @@ from .checkpoint import (
     is_whole,
     scale_of,
     storage_dtype,
-    stored_table,
+    stored_form,
     verify,
     zero_missing_biases,
 )
 from .config import EmbkernConfig, TableState, dtype_name
 from .find_table import ModelTable, find_table
+from .plan import calibration_serves, plan_tables
+from .select_tables import table_named
+from .static_embeddings import install_bag
 from .swap import (
     DenseModules,
     canonical_name,
     check_installable,
-    compressed_embedding,
+    compressed_heads,
     compressed_models,
+    head_kind,
     keep_tie,
     materialize_buffers,
-    modules_of_table,
     restore_tie,
     swap,
+    table_modules,
+    table_name,
+    table_roots,
     take_place,
     untie_heads,
 )
@@ -60,29 +65,38 @@ def install(model: PreTrainedModel, table: ModelTable, compressed: Table, recipe
     """Replace a live model's table by a compressed one, in place, so that it is saved with the model.
 
     Floating-point tensors are cast to the dtype of the model; a packed table is saved in its own dtype.
+    Tables that were installed before stay.
 
     Args:
         model: the model.
-        table: what ``find_table`` returned for it.
-        compressed: the compressed table.
-        recipe: the recipe that made it.
+        table: what ``find_table``, ``find_tables`` or ``find_bag`` returned for it.
+        compressed: the compressed rows of the table.
+        recipe: the recipe of the model's compression.
 
     Raises:
-        UnsupportedModelError: a tied head cannot decode through the table's activation. The model is
-            unchanged.
+        UnsupportedModelError: a head cannot decode through the table's activation. The model is unchanged.
     """
     check_installable(table, recipe)
-    head = recipe.lm_head if table.tied else None if table.output_head is None else "dense"
+    if table.role == "bag":
+        install_bag(model, compressed)
+        return
     _own_config(model)
     config = EmbkernConfig(**recipe.model_dump())
-    layer = layer_of(compressed)
-    scales = {canonical_name(model, name): scale for name, scale in table.scales.items()}
-    config.table = TableState(layer.kind, {}, layer.settings(compressed), scales, head, "")
-    config.table.describe(compressed)
     quantizer = getattr(model, "hf_quantizer", None) or EmbkernQuantizer(config, pre_quantized=False)
+    before = quantizer.quantization_config
+    config.table, config.named_tables = before.table, dict(before.named_tables)
+    layer, head = layer_of(compressed), head_kind(table, recipe)
+    scales = {canonical_name(model, name): scale for name, scale in table.scales.items()}
+    settings = layer.settings(compressed)
+    state = TableState(layer.kind, {}, settings, scales, head, "", segments=table.segments)
+    state.describe(compressed)
+    if name := table_name(model, table):
+        config.named_tables[name] = state
+    else:
+        config.table = state
     quantizer.quantization_config = config
     live = compressed.to(device=table.weight.device, dtype=table.weight.dtype)
-    quantizer.original = swap(model, table, live, head == "factorized")
+    quantizer.originals.append(swap(model, table, live, bool(compressed_heads(table, recipe))))
     _adopt(model, quantizer)
 
 
@@ -110,27 +124,54 @@ class EmbkernQuantizer(HfQuantizer):
     """Builds the modules of a saved model, or compresses a dense one after its weights are loaded.
 
     Attributes:
-        original: the dense modules that were replaced.
+        originals: the dense modules that were replaced, of each table.
         checkpoint_keys: names of the tensors in the checkpoint that is being loaded.
     """
 
     requires_calibration = False
-    original: DenseModules | None = None
     checkpoint_keys: set[str] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.originals: list[DenseModules] = []
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, dtype: Any = None, **_: Any
     ) -> PreTrainedModel:
         if not self.pre_quantized:
             return model
-        state = self.quantization_config.table
-        if state is None:
+        states = self.quantization_config.states
+        if not states:
             raise ValueError("quantization_config.table: expected what embkern saved, got nothing")
-        if state.head == "factorized" and getattr(model.config, "tie_word_embeddings", None) is False:
+        for name, state in states.items():
+            self._build(model, name, state, checkpoint_files)
+        roots = table_roots(model)
+        for module in table_modules(model):
+            if module is not roots[module.table_name]:
+                module.drop_codes()
+        return model
+
+    def _build(
+        self, model: PreTrainedModel, name: str, state: TableState, checkpoint_files: list[str] | None
+    ) -> None:
+        """Replace the modules of a table by those over the compressed one that ``state`` describes.
+
+        A named table of which the model has no module, such as that of a head in a backbone, is left out.
+        """
+        skeleton = state.skeleton(torch.float32)
+        V, H = skeleton.num_embeddings // state.segments, skeleton.embedding_dim * state.segments
+        dense_shape = [V, H]
+        if (
+            not name
+            and state.head == "factorized"
+            and getattr(model.config, "tie_word_embeddings", 1) is False
+        ):
             restore_tie(model)
-        table = find_table(model)
+        table = table_named(model, name, (V, H)) if name else find_table(model)
+        if table is None:
+            return
+        table.segments = state.segments
         skeleton = state.skeleton(table.weight.dtype)
-        dense_shape = [skeleton.num_embeddings, skeleton.embedding_dim]
         if list(table.weight.shape) != dense_shape:
             raise ValueError(
                 f"quantization_config.table: describes {' x '.join(map(str, dense_shape))}, "
@@ -143,7 +184,7 @@ class EmbkernQuantizer(HfQuantizer):
                 f"activation {activation!r}; load the backbone, or export the model to dense"
             )
         if checkpoint_files:
-            shapes = check_files(checkpoint_files, table.root, state)
+            shapes = check_files(model, checkpoint_files, table.root, state)
             keys = set(shapes)
             # An embedding that the class ties, but that is dense in the checkpoint, was not tied when saved.
             table.embeddings = [
@@ -156,32 +197,28 @@ class EmbkernQuantizer(HfQuantizer):
                 )
             self.checkpoint_keys = keys
         table.scales = {name: scale_of(state, canonical_name(model, name)) for name in table.embeddings}
-        self.original = swap(model, table, skeleton, compress_heads=state.head != "dense")
-        for follower in modules_of_table(model):
-            if follower is not compressed_embedding(model):
-                follower.drop_codes()
-        return model
+        self.originals.append(swap(model, table, skeleton, state.head != "dense"))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         config = self.quantization_config
         if self.pre_quantized:
-            root = compressed_embedding(model)
-            for follower in modules_of_table(model):
-                follower.share_codes(root)
-            verify(root, config.table)
+            roots = table_roots(model)
+            for module in table_modules(model):
+                module.share_codes(roots[module.table_name])
+            for name, root in roots.items():
+                verify(root, config.states[name])
             if self.checkpoint_keys is not None:
                 zero_missing_biases(model, self.checkpoint_keys)
                 self.checkpoint_keys = None
             _adopt(model, self)
         else:
-            table = find_table(model)
-            check_installable(table, config.recipe)
-            weight = table.weight.detach()
+            plans = plan_tables(model, config.recipe)
             # There is no tokenizer here, so that only the model itself can tell how often tokens are read.
-            calibration = choose_calibration(model, config.recipe).calibration
-            counts = None if calibration else vocabulary_prior(None, len(weight))
-            compressed = config.recipe.factorize(weight, counts, calibration=calibration, tied=table.tied)
-            install(model, table, compressed, config.recipe)
+            serves = calibration_serves(plans)
+            calibration = choose_calibration(model, config.recipe).calibration if serves else None
+            for plan in plans:
+                compressed = plan.compress(plan.knowledge(None, calibration))
+                install(model, plan.table, compressed, config.recipe)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict]:
@@ -191,37 +228,42 @@ class EmbkernQuantizer(HfQuantizer):
             A state dict with the table in its stored dtype, or None where that is the live one; then
             transformers saves the live weights. The second value is the metadata, which is empty.
         """
-        root, state = compressed_embedding(model), self.quantization_config.table
-        keep_tie(model, state)
-        # Offloaded or sharded tensors have no checksums, and are not verified when they are loaded.
-        if not is_whole(root, state):
-            state.dtype, state.checksums = dtype_name(storage_dtype(root, state)), {}
-            return None, {}
-        stored = stored_table(model)
-        state.describe(stored)
-        if stored.dtype == root.dtype:
+        roots, states = table_roots(model), self.quantization_config.states
+        if "" in roots:
+            keep_tie(model, states[""])
+        changed: dict[str, Table] = {}
+        for name, root in roots.items():
+            state = states[name]
+            # Offloaded or sharded tensors have no checksums, and are not verified when they are loaded.
+            if not is_whole(root, state):
+                state.dtype, state.checksums = dtype_name(storage_dtype(root, state)), {}
+                continue
+            stored = stored_form(root, state)
+            state.describe(stored)
+            if stored.dtype != root.dtype:
+                changed[name] = stored
+        if not changed:
             return None, {}
         state_dict = model.state_dict()
-        for name, module in model.named_modules(remove_duplicate=False):
-            if isinstance(module, (CompressedEmbedding, CompressedHead)):
-                for tensor, value in stored.tensors().items():
+        for path, module in model.named_modules(remove_duplicate=False):
+            if isinstance(module, TableModule) and module.table_name in changed:
+                root = roots[module.table_name]
+                for tensor, value in changed[module.table_name].tensors().items():
                     if getattr(module, tensor) is getattr(root, tensor):  # tied
-                        state_dict[f"{name}.{tensor}"] = value
+                        state_dict[f"{path}.{tensor}"] = value
         return state_dict, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """Put the dense modules back with the decoded table, in the dtype of the live one.
+        """Put the dense modules back with the decoded tables, in the dtype of the live ones.
 
         ``dtype`` is the config's, which may be out of date, and is ignored.
         """
-        assert self.original is not None, "the quantizer is attached to models whose modules it replaced"
-        original, table, state = self.original, self.original.table, self.quantization_config.table
-        root = compressed_embedding(model)
-        if any(tensor.is_meta for tensor in root.tensors().values()):
-            raise ValueError("model: its table is offloaded; load it without a device_map to dequantize it")
-        trained = any(parameter.requires_grad for parameter in root.parameters())
-        weight = nn.Parameter(root.weight.detach(), requires_grad=trained)
-        weight._is_hf_initialized = True  # type: ignore[attr-defined]
+        assert self.originals, "the quantizer is attached to models whose modules it replaced"
+        for root in table_roots(model).values():
+            if any(tensor.is_meta for tensor in root.tensors().values()):
+                raise ValueError(
+                    "model: its table is offloaded; load it without a device_map to dequantize it"
+                )
         for nested in compressed_models(model):
             if nested is not model:  # transformers removes them from the model itself
                 for owner, attribute in (
@@ -230,6 +272,18 @@ class EmbkernQuantizer(HfQuantizer):
                     (nested.config, "quantization_config"),
                 ):
                     owner.__dict__.pop(attribute, None)
+        for original in reversed(self.originals):
+            self._put_back(model, original)
+        self.originals = []
+        return model
+
+    def _put_back(self, model: PreTrainedModel, original: DenseModules) -> None:
+        """Put the dense modules of a table back, and the ties that the model had before."""
+        table, root = original.table, model.get_submodule(original.table.root)
+        state = self.quantization_config.states[root.table_name]
+        trained = any(parameter.requires_grad for parameter in root.parameters())
+        weight = nn.Parameter(root.weight.detach(), requires_grad=trained)
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]
         for name, dense in original.modules.items():
             current = model.get_submodule(name)
             dense.weight = weight
@@ -243,11 +297,10 @@ class EmbkernQuantizer(HfQuantizer):
             if instance_ties is not None:
                 module._tied_weights_keys = instance_ties
             module.all_tied_weights_keys = all_ties
-        keep_tie(model, state)
+        if table.role == "input":
+            keep_tie(model, state)
         if table.tied and state.head == "dense":
             untie_heads(model, table)
-        self.original = None
-        return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         """Return True: the table's tensors are ordinary parameters and buffers."""

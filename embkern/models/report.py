@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr
 
-from ..fidelity import HeldOutDivergence, SentenceFidelity, TableComparison
+from ..fidelity import HeldOutDivergence, SentenceFidelity, TableComparison, compare_tables
 from ..io.checked_json import read_checked_json
+from ..methods.metric_allocation import predicted_divergence
 from ..recipe import Recipe
 from ..tables import Table
 from ..tables.packed import PackedTable
+from ..text.token_names import TokenName
+from .plan import Knowledge, TablePlan
+from .swap import head_kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,8 +82,90 @@ class Comparison(BaseModel):
         return rows
 
 
+class TableReport(BaseModel):
+    """One compressed table of a model."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    name: str = Field(description="the table's first module")
+    num_embeddings: int = Field(description="V")
+    embedding_dim: int = Field(description="H")
+    segments: int = Field(1, description="parts of a row that are stored as rows, one per layer")
+    rank: int | None = Field(None, description="rank of factors")
+    tiers: list[TierUse] = Field(default_factory=list, description="tiers of a packed table")
+    dtype: str = Field(description="dtype of the floating-point tensors, as stored")
+    counts: str | None = Field(None, description="origin of the token frequencies")
+    calibration: str | None = Field(None, description="what the table was calibrated on")
+    predicted_kl: float | None = Field(None, description="KL divergence per token that it predicts, in nats")
+    facts: dict[str, Any] = Field(default_factory=dict, description="what the method reports")
+    head: str | None = Field(description="head over the table: factorized (compressed), dense, or null")
+    table_bytes: int = Field(description="bytes of the dense table")
+    compressed_bytes: int = Field(description="bytes of everything that replaces it")
+    ratio: float = Field(description="table_bytes / compressed_bytes")
+    table: TableComparison = Field(description="comparison of the tables")
+    seconds: float = Field(description="time to compress the table")
+
+    @classmethod
+    def of(
+        cls,
+        plan: TablePlan,
+        compressed: Table,
+        known: Knowledge,
+        tokens: Callable[[list[int]], Sequence[TokenName]] | None = None,
+        **described: Any,
+    ) -> TableReport:
+        """Compare the rows of a table with the compressed ones.
+
+        Args:
+            plan: the plan of the table, which is still dense.
+            compressed: its compressed rows.
+            known: what was known of the rows.
+            tokens: maps ids of rows to names for the report.
+            described: the fields ``counts``, ``calibration`` and ``seconds``.
+        """
+        table, rows, predicted = plan.table, plan.table.rows, None
+        comparison = compare_tables(
+            rows,
+            compressed.to(rows.dtype),
+            counts=known.frequencies,
+            tokens=tokens and (lambda ids: tokens([each // table.segments for each in ids])),
+        )
+        if known.calibration is not None and known.frequencies is not None:
+            tied = plan.recipe.compresses_head(table.tied)
+            predicted = predicted_divergence(
+                rows, compressed.to_dense(), known.calibration, known.frequencies, tied=tied
+            )
+        return cls(
+            name=table.root,
+            num_embeddings=table.weight.shape[0],
+            embedding_dim=table.weight.shape[1],
+            segments=table.segments,
+            rank=getattr(compressed, "rank", None),
+            tiers=tier_uses(compressed),
+            dtype=str(compressed.dtype).removeprefix("torch."),
+            predicted_kl=predicted,
+            facts=compressed.facts,
+            head=head_kind(table, plan.recipe),
+            table_bytes=rows.nbytes,
+            compressed_bytes=compressed.nbytes,
+            ratio=rows.nbytes / compressed.nbytes,
+            table=comparison,
+            **described,
+        )
+
+    def line(self) -> str:
+        """Return the size and the error in one line."""
+        shape = f"{self.num_embeddings:,} x {self.embedding_dim:,}"
+        size = f"{self.table_bytes:,} -> {self.compressed_bytes:,} bytes ({self.ratio:.2f}x)"
+        return f"{shape}, {size}, direction error {self.table.direction_error:.4f}"
+
+
 class Report(Comparison):
-    """The result of ``embkern.compress``: the recipe, the size and the fidelity of the compressed model."""
+    """The result of ``embkern.compress``: the recipe, the size and the fidelity of the compressed model.
+
+    Of several tables the bytes, the time and the predicted divergence are sums, and the rest describes the
+    first one.
+    """
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
@@ -106,6 +193,9 @@ class Report(Comparison):
         default_factory=dict, description="what the method reports about its result"
     )
     head: str | None = Field(description="output head: factorized (tied), dense, or null for none")
+    tables: list[TableReport] = Field(
+        default_factory=list, description="each table that was named; empty if only the input was compressed"
+    )
     other_tables: dict[str, int] = Field(
         default_factory=dict, description="bytes of other large embedding tables, which are left alone"
     )
@@ -118,8 +208,48 @@ class Report(Comparison):
 
     _model: Any = PrivateAttr(None)
 
+    @classmethod
+    def of_tables(cls, tables: list[TableReport], **fields: Any) -> Report:
+        """Return the report of a model whose tables were compressed; ``fields`` are those of the model."""
+        first = {
+            name: getattr(tables[0], name) for name in TableReport.model_fields if name in cls.model_fields
+        }
+        predicted = [each.predicted_kl for each in tables if each.predicted_kl is not None]
+        before, after = (
+            sum(getattr(t, name) for t in tables) for name in ("table_bytes", "compressed_bytes")
+        )
+        first |= {
+            "predicted_kl": sum(predicted) if predicted else None,
+            "table_bytes": before,
+            "compressed_bytes": after,
+            "ratio": before / after,
+            "seconds": sum(each.seconds for each in tables),
+            "tables": tables if fields["recipe"].tables else [],
+        }
+        return cls(**first, **fields)
+
+    def _rows_of_tables(self) -> dict[str, str]:
+        """Return the rows of the printed table for several compressed tables."""
+        common = super().rows()
+        return {
+            "method": f"{self.recipe.method}, {len(self.tables)} tables",
+            **{each.name: each.line() for each in self.tables},
+            **{
+                f"{each.name}, calibration": each.calibration
+                for each in self.tables
+                if each.calibration is not None
+            },
+            "token frequencies": self.counts or "not used",
+            **self._divergences(),
+            "tables, bytes": common["table, bytes"],
+            **{name: text for name, text in common.items() if name.startswith(("model", "sentence"))},
+            "seconds": f"{self.seconds:.1f}",
+        }
+
     def rows(self) -> dict[str, str]:
         """Return the rows of the printed table and of the model card by name."""
+        if len(self.tables) > 1:
+            return self._rows_of_tables()
         made = f"rank {self.rank} of {self.embedding_dim}" if self.rank else f"{len(self.tiers)} tiers"
         return {
             "method": f"{self.recipe.method}, {made}",
@@ -153,8 +283,10 @@ def model_card(report: Report) -> str:
     """Return a model card in Markdown; its code imports embkern first, without which loading fails."""
     from huggingface_hub import ModelCard, ModelCardData
 
+    library = "sentence_transformers" if report.architecture == "SentenceTransformer" else "transformers"
+    load = "SentenceTransformer" if library != "transformers" else f"{report.architecture}.from_pretrained"
     data = ModelCardData(
-        library_name="transformers",
+        library_name=library.replace("_", "-"),
         tags=["embkern", "compressed-embeddings"],
         base_model=report.source if _is_hub_name(report.source) else None,
     )
@@ -166,10 +298,10 @@ def model_card(report: Report) -> str:
 ---
 
 ```python
-import embkern  # first: without it transformers cannot read the compressed embedding
-from transformers import {report.architecture}
+import embkern  # first: without it {library} cannot read the compressed embedding
+from {library} import {report.architecture}
 
-model = {report.architecture}.from_pretrained("path/or/name/of/this/model")
+model = {load}("path/or/name/of/this/model")
 ```
 
 `{report.source}` with its token embeddings compressed by embkern {report.versions["embkern"]}.
@@ -183,6 +315,11 @@ The figures compare the table with the original one; `embkern_report.json` has a
 """
         )
     )
+
+
+def name_of(model: Any) -> str:
+    """Return the name or the directory that a model was loaded from; empty if it is not known."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
 
 
 def public_name(source: str) -> str:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..nn.base import CompressedEmbedding
+from ..nn.base import CompressedEmbedding, CompressedHead
 from ..tables.resizing import resized
-from .swap import compressed_embedding, modules_of_table
+from .swap import compressed_embedding, table_modules, table_roots
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,20 +31,46 @@ def resize_token_embeddings(model: PreTrainedModel, num_embeddings: int) -> Comp
         The model's input embedding.
 
     Raises:
-        ValueError: ``num_embeddings`` is not a positive integer, or the model is not compressed by embkern.
+        ValueError: ``num_embeddings`` is not a positive integer, or the model's input table is not compressed
+            by embkern.
     """
+    roots = table_roots(model)
+    if roots and "" not in roots:
+        raise ValueError(
+            f"model: expected a compressed input table, got a dense one beside {', '.join(roots)}; "
+            "dequantize the model, resize it, and compress it again"
+        )
     root = compressed_embedding(model)
     if type(num_embeddings) is not int or num_embeddings < 1:
         raise ValueError(f"num_embeddings: expected a positive integer, got {num_embeddings!r}")
-    added = max(0, num_embeddings - root.num_embeddings)
-    before = {name: getattr(root, name) for name in root.tensors()}
+    output = model.get_output_embeddings()
+    names = {"", output.table_name} if isinstance(output, CompressedHead) else {""}
+    for name in names:
+        _resize_table(model, name, num_embeddings)
+    if isinstance(output, nn.Linear):  # a dense head, which transformers can resize
+        model.set_output_embeddings(model._get_resized_lm_head(output, num_embeddings))
+    if hasattr(model, "_resize_final_logits_bias"):
+        model._resize_final_logits_bias(num_embeddings)
+    model.config.get_text_config().vocab_size = num_embeddings
+    if hasattr(model, "vocab_size"):
+        model.vocab_size = num_embeddings
+    return root
+
+
+def _resize_table(model: PreTrainedModel, name: str, num_embeddings: int) -> None:
+    """Change the number of rows of the table ``name``, and of the modules over it."""
+    root, quantizer = table_roots(model)[name], model.hf_quantizer
+    added = max(0, num_embeddings - root.shape[0])
+    before = {tensor: getattr(root, tensor) for tensor in root.tensors()}
     with torch.no_grad():
         table = resized(root.table, num_embeddings)
         root.replace(table)
-    for module in modules_of_table(model):
-        for name, old in before.items():
-            if getattr(module, name) is old:
-                setattr(module, name, getattr(root, name))
+    for module in table_modules(model):
+        if module.table_name != name:
+            continue
+        for tensor, old in before.items():
+            if getattr(module, tensor) is old:
+                setattr(module, tensor, getattr(root, tensor))
         if isinstance(module, CompressedEmbedding):
             module.num_embeddings = num_embeddings
             if module.padding_idx is not None and module.padding_idx >= num_embeddings:
@@ -56,20 +82,13 @@ def resize_token_embeddings(model: PreTrainedModel, num_embeddings: int) -> Comp
                 _replace_parameter(
                     model, module.bias, nn.Parameter(bias, requires_grad=module.bias.requires_grad)
                 )
-    head = model.get_output_embeddings()
-    if isinstance(head, nn.Linear):  # a dense head, which transformers can resize
-        model.set_output_embeddings(model._get_resized_lm_head(head, num_embeddings))
-    if hasattr(model, "_resize_final_logits_bias"):
-        model._resize_final_logits_bias(num_embeddings)
-    model.config.get_text_config().vocab_size = num_embeddings
-    if hasattr(model, "vocab_size"):
-        model.vocab_size = num_embeddings
-    shapes = {name: list(tensor.shape) for name, tensor in table.tensors().items()}
-    model.hf_quantizer.quantization_config.table.shapes = shapes
-    for dense in model.hf_quantizer.original.modules.values():  # dequantize puts these modules back
-        size = "num_embeddings" if isinstance(dense, nn.Embedding) else "out_features"
-        setattr(dense, size, num_embeddings)
-    return root
+    state = quantizer.quantization_config.states[name]
+    state.shapes = {tensor: list(each.shape) for tensor, each in table.tensors().items()}
+    for original in quantizer.originals:
+        if original.table.root == next(path for path, each in model.named_modules() if each is root):
+            for dense in original.modules.values():  # dequantize puts these modules back
+                size = "num_embeddings" if isinstance(dense, nn.Embedding) else "out_features"
+                setattr(dense, size, num_embeddings)
 
 
 def _replace_parameter(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:

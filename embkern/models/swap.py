@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..nn import layer_of
-from ..nn.base import CompressedEmbedding, CompressedHead
-from ..recipe import Recipe
-from ..tables import Table
+from ..nn import KINDS, SegmentedEmbedding, layer_of
+from ..nn.base import CompressedEmbedding, TableModule
+from ..recipe import LMHead, Recipe
+from ..tables import PackedTable, Table
 from .config import TableState
 from .find_table import ModelTable, UnsupportedModelError, input_embeddings
 
@@ -22,16 +22,28 @@ if TYPE_CHECKING:
 def check_installable(table: ModelTable, recipe: Recipe) -> None:
     """Raise UnsupportedModelError if the model cannot use the recipe's result; for use before compressing."""
     activation = recipe.options.get("activation")
-    if activation is not None and table.tied and recipe.lm_head == "factorized":
+    if activation is not None and compressed_heads(table, recipe):
         raise UnsupportedModelError(
-            f"lm_head: a tied head cannot decode through activation {activation!r}; "
+            f"lm_head: a {'tied ' * table.tied}head cannot decode through activation {activation!r}; "
             "use lm_head='dense' or the linear autoencoder"
         )
 
 
+def compressed_heads(table: ModelTable, recipe: Recipe) -> list[str]:
+    """Return the names of the heads that will use the compressed table."""
+    return table.heads if not table.embeddings or recipe.compresses_head(table.tied) else []
+
+
+def head_kind(table: ModelTable, recipe: Recipe) -> LMHead | None:
+    """Return whether a head will use the compressed table or a dense one; None if no head belongs to it."""
+    if compressed_heads(table, recipe):
+        return "factorized"
+    return "dense" if table.heads or table.output_head is not None else None
+
+
 @dataclass
 class DenseModules:
-    """What a swap replaced, for ``dequantize`` to put back.
+    """What the swap of a table replaced, for ``dequantize`` to put back.
 
     Attributes:
         modules: dense embeddings and heads by name, their weights on the meta device.
@@ -51,7 +63,7 @@ def swap(model: PreTrainedModel, table: ModelTable, compressed: Table, compress_
         model: the model.
         table: where its table is; afterwards its weight is on the meta device.
         compressed: the compressed table, with the device and dtype of the model.
-        compress_heads: whether to replace the tied heads; else they keep the dense table.
+        compress_heads: whether to replace the heads; else those of a tied table keep it dense.
 
     Returns:
         The modules and ties that were replaced.
@@ -64,22 +76,38 @@ def swap(model: PreTrainedModel, table: ModelTable, compressed: Table, compress_
         dense = modules[name]
         layer = swapped.get(id(dense))
         if layer is None:
-            kind = layer_of(compressed)
-            layer = kind.from_table(compressed, padding_idx=dense.padding_idx, scale=table.scales[name])
+            layer = _embedding_over(compressed, table, dense.padding_idx, table.scales[name])
             layer.share(next(iter(swapped.values()), layer))
             swapped[id(dense)] = layer
         model.set_submodule(name, take_place(layer, dense))
-    root = swapped[id(modules[table.root])]
-    for parameter in root.parameters():
+    first = swapped[id(modules[table.root])] if swapped else _embedding_over(compressed, table)
+    for parameter in first.parameters():
         parameter.requires_grad_(table.weight.requires_grad)
     for name in heads:
-        model.set_submodule(name, take_place(root.head(modules[name].bias), modules[name]))
+        model.set_submodule(name, take_place(first.head(modules[name].bias), modules[name]))
+    for name in [*table.embeddings, *heads]:
+        module: Any = model.get_submodule(name)
+        module.table_name, module.leads = table_name(model, table), name == table.root
     followers = [name for name in [*table.embeddings, *heads] if name != table.root]
     original.ties = _retie(model, table, followers)
     for dense in modules.values():  # frees the dense table unless a dense head still holds it
         dense.weight = nn.Parameter(dense.weight.detach().to("meta"), requires_grad=False)
     table.weight = table.weight.detach().to("meta")
     return original
+
+
+def _embedding_over(
+    compressed: Table, table: ModelTable, padding_idx: int | None = None, scale: float = 1.0
+) -> CompressedEmbedding:
+    """Return an embedding over a compressed table, in place of a dense one or for heads alone."""
+    if isinstance(compressed, PackedTable) and table.segments > 1:
+        return SegmentedEmbedding(compressed, segments=table.segments, padding_idx=padding_idx, scale=scale)
+    return layer_of(compressed).from_table(compressed, padding_idx=padding_idx, scale=scale)
+
+
+def table_name(model: PreTrainedModel, table: ModelTable) -> str:
+    """Return the name of a table in a saved model's config: empty for that of the input."""
+    return "" if table.role == "input" else canonical_name(model, table.root)
 
 
 def _retie(
@@ -103,7 +131,7 @@ def _retie(
         inside = f"{prefix}." if prefix else ""
         kept = {
             target: source
-            for target, source in module.all_tied_weights_keys.items()
+            for target, source in _ties_of(module).items()
             if inside + target not in stale and inside + source not in stale
         }
         own = {  # a nested model may be saved alone and needs the ties within it, by its own names
@@ -113,11 +141,21 @@ def _retie(
         }
         module._tied_weights_keys = {**kept, **own}
         # transformers ties by this map while it loads, and finds parameters but no buffers.
-        codes = {target for target, source in own.items() if source.rpartition(".")[2] in root._buffers}
         module.all_tied_weights_keys = {
-            target: source for target, source in module._tied_weights_keys.items() if target not in codes
+            target: source for target, source in module._tied_weights_keys.items() if not _is_code(source)
         }
     return before
+
+
+def _ties_of(module: Any) -> dict[str, str]:
+    """Return the ties of a model, with those of codes of a table that was swapped before."""
+    own = module.__dict__.get("_tied_weights_keys") or {}
+    return {**module.all_tied_weights_keys, **{t: s for t, s in own.items() if _is_code(s)}}
+
+
+def _is_code(name: str) -> bool:
+    """Return whether the name of a tensor is that of a table's integers, which are buffers."""
+    return any(name.rpartition(".")[2] in layer.code_dtypes for layer in KINDS.values())
 
 
 _HOOKS = (
@@ -201,18 +239,26 @@ def compressed_embedding(model: PreTrainedModel) -> CompressedEmbedding:
     return module
 
 
-def modules_of_table(model: PreTrainedModel) -> list[Any]:
+def table_modules(model: nn.Module) -> list[Any]:
     """Return a model's compressed embeddings and heads."""
-    return [each for each in model.modules() if isinstance(each, (CompressedEmbedding, CompressedHead))]
+    return [each for each in model.modules() if isinstance(each, TableModule)]
+
+
+def table_roots(model: nn.Module) -> dict[str, Any]:
+    """Return a module of each compressed table by the table's name, the leading one if it is here."""
+    roots: dict[str, Any] = {}
+    for module in table_modules(model):
+        if module.leads or module.table_name not in roots:
+            roots[module.table_name] = module
+    return roots
 
 
 def compressed_models(model: PreTrainedModel) -> list[Any]:
-    """Return the model and its nested models that have a compressed embedding."""
+    """Return the model and its nested models that have a compressed table."""
     return [
         module
         for module in model.modules()
-        if hasattr(module, "all_tied_weights_keys")
-        and any(isinstance(each, CompressedEmbedding) for each in module.modules())
+        if hasattr(module, "all_tied_weights_keys") and table_modules(module)
     ]
 
 

@@ -1,9 +1,11 @@
 """Replacements of ``nn.Embedding`` and of a tied ``nn.Linear`` that decode a compressed table."""
 
 from ..tables import Table
+from .bag import PackedEmbeddingBag
 from .base import CompressedEmbedding, CompressedHead
 from .factorized import FactorizedEmbedding, FactorizedHead
 from .packed import PackedEmbedding, PackedHead
+from .segmented import SegmentedEmbedding
 
 KINDS: dict[str, type[CompressedEmbedding]] = {
     layer.kind: layer for layer in (FactorizedEmbedding, PackedEmbedding)
@@ -22,6 +24,8 @@ __all__ = [
     "FactorizedEmbedding",
     "FactorizedHead",
     "PackedEmbedding",
+    "PackedEmbeddingBag",
     "PackedHead",
+    "SegmentedEmbedding",
     "layer_of",
 ]

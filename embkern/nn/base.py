@@ -21,6 +21,8 @@ class TableModule(nn.Module):
         code_dtypes: dtypes of those that are integers.
         keeps_stored_dtype: whether a wider model saves the table in the dtype in which it was stored.
         backend: backend of the lookup; None chooses by device and dtype.
+        table_name: name of the table in the model; empty for the input table.
+        leads: whether the other modules of the table share the tensors of this one.
     """
 
     kind: ClassVar[str]
@@ -29,6 +31,8 @@ class TableModule(nn.Module):
     code_dtypes: ClassVar[dict[str, torch.dtype]] = {}
     keeps_stored_dtype: ClassVar[bool] = False
     backend: Backend | None = None
+    table_name: str = ""
+    leads: bool = False
 
     @staticmethod
     def settings(table: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -13,10 +14,11 @@ import embkern
 from embkern import EmbkernConfig, Recipe
 from embkern.cli import main as cli
 from embkern.methods import allocate
-from embkern.methods.metric_allocation import input_frequencies
-from embkern.models.calibrate import CalibrationTooLongError, calibrate, choice
+from embkern.methods.metric_allocation import PREDICTION_STRENGTH, input_frequencies
+from embkern.models.calibrate import CalibrationTooLongError, calibrate, choice, self_calibrate
 from embkern.models.calibrate.on_samples import self_calibrate_holding_out
-from embkern.models.checkpoint import stored_table
+from embkern.models.checkpoint import stored_table, stored_tables
+from embkern.models.plan import NOT_CALIBRATED
 from tests.example_models import MODELS
 from tests.example_tables import quantizing  # noqa: F401 (a fixture)
 from tests.models.calibrating import distinct_words, tokenizer
@@ -105,6 +107,50 @@ def test_an_untied_input_and_a_dense_head_take_the_input_alone(own_calibration):
     dense = build("gpt2")
     embkern.compress(dense, **PACKED, calibration=own_calibration, lm_head="dense")
     assert same(stored_table(dense), expected)
+
+
+def test_an_untied_head_takes_the_sums_of_the_head_alone():
+    model = build("llama-untied")
+    calibration = self_calibrate(model, windows=2, length=16)
+    input_weight, weight = (
+        module.weight.detach().clone() for module in (model.get_input_embeddings(), model.lm_head)
+    )
+    tables = ["input", "output"]
+    report = embkern.compress(model, **PACKED, tables=tables, calibration=calibration)
+    frequencies = input_frequencies(calibration)
+    predicted = calibration.predictions + PREDICTION_STRENGTH * frequencies
+    head = dataclasses.replace(
+        calibration,
+        inputs=calibration.predictions,
+        input_moment=calibration.head_moment,
+        predictions=None,
+        head_moment=None,
+    )
+    expected = allocate(weight, ratio=2, counts=predicted, calibration=head, tied=False)
+    found = stored_tables(model)
+    assert same(found["lm_head"], expected)
+    same_input = allocate(input_weight, ratio=2, counts=frequencies, calibration=calibration, tied=False)
+    assert same(found[""], same_input)
+    assert [each.calibration for each in report.tables] == ["32 tokens of the model's own samples"] * 2
+    q, errors = predicted / predicted.sum(), weight - found["lm_head"].to_dense()
+    moment = calibration.head_moment / calibration.scored
+    cost = 0.5 * (q * ((errors.double() @ moment) * errors).sum(1)).sum()
+    assert report.tables[1].predicted_kl == pytest.approx(float(cost), rel=1e-4)
+    assert report.predicted_kl == pytest.approx(sum(each.predicted_kl for each in report.tables))
+
+
+@pytest.mark.usefixtures("few_samples")
+def test_tables_that_a_calibration_does_not_measure_say_so():
+    model = build("gpt2")
+    weight = model.transformer.wpe.weight.detach().clone()
+    report = embkern.compress(model, **PACKED, tables=["input", "wpe"])
+    assert report.tables[0].calibration == "32 tokens of the model's own samples"
+    assert report.tables[1].calibration == NOT_CALIBRATED
+    assert report.tables[1].counts == "all rows weigh alike"
+    assert report.tables[1].predicted_kl is None
+    assert same(stored_tables(model)["wpe"], allocate(weight, ratio=2))
+    with pytest.raises(ValueError, match="calibration: expected none: none, as it measures the input table"):
+        embkern.compress(build("gpt2"), **PACKED, tables=["wpe"], calibrate=True)
 
 
 @pytest.mark.usefixtures("few_samples")
