@@ -3,7 +3,7 @@
 ``embkern.compress`` compresses a model. ``embkern.ops`` has the public functions of the kernels, and
 ``embkern.methods`` the methods that turn a table into a ``PackedTable`` or ``Factors``. Importing the package
 loads no torch and initialises no device. The saved format is registered with transformers when both packages
-have been imported, in either order.
+have been imported, in either order; where embkern is installed, importing torch is enough.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-import wrapt
-
+from . import _registration
 from ._version import __version__
 
 if TYPE_CHECKING:
@@ -89,7 +88,4 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_PUBLIC])
 
 
-# Runs at once if transformers' quantizers are already imported, else right after their import.
-@wrapt.when_imported("transformers.quantizers.auto")
-def _register(_: Any) -> None:
-    importlib.import_module(".models.quantizer", __name__)
+_registration.install()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ..io.mapped_table import DTYPES as FLOAT_DTYPES
 from ..io.tensor_format import verify_checksums
 from ..nn import KINDS
-from ..nn.base import CompressedEmbedding, CompressedHead
+from ..nn.base import GUARD, CompressedEmbedding, CompressedHead
 from ..ops.backends import DTYPES
 from ..tables import Table
 from .config import TableState
@@ -64,8 +65,27 @@ def is_whole(root: CompressedEmbedding, state: TableState) -> bool:
     )
 
 
+def with_guard(state_dict: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return a state dict to save, in which the dense table's name has a tensor without values.
+
+    A transformers that does not know embkern warns about the quantisation method and goes on. This tensor
+    then stops it with a size mismatch. The table's own names would only be unexpected, and the dense table
+    that the file lacks random.
+    """
+    root = compressed_embedding(model)
+    name = next(name for name, module in model.named_modules() if module is root)
+    return {**state_dict, f"{name}.{GUARD}": torch.empty(0)}
+
+
+def ignore_guard(model: PreTrainedModel, root: str) -> None:
+    """Let transformers load a checkpoint into a model without a report of its guard."""
+    known = model._keys_to_ignore_on_load_unexpected or ()
+    guard = rf"(^|\.){re.escape(root.rpartition('.')[2])}\.{GUARD}$"
+    model._keys_to_ignore_on_load_unexpected = {*known, guard}
+
+
 def check_files(files: list[str], root: str, state: TableState) -> dict[str, list[int]]:
-    """Return the shapes of the tensors in a checkpoint, by name.
+    """Return the shapes of the tensors in a checkpoint, by name, without the guard.
 
     Args:
         files: paths of the checkpoint's files.
@@ -96,7 +116,11 @@ def check_files(files: list[str], root: str, state: TableState) -> dict[str, lis
             f"the checkpoint does not hold the compressed table its config describes: expected {leaf} with "
             f"shapes {state.shapes}, found {found or 'none'}"
         )
-    return {key: shape for key, (shape, _) in stored.items()}
+    return {
+        key: shape
+        for key, (shape, _) in stored.items()
+        if not (shape == [0] and f".{key}".endswith(f".{leaf}.{GUARD}"))
+    }
 
 
 # Dtypes of a table's tensors by their names in safetensors files.

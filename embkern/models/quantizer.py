@@ -1,7 +1,6 @@
 """The quantizer of transformers that saves and loads models with a compressed table.
 
-``EmbkernConfig`` and ``EmbkernQuantizer`` are registered with transformers when embkern is imported, or when
-transformers is, if that comes later. Then::
+``embkern._registration`` registers ``EmbkernConfig`` and ``EmbkernQuantizer`` with transformers. Then::
 
     model = AutoModel.from_pretrained(dense_checkpoint, quantization_config=EmbkernConfig(ratio=5))
     model.save_pretrained("small"); AutoModel.from_pretrained("small"); model.dequantize()
@@ -16,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
+from .._registration import QUANT_METHOD
 from ..nn import layer_of
 from ..nn.base import CompressedEmbedding, CompressedHead
 from ..recipe import Recipe
@@ -28,11 +28,13 @@ from .calibrate.choice import choose_calibration
 from .checkpoint import (
     check_files,
     holds,
+    ignore_guard,
     is_whole,
     scale_of,
     storage_dtype,
     stored_table,
     verify,
+    with_guard,
     zero_missing_biases,
 )
 from .config import EmbkernConfig, TableState, dtype_name
@@ -143,6 +145,7 @@ class EmbkernQuantizer(HfQuantizer):
                 f"activation {activation!r}; load the backbone, or export the model to dense"
             )
         if checkpoint_files:
+            ignore_guard(model, table.root)
             shapes = check_files(checkpoint_files, table.root, state)
             keys = set(shapes)
             # An embedding that the class ties, but that is dense in the checkpoint, was not tied when saved.
@@ -184,24 +187,21 @@ class EmbkernQuantizer(HfQuantizer):
             install(model, table, compressed, config.recipe)
         return model
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict]:
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict]:
         """Update the description of the table, which may have been trained, and return tensors to save.
 
         Returns:
-            A state dict with the table in its stored dtype, or None where that is the live one; then
-            transformers saves the live weights. The second value is the metadata, which is empty.
+            A state dict with the table in its stored dtype, and the metadata, which are empty.
         """
         root, state = compressed_embedding(model), self.quantization_config.table
         keep_tie(model, state)
+        state_dict = with_guard(model.state_dict(), model)
         # Offloaded or sharded tensors have no checksums, and are not verified when they are loaded.
         if not is_whole(root, state):
             state.dtype, state.checksums = dtype_name(storage_dtype(root, state)), {}
-            return None, {}
+            return state_dict, {}
         stored = stored_table(model)
         state.describe(stored)
-        if stored.dtype == root.dtype:
-            return None, {}
-        state_dict = model.state_dict()
         for name, module in model.named_modules(remove_duplicate=False):
             if isinstance(module, (CompressedEmbedding, CompressedHead)):
                 for tensor, value in stored.tensors().items():
@@ -220,7 +220,7 @@ class EmbkernQuantizer(HfQuantizer):
         if any(tensor.is_meta for tensor in root.tensors().values()):
             raise ValueError("model: its table is offloaded; load it without a device_map to dequantize it")
         trained = any(parameter.requires_grad for parameter in root.parameters())
-        weight = nn.Parameter(root.weight.detach(), requires_grad=trained)
+        weight = nn.Parameter(root.weight.detach().clone(), requires_grad=trained)
         weight._is_hf_initialized = True  # type: ignore[attr-defined]
         for nested in compressed_models(model):
             if nested is not model:  # transformers removes them from the model itself
@@ -269,5 +269,6 @@ class EmbkernQuantizer(HfQuantizer):
         return True
 
 
-register_quantization_config("embkern")(EmbkernConfig)
-register_quantizer("embkern")(EmbkernQuantizer)
+# These replace what ``embkern._registration`` left for them.
+AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = EmbkernConfig
+AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = EmbkernQuantizer

@@ -151,7 +151,7 @@ def model_card(report: Report) -> str:
 ---
 
 ```python
-import embkern  # first: without it transformers cannot read the compressed embedding
+# embkern has to be installed: without it transformers cannot read the compressed embedding
 from transformers import {report.architecture}
 
 model = {report.architecture}.from_pretrained("path/or/name/of/this/model")

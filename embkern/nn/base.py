@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from ..ops.backends import DTYPES, Backend
 from ..tables import Table
 
+GUARD = "weight"  # name of a tensor without values in a saved model, at which a dense embedding refuses it
+
 
 class TableModule(nn.Module):
     """Holds a table: its floating-point tensors as parameters, its integer tensors as buffers.
@@ -120,7 +122,8 @@ class TableModule(nn.Module):
         super().__setattr__(name, value)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if prefix + "weight" in state_dict:
+        dense = state_dict.pop(prefix + GUARD, None)
+        if dense is not None and dense.shape != (0,):
             args[-1].append(
                 f"{prefix}weight is a dense table, {type(self).__name__} holds {_listed(self.tensor_names)}: "
                 "load it into the dense model and compress that"
