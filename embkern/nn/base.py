@@ -9,8 +9,13 @@ from torch import Tensor, nn
 
 from ..ops.backends import DTYPES, Backend
 from ..tables import Table
+from .decoded_weight import DecodedWeight
 
 GUARD = "weight"  # name of a tensor without values in a saved model, at which a dense embedding refuses it
+_ADVICE = (
+    "To change rows: dequantize the model (model.dequantize()), write into the dense table, and compress it "
+    "again; weight.clone() is an ordinary tensor"
+)
 
 
 class TableModule(nn.Module):
@@ -101,17 +106,32 @@ class TableModule(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The whole table (V, H), decoded at every access; gradients flow through it.
+        """The table (V, H), decoded where it is read (``DecodedWeight``); gradients flow through it.
 
-        It is not a parameter: writing into it (``emb.weight.data[i] = x``) changes nothing. While a tensor is
-        missing or on the meta device, as during loading, it is an empty meta tensor.
+        Its shape, dtype and device decode nothing, ``weight[i]`` and ``F.embedding(ids, weight)`` those rows.
+        It is not a parameter, and writing into it (``emb.weight.data[i] = x``) raises RuntimeError. While it
+        is traced, it is the decoded table. While a tensor is missing or on the meta device, as during
+        loading, it is an empty meta tensor.
         """
         tensors = self.tensors()
         if any(tensor.is_meta for tensor in tensors.values()) or None in self._buffers.values():
             weight = torch.empty(self.shape, dtype=self.dtype, device="meta")
             weight._is_hf_initialized = True  # type: ignore[attr-defined]
             return weight
-        return self._rows(torch.arange(self.shape[0], device=next(iter(tensors.values())).device))
+        rows, width = self.shape
+        device = next(iter(tensors.values())).device
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+            return self._rows(torch.arange(rows, device=device))
+        return DecodedWeight(
+            lambda ids, padding_idx: self._rows(ids, padding_idx=padding_idx),
+            range(rows),
+            width,
+            dtype=self.dtype,
+            device=device,
+            requires_grad=torch.is_grad_enabled() and any(each.requires_grad for each in self.parameters()),
+            advice=f"{type(self).__name__} holds {_listed(self.tensor_names)}. {_ADVICE}",
+            whole=True,
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":

@@ -153,7 +153,7 @@ def test_trainer_accepts_a_loaded_model(tmp_path, kind):
     arguments = T.TrainingArguments(
         tmp_path / "run", max_steps=2, report_to=[], use_cpu=True, disable_tqdm=True
     )
-    before = model.get_input_embeddings().weight.detach()
+    before = model.get_input_embeddings().weight.detach().clone()
     trainer = T.Trainer(model, arguments, train_dataset=data)
     trainer.train()
     assert not torch.equal(before, model.get_input_embeddings().weight)
