@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .models.fused_loss import enable_fused_loss
     from .models.report import Report
     from .models.resize import resize_token_embeddings
+    from .models.training import freeze_table, unfreeze_table
     from .nn import FactorizedEmbedding, FactorizedHead, PackedEmbedding, PackedHead
     from .recipe import Recipe
     from .tables import Factors, PackedTable
@@ -50,6 +51,8 @@ _PUBLIC = {
     "EmbkernConfig": "models.config",
     "enable_fused_loss": "models.fused_loss",
     "resize_token_embeddings": "models.resize",
+    "freeze_table": "models.training",
+    "unfreeze_table": "models.training",
 }
 
 __all__ = [
@@ -72,9 +75,11 @@ __all__ = [
     "count_tokens",
     "enable_fused_loss",
     "export_dense",
+    "freeze_table",
     "read_texts",
     "resize_token_embeddings",
     "self_calibrate",
+    "unfreeze_table",
 ]
 
 

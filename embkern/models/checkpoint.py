@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..io.mapped_table import DTYPES as FLOAT_DTYPES
 from ..io.tensor_format import verify_checksums
 from ..nn import KINDS
-from ..nn.base import GUARD, CompressedEmbedding, CompressedHead
+from ..nn.base import ADJUSTMENT, GUARD, CompressedEmbedding, CompressedHead
 from ..ops.backends import DTYPES
 from ..tables import Table
 from .config import TableState
@@ -75,6 +75,18 @@ def with_guard(state_dict: dict[str, Tensor], model: PreTrainedModel) -> dict[st
     root = compressed_embedding(model)
     name = next(name for name, module in model.named_modules() if module is root)
     return {**state_dict, f"{name}.{GUARD}": torch.empty(0)}
+
+
+def without_adjustments(
+    state_dict: dict[str, Tensor], model: PreTrainedModel, *, keep: CompressedEmbedding | None = None
+) -> dict[str, Tensor]:
+    """Return a state dict without the adjustments of tables, except that of the module ``keep``."""
+    dropped = tuple(
+        f"{name}.{ADJUSTMENT}."
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, (CompressedEmbedding, CompressedHead)) and module is not keep
+    )
+    return {key: tensor for key, tensor in state_dict.items() if not key.startswith(dropped)}
 
 
 def ignore_guard(model: PreTrainedModel, root: str) -> None:

@@ -35,6 +35,7 @@ from .checkpoint import (
     stored_table,
     verify,
     with_guard,
+    without_adjustments,
     zero_missing_biases,
 )
 from .config import EmbkernConfig, TableState, dtype_name
@@ -114,11 +115,14 @@ class EmbkernQuantizer(HfQuantizer):
     Attributes:
         original: the dense modules that were replaced.
         checkpoint_keys: names of the tensors in the checkpoint that is being loaded.
+        keeps_adjustment: whether the model is saved with its adjustment apart from the stored table, so that
+            training resumes with the same bits; else the table is saved with the changes.
     """
 
     requires_calibration = False
     original: DenseModules | None = None
     checkpoint_keys: set[str] | None = None
+    keeps_adjustment = False
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, dtype: Any = None, **_: Any
@@ -191,23 +195,27 @@ class EmbkernQuantizer(HfQuantizer):
         """Update the description of the table, which may have been trained, and return tensors to save.
 
         Returns:
-            A state dict with the table in its stored dtype, and the metadata, which are empty.
+            A state dict, which has the table with its changes in the stored dtype, and no metadata.
         """
         root, state = compressed_embedding(model), self.quantization_config.table
         keep_tie(model, state)
         state_dict = with_guard(model.state_dict(), model)
+        if self.keeps_adjustment:
+            return without_adjustments(state_dict, model, keep=root), {}
         # Offloaded or sharded tensors have no checksums, and are not verified when they are loaded.
-        if not is_whole(root, state):
+        if is_whole(root, state):
+            stored = stored_table(model)
+            state.describe(stored)
+            tensors = stored.tensors()
+        else:
             state.dtype, state.checksums = dtype_name(storage_dtype(root, state)), {}
-            return state_dict, {}
-        stored = stored_table(model)
-        state.describe(stored)
+            tensors = root.tensors()
         for name, module in model.named_modules(remove_duplicate=False):
             if isinstance(module, (CompressedEmbedding, CompressedHead)):
-                for tensor, value in stored.tensors().items():
+                for tensor, value in tensors.items():
                     if getattr(module, tensor) is getattr(root, tensor):  # tied
                         state_dict[f"{name}.{tensor}"] = value
-        return state_dict, {}
+        return without_adjustments(state_dict, model), {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Put the dense modules back with the decoded table, in the dtype of the live one.
@@ -219,8 +227,7 @@ class EmbkernQuantizer(HfQuantizer):
         root = compressed_embedding(model)
         if any(tensor.is_meta for tensor in root.tensors().values()):
             raise ValueError("model: its table is offloaded; load it without a device_map to dequantize it")
-        trained = any(parameter.requires_grad for parameter in root.parameters())
-        weight = nn.Parameter(root.weight.detach().clone(), requires_grad=trained)
+        weight = nn.Parameter(root.weight.detach().clone(), requires_grad=original.trained)
         weight._is_hf_initialized = True  # type: ignore[attr-defined]
         for nested in compressed_models(model):
             if nested is not model:  # transformers removes them from the model itself
@@ -255,7 +262,7 @@ class EmbkernQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """True: all floating-point tensors of a compressed table are trainable."""
+        """True: the model is trainable, and its table after ``unfreeze_table``."""
         return True
 
     @property

@@ -10,6 +10,7 @@ from torch import nn
 from ..nn.base import CompressedEmbedding
 from ..tables.resizing import resized
 from .swap import compressed_embedding, modules_of_table
+from .training import freeze_table, unfreeze_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
 def resize_token_embeddings(model: PreTrainedModel, num_embeddings: int) -> CompressedEmbedding:
     """Change the vocabulary size of a compressed model in place, as ``model.resize_token_embeddings`` does.
 
-    New tokens decode to the mean row: exactly in factors, whose codes are trainable, and in a packed table to
-    the nearest row that it can represent. The codes of a packed table are frozen, so that training changes
-    only the length of such a row and, through basis and offset, all rows together. New entries of a head's
-    bias are zero.
+    New tokens decode to the mean row: exactly in factors, and in a packed table to the nearest row that it
+    can represent. ``unfreeze_table`` makes them trainable as all other rows: of factors freely, of a packed
+    table, whose codes stay fixed, in their length and, through basis and offset, all rows together. A table
+    that is being trained continues to be, with new parameters: make the optimizer after this call. New
+    entries of a head's bias are zero.
 
     Args:
         model: a model compressed by embkern.
@@ -34,8 +36,11 @@ def resize_token_embeddings(model: PreTrainedModel, num_embeddings: int) -> Comp
         ValueError: ``num_embeddings`` is not a positive integer, or the model is not compressed by embkern.
     """
     root = compressed_embedding(model)
+    trained = root.adjustment is not None
     if type(num_embeddings) is not int or num_embeddings < 1:
         raise ValueError(f"num_embeddings: expected a positive integer, got {num_embeddings!r}")
+    if trained:
+        freeze_table(model)
     added = max(0, num_embeddings - root.num_embeddings)
     before = {name: getattr(root, name) for name in root.tensors()}
     with torch.no_grad():
@@ -69,6 +74,8 @@ def resize_token_embeddings(model: PreTrainedModel, num_embeddings: int) -> Comp
     for dense in model.hf_quantizer.original.modules.values():  # dequantize puts these modules back
         size = "num_embeddings" if isinstance(dense, nn.Embedding) else "out_features"
         setattr(dense, size, num_embeddings)
+    if trained:
+        unfreeze_table(model)
     return root
 
 

@@ -37,11 +37,13 @@ class DenseModules:
         modules: dense embeddings and heads by name, their weights on the meta device.
         ties: by nested model, its own ``_tied_weights_keys`` or None, and its ``all_tied_weights_keys``.
         table: the model's table before the swap, its weight on the meta device.
+        trained: whether its weight required gradients.
     """
 
     modules: dict[str, Any]
     ties: dict[str, tuple[dict | None, dict | None]]
     table: ModelTable
+    trained: bool
 
 
 def swap(model: PreTrainedModel, table: ModelTable, compressed: Table, compress_heads: bool) -> DenseModules:
@@ -58,7 +60,7 @@ def swap(model: PreTrainedModel, table: ModelTable, compressed: Table, compress_
     """
     heads = table.heads if compress_heads else []
     modules: dict[str, Any] = {name: model.get_submodule(name) for name in [*table.embeddings, *heads]}
-    original = DenseModules(modules, {}, table)
+    original = DenseModules(modules, {}, table, table.weight.requires_grad)
     swapped: dict[int, CompressedEmbedding] = {}
     for name in table.embeddings:
         dense = modules[name]
@@ -70,8 +72,8 @@ def swap(model: PreTrainedModel, table: ModelTable, compressed: Table, compress_
             swapped[id(dense)] = layer
         model.set_submodule(name, take_place(layer, dense))
     root = swapped[id(modules[table.root])]
-    for parameter in root.parameters():
-        parameter.requires_grad_(table.weight.requires_grad)
+    for layer in swapped.values():
+        layer.adjust(None)  # an optimizer's steps are made for dense rows; unfreeze_table suits them
     for name in heads:
         model.set_submodule(name, take_place(root.head(modules[name].bias), modules[name]))
     followers = [name for name in [*table.embeddings, *heads] if name != table.root]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.backends import DTYPES, Backend
 from ..tables import Table
+from .adjustment import Adjustment
 from .decoded_weight import DecodedWeight
 
 GUARD = "weight"  # name of a tensor without values in a saved model, at which a dense embedding refuses it
@@ -16,6 +17,8 @@ _ADVICE = (
     "To change rows: dequantize the model (model.dequantize()), write into the dense table, and compress it "
     "again; weight.clone() is an ordinary tensor"
 )
+ADJUSTMENT = "adjustment"
+AnyTableModule = TypeVar("AnyTableModule", bound="TableModule")
 
 
 class TableModule(nn.Module):
@@ -27,6 +30,9 @@ class TableModule(nn.Module):
         tensor_names: names of the table's tensors.
         code_dtypes: dtypes of those that are integers.
         keeps_stored_dtype: whether a wider model saves the table in the dtype in which it was stored.
+        frozen: whether gradients stop at the stored tensors, as in models, where only an ``Adjustment`` is
+            trained; ``requires_grad_(True)`` then makes one.
+        adjustment: the trainable change of the table, or None.
         backend: backend of the lookup; None chooses by device and dtype.
     """
 
@@ -35,7 +41,13 @@ class TableModule(nn.Module):
     tensor_names: ClassVar[tuple[str, ...]]
     code_dtypes: ClassVar[dict[str, torch.dtype]] = {}
     keeps_stored_dtype: ClassVar[bool] = False
+    frozen: bool = False
     backend: Backend | None = None
+    adjustment: Adjustment | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_module(ADJUSTMENT, None)
 
     @staticmethod
     def settings(table: Any) -> dict[str, Any]:
@@ -61,6 +73,53 @@ class TableModule(nn.Module):
         """Return ``scale`` times the rows of ids, without gradients at ``padding_idx``."""
         raise NotImplementedError
 
+    def _units(self) -> dict[str, Tensor]:
+        """Return the unit of each floating-point tensor, for ``Adjustment``."""
+        raise NotImplementedError
+
+    def _trained(self, name: str) -> Any:
+        """Return a floating-point tensor, or None, as lookups use it: adjusted, or detached if frozen."""
+        stored = getattr(self, name)
+        if stored is None or not self.frozen:
+            return stored
+        adjustment = self.adjustment
+        return stored.detach() if adjustment is None else adjustment.adjusted(name, stored)
+
+    @torch.no_grad()
+    def unfreeze(self) -> Adjustment:
+        """Make the table trainable relative to what is stored; return the new parameters, or those it has."""
+        if (adjustment := self.adjustment) is None:
+            stored = {n: t for n, t in self._stored().items() if t.is_floating_point()}
+            adjustment = Adjustment(stored, self._units())
+            self.adjust(adjustment)
+        return adjustment
+
+    def adjust(self, adjustment: Adjustment | None) -> None:
+        """Train this adjustment, which modules with the same tensors share, from now on; None trains none."""
+        self.frozen = True
+        self.adjustment = adjustment
+        for parameter in self._parameters.values():
+            if parameter is not None and parameter is not getattr(self, "bias", None):
+                parameter.requires_grad_(False)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Add the changes that were trained to the stored tensors, and begin again from zero."""
+        if (adjustment := self.adjustment) is not None:
+            for name, stored in self._stored().items():
+                if stored.is_floating_point():
+                    stored.copy_(adjustment.adjusted(name, stored))
+            adjustment.reset()
+
+    def requires_grad_(self: AnyTableModule, requires_grad: bool = True) -> AnyTableModule:
+        """Set whether parameters are trained; of a frozen table the adjustment, which is made if needed."""
+        if self.frozen and requires_grad:
+            self.unfreeze()
+        super().requires_grad_(requires_grad)
+        if self.frozen:
+            self.adjust(self.adjustment)
+        return self
+
     def _register(self, table: Table) -> None:
         """Register the tensors of a table under their names.
 
@@ -80,6 +139,8 @@ class TableModule(nn.Module):
             if name not in other._buffers:
                 self.register_parameter(name, getattr(other, name))
         self.share_codes(other)
+        if other.frozen:
+            self.adjust(other.adjustment)
 
     def share_codes(self, other: TableModule) -> None:
         """Replace this module's integer tensors by those of another one."""
@@ -99,10 +160,24 @@ class TableModule(nn.Module):
                 parameter = isinstance(old, nn.Parameter)
                 setattr(self, name, nn.Parameter(new, old.requires_grad) if parameter else new)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors that exist, by name, detached; they share memory with the module."""
+    def _stored(self) -> dict[str, Tensor]:
+        """Return the tensors that exist, by name, without changes that are being trained."""
         held = {name: getattr(self, name) for name in self.tensor_names}
-        return {name: tensor.detach() for name, tensor in held.items() if tensor is not None}
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
+
+    @torch.no_grad()
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that exist, by name, detached, in the dtype of the module.
+
+        They share memory with the module unless they have an adjustment.
+        """
+        adjustment, found = self.adjustment, {}
+        for name, stored in self._stored().items():
+            if adjustment is not None and stored.is_floating_point():
+                found[name] = adjustment.adjusted(name, stored).to(stored.dtype)
+            else:
+                found[name] = stored.detach()
+        return found
 
     @property
     def weight(self) -> Tensor:
@@ -113,7 +188,7 @@ class TableModule(nn.Module):
         is traced, it is the decoded table. While a tensor is missing or on the meta device, as during
         loading, it is an empty meta tensor.
         """
-        tensors = self.tensors()
+        tensors = self._stored()
         if any(tensor.is_meta for tensor in tensors.values()) or None in self._buffers.values():
             weight = torch.empty(self.shape, dtype=self.dtype, device="meta")
             weight._is_hf_initialized = True  # type: ignore[attr-defined]
