@@ -3,7 +3,7 @@
 ``embkern.compress`` compresses a model. ``embkern.ops`` has the public functions of the kernels, and
 ``embkern.methods`` the methods that turn a table into a ``PackedTable`` or ``Factors``. Importing the package
 loads no torch and initialises no device. The saved format is registered with transformers when both packages
-have been imported, in either order.
+have been imported, in either order; where embkern is installed, importing torch is enough.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-import wrapt
-
+from . import _registration
 from ._version import __version__
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from .models.fused_loss import enable_fused_loss
     from .models.report import Report
     from .models.resize import resize_token_embeddings
+    from .models.training import freeze_table, unfreeze_table
     from .nn import (
         FactorizedEmbedding,
         FactorizedHead,
@@ -60,6 +60,8 @@ _PUBLIC = {
     "EmbkernConfig": "models.config",
     "enable_fused_loss": "models.fused_loss",
     "resize_token_embeddings": "models.resize",
+    "freeze_table": "models.training",
+    "unfreeze_table": "models.training",
 }
 
 __all__ = [
@@ -84,9 +86,11 @@ __all__ = [
     "count_tokens",
     "enable_fused_loss",
     "export_dense",
+    "freeze_table",
     "read_texts",
     "resize_token_embeddings",
     "self_calibrate",
+    "unfreeze_table",
 ]
 
 
@@ -100,17 +104,4 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_PUBLIC])
 
 
-# Static embeddings of sentence-transformers, from version 6 on and before.
-@wrapt.when_imported("sentence_transformers.sentence_transformer.modules.static_embedding")
-@wrapt.when_imported("sentence_transformers.models.StaticEmbedding")
-def _register_static(module: Any) -> None:
-    def load(*arguments: Any) -> Any:
-        return importlib.import_module(".models.static_embeddings", __name__).load_packed(*arguments)
-
-    wrapt.wrap_function_wrapper(module, "StaticEmbedding.load", load)
-
-
-# Runs at once if transformers' quantizers are already imported, else right after their import.
-@wrapt.when_imported("transformers.quantizers.auto")
-def _register(_: Any) -> None:
-    importlib.import_module(".models.quantizer", __name__)
+_registration.install()

@@ -71,6 +71,18 @@ def tiny_bert(**kwargs: Any) -> Any:
     return _model("BertModel", "BertConfig", **kwargs)()
 
 
+def gemma3n(**kwargs: Any) -> Any:
+    """A model whose per-layer table has fewer rows than its vocabulary, and a scale."""
+    torch.manual_seed(0)
+    config = dict(
+        vocab_size_per_layer_input=V - 6, hidden_size_per_layer_input=H // 2, num_kv_shared_layers=0,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, intermediate_size=[48] * 2, laurel_rank=4,
+        altup_num_inputs=2, sliding_window=16, layer_types=["sliding_attention", "full_attention"],
+        activation_sparsity_pattern=[0.0] * 2,
+    )  # fmt: skip
+    return _model("Gemma3nForCausalLM", "Gemma3nTextConfig", **{**config, **kwargs})()
+
+
 def outputs(model: Any) -> torch.Tensor:
     ids = torch.arange(3, 21).reshape(2, 9)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -56,6 +56,26 @@ def test_registration_with_transformers_in_either_order(order):
     assert python(script) == "True True"
 
 
+def test_registration_where_the_quantizers_themselves_import_torch_first():
+    script = """
+        import sys, types
+        auto = sys.modules["transformers.quantizers.auto"] = types.ModuleType("transformers.quantizers.auto")
+        import embkern  # as by torch, before the module is complete
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING = {}, {}
+        import wave  # any later import
+        print(*auto.AUTO_QUANTIZATION_CONFIG_MAPPING, *auto.AUTO_QUANTIZER_MAPPING, len(sys.modules) < 200)
+        watching = [finder for finder in sys.meta_path if "embkern" in type(finder).__module__]
+        print(len(watching), any("transformers.quantizers.auto" in finder.pending for finder in watching))
+    """
+    assert python(script).split() == ["embkern", "embkern", "True", "1", "False"]
+
+
+def test_the_entry_point_of_torch_imports_next_to_nothing():
+    script = "from embkern._registration import install; import sys; install(); print(*sys.modules)"
+    loaded = {name for name in python(script).split() if name.startswith("embkern")}
+    assert loaded == {"embkern", "embkern._registration", "embkern._version"}
+
+
 def test_ops_methods_and_layer_work_without_transformers():
     script = """
         import sys

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "embkern"
 # From the bottom up. What stands in one line shares a layer, in which the order of files is free of circles.
 PRODUCT = [
-    {"_version"},
+    {"_registration", "_version"},
     {"io"},
     {"ops", "triton"},
     {"tables"},

@@ -32,6 +32,7 @@ def main() -> None:
     print(model.lm_head)
 
     batch = torch.randint(0, CONFIG.vocab_size, (4, 32))
+    embkern.unfreeze_table(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)  # the codes are buffers and stay as they are
     losses = []
     for _ in range(5):

@@ -63,9 +63,7 @@ def demo(
             f"{report.seconds:.1f}",
         )
     console().print(table)
-    console().print(
-        f"load one: import embkern; AutoModel.from_pretrained({str(output / 'allocate')!r})", markup=False
-    )
+    console().print(f"load one: AutoModel.from_pretrained({str(output / 'allocate')!r})", markup=False)
 
 
 def _evaluate_in_new_process(directory: Path, source: str) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from ..io.atomic import file_checksum, replacing
 from ..io.checked_json import read_checked_json, to_checked_json
 from ..models.checkpoint import stored_table
 from ..models.find_table import input_embeddings
+from ..models.training import unfreeze_table
 from ..nn.base import CompressedEmbedding
 from .tasks import Prepared, Training
 
@@ -42,7 +43,11 @@ _SHARED_BY_ALL_TOKENS = ("basis", "offset")
 
 def freeze_table(model: PreTrainedModel, rule: Freeze) -> None:
     """Freeze parameters of a model's token embeddings, dense or compressed, by a rule of ``fine_tune``."""
-    for name, parameter in input_embeddings(model).named_parameters():
+    embedding: Any = input_embeddings(model)
+    if isinstance(embedding, CompressedEmbedding):
+        unfreeze_table(model, "input")
+        embedding = embedding.adjustment
+    for name, parameter in embedding.named_parameters():
         trained = rule == "none" or (rule == "codes" and name in _SHARED_BY_ALL_TOKENS)
         parameter.requires_grad_(trained)
 
@@ -185,21 +190,22 @@ def remove_checkpoints(folder: Path) -> None:
 
 @contextmanager
 def _whole_checkpoints(model: PreTrainedModel) -> Iterator[None]:
-    """Save a packed table in the dtype it is trained in, so that resuming from a checkpoint loses nothing."""
+    """Save the changes of a compressed table as they are, so that a resumed run loses nothing."""
     if not isinstance(input_embeddings(model), CompressedEmbedding):
         yield
         return
-    state: Any = model.config.quantization_config.table
-    stored, state.dtype = state.dtype, str(model.dtype).removeprefix("torch.")
+    quantizer: Any = model.hf_quantizer
+    quantizer.keeps_adjustment = True
     try:
         yield
     finally:
-        state.dtype = stored
+        quantizer.keeps_adjustment = False
 
 
 def _round_as_stored(model: PreTrainedModel) -> None:
-    """Round the trained parameters of a packed table to the dtype that they have on disk."""
+    """Add what was trained to a compressed table, and round it to the dtype that it has on disk."""
     embedding: Any = input_embeddings(model)
     if isinstance(embedding, CompressedEmbedding):
         with torch.no_grad():
+            embedding.fold()
             embedding.replace(stored_table(model).to(dtype=embedding.dtype))

@@ -139,11 +139,11 @@ class Allocation(ABC):
             return packed
         in_basis = packed.tiers[packed.tier_of_rows(), 0].bool() & (self.norms > 0)
         parts = [ids for ids in torch.nonzero(in_basis).flatten().split(BLOCK_ROWS) if len(ids)]
-        coefficients = _Coefficients(packed)
-        basis = self._best_basis(coefficients, parts)
+        wide = packed.to(torch.float32)
+        basis = self._best_basis(wide, parts)
         scales, gained, worst = packed.scales.clone(), 0.0, 1.0
         for ids in parts:
-            x, values = self.rows[ids], coefficients.of(ids)
+            x, values = self.rows[ids], wide.coefficients(ids)
             y = values @ basis.float()
             scales[ids] = (packed.scales[ids].float() * self._projected(x, y)).to(self.dtype)
             gained += self._cost(ids, x, values @ packed.basis.float()) - self._cost(ids, x, y)
@@ -152,13 +152,14 @@ class Allocation(ABC):
             return packed
         return dataclasses.replace(packed, basis=basis, scales=scales)
 
-    def _best_basis(self, coefficients: _Coefficients, parts: list[Tensor]) -> Tensor:
-        """Fit the basis (K, H) to the rows by weighted least squares, given their coefficients."""
-        size = coefficients.size
+    def _best_basis(self, packed: PackedTable, parts: list[Tensor]) -> Tensor:
+        """Fit the basis (K, H) of a table to the rows by weighted least squares, given their coefficients."""
+        assert packed.basis is not None, "rows without a basis have no coefficients"
+        size = len(packed.basis)
         gram = torch.zeros(size, size, dtype=torch.float64)
         moment = torch.zeros(size, self.rows.shape[1], dtype=torch.float64)
         for ids in parts:
-            values = coefficients.of(ids)
+            values = packed.coefficients(ids)
             weighted = (values * self._fit_weights(ids).float().unsqueeze(1)).t()
             gram += (weighted @ values).double()
             moment += (weighted @ self.rows[ids]).double()
@@ -234,28 +235,6 @@ def read_often(weights: Tensor) -> Tensor:
 def _basis_rows(tiers: list[Tier]) -> int:
     """Return the number of rows K of the basis that these tiers use."""
     return GROUP * max((len(tier.bits) for tier in tiers if tier.transform), default=0)
-
-
-class _Coefficients:
-    """Decodes the coefficients of rows.
-
-    Attributes:
-        size: K, the number of rows of the basis.
-    """
-
-    def __init__(self, packed: PackedTable) -> None:
-        assert packed.basis is not None, "rows without a basis have no coefficients"
-        self.size = len(packed.basis)
-        wide = packed.to(torch.float32)
-        plain = wide.tiers.clone()
-        plain[:, 0] = 0  # so that the coefficients are decoded like the values of a row
-        width = GROUP * (plain.shape[1] - 1)
-        self._table = dataclasses.replace(wide, tiers=plain, basis=None, embedding_dim=width, check=False)
-
-    def of(self, ids: Tensor) -> Tensor:
-        """Return the coefficients (n, K) of rows, times the rows' scales."""
-        values = self._table.decode(ids)[:, : self.size]
-        return F.pad(values, (0, self.size - values.shape[1]))
 
 
 def groups_of(width: int) -> int:

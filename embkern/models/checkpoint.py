@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,12 +13,12 @@ from torch import Tensor, nn
 from ..io.mapped_table import DTYPES as FLOAT_DTYPES
 from ..io.tensor_format import verify_checksums
 from ..nn import KINDS
-from ..nn.base import CompressedHead, TableModule
+from ..nn.base import ADJUSTMENT, GUARD, CompressedHead, TableModule
 from ..ops.backends import DTYPES
 from ..tables import Table
 from .config import TableState
 from .static_embeddings import is_static
-from .swap import canonical_name, compressed_embedding, table_roots
+from .swap import canonical_name, compressed_embedding, table_modules, table_roots
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 def model_bytes(model: PreTrainedModel) -> int:
     """Return the bytes of a stored model: parameters, shared ones once, and the compressed tables."""
     tables = stored_tables(model)
-    own = {id(getattr(root, name)) for root in table_roots(model).values() for name in root.tensor_names}
+    own = {id(each) for module in table_modules(model) for each in module.parameters()}
+    own -= {id(getattr(module, "bias", None)) for module in table_modules(model)}
     others = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in own)
     return others + sum(table.nbytes for table in tables.values())
 
@@ -84,8 +87,39 @@ def is_whole(root: TableModule, state: TableState) -> bool:
     )
 
 
+def with_guards(state_dict: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return a state dict to save, in which the name of each dense table has a tensor without values.
+
+    A transformers that does not know embkern warns about the quantisation method and goes on. These tensors
+    then stop it with a size mismatch. The tables' own names would only be unexpected, and the dense tables
+    that the file lacks random.
+    """
+    roots = {id(root) for root in table_roots(model).values()}
+    names = [name for name, module in model.named_modules() if id(module) in roots]
+    return {**state_dict, **{f"{name}.{GUARD}": torch.empty(0) for name in names}}
+
+
+def without_adjustments(
+    state_dict: dict[str, Tensor], model: PreTrainedModel, *, keep: Collection[TableModule] = ()
+) -> dict[str, Tensor]:
+    """Return a state dict without the adjustments of tables, except those of the modules ``keep``."""
+    dropped = tuple(
+        f"{name}.{ADJUSTMENT}."
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, TableModule) and module not in keep
+    )
+    return {key: tensor for key, tensor in state_dict.items() if not key.startswith(dropped)}
+
+
+def ignore_guard(model: PreTrainedModel, root: str) -> None:
+    """Let transformers load a checkpoint into a model without a report of a table's guard."""
+    known = model._keys_to_ignore_on_load_unexpected or ()
+    guard = rf"(^|\.){re.escape(root.rpartition('.')[2])}\.{GUARD}$"
+    model._keys_to_ignore_on_load_unexpected = {*known, guard}
+
+
 def check_files(model: nn.Module, files: list[str], root: str, state: TableState) -> dict[str, list[int]]:
-    """Return the shapes of the tensors in a checkpoint, by name.
+    """Return the shapes of the tensors in a checkpoint, by name, without the guards.
 
     Args:
         model: the model that is loaded.
@@ -117,7 +151,11 @@ def check_files(model: nn.Module, files: list[str], root: str, state: TableState
             f"the checkpoint does not hold the compressed table its config describes: expected "
             f"{root.rpartition('.')[2]} with shapes {state.shapes}, found {found or 'none'}"
         )
-    return {key: shape for key, (shape, _) in stored.items()}
+    return {
+        key: shape
+        for key, (shape, _) in stored.items()
+        if not (shape == [0] and f".{key}".endswith(f".{GUARD}"))
+    }
 
 
 def _owner(model: nn.Module, stored: dict[str, Any], root: str, state: TableState) -> str | None:

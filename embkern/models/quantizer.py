@@ -1,7 +1,6 @@
 """The quantizer of transformers that saves and loads models with compressed tables.
 
-``EmbkernConfig`` and ``EmbkernQuantizer`` are registered with transformers when embkern is imported, or when
-transformers is, if that comes later. Then::
+``embkern._registration`` registers ``EmbkernConfig`` and ``EmbkernQuantizer`` with transformers. Then::
 
     model = AutoModel.from_pretrained(dense_checkpoint, quantization_config=EmbkernConfig(ratio=5))
     model.save_pretrained("small"); AutoModel.from_pretrained("small"); model.dequantize()
@@ -16,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
+from .._registration import QUANT_METHOD
 from ..nn import layer_of
 from ..nn.base import CompressedHead, TableModule
 from ..recipe import Recipe
@@ -27,11 +27,14 @@ from .calibrate.choice import choose_calibration
 from .checkpoint import (
     check_files,
     holds,
+    ignore_guard,
     is_whole,
     scale_of,
     storage_dtype,
     stored_form,
     verify,
+    with_guards,
+    without_adjustments,
     zero_missing_biases,
 )
 from .config import EmbkernConfig, TableState, dtype_name
@@ -126,10 +129,13 @@ class EmbkernQuantizer(HfQuantizer):
     Attributes:
         originals: the dense modules that were replaced, of each table.
         checkpoint_keys: names of the tensors in the checkpoint that is being loaded.
+        keeps_adjustment: whether the model is saved with its adjustments apart from the stored tables, so
+            that training resumes with the same bits; else the tables are saved with the changes.
     """
 
     requires_calibration = False
     checkpoint_keys: set[str] | None = None
+    keeps_adjustment = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -184,6 +190,7 @@ class EmbkernQuantizer(HfQuantizer):
                 f"activation {activation!r}; load the backbone, or export the model to dense"
             )
         if checkpoint_files:
+            ignore_guard(model, table.root)
             shapes = check_files(model, checkpoint_files, table.root, state)
             keys = set(shapes)
             # An embedding that the class ties, but that is dense in the checkpoint, was not tied when saved.
@@ -221,37 +228,25 @@ class EmbkernQuantizer(HfQuantizer):
                 install(model, plan.table, compressed, config.recipe)
         return model
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict]:
-        """Update the description of the table, which may have been trained, and return tensors to save.
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict]:
+        """Update the description of the tables, which may have been trained, and return tensors to save.
 
         Returns:
-            A state dict with the table in its stored dtype, or None where that is the live one; then
-            transformers saves the live weights. The second value is the metadata, which is empty.
+            A state dict, which has each table with its changes in the stored dtype, and no metadata.
         """
         roots, states = table_roots(model), self.quantization_config.states
         if "" in roots:
             keep_tie(model, states[""])
-        changed: dict[str, Table] = {}
-        for name, root in roots.items():
-            state = states[name]
-            # Offloaded or sharded tensors have no checksums, and are not verified when they are loaded.
-            if not is_whole(root, state):
-                state.dtype, state.checksums = dtype_name(storage_dtype(root, state)), {}
-                continue
-            stored = stored_form(root, state)
-            state.describe(stored)
-            if stored.dtype != root.dtype:
-                changed[name] = stored
-        if not changed:
-            return None, {}
-        state_dict = model.state_dict()
+        state_dict = with_guards(model.state_dict(), model)
+        if self.keeps_adjustment:
+            return without_adjustments(state_dict, model, keep=roots.values()), {}
+        saved = {name: _saved_tensors(root, states[name]) for name, root in roots.items()}
         for path, module in model.named_modules(remove_duplicate=False):
-            if isinstance(module, TableModule) and module.table_name in changed:
-                root = roots[module.table_name]
-                for tensor, value in changed[module.table_name].tensors().items():
-                    if getattr(module, tensor) is getattr(root, tensor):  # tied
+            if isinstance(module, TableModule):
+                for tensor, value in saved[module.table_name].items():
+                    if getattr(module, tensor) is getattr(roots[module.table_name], tensor):  # tied
                         state_dict[f"{path}.{tensor}"] = value
-        return state_dict, {}
+        return without_adjustments(state_dict, model), {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Put the dense modules back with the decoded tables, in the dtype of the live ones.
@@ -281,8 +276,7 @@ class EmbkernQuantizer(HfQuantizer):
         """Put the dense modules of a table back, and the ties that the model had before."""
         table, root = original.table, model.get_submodule(original.table.root)
         state = self.quantization_config.states[root.table_name]
-        trained = any(parameter.requires_grad for parameter in root.parameters())
-        weight = nn.Parameter(root.weight.detach(), requires_grad=trained)
+        weight = nn.Parameter(root.weight.detach().clone(), requires_grad=original.trained)
         weight._is_hf_initialized = True  # type: ignore[attr-defined]
         for name, dense in original.modules.items():
             current = model.get_submodule(name)
@@ -308,7 +302,7 @@ class EmbkernQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """True: all floating-point tensors of a compressed table are trainable."""
+        """True: the model is trainable, and its tables after ``unfreeze_table``."""
         return True
 
     @property
@@ -322,5 +316,17 @@ class EmbkernQuantizer(HfQuantizer):
         return True
 
 
-register_quantization_config("embkern")(EmbkernConfig)
-register_quantizer("embkern")(EmbkernQuantizer)
+def _saved_tensors(root: TableModule, state: TableState) -> dict[str, Tensor]:
+    """Return the tensors of a table, with its changes, as they are saved, and describe them in ``state``."""
+    if is_whole(root, state):
+        stored = stored_form(root, state)
+        state.describe(stored)
+        return stored.tensors()
+    # Offloaded or sharded tensors have no checksums, and are not verified when they are loaded.
+    state.dtype, state.checksums = dtype_name(storage_dtype(root, state)), {}
+    return root.tensors()
+
+
+# These replace what ``embkern._registration`` left for them.
+AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = EmbkernConfig
+AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = EmbkernQuantizer

@@ -298,7 +298,7 @@ def model_card(report: Report) -> str:
 ---
 
 ```python
-import embkern  # first: without it {library} cannot read the compressed embedding
+# embkern has to be installed: without it {library} cannot read the compressed embedding
 from {library} import {report.architecture}
 
 model = {load}("path/or/name/of/this/model")

@@ -10,6 +10,7 @@ from torch import nn
 from ..nn.base import CompressedEmbedding, CompressedHead
 from ..tables.resizing import resized
 from .swap import compressed_embedding, table_modules, table_roots
+from .training import freeze, unfreeze
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
 def resize_token_embeddings(model: PreTrainedModel, num_embeddings: int) -> CompressedEmbedding:
     """Change the vocabulary size of a compressed model in place, as ``model.resize_token_embeddings`` does.
 
-    New tokens decode to the mean row: exactly in factors, whose codes are trainable, and in a packed table to
-    the nearest row that it can represent. The codes of a packed table are frozen, so that training changes
-    only the length of such a row and, through basis and offset, all rows together. New entries of a head's
-    bias are zero.
+    New tokens decode to the mean row: exactly in factors, and in a packed table to the nearest row that it
+    can represent. ``unfreeze_table`` makes them trainable as all other rows: of factors freely, of a packed
+    table, whose codes stay fixed, in their length and, through basis and offset, all rows together. A table
+    that is being trained continues to be, with new parameters: make the optimizer after this call. New
+    entries of a head's bias are zero.
 
     Args:
         model: a model compressed by embkern.
@@ -60,14 +62,15 @@ def resize_token_embeddings(model: PreTrainedModel, num_embeddings: int) -> Comp
 def _resize_table(model: PreTrainedModel, name: str, num_embeddings: int) -> None:
     """Change the number of rows of the table ``name``, and of the modules over it."""
     root, quantizer = table_roots(model)[name], model.hf_quantizer
+    modules = [each for each in table_modules(model) if each.table_name == name]
+    if (trained := root.adjustment) is not None:
+        freeze(modules)
     added = max(0, num_embeddings - root.shape[0])
     before = {tensor: getattr(root, tensor) for tensor in root.tensors()}
     with torch.no_grad():
         table = resized(root.table, num_embeddings)
         root.replace(table)
-    for module in table_modules(model):
-        if module.table_name != name:
-            continue
+    for module in modules:
         for tensor, old in before.items():
             if getattr(module, tensor) is old:
                 setattr(module, tensor, getattr(root, tensor))
@@ -89,6 +92,9 @@ def _resize_table(model: PreTrainedModel, name: str, num_embeddings: int) -> Non
             for dense in original.modules.values():  # dequantize puts these modules back
                 size = "num_embeddings" if isinstance(dense, nn.Embedding) else "out_features"
                 setattr(dense, size, num_embeddings)
+    if trained is not None:
+        for tensor, change in unfreeze(modules).named_parameters():
+            change.requires_grad_(trained.get_parameter(tensor).requires_grad)
 
 
 def _replace_parameter(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:

@@ -56,7 +56,7 @@ def find_tables(
     candidates = _candidates(model, names)
     ratios: dict[str, float | None] = {}
     for pattern, ratio in wanted.items():
-        matching = [name for name, role in candidates.items() if _matches(pattern, name, role)]
+        matching = [name for name, role in candidates.items() if matches(pattern, name, role)]
         if not matching:
             shown = ", ".join(f"{name} ({_size(names[name])})" for name in candidates) or "none"
             raise UnsupportedModelError(
@@ -85,7 +85,8 @@ def _candidates(model: PreTrainedModel, names: Mapping[str, nn.Module]) -> dict[
     }
 
 
-def _matches(pattern: str, name: str, role: Role) -> bool:
+def matches(pattern: str, name: str, role: Role) -> bool:
+    """Return whether a pattern or alias selects the module of a name and role."""
     if pattern in ALIASES:
         return role == ALIASES[pattern]
     return fnmatchcase(f".{name}", f"*.{pattern}")

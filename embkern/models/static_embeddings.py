@@ -1,8 +1,9 @@
 """Models of sentence-transformers: static embeddings, whose table is an ``nn.EmbeddingBag``, and encoders.
 
 A compressed static model is saved in its own format: ``model.safetensors`` has the tensors of the packed
-table, ``embedding.records`` and so on, in the place of ``embedding.weight``. ``SentenceTransformer(DIR)``
-reads it once embkern is imported; without it, loading fails for want of that tensor.
+table, ``embedding.records`` and so on, in the place of ``embedding.weight``. ``embkern._registration`` lets
+``SentenceTransformer(DIR)`` read it. Without embkern loading fails for want of ``embedding.weight``: the
+readers of static embeddings initialise nothing at random, so that these files need no guard.
 """
 
 from __future__ import annotations
@@ -158,8 +159,7 @@ def install_bag(model: SentenceTransformer, compressed: Table) -> None:
         padding_idx=dense.padding_idx,
         dtype=dense.weight.dtype,
     )
-    for parameter in bag.parameters():
-        parameter.requires_grad_(dense.weight.requires_grad)
+    bag.adjust(None)
     model[0].embedding = bag.train(dense.training)
 
 
@@ -183,19 +183,19 @@ def decode_bag(model: SentenceTransformer) -> SentenceTransformer:
     return model
 
 
-def load_packed(wrapped: Any, cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Load static embeddings, dense ones by ``wrapped``, the class method ``StaticEmbedding.load``.
+def load_packed(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Load static embeddings with a packed table as ``cls.load``, ``StaticEmbedding.load``, does dense ones.
+
+    Returns:
+        The module, or None if the file has no packed table.
 
     Raises:
         ValueError: the saved packed table is damaged.
     """
-    try:
-        return wrapped(*args, **kwargs)
-    except KeyError:  # the file has no dense table
-        hub = {name: value for name, value in kwargs.items() if name in _HUB_OPTIONS}
-        weights = cls.load_torch_weights(*args, **hub)
-        if f"{_PREFIX}records" not in weights:
-            raise
+    hub = {name: value for name, value in kwargs.items() if name in _HUB_OPTIONS}
+    weights = cls.load_torch_weights(*args, **hub)
+    if f"{_PREFIX}records" not in weights:
+        return None
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(cls.load_file_path(*args, filename="tokenizer.json", **hub))
@@ -206,6 +206,7 @@ def load_packed(wrapped: Any, cls: Any, args: tuple[Any, ...], kwargs: dict[str,
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"the saved embedding is damaged: {error}") from None
     static = cls(tokenizer, embedding_dim=1)
+    bag.adjust(None)
     static.embedding = bag
     static.num_embeddings, static.embedding_dim = bag.num_embeddings, bag.embedding_dim
     return static

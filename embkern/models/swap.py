@@ -49,11 +49,13 @@ class DenseModules:
         modules: dense embeddings and heads by name, their weights on the meta device.
         ties: by nested model, its own ``_tied_weights_keys`` or None, and its ``all_tied_weights_keys``.
         table: the model's table before the swap, its weight on the meta device.
+        trained: whether its weight required gradients.
     """
 
     modules: dict[str, Any]
     ties: dict[str, tuple[dict | None, dict | None]]
     table: ModelTable
+    trained: bool
 
 
 def swap(model: PreTrainedModel, table: ModelTable, compressed: Table, compress_heads: bool) -> DenseModules:
@@ -70,7 +72,7 @@ def swap(model: PreTrainedModel, table: ModelTable, compressed: Table, compress_
     """
     heads = table.heads if compress_heads else []
     modules: dict[str, Any] = {name: model.get_submodule(name) for name in [*table.embeddings, *heads]}
-    original = DenseModules(modules, {}, table)
+    original = DenseModules(modules, {}, table, table.weight.requires_grad)
     swapped: dict[int, CompressedEmbedding] = {}
     for name in table.embeddings:
         dense = modules[name]
@@ -81,8 +83,8 @@ def swap(model: PreTrainedModel, table: ModelTable, compressed: Table, compress_
             swapped[id(dense)] = layer
         model.set_submodule(name, take_place(layer, dense))
     first = swapped[id(modules[table.root])] if swapped else _embedding_over(compressed, table)
-    for parameter in first.parameters():
-        parameter.requires_grad_(table.weight.requires_grad)
+    for layer in [first, *swapped.values()]:
+        layer.adjust(None)  # an optimizer's steps are made for dense rows; unfreeze_table suits them
     for name in heads:
         model.set_submodule(name, take_place(first.head(modules[name].bias), modules[name]))
     for name in [*table.embeddings, *heads]:
@@ -251,6 +253,21 @@ def table_roots(model: nn.Module) -> dict[str, Any]:
         if module.leads or module.table_name not in roots:
             roots[module.table_name] = module
     return roots
+
+
+def tables_of(model: nn.Module) -> dict[str, list[Any]]:
+    """Return the modules over each compressed table, the leading one first, by the name of that one.
+
+    They are told apart by the tensors that they hold, which also works in a model that consists of models
+    which were compressed one by one.
+    """
+    found: dict[int, list[tuple[str, Any]]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, TableModule):
+            shared = getattr(module, module.tensor_names[0])
+            found.setdefault(id(shared), []).append((name, module))
+    ordered = [sorted(each, key=lambda named: not named[1].leads) for each in found.values()]
+    return {each[0][0]: [module for _, module in each] for each in ordered}
 
 
 def compressed_models(model: PreTrainedModel) -> list[Any]:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..io.tensor_format import checksum, verify_checksums
 from ..ops.backends import Backend
-from ..ops.gather_decode import decode_rows
 from ..tables.packed import TENSORS, PackedTable
+from .base import ADJUSTMENT
 from .packed import PackedTableModule
 
 
@@ -21,7 +21,8 @@ class PackedEmbeddingBag(PackedTableModule):
     ``forward(ids, offsets) = F.embedding_bag(ids, weight, offsets, mode=mode)``, (N,) and (B,) to (B, H)
 
     Each distinct row is decoded once. Sums run in the dtype of the module; ``state_dict`` has the
-    floating-point tensors in the dtype of ``table``, 16 bits in general, as a saved model has them.
+    floating-point tensors, with the changes of an adjustment, in the dtype of ``table``, 16 bits in general,
+    as a saved model has them.
 
     Args:
         table: the table, whose codes the module shares.
@@ -74,7 +75,7 @@ class PackedEmbeddingBag(PackedTableModule):
             ValueError, RuntimeError: as ``F.embedding_bag``.
         """
         distinct, places = torch.unique(input, return_inverse=True)
-        rows = decode_rows(distinct, self._packed_tensors(), self._width, backend=self.backend)
+        rows = self._rows(distinct)
         if len(rows) == 0:  # F.embedding_bag refuses an empty table, even for empty bags
             rows = rows.new_zeros(1, self._width)
         padding = None
@@ -125,8 +126,13 @@ class PackedEmbeddingBag(PackedTableModule):
         """Return the arguments that ``print`` shows."""
         return f"{self.num_embeddings}, {self.embedding_dim}, tiers={len(self.tiers)}, mode={self.mode!r}"
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not keep_vars:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Return the state as a saved model has it: the table includes the changes that are being trained."""
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        if not kwargs.get("keep_vars", False):
+            prefix = kwargs.get("prefix", "")
+            for name in [each for each in state if each.startswith(f"{prefix}{ADJUSTMENT}.")]:
+                del state[name]
             for name, tensor in self.stored_table().tensors().items():
-                destination[prefix + name] = tensor
+                state[prefix + name] = tensor
+        return state

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.backends import DTYPES, Backend
 from ..tables import Table
+from .adjustment import Adjustment
+from .decoded_weight import DecodedWeight
+
+GUARD = "weight"  # name of a tensor without values in a saved model, at which a dense embedding refuses it
+_ADVICE = (
+    "To change rows: decode the model (model.dequantize(), embkern export), write into the dense table, and "
+    "compress it again; weight.clone() is an ordinary tensor"
+)
+ADJUSTMENT = "adjustment"
+AnyTableModule = TypeVar("AnyTableModule", bound="TableModule")
 
 
 class TableModule(nn.Module):
@@ -20,6 +30,9 @@ class TableModule(nn.Module):
         tensor_names: names of the table's tensors.
         code_dtypes: dtypes of those that are integers.
         keeps_stored_dtype: whether a wider model saves the table in the dtype in which it was stored.
+        frozen: whether gradients stop at the stored tensors, as in models, where only an ``Adjustment`` is
+            trained; ``requires_grad_(True)`` then makes one.
+        adjustment: the trainable change of the table, or None.
         backend: backend of the lookup; None chooses by device and dtype.
         table_name: name of the table in the model; empty for the input table.
         leads: whether the other modules of the table share the tensors of this one.
@@ -30,9 +43,15 @@ class TableModule(nn.Module):
     tensor_names: ClassVar[tuple[str, ...]]
     code_dtypes: ClassVar[dict[str, torch.dtype]] = {}
     keeps_stored_dtype: ClassVar[bool] = False
+    frozen: bool = False
     backend: Backend | None = None
     table_name: str = ""
     leads: bool = False
+    adjustment: Adjustment | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_module(ADJUSTMENT, None)
 
     @staticmethod
     def settings(table: Any) -> dict[str, Any]:
@@ -58,6 +77,53 @@ class TableModule(nn.Module):
         """Return ``scale`` times the rows of ids, without gradients at ``padding_idx``."""
         raise NotImplementedError
 
+    def _units(self) -> dict[str, Tensor]:
+        """Return the unit of each floating-point tensor, for ``Adjustment``."""
+        raise NotImplementedError
+
+    def _trained(self, name: str) -> Any:
+        """Return a floating-point tensor, or None, as lookups use it: adjusted, or detached if frozen."""
+        stored = getattr(self, name)
+        if stored is None or not self.frozen:
+            return stored
+        adjustment = self.adjustment
+        return stored.detach() if adjustment is None else adjustment.adjusted(name, stored)
+
+    @torch.no_grad()
+    def unfreeze(self) -> Adjustment:
+        """Make the table trainable relative to what is stored; return the new parameters, or those it has."""
+        if (adjustment := self.adjustment) is None:
+            stored = {n: t for n, t in self._stored().items() if t.is_floating_point()}
+            adjustment = Adjustment(stored, self._units())
+            self.adjust(adjustment)
+        return adjustment
+
+    def adjust(self, adjustment: Adjustment | None) -> None:
+        """Train this adjustment, which modules with the same tensors share, from now on; None trains none."""
+        self.frozen = True
+        self.adjustment = adjustment
+        for parameter in self._parameters.values():
+            if parameter is not None and parameter is not getattr(self, "bias", None):
+                parameter.requires_grad_(False)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Add the changes that were trained to the stored tensors, and begin again from zero."""
+        if (adjustment := self.adjustment) is not None:
+            for name, stored in self._stored().items():
+                if stored.is_floating_point():
+                    stored.copy_(adjustment.adjusted(name, stored))
+            adjustment.reset()
+
+    def requires_grad_(self: AnyTableModule, requires_grad: bool = True) -> AnyTableModule:
+        """Set whether parameters are trained; of a frozen table the adjustment, which is made if needed."""
+        if self.frozen and requires_grad:
+            self.unfreeze()
+        super().requires_grad_(requires_grad)
+        if self.frozen:
+            self.adjust(self.adjustment)
+        return self
+
     def _register(self, table: Table) -> None:
         """Register the tensors of a table under their names.
 
@@ -77,6 +143,8 @@ class TableModule(nn.Module):
             if name not in other._buffers:
                 self.register_parameter(name, getattr(other, name))
         self.share_codes(other)
+        if other.frozen:
+            self.adjust(other.adjustment)
 
     def share_codes(self, other: TableModule) -> None:
         """Replace this module's integer tensors by those of another one."""
@@ -96,24 +164,53 @@ class TableModule(nn.Module):
                 parameter = isinstance(old, nn.Parameter)
                 setattr(self, name, nn.Parameter(new, old.requires_grad) if parameter else new)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors that exist, by name, detached; they share memory with the module."""
+    def _stored(self) -> dict[str, Tensor]:
+        """Return the tensors that exist, by name, without changes that are being trained."""
         held = {name: getattr(self, name) for name in self.tensor_names}
-        return {name: tensor.detach() for name, tensor in held.items() if tensor is not None}
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
+
+    @torch.no_grad()
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that exist, by name, detached, in the dtype of the module.
+
+        They share memory with the module unless they have an adjustment.
+        """
+        adjustment, found = self.adjustment, {}
+        for name, stored in self._stored().items():
+            if adjustment is not None and stored.is_floating_point():
+                found[name] = adjustment.adjusted(name, stored).to(stored.dtype)
+            else:
+                found[name] = stored.detach()
+        return found
 
     @property
     def weight(self) -> Tensor:
-        """The whole table (V, H), decoded at every access; gradients flow through it.
+        """The table (V, H), decoded where it is read (``DecodedWeight``); gradients flow through it.
 
-        It is not a parameter: writing into it (``emb.weight.data[i] = x``) changes nothing. While a tensor is
-        missing or on the meta device, as during loading, it is an empty meta tensor.
+        Its shape, dtype and device decode nothing, ``weight[i]`` and ``F.embedding(ids, weight)`` those rows.
+        It is not a parameter, and writing into it (``emb.weight.data[i] = x``) raises RuntimeError. While it
+        is traced, it is the decoded table. While a tensor is missing or on the meta device, as during
+        loading, it is an empty meta tensor.
         """
-        tensors = self.tensors()
+        tensors = self._stored()
         if any(tensor.is_meta for tensor in tensors.values()) or None in self._buffers.values():
             weight = torch.empty(self.shape, dtype=self.dtype, device="meta")
             weight._is_hf_initialized = True  # type: ignore[attr-defined]
             return weight
-        return self._rows(torch.arange(self.shape[0], device=next(iter(tensors.values())).device))
+        rows, width = self.shape
+        device = next(iter(tensors.values())).device
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+            return self._rows(torch.arange(rows, device=device))
+        return DecodedWeight(
+            lambda ids, padding_idx: self._rows(ids, padding_idx=padding_idx),
+            range(rows),
+            width,
+            dtype=self.dtype,
+            device=device,
+            requires_grad=torch.is_grad_enabled() and any(each.requires_grad for each in self.parameters()),
+            advice=f"{type(self).__name__} holds {_listed(self.tensor_names)}. {_ADVICE}",
+            whole=True,
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -124,7 +221,8 @@ class TableModule(nn.Module):
         super().__setattr__(name, value)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if prefix + "weight" in state_dict:
+        dense = state_dict.pop(prefix + GUARD, None)
+        if dense is not None and dense.shape != (0,):
             args[-1].append(
                 f"{prefix}weight is a dense table, {type(self).__name__} holds {_listed(self.tensor_names)}: "
                 "load it into the dense model and compress that"

@@ -12,6 +12,7 @@ from ..ops import gather_project, low_rank_cross_entropy
 from ..ops.backends import Backend
 from ..tables import factors
 from ..tables.factors import ACTIVATIONS, Factors, activate, check_rank
+from .adjustment import inverse
 from .base import CompressedEmbedding, CompressedHead, TableModule
 
 
@@ -53,17 +54,33 @@ class FactorsModule(TableModule):
         """Another name of ``table``."""
         return self.table
 
+    def _units(self) -> dict[str, Tensor]:
+        """Return what a change of 1 means: in length of a row, for codes, and in entries of rows.
+
+        Rows of the basis that are not orthogonal reinforce each other, by their spectral norm at most.
+        """
+        wide = torch.promote_types(self.dtype, torch.float32)
+        codes, basis = self.codes.to(wide), self.basis.to(wide)
+        lengths = inverse(torch.linalg.vector_norm(basis, dim=1))
+        directions = basis * lengths.unsqueeze(1)
+        return {
+            "codes": lengths * inverse(torch.linalg.matrix_norm(directions, ord=2)),
+            "basis": inverse(codes.abs().sum(1).mean()),
+            "offset": torch.ones(()),
+        }
+
     def _rows(self, ids: Tensor, scale: float = 1.0, padding_idx: int | None = None) -> Tensor:
         rows = gather_project(
             ids,
-            self.codes,
-            self.basis,
-            self.offset,
+            self._trained("codes"),
+            self._trained("basis"),
+            self._trained("offset"),
             scale=1.0 if self.activation else scale,
             padding_idx=padding_idx,
             sparse=self.sparse,
             backend=self.backend,
         )
+        rows = rows.to(self.dtype)
         return activate(rows, self.activation) * scale if self.activation else rows
 
 
@@ -208,11 +225,15 @@ class FactorizedHead(FactorsModule, CompressedHead):
             )
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        logits = F.linear(F.linear(hidden, self.basis), self.codes)
-        return logits if self.offset is None else logits + F.linear(hidden, self.offset.unsqueeze(0))
+        codes, basis, offset = (self._trained(name) for name in self.tensor_names)
+        wide = hidden.to(codes.dtype)  # an adjustment can be wider than the model
+        logits = F.linear(F.linear(wide, basis), codes)
+        logits = logits if offset is None else logits + F.linear(wide, offset.unsqueeze(0))
+        return logits if wide is hidden else logits.to(hidden.dtype)
 
     def loss(self, hidden: Tensor, labels: Tensor, **options: Any) -> Tensor:
         """Return the cross-entropy of the logits, never held as a whole: see ``low_rank_cross_entropy``."""
+        codes, basis, offset = (self._trained(name) for name in self.tensor_names)
         return low_rank_cross_entropy(
-            hidden, labels, self.codes, self.basis, self.offset, bias=self.bias, **options
+            hidden.to(codes.dtype), labels, codes, basis, offset, bias=self.bias, **options
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,10 @@ from ..ops.packed_format import PackedTensors
 from ..ops.packed_logits import packed_logits
 from ..tables import packed
 from ..tables.packed import PackedTable
-from .base import CompressedEmbedding, CompressedHead, TableModule
+from .adjustment import inverse
+from .base import ADJUSTMENT, CompressedEmbedding, CompressedHead, TableModule
+
+_BLOCK_ROWS = 8192  # rows that are decoded at a time
 
 
 class PackedTableModule(TableModule):
@@ -78,12 +82,31 @@ class PackedTableModule(TableModule):
             )
         except KeyError:  # A parametrization or FSDP has put an attribute in a parameter's place.
             held = tuple(getattr(self, name) for name in PackedTensors._fields)
+        if self.frozen and (held[4].requires_grad or self._modules[ADJUSTMENT] is not None):
+            held = (*held[:4], *(self._trained(name) for name in PackedTensors._fields[4:]))
         tensors: Tensors = held
         return tensors
 
+    def _units(self) -> dict[str, Tensor]:
+        """Return what a change of 1 means: in length of a row, and in entries of rows.
+
+        The unit of the basis makes a change of all its entries by 1 change an entry of a row by at most 1, on
+        average over the rows that have coefficients.
+        """
+        table = self.table.to(torch.promote_types(self.dtype, torch.float32))
+        every = torch.arange(table.num_embeddings, device=table.scales.device).split(_BLOCK_ROWS)
+        unscaled = dataclasses.replace(table, scales=torch.ones_like(table.scales), offset=None, check=False)
+        norms = torch.cat([torch.linalg.vector_norm(unscaled.decode(ids), dim=1) for ids in every])
+        units = {"scales": inverse(norms), "offset": torch.ones(())}
+        if table.basis is not None:
+            in_basis = table.tiers[table.tier_of_rows(), 0].bool()
+            sizes = torch.cat([table.coefficients(ids).abs().sum(1) for ids in every])[in_basis]
+            units["basis"] = inverse(sizes.mean() if len(sizes) else torch.ones(()))
+        return units
+
     def _rows(self, ids: Tensor, scale: float = 1.0, padding_idx: int | None = None) -> Tensor:
-        packed = self._packed_tensors()
-        return decode_rows(ids, packed, self._width, scale, padding_idx, self.backend)
+        rows = decode_rows(ids, self._packed_tensors(), self._width, scale, padding_idx, self.backend)
+        return rows.to(self.dtype)
 
 
 class PackedEmbedding(PackedTableModule, CompressedEmbedding):
@@ -118,6 +141,8 @@ class PackedEmbedding(PackedTableModule, CompressedEmbedding):
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows of ``ids`` (any shape, int32 or int64), times ``scale``: (``*``, H)."""
         packed = self._packed_tensors()  # once, for the dtype, too
+        if self._modules[ADJUSTMENT] is not None:  # whose dtype can be wider
+            return super().forward(ids)
         scale = self._rounded_scale.get(packed[4].dtype, self._scale)
         return decode_rows(ids, packed, self._width, scale, self.padding_idx, self.backend)
 

@@ -7,11 +7,20 @@ from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..io.tensor_format import TensorFormat
 from ..ops.gather_decode import decode_rows
-from ..ops.packed_format import PackedTensors, Tier, check_table, described_tiers, lay_out, tiers_of_rows
+from ..ops.packed_format import (
+    GROUP,
+    PackedTensors,
+    Tier,
+    check_table,
+    described_tiers,
+    lay_out,
+    tiers_of_rows,
+)
 from .factors import check_floating
 
 TENSORS = PackedTensors._fields
@@ -113,6 +122,20 @@ class PackedTable:
     def decode(self, ids: Tensor) -> Tensor:
         """Return the rows of ``ids`` (any shape): (``*``, H)."""
         return decode_rows(ids, self.packed_tensors(), self.embedding_dim)
+
+    def coefficients(self, ids: Tensor) -> Tensor:
+        """Return the coefficients (n, K) of rows that have some, times their scales.
+
+        ids: (n,). Raises ValueError without a basis.
+        """
+        if self.basis is None:
+            raise ValueError("coefficients: expected a table with a basis")
+        plain, size = self.tiers.clone(), len(self.basis)
+        plain[:, 0] = 0  # so that the coefficients are decoded like the values of a row
+        width = GROUP * (plain.shape[1] - 1)
+        codes = (self.records, self.directory, plain, self.levels)
+        values = decode_rows(ids, PackedTensors(*codes, self.scales, None, None), width)[:, :size]
+        return F.pad(values, (0, size - values.shape[1]))
 
     def to_dense(self) -> Tensor:
         """Return the whole reconstructed table, (V, H)."""

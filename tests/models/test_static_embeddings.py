@@ -119,6 +119,34 @@ def test_a_folder_of_model2vec(static, tmp_path):
     assert (cosines(before, loaded.encode(TEXTS))[[0, 1, 3]] > 0.99).all()
 
 
+def test_a_bag_is_frozen_until_it_is_to_be_trained(static, tmp_path):
+    embkern.compress(static, ratio=4, output=tmp_path / "small")
+    loaded = sentence_transformers.SentenceTransformer(str(tmp_path / "small"))
+    for model in (static, loaded):
+        assert not any(each.requires_grad for each in model.parameters())
+    before = static.encode(TEXTS)
+    (changes,) = embkern.unfreeze_table(static, "input").values()
+    bag, ids, target = static[0].embedding, torch.arange(12).view(4, 3), torch.randn(4, 48)
+    optimizer = torch.optim.SGD([each for each in static.parameters() if each.requires_grad], 1.0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (bag(ids) * target).sum().backward()
+        optimizer.step()
+    assert changes.scales.any()
+    trained = static.encode(TEXTS)
+    assert not np.allclose(trained, before, atol=1e-2)
+    static.save(str(tmp_path / "trained"))
+    loaded = sentence_transformers.SentenceTransformer(str(tmp_path / "trained"))
+    np.testing.assert_allclose(loaded.encode(TEXTS), trained, atol=2e-3)  # stored in 16 bits
+    static.load_state_dict(static.state_dict())
+    assert not changes.scales.any(), "the changes are in the table"
+    assert np.array_equal(static.encode(TEXTS), loaded.encode(TEXTS))
+    embkern.freeze_table(static)
+    assert bag.adjustment is None
+    with pytest.raises(RuntimeError, match="weight: expected no write"):
+        bag.weight[3] = 0
+
+
 def test_a_damaged_bag_is_refused(static, tmp_path):
     embkern.compress(static, ratio=4, output=tmp_path / "small")
     path = tmp_path / "small" / "model.safetensors"

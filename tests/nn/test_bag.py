@@ -26,7 +26,7 @@ def table():
 
 
 def dense_bag(bag, **options) -> nn.EmbeddingBag:
-    weight = bag.weight.detach()
+    weight = bag.weight.detach().clone()
     return nn.EmbeddingBag.from_pretrained(weight, freeze=False, mode=bag.mode, **options)
 
 

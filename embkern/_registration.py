@@ -1,0 +1,131 @@
+"""Registers the saved formats with the libraries that read them, without importing those, torch or embkern.
+
+``install`` runs when embkern is imported, and by the entry point ``torch.backends`` when torch is: a
+compressed model then loads although nobody wrote ``import embkern``. It only watches for the import of
+transformers' quantizers and of sentence-transformers' static embeddings, and must never raise, as ``import
+torch`` would.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+QUANT_METHOD = "embkern"
+
+
+def install() -> None:
+    """Register the formats now with the libraries that are imported, and with the others once they are."""
+    pending = {name for name in _READERS if not _registered(name)}
+    if pending and not any(isinstance(finder, _Watch) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Watch(pending))
+
+
+def _registered(name: str) -> bool:
+    """Register the format that a module reads if it is imported completely; return whether it is."""
+    module = sys.modules.get(name)
+    return module is not None and _READERS[name](module)
+
+
+def _add_quantizer(module: ModuleType) -> bool:
+    """Add embkern to the quantizers of transformers; return whether their module was complete."""
+    configs = getattr(module, "AUTO_QUANTIZATION_CONFIG_MAPPING", None)
+    quantizers = getattr(module, "AUTO_QUANTIZER_MAPPING", None)
+    if configs is None or quantizers is None:
+        return False
+    # Not by transformers' decorators, which would need the classes: their modules take 0.3 s to import.
+    configs.setdefault(QUANT_METHOD, _ImportedAtUse("EmbkernConfig"))
+    quantizers.setdefault(QUANT_METHOD, _ImportedAtUse("EmbkernQuantizer"))
+    return True
+
+
+class _ImportedAtUse:
+    """Stands for a class of ``embkern.models.quantizer`` in transformers' registers."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._imported()(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:  # such as from_dict
+        return getattr(self._imported(), name)
+
+    def _imported(self) -> Any:
+        return getattr(importlib.import_module(".models.quantizer", __package__), self.name)
+
+
+def _read_packed_bags(module: ModuleType) -> bool:
+    """Let static embeddings load packed tables; return whether their module was complete."""
+    static: Any = getattr(module, "StaticEmbedding", None)
+    dense = getattr(static, "__dict__", {}).get("load")
+    if dense is None:
+        return False
+    if not isinstance(dense, _Load):
+        static.load = _Load(dense)
+    return True
+
+
+class _Load(classmethod):
+    """``StaticEmbedding.load``, which reads packed tables as well."""
+
+    def __init__(self, dense: Any) -> None:
+        @functools.wraps(dense.__func__)
+        def load(cls: type, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return dense.__get__(None, cls)(*args, **kwargs)
+            except KeyError:  # the file has no dense table
+                embeddings = importlib.import_module(".models.static_embeddings", __package__)
+                packed = embeddings.load_packed(cls, args, kwargs)
+                if packed is None:
+                    raise
+                return packed
+
+        super().__init__(load)
+
+
+# By the module that reads it, what registers a format and returns whether the module was complete.
+_READERS: dict[str, Callable[[ModuleType], bool]] = {
+    "transformers.quantizers.auto": _add_quantizer,
+    "sentence_transformers.sentence_transformer.modules.static_embedding": _read_packed_bags,
+    "sentence_transformers.models.StaticEmbedding": _read_packed_bags,  # before version 5.4
+}
+
+
+class _Watch(MetaPathFinder):
+    """Finds no module; registers a format right after the import of the module that reads it."""
+
+    def __init__(self, pending: set[str]) -> None:
+        self.pending = pending
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        # If torch was imported first by the quantizers themselves, they were incomplete at ``install``.
+        self.pending -= {each for each in self.pending if _registered(each)}
+        if name not in self.pending:
+            return None
+        for finder in sys.meta_path:
+            found = None if finder is self else getattr(finder, "find_spec", None)
+            spec = found and found(name, path, target)
+            if spec is not None:
+                _register_after(spec.loader)
+                return spec
+        return None
+
+
+def _register_after(loader: Any) -> None:
+    """Let the loader of a module in ``_READERS`` register the format after it has run the module."""
+    run = loader.exec_module
+
+    def exec_module(module: ModuleType) -> None:
+        run(module)
+        loader.exec_module = run
+        if module.__name__ in _READERS:
+            _registered(module.__name__)
+
+    loader.exec_module = exec_module
