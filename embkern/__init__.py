@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .models.calibrate import calibrate, self_calibrate
     from .models.config import EmbkernConfig
     from .models.fused_loss import enable_fused_loss
+    from .models.lora import enable_lora
     from .models.report import Report
     from .models.resize import resize_token_embeddings
     from .nn import (
@@ -59,6 +60,7 @@ _PUBLIC = {
     "Report": "models.report",
     "EmbkernConfig": "models.config",
     "enable_fused_loss": "models.fused_loss",
+    "enable_lora": "models.lora",
     "resize_token_embeddings": "models.resize",
 }
 
@@ -83,6 +85,7 @@ __all__ = [
     "count_files",
     "count_tokens",
     "enable_fused_loss",
+    "enable_lora",
     "export_dense",
     "read_texts",
     "resize_token_embeddings",
