@@ -23,6 +23,7 @@ DECODERS = {
     "pairs": ("pairs", "#999999"),
     "scalar": ("scalar", "#999999"),
 }
+BELOW = ("planes", "trellis-64", "quadruples", "sums-4096")  # labels that would lie upon others
 MARKERS = {"avx2": "^", "avx512": "o", "avx512_vbmi": "s"}
 ROW = 576
 
@@ -36,6 +37,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> Path:
         for row in rows
         if row["kind"] == "rate" and (row["code"] != "sums-4096" or row["ring"] == ROW)
     }
+    named = set[tuple[str, int]]()  # decoders that have a label
     figure = Figure(figsize=(10, 8), layout="constrained")
     axes = figure.subplots(2, 2)
     for axis, bits in zip(axes.flat, range(1, 5), strict=True):
@@ -50,18 +52,23 @@ def draw(rows: list[dict[str, Any]], path: Path) -> Path:
             axis.plot(row["cycles"], rate, marker, color=colour, ms=6)
             if row["cycles_of_integers"]:
                 axis.plot(row["cycles_of_integers"], rate, marker, color=colour, ms=6, mfc="none")
-            if row["set"] == "avx512":
+            if row["set"] != "avx2" and (row["decoder"], bits) not in named:
+                named.add((row["decoder"], bits))
                 axis.annotate(
                     row["decoder"],
                     (row["cycles"], rate),
-                    xytext=(4, 4),
+                    xytext=(4, -10 if row["decoder"] in BELOW else 4),
                     textcoords="offset points",
                     fontsize=7,
                     color=colour,
                 )
         bound = 20 * bits * math.log10(2)
         axis.axhline(bound, color="black", linestyle="--", linewidth=0.8)
-        axis.set(xscale="log", title=f"{bits} bits, bound {bound:.2f} dB", xlabel="cycles for 32 values")
+        axis.set(
+            xscale="log",
+            title=f"{bits} bit{'s' if bits > 1 else ''}, bound {bound:.2f} dB",
+            xlabel="cycles for 32 values",
+        )
         axis.set_xticks([2, 4, 8, 16, 32], ["2", "4", "8", "16", "32"])
         axis.minorticks_off()
         axis.grid(True, alpha=0.3)
