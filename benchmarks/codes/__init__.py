@@ -2,7 +2,7 @@
 
 The rate of a code is measured on independent standard normal values, coded by best paths or nearest words
 with levels found beforehand on other samples. Its decoders are C++, compiled per instruction set, checked bit
-for bit against plain loops, and timed while they multiply rows of 576 values with a vector in fp32, or, where
+for bit against plain loops, and timed while they multiply rows of 640 values with a vector in fp32, or, where
 levels are bytes, in integers. Times are the least of many runs of a few microseconds, so that other work of
 the machine does not matter, in cycles of the core. Everything runs in one thread.
 """

@@ -1,4 +1,4 @@
-"""Cycles of decoders for 32 values, while they multiply rows of 576 values with one vector."""
+"""Cycles of decoders for 32 values, while they multiply rows of 640 values with one vector."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ DECODERS = {
 }
 BELOW = ("planes", "trellis-64", "quadruples", "sums-4096")  # labels that would lie upon others
 MARKERS = {"avx2": "^", "avx512": "o", "avx512_vbmi": "s"}
-ROW = 576
+ROW = 640
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> Path:

@@ -13,13 +13,15 @@ from torch import Tensor
 from embkern.methods.quantizer_levels import distortion
 from embkern.ops.packed_format import GROUP, LEVEL_STEP, STATE_BITS, trellis_levels
 
-from .trellis import Sums, Trellis, free_levels, normal_samples
+from .trellis import Sums, Trellis, best_paths, free_levels, normal_samples
 from .words import drawn, lloyd_words, nearest
 
 SAMPLES = 360_000  # values per figure; the standard error is below .02 dB
 SEED = 2**31 - 1  # of the samples that no level was found with
-ROW = 576
-RINGS = (32, 64, 128, 384, 576, 640)  # values
+ROW = 640
+RINGS = (32, 64, 128, 384, 576, ROW)
+# Bits of the groups of a row whose values have falling variance, so that each has the same squared error.
+MIXED_ROW = (4, 4, 4, 3, 3, 3, 3, 3, 2, 2, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1)
 
 _LOW = ((4,), (5,), (6,), (7,))
 _MIXED = ((0, 8), (1, 9), (2, 10), (3, 11))
@@ -36,8 +38,11 @@ _SUMS_256 = Sums((tuple((bit,) for bit in range(4)), tuple((bit,) for bit in ran
 
 
 def trellis_of_sums(bits: int, ring: int = ROW) -> Trellis:
-    """Return the trellis of `sums-4096`: windows of 12 bits of a stream of one or two bits a value."""
-    return Trellis(bits, 12, ring, coded=min(bits, 2))
+    """Return the trellis of `sums-4096`: windows of 12 bits of a stream of two bits a step.
+
+    A step is a value or, at one bit, a pair of values.
+    """
+    return Trellis(bits, 12, ring, coded=2, values=2 if bits == 1 else 1)
 
 
 def measure_rates() -> Iterator[dict[str, Any]]:
@@ -51,18 +56,35 @@ def measure_rates() -> Iterator[dict[str, Any]]:
     yield _trellis("trellis-128-rings", *_free(Trellis(2, 7, GROUP)))
     pairs = Trellis(2, 8, ROW)
     yield _trellis("sums-256", pairs, _SUMS_256.levels(_SUMS_256.trained(pairs), 8))
+    levels_of = {}
     for bits, sums in SUMS_4096.items():
         trellis = trellis_of_sums(bits)
         whole, unit = sums.as_bytes(sums.trained(trellis), trellis.memory)
-        levels = sums.levels(whole, trellis.memory) * unit
+        levels_of[bits] = sums.levels(whole, trellis.memory) * unit
         for ring in RINGS if bits <= 2 else (ROW,):
-            yield _trellis("sums-4096", trellis_of_sums(bits, ring), levels)
+            yield _trellis("sums-4096", trellis_of_sums(bits, ring), levels_of[bits])
+    yield from _mixed_row(levels_of)
     yield _trellis("gathered-4096", *_free(Trellis(2, 12, ROW)))
-    for bits in (1, 2, 4):
+    for bits in (2, 4):
         yield _trellis("computed-65536", Trellis(bits, 16, ROW), computed_levels(bits))
     yield _words("pairs", 2, 16, signs=False)
     yield _words("quadruples", 4, 256, signs=False)
     yield _words("eights", 8, 256, signs=True)
+
+
+def _mixed_row(levels_of: dict[int, Tensor]) -> Iterator[dict[str, Any]]:
+    """Yield a row per number of bits: `sums-4096` in one ring through groups of 4 to 1 bits."""
+    each, kinds = [], [(levels_of[bits], 4.0**bits) for bits in range(1, 5)]
+    for bits in MIXED_ROW:
+        each += [bits - 1] * (GROUP // 2 if bits == 1 else GROUP)
+    bits_of_values = torch.tensor(MIXED_ROW).repeat_interleave(GROUP)
+    samples = normal_samples(len(bits_of_values), SAMPLES, SEED)
+    states = best_paths(samples, torch.tensor(each), kinds, coded=2, window=12)
+    decoded = torch.cat([kinds[kind][0][:, states[:, step]].T for step, kind in enumerate(each)], 1)
+    for bits in range(1, 5):
+        own = bits_of_values == bits
+        measured = _signal_to_noise(samples[:, own], decoded[:, own])
+        yield _row("sums-4096, mixed", bits, ROW, *measured, None)
 
 
 def computed_levels(bits: int) -> Tensor:
@@ -96,16 +118,20 @@ def _words(code: str, values: int, count: int, *, signs: bool) -> dict[str, Any]
 def _measured(
     code: str, bits: int, ring: int, samples: Tensor, coded: Callable[[Tensor], Tensor]
 ) -> dict[str, Any]:
-    """Return the row of a code: the ratio of two means, each over independent rings."""
+    """Return the row of a code, with the processor time of ``coded``."""
     coded(samples[:1])  # compiles the encoder
     start = time.process_time()
     decoded = coded(samples)
     seconds = (time.process_time() - start) / samples.numel() * 1e6
+    return _row(code, bits, ring, *_signal_to_noise(samples, decoded), seconds)
+
+
+def _signal_to_noise(samples: Tensor, decoded: Tensor) -> tuple[float, float]:
+    """Return a ratio in dB, of two means over independent rings, and its standard error."""
     noise, signal = (each.square().double().mean(1) for each in (samples - decoded, samples))
     ratio = float(noise.mean() / signal.mean())
     deviation = float((noise - ratio * signal).std()) / math.sqrt(len(noise)) / float(noise.mean())
-    decibels = 10 / math.log(10)
-    return _row(code, bits, ring, -decibels * math.log(ratio), decibels * deviation, seconds)
+    return -10 * math.log10(ratio), 10 / math.log(10) * deviation
 
 
 def _row(

@@ -12,6 +12,15 @@ from torch import Tensor
 from .compiler import compiled
 
 
+class _Kind(ctypes.Structure):
+    _fields_ = (
+        ("levels", ctypes.c_void_p),
+        ("further", ctypes.c_int32),
+        ("values", ctypes.c_int32),
+        ("weight", ctypes.c_float),
+    )
+
+
 @dataclass(frozen=True)
 class Trellis:
     """A trellis whose steps have ``bits * values`` bits, for ``values`` values each.
@@ -28,31 +37,20 @@ class Trellis:
     values: int = 1
 
     @property
-    def step(self) -> int:
-        """Bits of a step."""
-        return self.bits * self.values
-
-    @property
     def memory(self) -> int:
         """Bits of a state."""
-        return self.window + self.step - (self.coded or self.step)
+        step = self.bits * self.values
+        return self.window + step - (self.coded or step)
 
     def states(self, samples: Tensor, levels: Tensor) -> Tensor:
         """Return states (N, ring / values) of samples (N, ring) with levels (values, 2^memory), 4 <= window.
 
-        The squared error of the path is the least of all that begin and end in the state that a first pass
-        without that condition, begun in the middle of the ring, has at its end.
+        The squared error of the path is the least of all that begin and end in one state, that which a first
+        pass over the end and the beginning of the ring finds best.
         """
-        library = compiled("encode.cpp", ("-march=native",))
-        samples, levels = samples.float().contiguous(), levels.float().contiguous()
-        steps = self.ring // self.values
-        states = torch.empty(len(samples), steps, dtype=torch.int32)
-        shape = (self.step, self.coded or self.step, self.values, self.window, steps)
-        pointers = [ctypes.c_void_p(each.data_ptr()) for each in (levels, samples, states)]
-        done = library.encode_rings(*shape, *pointers[:2], ctypes.c_int64(len(samples)), pointers[2])
-        if not done:
-            raise ValueError(f"expected a step that encode.cpp has a search for, got {self}")
-        return states.long()
+        coded = self.coded or self.bits * self.values
+        steps = torch.zeros(self.ring // self.values, dtype=torch.int32)
+        return best_paths(samples, steps, [(levels, 1.0)], coded=coded, window=self.window)
 
     def decoded(self, states: Tensor, levels: Tensor) -> Tensor:
         """Return the values (N, ring) of states."""
@@ -63,6 +61,31 @@ class Trellis:
         generator = torch.Generator().manual_seed(seed)
         spread = math.sqrt(1 - 4.0**-self.bits)
         return torch.randn(self.values, 2**self.memory, generator=generator) * spread
+
+
+def best_paths(
+    samples: Tensor, kind_of_step: Tensor, kinds: list[tuple[Tensor, float]], *, coded: int, window: int
+) -> Tensor:
+    """Return states (N, steps) of samples (N, values of a ring) whose steps are of several kinds.
+
+    ``kinds`` has the levels (values, 2^memory) of each kind, and the weight of squared errors.
+    """
+    library = compiled("encode.cpp", ("-march=native",))
+    samples, kind_of_step = samples.float().contiguous(), kind_of_step.to(torch.int32).contiguous()
+    held = [levels.float().contiguous() for levels, _ in kinds]
+    structures = (_Kind * len(kinds))()
+    for structure, levels, (_, weight) in zip(structures, held, kinds, strict=True):
+        values, size = levels.shape
+        structure.levels, structure.further = levels.data_ptr(), size >> window
+        structure.values, structure.weight = values, weight
+    states = torch.empty(len(samples), len(kind_of_step), dtype=torch.int32)
+    pointers = [ctypes.c_void_p(each.data_ptr()) for each in (kind_of_step, samples, states)]
+    rings = ctypes.c_int64(len(samples))
+    if not library.encode_rings(
+        coded, window, len(kind_of_step), structures, *pointers[:2], rings, pointers[2]
+    ):
+        raise ValueError(f"coded: expected 1 to 4 bits, got {coded}")
+    return states.long()
 
 
 def normal_samples(trellis_ring: int, values: int, seed: int) -> Tensor:
@@ -113,12 +136,12 @@ class Sums:
         return [2 ** len(field) for field in self.fields]
 
     def levels(self, entries: Tensor, memory: int) -> Tensor:
-        """Return levels (1, 2^memory) of tables side by side (E,)."""
-        return entries[self.entries(torch.arange(2**memory))].sum(1)[None]
+        """Return levels (values, 2^memory) of tables side by side (values, E)."""
+        return entries[:, self.entries(torch.arange(2**memory))].sum(2)
 
     def fit(self, trellis: Trellis, entries: Tensor, steps: int, count: int, seed: int) -> Tensor:
         """Return better tables, by Lloyd's iteration with least squares for the entries."""
-        width = len(entries)
+        width = entries.shape[1]
         of_states = self.entries(torch.arange(2**trellis.memory))
         for step in range(steps):
             samples = normal_samples(trellis.ring, count, 1000 * seed + step + 1)
@@ -127,12 +150,13 @@ class Sums:
             # The tables are known up to constants; a weak pull to the present ones fixes these.
             pull = 1e-3 * len(states) / width
             left = (present.T @ present).double() + pull * torch.eye(width, dtype=torch.float64)
-            right = (present.T @ samples.flatten()).double() + pull * entries.double()
-            entries = torch.linalg.solve(left, right).float()
+            given = samples.view(-1, trellis.values)
+            right = (present.T @ given).double() + pull * entries.T.double()
+            entries = torch.linalg.solve(left, right).T.float()
         return entries
 
     def trained(self, trellis: Trellis, starts: int = 10) -> Tensor:
-        """Return tables side by side (E,), the best of some random starts."""
+        """Return tables side by side (values, E), the best of some random starts."""
         spread = math.sqrt((1 - 4.0**-trellis.bits) / len(self.fields))
         check = normal_samples(trellis.ring, 35_000, 2**20)
 
@@ -142,7 +166,7 @@ class Sums:
         found = []
         for start in range(starts):
             generator = torch.Generator().manual_seed(start)
-            entries = torch.randn(sum(self.sizes), generator=generator) * spread
+            entries = torch.randn(trellis.values, sum(self.sizes), generator=generator) * spread
             found.append(self.fit(trellis, entries, 12, 7000, start))
         found.sort(key=error)
         found = [self.fit(trellis, entries, 10, 23_000, 100 + i) for i, entries in enumerate(found[:3])]
@@ -150,11 +174,11 @@ class Sums:
 
     def as_bytes(self, entries: Tensor, memory: int) -> tuple[Tensor, float]:
         """Return tables of whole numbers whose sums are within -127 and 127, and their unit."""
-        tables = list(entries.split(self.sizes))
-        means = [each.mean() for each in tables]
+        tables = list(entries.split(self.sizes, 1))
+        means = [each.mean(1, keepdim=True) for each in tables]
         tables = [each - mean for each, mean in zip(tables, means, strict=True)]
-        tables[0] = tables[0] + torch.stack(means).sum()
-        centred = torch.cat(tables)
+        tables[0] = tables[0] + sum(means)
+        centred = torch.cat(tables, 1)
         unit = float(self.levels(centred, memory).abs().max()) / 125
         return (centred / unit).round(), unit
 

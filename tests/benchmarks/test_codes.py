@@ -48,17 +48,18 @@ def test_paths_are_the_best_of_their_ring(bits, coded):
 
 
 def packed_rows(states, bits):
-    """Rows of bytes of states (N, 576), whose steps run from the last place of a row to the first."""
+    """Rows of bytes, and the state (N, 640) of every value; steps run from the last place of a row down."""
     values = torch.arange(ROW)
-    quarter, row = values % 16 // 4, values // 16 * 16
-    order = torch.tensor([0, 2, 1, 3]) if bits == 1 else torch.arange(4)
+    quarter = values % 16 // 4
     states = states.flip(1)
-    coded = min(bits, 2)
-    stream = torch.stack([states >> bit & 1 for bit in range(coded)], 2).flatten(1)
+    planes = [torch.stack([states & 1, states >> 1 & 1], 2).flatten(1)]
     position = quarter * 16 + values % 64 // 16 * 4 + values % 4
-    place = row + order[values % 4] * 4 + quarter
-    own = states[:, place]  # in the order of values
-    planes = [stream]
+    if bits == 1:
+        window = values // 32 * 16 + values % 16  # two values follow from it
+        place = window // 16 * 16 + window % 4 * 4 + window % 16 // 4
+    else:
+        place = values // 16 * 16 + values % 4 * 4 + quarter
+    own = states[:, place]
     if bits == 3:
         planes.append(torch.zeros_like(own).index_copy_(1, values // 64 * 64 + position, own >> 12 & 1))
     if bits == 4:
@@ -74,23 +75,24 @@ def packed_rows(states, bits):
 def test_sums_are_decoded_to_the_levels_of_their_paths(bits):
     """What the rates are measured with is what the decoders read, at every instruction set."""
     sums, trellis = SUMS_4096[bits], trellis_of_sums(bits)
-    entries = torch.randint(-25, 26, (sum(sums.sizes),)).float()
+    entries = torch.randint(-25, 26, (trellis.values, sum(sums.sizes))).float()
     levels = sums.levels(entries, trellis.memory)
-    states = trellis.states(30 * normal_samples(ROW, 5 * ROW, 2), levels)
-    rows, own = packed_rows(states, bits)
-    tables = torch.zeros(64, dtype=torch.int8)
-    tables[: len(entries)] = entries.to(torch.int8)
+    samples = 30 * normal_samples(ROW, 5 * ROW, 2)
+    rows, own = packed_rows(trellis.states(samples, levels), bits)
+    which = torch.arange(ROW) // 16 % 2 if bits == 1 else torch.zeros(ROW, dtype=torch.int64)
+    tables = torch.zeros(96, dtype=torch.int8)
+    tables[: entries.numel()] = entries.flatten().to(torch.int8)
     for flags in available_sets().values():
         out = torch.full((len(rows), ROW), torch.nan)
         pointers = [ctypes.c_void_p(each.data_ptr()) for each in (tables, rows, out)]
         library = compiled("measure.cpp", flags)
         library.decode_sums(bits, *pointers[:2], ctypes.c_int64(len(rows)), pointers[2])
-        assert torch.equal(out, levels[0, own])
+        assert torch.equal(out, levels[which, own])
 
 
 def test_tables_of_bytes_have_sums_of_bytes():
     sums, trellis = SUMS_4096[2], trellis_of_sums(2)
-    entries = torch.randn(sum(sums.sizes))
+    entries = torch.randn(1, sum(sums.sizes))
     whole, unit = sums.as_bytes(entries, trellis.memory)
     assert torch.equal(whole, whole.round())
     assert sums.levels(whole, trellis.memory).abs().max() <= 127

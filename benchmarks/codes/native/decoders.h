@@ -94,70 +94,70 @@ class Sums256 {
   Block low_, high_;
 };
 
-// States of 12 bits: the sum of three shuffles. Bits of the state select among the entries of each, added
-// modulo 2. One further bit of a value chooses between two tables of the third; two further ones select in a
-// fourth.
+// Windows of 12 bits: the sum of three shuffles. Bits of the window select among the entries of each table,
+// added modulo 2. One further bit of a value chooses between two tables 2; two further ones select in a
+// table 3. Of one bit a value, a window has two values, with three tables each: 16 values of a group follow
+// from as many windows, the next 16 from the same ones.
 template <int BITS>
 class Sums4096 {
  public:
   static constexpr int kBits = BITS;
   explicit Sums4096(const Tables& tables, int bias) {
-    int8_t own[16];
-    for (int i = 0; i < 16; ++i) own[i] = static_cast<int8_t>(tables.nibbles[0][i] + bias);
-    table_[0] = in_each_lane(own);
-    for (int i = 1; i < 4; ++i) table_[i] = in_each_lane(tables.nibbles[i]);
-  }
-
-  INLINE Block levels(const Block& now, const Block& later, const uint8_t* more) const {
-    const Block nibble = same(15), mixed = masked_difference(now, later, nibble);
-    const Block other = masked_difference(shift_words<3>(now), later, nibble);
-    Block sum = shuffle(table_[0], shift_words<4>(now) & nibble) + shuffle(table_[1], mixed);
-    if constexpr (BITS == 3) return sum + shuffle_either(table_[2], table_[3], other, more);
-    sum = sum + shuffle(table_[2], other);
-    if constexpr (BITS == 4) {
-      const Block own = shift_right(in_each_lane(more), right_);
-      sum = sum + shuffle(table_[3], choose(same(3), own, mixed));
+    for (int i = 0; i < 6; ++i) {
+      const bool biased = i == 0 || (BITS == 1 && i == 3);
+      int8_t own[16];
+      for (int j = 0; j < 16; ++j) own[j] = static_cast<int8_t>(tables.nibbles[i][j] + (biased ? bias : 0));
+      table_[i] = in_each_lane(own);
     }
-    return sum;
   }
 
   template <class Use>
   INLINE void run(const uint8_t* row, int blocks, Use use) const {
     constexpr int kMore = 8 * BITS - 16;  // bytes of further bits of a block
-    if constexpr (BITS == 1) {
-      plane_.run(row, blocks, [&](int block, const Block& now, const Block& later) {
-        use(block, levels(now, later, nullptr));
-      });
-    } else {
-      windows_.run(row, blocks, [&](int block, const Block& now, const Block& later) {
-        use(block, levels(now, later, row + 16 * blocks + kMore * block));
-      });
-    }
+    windows_.run(row, BITS == 1 ? blocks / 2 : blocks, [&](int block, const Block& now, const Block& later) {
+      const Block nibble = same(15), high = shift_words<4>(now) & nibble;
+      const Block mixed = masked_difference(now, later, nibble);
+      const Block other = masked_difference(shift_words<3>(now), later, nibble);
+      const Block sum = shuffle(table_[0], high) + shuffle(table_[1], mixed);
+      const uint8_t* more = row + 16 * blocks + kMore * block;
+      if constexpr (BITS == 1) {
+        const Block first = sum + shuffle(table_[2], other);
+        const Block second = shuffle(table_[3], high) + shuffle(table_[4], mixed) + shuffle(table_[5], other);
+        use(2 * block, alternating_low(first, second));
+        use(2 * block + 1, alternating_high(first, second));
+      } else if constexpr (BITS == 2) {
+        use(block, sum + shuffle(table_[2], other));
+      } else if constexpr (BITS == 3) {
+        use(block, sum + shuffle_either(table_[2], table_[3], other, more));
+      } else {
+        const Block own = shift_right(in_each_lane(more), right_);
+        use(block, sum + shuffle(table_[2], other) + shuffle(table_[3], choose(same(3), own, mixed)));
+      }
+    });
   }
 
   static int level(const Tables& tables, const uint8_t* row, int blocks, int block, int value) {
-    const int position = position_of(value);
-    int state;
+    int place = 128 * block + 2 * place_of(value), size = 128 * blocks;
+    const int8_t (*nibbles)[16] = tables.nibbles;
     if (BITS == 1) {
-      state = ring_bits(row, 64 * blocks, PlaneWindows::place(block, value), 12);
-    } else {
-      state = ring_bits(row, 128 * blocks, 128 * block + 2 * place_of(value), 12);
+      place = 128 * (block / 2) + 2 * place_of(block % 2 * 32 + value / 32 * 16 + value % 16), size /= 2;
+      nibbles += 3 * (value / 16 % 2);
     }
-    const int mixed = (state ^ state >> 8) & 15, other = (state >> 3 ^ state >> 8) & 15;
+    const int window = ring_bits(row, size, place, 12), position = position_of(value);
+    const int mixed = (window ^ window >> 8) & 15, other = (window >> 3 ^ window >> 8) & 15;
     const uint8_t* more = row + 16 * blocks + (8 * BITS - 16) * block;
-    int sum = tables.nibbles[0][state >> 4 & 15] + tables.nibbles[1][mixed];
-    sum += tables.nibbles[BITS == 3 && bit_of(more, position) ? 3 : 2][other];
+    int sum = nibbles[0][window >> 4 & 15] + nibbles[1][mixed];
+    sum += nibbles[BITS == 3 && bit_of(more, position) ? 3 : 2][other];
     if (BITS == 4) {
-      const int place = position % 16 * 8 + position / 16 * 2;
-      sum += tables.nibbles[3][bit_of(more, place) + 2 * bit_of(more, place + 1) + (mixed & 12)];
+      const int own = position % 16 * 8 + position / 16 * 2;
+      sum += nibbles[3][bit_of(more, own) + 2 * bit_of(more, own + 1) + (mixed & 12)];
     }
     return static_cast<int8_t>(sum);
   }
 
  private:
   Windows windows_;
-  PlaneWindows plane_;
-  Block table_[4], right_ = halves([](int i) { return i / 2 * 2; });
+  Block table_[6], right_ = halves([](int i) { return i / 2 * 2; });
 };
 
 #if defined(__AVX512VBMI__)
@@ -348,7 +348,7 @@ class Gathered4096 {
 // four bits a value, two streams have 8 bits of it each.
 template <int BITS>
 class Computed65536 {
-  static_assert(BITS != 3, "");
+  static_assert(BITS == 2 || BITS == 4, "");
 
  public:
   static constexpr int kBits = BITS;
@@ -373,10 +373,7 @@ class Computed65536 {
 
   template <class Use>
   INLINE void run(const uint8_t* row, int blocks, Use use) const {
-    if constexpr (BITS == 1) {
-      plane_.run(row, blocks,
-                 [&](int block, const Block& now, const Block& later) { use(block, values(now, later)); });
-    } else if constexpr (BITS == 2) {
+    if constexpr (BITS == 2) {
       windows_.run(row, blocks,
                    [&](int block, const Block& now, const Block& later) { use(block, values(now, later)); });
     } else {
@@ -387,21 +384,15 @@ class Computed65536 {
   }
 
   static float level(const Tables&, const uint8_t* row, int blocks, int block, int value) {
-    uint32_t state;
-    if (BITS == 1) {
-      state = ring_bits(row, 64 * blocks, PlaneWindows::place(block, value), 16);
-    } else {
-      const int place = 128 * block + 2 * place_of(value);
-      state = ring_bits(row, 128 * blocks, place, BITS == 2 ? 16 : 8);
-      if (BITS == 4) state |= ring_bits(row + 16 * blocks, 128 * blocks, place, 8) << 8;
-    }
+    const int place = 128 * block + 2 * place_of(value);
+    uint32_t state = ring_bits(row, 128 * blocks, place, BITS == 2 ? 16 : 8);
+    if (BITS == 4) state |= ring_bits(row + 16 * blocks, 128 * blocks, place, 8) << 8;
     const uint32_t mixed = state * kFactor + kSummand;
     return static_cast<float>((mixed & 255) + (mixed >> 8 & 255) + (mixed >> 16 & 255) + (mixed >> 24)) - 510;
   }
 
  private:
   Windows windows_;
-  PlaneWindows plane_;
 };
 
 }  // namespace

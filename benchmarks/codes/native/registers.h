@@ -72,14 +72,6 @@ INLINE Block halves(F f) {
   for (int i = 0; i < 8; ++i) numbers[i] = f(i);
   return from_memory(numbers);
 }
-// A number of 32 bits for each quarter of a lane: f(0) to f(15).
-template <class F>
-INLINE Block quarters(F f) {
-  alignas(64) int32_t numbers[16];
-  for (int i = 0; i < 16; ++i) numbers[i] = f(i);
-  return from_memory(numbers);
-}
-
 INLINE Block operator|(const Block& x, const Block& y) {
   return each([&](int i) { return x.part[i] | y.part[i]; });
 }
@@ -95,12 +87,6 @@ INLINE Block shift_right(const Block& x, const Block& counts) {
 INLINE Block shift_left(const Block& x, const Block& counts) {
   return each([&](int i) { return OP(sllv_epi64)(x.part[i], counts.part[i]); });
 }
-INLINE Block shift_right_32(const Block& x, const Block& counts) {
-  return each([&](int i) { return OP(srlv_epi32)(x.part[i], counts.part[i]); });
-}
-INLINE Block shift_left_32(const Block& x, const Block& counts) {
-  return each([&](int i) { return OP(sllv_epi32)(x.part[i], counts.part[i]); });
-}
 // Words of 16 bits, that is, bytes whose upper COUNT bits are then those of another one.
 template <int COUNT>
 INLINE Block shift_words(const Block& x) {
@@ -113,12 +99,12 @@ INLINE Block shuffle(const Block& table, const Block& index) {
 INLINE Block next_byte(const Block& next, const Block& x) {
   return each([&](int i) { return OP(alignr_epi8)(next.part[i], x.part[i], 1); });
 }
-INLINE Block words_of(const Block& even, const Block& odd) {
-#if defined(__AVX512BW__)
-  return {{_mm512_mask_blend_epi16(0xaaaaaaaa, even.part[0], odd.part[0])}};
-#else
-  return each([&](int i) { return _mm256_blend_epi16(even.part[i], odd.part[i], 0xaa); });
-#endif
+// Of each lane, the first two words of 32 bits of x and y in turn, and the last two.
+INLINE Block alternating_low(const Block& x, const Block& y) {
+  return each([&](int i) { return OP(unpacklo_epi32)(x.part[i], y.part[i]); });
+}
+INLINE Block alternating_high(const Block& x, const Block& y) {
+  return each([&](int i) { return OP(unpackhi_epi32)(x.part[i], y.part[i]); });
 }
 // (x ^ y) & mask, and mask ? x : y.
 INLINE Block masked_difference(const Block& x, const Block& y, const Block& mask) {

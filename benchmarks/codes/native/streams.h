@@ -73,31 +73,4 @@ INLINE int ring_bits(const uint8_t* stream, int size, int place, int count) {
 INLINE int place_of(int value) { return value / 16 * 16 + value % 4 * 4 + value / 4 % 4; }
 INLINE int position_of(int value) { return value / 4 % 4 * 16 + value / 16 * 4 + value % 4; }
 
-// The same of a stream of one bit a value, 8 bytes a block. Four values of a lane take 16 bits, of which two
-// have bytes of the stream shifted by j, the other two those of the stream shifted by j + 4.
-class PlaneWindows {
- public:
-  template <class Use>
-  INLINE void run(const uint8_t* stream, int blocks, Use use) const {
-    uint8_t end[16];
-    std::memcpy(end, stream + 8 * (blocks - 1), 8);
-    std::memcpy(end + 8, stream, 8);
-    for (int block = 0; block < blocks; ++block) {
-      const Block all = shuffle(in_each_lane(block + 1 < blocks ? stream + 8 * block : end), spread_);
-      use(block, words_of(shift_right_32(all, shifts_[0]), shift_left_32(all, shifts_[1])),
-          words_of(shift_right_32(all, shifts_[2]), shift_left_32(all, shifts_[3])));
-    }
-  }
-
-  static int place(int block, int value) {
-    static constexpr int kOrder[4] = {0, 2, 1, 3};
-    return 64 * block + value / 16 * 16 + kOrder[value % 4] * 4 + value / 4 % 4;
-  }
-
- private:
-  Block spread_ = halves([](int i) { return i % 2 ? 0x0908070607060504 : 0x0504030203020100; });
-  Block shifts_[4] = {quarters([](int i) { return i / 4; }), quarters([](int i) { return 12 - i / 4; }),
-                      quarters([](int i) { return 8 + i / 4; }), quarters([](int i) { return 4 - i / 4; })};
-};
-
 }  // namespace
