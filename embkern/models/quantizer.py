@@ -73,7 +73,7 @@ def install(model: PreTrainedModel, table: ModelTable, compressed: Table, recipe
     """
     check_installable(table, recipe)
     head = recipe.lm_head if table.tied else None if table.output_head is None else "dense"
-    _own_config(model)
+    own_config(model)
     config = EmbkernConfig(**recipe.model_dump())
     layer = layer_of(compressed)
     scales = {canonical_name(model, name): scale for name, scale in table.scales.items()}
@@ -83,10 +83,10 @@ def install(model: PreTrainedModel, table: ModelTable, compressed: Table, recipe
     quantizer.quantization_config = config
     live = compressed.to(device=table.weight.device, dtype=table.weight.dtype)
     quantizer.original = swap(model, table, live, head == "factorized")
-    _adopt(model, quantizer)
+    adopt(model, quantizer)
 
 
-def _own_config(model: PreTrainedModel) -> None:
+def own_config(model: PreTrainedModel) -> None:
     """Copy the model's config, which another model may share, before it is changed."""
     copies: dict[int, Any] = {}
     copy.deepcopy(model.config, copies)
@@ -96,7 +96,7 @@ def _own_config(model: PreTrainedModel) -> None:
             module.config = copies[id(config)]
 
 
-def _adopt(model: PreTrainedModel, quantizer: EmbkernQuantizer) -> None:
+def adopt(model: PreTrainedModel, quantizer: EmbkernQuantizer) -> None:
     """Attach the quantizer to the model and to nested models, which may be saved alone."""
     for module in compressed_models(model):
         module.hf_quantizer = quantizer
@@ -119,7 +119,12 @@ class EmbkernQuantizer(HfQuantizer):
     checkpoint_keys: set[str] | None = None
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, dtype: Any = None, **_: Any
+        self,
+        model: PreTrainedModel,
+        checkpoint_files: list[str] | None = None,
+        dtype: Any = None,
+        device_map: Any = None,
+        **_: Any,
     ) -> PreTrainedModel:
         if not self.pre_quantized:
             return model
@@ -156,6 +161,8 @@ class EmbkernQuantizer(HfQuantizer):
                 )
             self.checkpoint_keys = keys
         table.scales = {name: scale_of(state, canonical_name(model, name)) for name in table.embeddings}
+        sharing = table.embeddings if state.head == "dense" else [*table.embeddings, *table.heads]
+        _check_places(device_map, sharing)
         self.original = swap(model, table, skeleton, compress_heads=state.head != "dense")
         for follower in modules_of_table(model):
             if follower is not compressed_embedding(model):
@@ -166,13 +173,14 @@ class EmbkernQuantizer(HfQuantizer):
         config = self.quantization_config
         if self.pre_quantized:
             root = compressed_embedding(model)
+            root.cast_to_held()
             for follower in modules_of_table(model):
                 follower.share_codes(root)
             verify(root, config.table)
             if self.checkpoint_keys is not None:
                 zero_missing_biases(model, self.checkpoint_keys)
                 self.checkpoint_keys = None
-            _adopt(model, self)
+            adopt(model, self)
         else:
             table = find_table(model)
             check_installable(table, config.recipe)
@@ -188,7 +196,7 @@ class EmbkernQuantizer(HfQuantizer):
         """Update the description of the table, which may have been trained, and return tensors to save.
 
         Returns:
-            A state dict with the table in its stored dtype, or None where that is the live one; then
+            A state dict with the table in its stored dtypes, or None where the live ones are the same; then
             transformers saves the live weights. The second value is the metadata, which is empty.
         """
         root, state = compressed_embedding(model), self.quantization_config.table
@@ -199,7 +207,8 @@ class EmbkernQuantizer(HfQuantizer):
             return None, {}
         stored = stored_table(model)
         state.describe(stored)
-        if stored.dtype == root.dtype:
+        live = root.tensors()
+        if all(tensor.dtype == live[name].dtype for name, tensor in stored.tensors().items()):
             return None, {}
         state_dict = model.state_dict()
         for name, module in model.named_modules(remove_duplicate=False):
@@ -267,6 +276,26 @@ class EmbkernQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """True: torch.compile traces the lookup without graph breaks."""
         return True
+
+
+def _check_places(device_map: Any, sharing: list[str]) -> None:
+    """Raise ValueError if modules that share the table are to be on the disk and elsewhere.
+
+    accelerate reads a tensor from the disk for one module, and finds none for another that shares it.
+    """
+    if not isinstance(device_map, dict):
+        return
+    places = {}
+    for name in sharing:
+        known = [key for key in device_map if f"{name}.".startswith(f"{key}." if key else "")]
+        if known:
+            places[name] = str(device_map[max(known, key=len)])
+    if "disk" in places.values() and len(set(places.values())) > 1:
+        listed = ", ".join(f"{name!r}: {place!r}" for name, place in places.items())
+        raise ValueError(
+            f"device_map: expected one place for the modules that share the compressed table, got {listed}; "
+            "put all of them on the disk, or none"
+        )
 
 
 register_quantization_config("embkern")(EmbkernConfig)

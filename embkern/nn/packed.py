@@ -20,7 +20,8 @@ from .base import CompressedEmbedding, CompressedHead, TableModule
 class PackedTableModule(TableModule):
     """Holds a ``PackedTable``: records, directory, tiers and levels as buffers, the others as parameters.
 
-    The buffers are integers, which no cast of a model changes.
+    The buffers are integers, which no cast of a model changes, of dtypes that gloo and NCCL send: levels are
+    int16 in a table and int32 here.
     """
 
     kind = "packed"
@@ -32,6 +33,7 @@ class PackedTableModule(TableModule):
         "tiers": torch.uint8,
         "levels": torch.int16,
     }
+    held_dtypes: ClassVar[dict[str, torch.dtype]] = {"levels": torch.int32}
     keeps_stored_dtype = True
     records: Tensor
     directory: Tensor
@@ -59,8 +61,9 @@ class PackedTableModule(TableModule):
 
     @property
     def table(self) -> PackedTable:
-        """The packed table, which shares memory with the module; it is not validated."""
+        """The packed table, which shares memory with the module, except levels; it is not validated."""
         tensors: dict[str, Any] = self.tensors()
+        tensors["levels"] = tensors["levels"].to(self.code_dtypes["levels"])
         return PackedTable(**tensors, embedding_dim=self._width, check=False)
 
     def _packed_tensors(self) -> Tensors:

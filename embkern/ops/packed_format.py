@@ -24,11 +24,13 @@ LEVEL_STEP = 1 / LEVELS_PER_UNIT  # Levels are whole numbers of steps, so that n
 ENTRY_WORDS = 5  # An entry of the directory has the place of its first record and four words of tiers.
 _TIERS_PER_WORD = 8
 TRELLIS_FILE = Path(__file__).parent.parent / "data" / "trellis_levels.txt"
-_CODE_DTYPES = {
-    "records": torch.int32,
-    "directory": torch.int32,
-    "tiers": torch.uint8,
-    "levels": torch.int16,
+# Dtypes in which the ops take the integers; the first one is that of files. gloo and NCCL do not send int16,
+# so that a module, whose buffers DDP broadcasts, holds levels as int32.
+CODE_DTYPES = {
+    "records": (torch.int32,),
+    "directory": (torch.int32,),
+    "tiers": (torch.uint8,),
+    "levels": (torch.int16, torch.int32),
 }
 
 
@@ -237,8 +239,9 @@ def check_packed(packed: PackedTensors, embedding_dim: int) -> None:
     for name, tensor in packed.named():
         if name in expected and tuple(tensor.shape) != expected[name]:
             raise ValueError(f"{name}: expected shape {expected[name]}, got {tuple(tensor.shape)}")
-        if name in _CODE_DTYPES and tensor.dtype != _CODE_DTYPES[name]:
-            raise TypeError(f"{name}: expected dtype {_CODE_DTYPES[name]}, got {tensor.dtype}")
+        if name in CODE_DTYPES and tensor.dtype not in CODE_DTYPES[name]:
+            expected_dtypes = " or ".join(map(str, CODE_DTYPES[name]))
+            raise TypeError(f"{name}: expected dtype {expected_dtypes}, got {tensor.dtype}")
     if records.dim() != 1 or records.shape[0] == 0:
         raise ValueError(f"records: expected shape (W,) with W >= 1, got {tuple(records.shape)}")
     if tiers.dim() != 2 or not 1 <= tiers.shape[0] <= MAX_TIERS or groups < 1:
@@ -266,6 +269,9 @@ def check_table(packed: PackedTensors, embedding_dim: int) -> None:
     A table is checked once, when it is made from outside or read from a file.
     """
     check_packed(packed, embedding_dim)
+    for name, tensor in packed.named():
+        if name in CODE_DTYPES and tensor.dtype != CODE_DTYPES[name][0]:
+            raise TypeError(f"{name}: expected dtype {CODE_DTYPES[name][0]} in a table, got {tensor.dtype}")
     if not packed.scales.is_floating_point():
         raise TypeError(f"scales: expected a floating-point dtype, got {packed.scales.dtype}")
     # Basis and offset have H columns; without both, only the tiers bound H.

@@ -142,7 +142,7 @@ struct Head {
 
   PackedRow<A> packed(const Row& row, A factor) const {
     const int64_t groups = table.used[row.tier];
-    return {row.record, table.bits(row.tier), groups, groups * kGroup, table.levels, factor};
+    return {row.record, table.bits(row.tier), groups, groups * kGroup, table.levels.data(), factor};
   }
 
   // ---- many hidden states ----

@@ -85,10 +85,32 @@ struct Tiers {
   }
 };
 
+// Levels as the kernels read them. Files have int16, modules int32, since gloo and NCCL do not send int16.
+class Levels {
+ public:
+  Levels() = default;
+  explicit Levels(const Tensor& tensor) {
+    check_size("levels", tensor, 0, kLevelBits);
+    check_size("levels", tensor, 1, kTrellisStates);
+    if (tensor.scalar_type() == ScalarType::Short) {
+      given_ = static_cast<const int16_t*>(tensor.const_data_ptr());
+      return;
+    }
+    const int32_t* wide = static_cast<const int32_t*>(tensor.const_data_ptr());
+    for (size_t i = 0; i < narrowed_.size(); ++i) narrowed_[i] = static_cast<int16_t>(wide[i]);
+  }
+
+  const int16_t* data() const { return given_ ? given_ : narrowed_.data(); }
+
+ private:
+  const int16_t* given_ = nullptr;
+  std::array<int16_t, kLevelBits * kTrellisStates> narrowed_;
+};
+
 // A checked table.
 struct PackedTable {
   const int32_t *records, *directory;
-  const int16_t* levels;
+  Levels levels;
   std::shared_ptr<const Tiers> tiers;
   int64_t count, vocabulary, words;  // numbers of tiers, rows, words of the records
   int64_t basis_rows, width;
@@ -139,12 +161,11 @@ inline PackedTable checked_table(const Tensor& records, const Tensor& directory,
   check_tensor("records", records, 1, ScalarType::Int);
   check_tensor("directory", directory, 2, ScalarType::Int);
   check_tensor("tiers", tiers, 2, ScalarType::Byte);
-  check_tensor("levels", levels, 2, ScalarType::Short);
+  check_tensor("levels", levels, 2,
+               levels.scalar_type() == ScalarType::Int ? ScalarType::Int : ScalarType::Short);
   check_tensor("scales", scales, 1, type);
   check_size("directory", directory, 0, (scales.size(0) + kGroup - 1) / kGroup);
   check_size("directory", directory, 1, 5);
-  check_size("levels", levels, 0, kLevelBits);
-  check_size("levels", levels, 1, kTrellisStates);
   check(scales.size(0) > 0, "scales: expected at least 1, got 0");
   check(records.size(0) > 0, "records: expected at least 1 word, got 0");
   check(tiers.size(0) >= 1 && tiers.size(0) <= kMaxTiers && tiers.size(1) >= 2,
@@ -153,7 +174,7 @@ inline PackedTable checked_table(const Tensor& records, const Tensor& directory,
   PackedTable table;
   table.records = static_cast<const int32_t*>(records.const_data_ptr());
   table.directory = static_cast<const int32_t*>(directory.const_data_ptr());
-  table.levels = static_cast<const int16_t*>(levels.const_data_ptr());
+  table.levels = Levels(levels);
   table.count = tiers.size(0), table.vocabulary = scales.size(0);
   table.words = records.size(0), table.width = width, table.basis_rows = 0;
   if (basis) {
