@@ -93,3 +93,9 @@ def __dir__() -> list[str]:
 @wrapt.when_imported("transformers.quantizers.auto")
 def _register(_: Any) -> None:
     importlib.import_module(".models.quantizer", __name__)
+
+
+# The same for models that accelerate loads into what a config describes.
+@wrapt.when_imported("transformers.modeling_utils")
+def _extend(modeling: Any) -> None:
+    importlib.import_module(".models.skeleton", __name__).extend_from_config(modeling)
