@@ -2,8 +2,8 @@
 
 ``install`` runs when embkern is imported, and by the entry point ``torch.backends`` when torch is: a
 compressed model then loads although nobody wrote ``import embkern``. It only watches for the import of
-transformers' quantizers and of sentence-transformers' static embeddings, and must never raise, as ``import
-torch`` would.
+transformers' quantizers and base class and of sentence-transformers' static embeddings, and must never raise,
+as ``import torch`` would.
 """
 
 from __future__ import annotations
@@ -90,9 +90,36 @@ class _Load(classmethod):
         super().__init__(load)
 
 
+def _make_skeletons(module: ModuleType) -> bool:
+    """Let models be made from configs of compressed ones; return whether their module was complete."""
+    base: Any = getattr(module, "PreTrainedModel", None)
+    make = getattr(base, "__dict__", {}).get("_from_config")
+    if make is None:
+        return False
+    if not isinstance(make, _FromConfig):
+        base._from_config = _FromConfig(make)
+    return True
+
+
+class _FromConfig(classmethod):
+    """``PreTrainedModel._from_config``, which makes compressed modules on meta for accelerate to load."""
+
+    def __init__(self, make: Any) -> None:
+        @functools.wraps(make.__func__)
+        def from_config(cls: type, *args: Any, **kwargs: Any) -> Any:
+            model = make.__get__(None, cls)(*args, **kwargs)
+            described = getattr(model.config, "quantization_config", None)
+            if isinstance(described, dict) and described.get("quant_method") == QUANT_METHOD:
+                importlib.import_module(".models.skeleton", __package__).compress_skeleton(model, described)
+            return model
+
+        super().__init__(from_config)
+
+
 # By the module that reads it, what registers a format and returns whether the module was complete.
 _READERS: dict[str, Callable[[ModuleType], bool]] = {
     "transformers.quantizers.auto": _add_quantizer,
+    "transformers.modeling_utils": _make_skeletons,
     "sentence_transformers.sentence_transformer.modules.static_embedding": _read_packed_bags,
     "sentence_transformers.models.StaticEmbedding": _read_packed_bags,  # before version 5.4
 }

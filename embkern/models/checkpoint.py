@@ -141,7 +141,8 @@ def check_files(model: nn.Module, files: list[str], root: str, state: TableState
             found[name] = shape
             # transformers would cast them silently.
             expected = layer.code_dtypes.get(name)
-            if dtype != expected if expected else dtype not in DTYPES:
+            known = (expected, layer.held_dtypes.get(name, expected)) if expected else DTYPES
+            if dtype not in known:
                 raise ValueError(
                     "the checkpoint does not hold the compressed table its config describes: expected "
                     f"{expected or 'a floating-point dtype'} for {key}, got {dtype or 'an unknown dtype'}"
@@ -218,7 +219,7 @@ def verify(root: TableModule, state: TableState) -> None:
     """
     if not is_whole(root, state):
         return
-    tensors = root.tensors()
+    tensors = root.table.tensors()
     if torch.promote_types(root.dtype, state.stored_dtype) == root.dtype:
         tensors = {n: t.to(state.stored_dtype) if t.is_floating_point() else t for n, t in tensors.items()}
     else:

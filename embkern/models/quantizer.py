@@ -83,7 +83,7 @@ def install(model: PreTrainedModel, table: ModelTable, compressed: Table, recipe
     if table.role == "bag":
         install_bag(model, compressed)
         return
-    _own_config(model)
+    own_config(model)
     config = EmbkernConfig(**recipe.model_dump())
     quantizer = getattr(model, "hf_quantizer", None) or EmbkernQuantizer(config, pre_quantized=False)
     before = quantizer.quantization_config
@@ -100,10 +100,10 @@ def install(model: PreTrainedModel, table: ModelTable, compressed: Table, recipe
     quantizer.quantization_config = config
     live = compressed.to(device=table.weight.device, dtype=table.weight.dtype)
     quantizer.originals.append(swap(model, table, live, bool(compressed_heads(table, recipe))))
-    _adopt(model, quantizer)
+    adopt(model, quantizer)
 
 
-def _own_config(model: PreTrainedModel) -> None:
+def own_config(model: PreTrainedModel) -> None:
     """Copy the model's config, which another model may share, before it is changed."""
     copies: dict[int, Any] = {}
     copy.deepcopy(model.config, copies)
@@ -113,7 +113,7 @@ def _own_config(model: PreTrainedModel) -> None:
             module.config = copies[id(config)]
 
 
-def _adopt(model: PreTrainedModel, quantizer: EmbkernQuantizer) -> None:
+def adopt(model: PreTrainedModel, quantizer: EmbkernQuantizer) -> None:
     """Attach the quantizer to the model and to nested models, which may be saved alone."""
     for module in compressed_models(model):
         module.hf_quantizer = quantizer
@@ -142,7 +142,12 @@ class EmbkernQuantizer(HfQuantizer):
         self.originals: list[DenseModules] = []
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, dtype: Any = None, **_: Any
+        self,
+        model: PreTrainedModel,
+        checkpoint_files: list[str] | None = None,
+        dtype: Any = None,
+        device_map: Any = None,
+        **_: Any,
     ) -> PreTrainedModel:
         if not self.pre_quantized:
             return model
@@ -150,7 +155,7 @@ class EmbkernQuantizer(HfQuantizer):
         if not states:
             raise ValueError("quantization_config.table: expected what embkern saved, got nothing")
         for name, state in states.items():
-            self._build(model, name, state, checkpoint_files)
+            self._build(model, name, state, checkpoint_files, device_map)
         roots = table_roots(model)
         for module in table_modules(model):
             if module is not roots[module.table_name]:
@@ -158,7 +163,12 @@ class EmbkernQuantizer(HfQuantizer):
         return model
 
     def _build(
-        self, model: PreTrainedModel, name: str, state: TableState, checkpoint_files: list[str] | None
+        self,
+        model: PreTrainedModel,
+        name: str,
+        state: TableState,
+        checkpoint_files: list[str] | None,
+        device_map: Any,
     ) -> None:
         """Replace the modules of a table by those over the compressed one that ``state`` describes.
 
@@ -204,12 +214,16 @@ class EmbkernQuantizer(HfQuantizer):
                 )
             self.checkpoint_keys = keys
         table.scales = {name: scale_of(state, canonical_name(model, name)) for name in table.embeddings}
+        sharing = table.embeddings if state.head == "dense" else [*table.embeddings, *table.heads]
+        _check_places(device_map, sharing)
         self.originals.append(swap(model, table, skeleton, state.head != "dense"))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         config = self.quantization_config
         if self.pre_quantized:
             roots = table_roots(model)
+            for root in roots.values():
+                root.cast_to_held()
             for module in table_modules(model):
                 module.share_codes(roots[module.table_name])
             for name, root in roots.items():
@@ -217,7 +231,7 @@ class EmbkernQuantizer(HfQuantizer):
             if self.checkpoint_keys is not None:
                 zero_missing_biases(model, self.checkpoint_keys)
                 self.checkpoint_keys = None
-            _adopt(model, self)
+            adopt(model, self)
         else:
             plans = plan_tables(model, config.recipe)
             # There is no tokenizer here, so that only the model itself can tell how often tokens are read.
@@ -325,6 +339,26 @@ def _saved_tensors(root: TableModule, state: TableState) -> dict[str, Tensor]:
     # Offloaded or sharded tensors have no checksums, and are not verified when they are loaded.
     state.dtype, state.checksums = dtype_name(storage_dtype(root, state)), {}
     return root.tensors()
+
+
+def _check_places(device_map: Any, sharing: list[str]) -> None:
+    """Raise ValueError if modules that share the table are to be on the disk and elsewhere.
+
+    accelerate reads a tensor from the disk for one module, and finds none for another that shares it.
+    """
+    if not isinstance(device_map, dict):
+        return
+    places = {}
+    for name in sharing:
+        known = [key for key in device_map if f"{name}.".startswith(f"{key}." if key else "")]
+        if known:
+            places[name] = str(device_map[max(known, key=len)])
+    if "disk" in places.values() and len(set(places.values())) > 1:
+        listed = ", ".join(f"{name!r}: {place!r}" for name, place in places.items())
+        raise ValueError(
+            f"device_map: expected one place for the modules that share the compressed table, got {listed}; "
+            "put all of them on the disk, or none"
+        )
 
 
 # These replace what ``embkern._registration`` left for them.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import MutableMapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..ops.backends import DTYPES, Backend
 from ..tables import Table
@@ -28,7 +31,8 @@ class TableModule(nn.Module):
         kind: name of the kind of table in a saved model's config.
         table_type: class of the table.
         tensor_names: names of the table's tensors.
-        code_dtypes: dtypes of those that are integers.
+        code_dtypes: dtypes of those that are integers, in a table and in files.
+        held_dtypes: dtypes of those that the module holds in another one.
         keeps_stored_dtype: whether a wider model saves the table in the dtype in which it was stored.
         frozen: whether gradients stop at the stored tensors, as in models, where only an ``Adjustment`` is
             trained; ``requires_grad_(True)`` then makes one.
@@ -42,6 +46,7 @@ class TableModule(nn.Module):
     table_type: ClassVar[type[Table]]
     tensor_names: ClassVar[tuple[str, ...]]
     code_dtypes: ClassVar[dict[str, torch.dtype]] = {}
+    held_dtypes: ClassVar[dict[str, torch.dtype]] = {}
     keeps_stored_dtype: ClassVar[bool] = False
     frozen: bool = False
     backend: Backend | None = None
@@ -129,13 +134,23 @@ class TableModule(nn.Module):
 
         No name may be "bias" or contain "decoder": transformers pads the former to V and renames the latter.
         """
-        tensors = {name: tensor.contiguous() for name, tensor in table.tensors().items()}
+        tensors = {name: tensor.contiguous() for name, tensor in self._as_held(table).items()}
         for name in self.tensor_names:
             tensor = tensors.get(name)
             if tensor is None or tensor.is_floating_point():
                 self.register_parameter(name, None if tensor is None else nn.Parameter(tensor))
             else:
                 self.register_buffer(name, tensor)
+
+    def _as_held(self, table: Table) -> dict[str, Tensor]:
+        """Return the tensors of a table, by name, in the dtypes in which the module holds them."""
+        held = self.held_dtypes
+        return {name: tensor.to(held.get(name, tensor.dtype)) for name, tensor in table.tensors().items()}
+
+    def cast_to_held(self) -> None:
+        """Cast tensors to the dtypes in which the module holds them; a loader may have kept a file's."""
+        for name, dtype in self.held_dtypes.items():
+            setattr(self, name, getattr(self, name).to(dtype))
 
     def share(self, other: TableModule) -> None:
         """Replace this module's tensors by those of another one."""
@@ -158,7 +173,7 @@ class TableModule(nn.Module):
 
     def replace(self, table: Table) -> None:
         """Replace the tensors by those of a table; a parameter that already shares its memory is kept."""
-        for name, new in table.tensors().items():
+        for name, new in self._as_held(table).items():
             old = getattr(self, name)
             if new.shape != old.shape or new.data_ptr() != old.data_ptr():
                 parameter = isinstance(old, nn.Parameter)
@@ -228,19 +243,30 @@ class TableModule(nn.Module):
                 "load it into the dense model and compress that"
             )
             return
+        for name, dtype in self.held_dtypes.items():  # With assign=True the tensor itself is taken.
+            if isinstance(stored := state_dict.get(prefix + name), Tensor):
+                state_dict[prefix + name] = stored.to(dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        """Apply ``fn`` as ``nn.Module`` does, but to buffers in place, so that modules keep sharing them."""
-        before = dict(self._buffers)
+        """Apply ``fn`` as ``nn.Module`` does, so that modules keep sharing tensors.
+
+        Buffers change in place. What cannot, from and to the meta device, is replaced by one tensor in all
+        modules that share it.
+        """
+        held: tuple[dict[str, Any], ...] = (self._parameters, self._buffers)
+        before = [dict(tensors) for tensors in held]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is None or new is None or new is old:
-                continue
-            if torch._has_compatible_shallow_copy_type(old, new):
-                old.data = new
-                self._buffers[name] = old
+        for tensors, of_before in zip(held, before, strict=True):
+            for name, old in of_before.items():
+                new = tensors[name]
+                if old is None or new is None or new is old:
+                    continue
+                if tensors is self._buffers and torch._has_compatible_shallow_copy_type(old, new):
+                    old.data = new
+                    tensors[name] = old
+                else:
+                    tensors[name] = _successor(old, new)
         return self
 
 
@@ -343,6 +369,20 @@ class CompressedHead(TableModule):
         """Return the arguments that ``print`` shows."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, bias={self.bias is not None}"
+
+
+# What a tensor has been replaced by, for the modules that share it.
+_SUCCESSORS: MutableMapping[Tensor, weakref.ref[Tensor]] = WeakTensorKeyDictionary()
+
+
+def _successor(old: Tensor, new: Tensor) -> Tensor:
+    """Return what another module has already replaced ``old`` by, if it is like ``new``; else ``new``."""
+    reference = _SUCCESSORS.get(old)
+    known = None if reference is None else reference()
+    if known is not None and (known.device, known.dtype, known.shape) == (new.device, new.dtype, new.shape):
+        return known
+    _SUCCESSORS[old] = weakref.ref(new)
+    return new
 
 
 def _listed(names: tuple[str, ...]) -> str:

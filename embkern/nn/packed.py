@@ -24,7 +24,8 @@ _BLOCK_ROWS = 8192  # rows that are decoded at a time
 class PackedTableModule(TableModule):
     """Holds a ``PackedTable``: records, directory, tiers and levels as buffers, the others as parameters.
 
-    The buffers are integers, which no cast of a model changes.
+    The buffers are integers, which no cast of a model changes, of dtypes that gloo and NCCL send: levels are
+    int16 in a table and int32 here.
     """
 
     kind = "packed"
@@ -36,6 +37,7 @@ class PackedTableModule(TableModule):
         "tiers": torch.uint8,
         "levels": torch.int16,
     }
+    held_dtypes: ClassVar[dict[str, torch.dtype]] = {"levels": torch.int32}
     keeps_stored_dtype = True
     records: Tensor
     directory: Tensor
@@ -63,8 +65,9 @@ class PackedTableModule(TableModule):
 
     @property
     def table(self) -> PackedTable:
-        """The packed table, which shares memory with the module; it is not validated."""
+        """The packed table, which shares memory with the module, except levels; it is not validated."""
         tensors: dict[str, Any] = self.tensors()
+        tensors["levels"] = tensors["levels"].to(self.code_dtypes["levels"])
         return PackedTable(**tensors, embedding_dim=self._width, check=False)
 
     def _packed_tensors(self) -> Tensors:

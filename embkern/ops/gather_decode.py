@@ -8,10 +8,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_dynamo_compiling, is_exporting
 
 from . import reference
-from .backends import Backend, select
+from .backends import BACKENDS, Backend, select
 from .library import (
     apply,
     check_ids,
@@ -50,12 +50,17 @@ define(
     "Tensor? basis, Tensor? offset, int embedding_dim, float scale) -> Tensor",
     backends=("native", "triton"),
     fake=_forward_fake,
+    python={"torch": reference.gather_decode_forward},
+    decomposition=reference.gather_decode_in_aten,
 )
 
 _FORWARD: dict[str, Callable[..., Tensor]] = {
     "native": overload("gather_decode_forward", "native"),
     "triton": overload("gather_decode_forward", "triton"),
     "torch": reference.gather_decode_forward,
+}
+_EXPORTED: dict[str, Callable[..., Tensor]] = {
+    backend: overload("gather_decode_forward", backend) for backend in BACKENDS
 }
 
 # OpOverload.__call__ does nothing but call this, and takes 5 % of the lookup of a row; torch.compile knows
@@ -139,9 +144,9 @@ def gather_decode(
             four bits a row.
         tiers: (T, 1 + G) uint8, T up to 16: whether the values of a tier are coefficients of the basis, then
             the number of bits, 0 to 8, per value of each group of 32 values.
-        levels: (4, 128) int16, in steps of 2^-12: the values of codes of 1 to 4 bits, by the state of their
-            trellis (``embkern.ops.packed_format.trellis_states``). Wider codes are uniform, ``code -
-            (2**bits - 1) / 2``.
+        levels: (4, 128) int16, or int32 of the same values, in steps of 2^-12: the values of codes of 1 to 4
+            bits, by the state of their trellis (``embkern.ops.packed_format.trellis_states``). Wider codes
+            are uniform, ``code - (2**bits - 1) / 2``.
         scales: (V,), a factor on each row.
         basis: (K, H), K a multiple of 32; None if no tier needs it. Rows for groups of 0 bits may be left
             unread, or be multiplied by 0.
@@ -201,6 +206,8 @@ def decode_rows(
             padding = _NO_PADDING if padding_idx is None else padding_idx % len(scales)
             rows: Tensor = apply(GatherDecode, ids, *packed, embedding_dim, scale, padding, chosen)
             return rows
+        if is_exporting():  # A program has one node, for decompositions to take the place of.
+            return _EXPORTED[chosen](ids, *packed, embedding_dim, scale)
         return _FORWARD[chosen](ids, *packed, embedding_dim, scale)
     except Exception as error:
         raise_refusal(_check, ids, PackedTensors(*packed), embedding_dim)

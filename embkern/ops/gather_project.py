@@ -55,6 +55,7 @@ define(
     "(Tensor ids, Tensor codes, Tensor basis, Tensor? offset, float scale) -> Tensor",
     backends=("native", "triton"),
     fake=_forward_fake,
+    decomposition=reference.gather_project_forward,
 )
 define(
     "gather_project_out",

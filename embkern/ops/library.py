@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._decomp import register_decomposition
 from torch.autograd import Function, forward_ad
 
 NAMESPACE = "embkern"
@@ -23,21 +24,54 @@ LIBRARY.define("cpu_capability(int level) -> int")
 LIBRARY.define("exp_and_tanh(Tensor values) -> (Tensor, Tensor)")  # For tests.
 LIBRARY.define("poison_memory(bool on) -> ()")  # For tests: NaN in new memory of the kernels.
 
+# The ops of inference in terms of aten, for torch.export.ExportedProgram.run_decompositions. The result runs
+# where embkern is not installed, over the same tensors: a table stays packed. torch.onnx.export applies them.
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
 
-def define(name: str, schema: str, *, backends: tuple[str, ...], fake: Callable[..., Any]) -> None:
+
+def define(
+    name: str,
+    schema: str,
+    *,
+    backends: tuple[str, ...],
+    fake: Callable[..., Any],
+    python: dict[str, Callable[..., Any]] | None = None,
+    decomposition: Callable[..., Any] | None = None,
+) -> None:
     """Define one overload of ``name`` per backend, with ``fake`` as its shape function.
 
     The extension binds the native implementations. The Triton one is the function ``name`` in the module of
     ``embkern.triton`` that has the name of the module of ``fake``; it is imported at the first call.
+
+    ``python`` has the implementations of other backends, which consist of other ops. They are loops over the
+    table, which a compiler would unroll: as an op they are one node of a graph, whatever the table's size.
+
+    ``decomposition`` is the op in terms of aten, as an entry of ``DECOMPOSITIONS``.
     """
-    for backend in backends:
+    python = python or {}
+    for backend in (*backends, *python):
         overload = f"{name}.{backend}"
         LIBRARY.define(overload + schema)
         LIBRARY.impl(overload, fake, "Meta")
-        if backend == "triton":
+        if backend in python:
+            LIBRARY.impl(overload, _without_grad(python[backend]), "CompositeExplicitAutograd")
+        elif backend == "triton":
             launcher = _lazy(f"embkern.triton.{fake.__module__.rpartition('.')[2]}", name)
             LIBRARY.impl(overload, launcher, "CUDA")
             LIBRARY.impl(overload, launcher, "CPU")  # Triton's interpreter
+        if decomposition is not None:
+            op = getattr(getattr(getattr(torch.ops, NAMESPACE), name), backend)
+            DECOMPOSITIONS[op] = decomposition
+            register_decomposition(op)(decomposition)
+            register_decomposition(op, type="meta")(fake)  # Else shapes would follow from the decomposition.
+
+
+def _without_grad(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        with torch.no_grad():  # A call from an exported program may be in grad mode.
+            return function(*args)
+
+    return call
 
 
 def _lazy(module: str, name: str) -> Callable[..., Any]:
@@ -71,11 +105,13 @@ def needs_autograd(*tensors: torch.Tensor | None) -> bool:
     """Return whether a call must go through its autograd.Function, which is slower than the raw op.
 
     Forward-mode AD goes there, too: the Function refuses it, where the raw op would drop the tangent.
+    Programs of torch.export and torch.jit.trace are for inference and have the raw op: they hold no Function.
     """
     if torch.is_grad_enabled():
         for tensor in tensors:  # A generator would slow down the lookup of a single token.
             if tensor is not None and tensor.requires_grad:
-                return True
+                tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+                return not (tracing or torch.compiler.is_exporting())
     return forward_ad._current_level >= 0
 
 

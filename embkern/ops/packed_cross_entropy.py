@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import reference
-from .backends import Backend, select
+from .backends import BACKENDS, Backend, select
 from .cross_entropy import Reduction, as_cap, check_arguments, check_options, reduced
 from .library import (
     apply,
@@ -23,9 +22,9 @@ from .library import (
     reraise_native,
 )
 from .packed_format import PackedTensors, check_packed
-from .packed_logits import _PACKED_SCHEMA, Optional
+from .packed_logits import _PACKED_SCHEMA, Optional, by_pieces
+from .reference import sums_dtype
 from .reference.cross_entropy import STATISTICS
-from .reference.packed_cross_entropy import sums_dtype
 
 _FLOATS = (0, 6, 7, 8, 9)  # Positions of hidden, scales, basis, offset and bias.
 
@@ -61,6 +60,7 @@ define(
     f"({_ARGUMENTS}, bool needs_hidden) -> (Tensor, Tensor, Tensor)",
     backends=("native",),
     fake=_forward_fake,
+    python=by_pieces(reference.packed_cross_entropy_forward),
 )
 define(
     "packed_cross_entropy_backward",
@@ -68,19 +68,14 @@ define(
     "bool needs_offset, bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     backends=("native",),
     fake=_backward_fake,
+    python=by_pieces(reference.packed_cross_entropy_backward),
 )
 
-# Triton decodes pieces of the table; the rest is that of torch.
-_decode_by_triton = overload("gather_decode_forward", "triton")
 _FORWARD: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
-    "native": overload("packed_cross_entropy_forward", "native"),
-    "triton": functools.partial(reference.packed_cross_entropy_forward, decode=_decode_by_triton),
-    "torch": reference.packed_cross_entropy_forward,
+    backend: overload("packed_cross_entropy_forward", backend) for backend in BACKENDS
 }
 _BACKWARD: dict[str, Callable[..., tuple[Tensor, ...]]] = {
-    "native": overload("packed_cross_entropy_backward", "native"),
-    "triton": functools.partial(reference.packed_cross_entropy_backward, decode=_decode_by_triton),
-    "torch": reference.packed_cross_entropy_backward,
+    backend: overload("packed_cross_entropy_backward", backend) for backend in BACKENDS
 }
 
 
@@ -182,7 +177,7 @@ def packed_cross_entropy(
         records: (W,) int32, the bit planes of all rows; this and the others are those of ``gather_decode``.
         directory: (ceil(V / 32), 5) int32.
         tiers: (T, 1 + G) uint8.
-        levels: (4, 128) int16.
+        levels: (4, 128) int16 or int32.
         scales: (V,).
         basis: (K, H), or None.
         offset: (H,), or None.

@@ -6,7 +6,7 @@ docs/packed-format.md specifies the format. No other Python module knows how a t
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,14 +21,17 @@ STATE_BITS = 7
 STATES: int = 2**STATE_BITS
 LEVELS_PER_UNIT = 4096
 LEVEL_STEP = 1 / LEVELS_PER_UNIT  # Levels are whole numbers of steps, so that no cast of a model rounds them.
+_WORD, _CODES = 2**32 - 1, 2**MAX_BITS
 ENTRY_WORDS = 5  # An entry of the directory has the place of its first record and four words of tiers.
 _TIERS_PER_WORD = 8
 TRELLIS_FILE = Path(__file__).parent.parent / "data" / "trellis_levels.txt"
-_CODE_DTYPES = {
-    "records": torch.int32,
-    "directory": torch.int32,
-    "tiers": torch.uint8,
-    "levels": torch.int16,
+# Dtypes in which the ops take the integers; the first one is that of files. gloo and NCCL do not send int16,
+# so that a module, whose buffers DDP broadcasts, holds levels as int32.
+CODE_DTYPES = {
+    "records": (torch.int32,),
+    "directory": (torch.int32,),
+    "tiers": (torch.uint8,),
+    "levels": (torch.int16, torch.int32),
 }
 
 
@@ -140,7 +143,7 @@ def tiers_of_rows(directory: Tensor) -> Tensor:
 def _nibbles(words: Tensor) -> Tensor:
     """The eight tiers (N, 4, 8) in each of some words (N, 4)."""
     shifts = torch.arange(0, 32, 4, device=words.device, dtype=torch.int32)
-    return (words.unsqueeze(2) >> shifts) & 15
+    return torch.bitwise_right_shift(words.unsqueeze(2), shifts) & 15
 
 
 def bit_planes(codes: Tensor, tier: Tier) -> Tensor:
@@ -160,8 +163,25 @@ def _wrapped(words: Tensor) -> Tensor:
 # ---- values ------------------------------------------------------------------------------------------
 
 
+def bits_by_shifts(words: Tensor) -> Tensor:
+    """Bits of int32 words (N, G), one per lane: (N, G, 32) int32."""
+    lanes = torch.arange(GROUP, dtype=torch.int32, device=words.device)
+    return torch.bitwise_right_shift(words.unsqueeze(2), lanes) & 1
+
+
+def bits_by_masks(words: Tensor) -> Tensor:
+    """``bits_by_shifts`` for ONNX, whose shifts have no sign: there a shift takes ten operators."""
+    masks = _wrapped(2 ** torch.arange(GROUP, device=words.device))
+    return (words.unsqueeze(2) & masks).bool().to(torch.int32)
+
+
 def packed_values(
-    ids: Tensor, records: Tensor, directory: Tensor, tiers: Tensor, levels: Tensor
+    ids: Tensor,
+    records: Tensor,
+    directory: Tensor,
+    tiers: Tensor,
+    levels: Tensor,
+    bits_of: Callable[[Tensor], Tensor] = bits_by_shifts,
 ) -> tuple[Tensor, Tensor]:
     """Whether the rows of ids (N,) are coefficients of the basis (N,), and their values (N, 32 G) in fp32.
 
@@ -169,28 +189,55 @@ def packed_values(
     (2**b - 1) / 2`` beyond four bits; 0 where the tier has no bits in the group.
     """
     block, lane = ids // GROUP, ids % GROUP
-    tier_of = _nibbles(directory[block, 1:]).flatten(1).long()  # (N, 32), for the rows of the blocks
+    entry = _taken(directory, block)
+    tier_of = _nibbles(entry[:, 1:]).flatten(1).long()  # (N, 32), for the rows of the blocks
     bits = tiers[:, 1:].long()
     sizes = F.pad(bits.sum(1), (0, MAX_TIERS - len(tiers)))
     lanes = torch.arange(GROUP, device=ids.device)
-    before = torch.where(lanes < lane.unsqueeze(1), sizes[tier_of], 0).sum(1)
+    before = torch.where(lanes < lane.unsqueeze(1), _taken(sizes, tier_of), 0).sum(1)
     tier = tier_of.gather(1, lane.unsqueeze(1)).squeeze(1)
-    transform, bits = tiers[tier, 0].bool(), bits[tier]
-    group = (directory[block, 0].long() + before).unsqueeze(1) + bits.cumsum(1) - bits
+    start = (entry[:, 0].long() + before).view(-1, 1, 1)
 
-    code = torch.zeros(*bits.shape, GROUP, dtype=torch.int64, device=ids.device)
+    place, turn = _index_words(bits)
+    turn = _taken(turn, tier)
+    words = _taken(records, torch.where(turn > 0, start + _taken(place, tier), 0)).long() & _WORD
+    turned = words * turn  # Bits that leave the word at its end come back at its start.
+    turned = _wrapped((turned | turned // (_WORD + 1)) & _WORD)
+    index = _taken((bits * _CODES).to(torch.int32), tier).unsqueeze(2)
     for plane in range(MAX_BITS):
-        present = plane < bits
-        word = records[torch.where(present, group + plane, 0)]
-        bit = (word.unsqueeze(2) >> lanes.to(torch.int32)) & 1
-        code += torch.where(present.unsqueeze(2), bit.long() << plane, 0)
-    width = bits.unsqueeze(2)
-    own = width.clamp(1, LEVEL_BITS)
-    chosen = levels.flatten()[(own - 1) * STATES + trellis_states(code, own)].float()
-    chosen = chosen / LEVELS_PER_UNIT  # The compiler of torch 2.10 fails on a global float in a backward.
-    uniform = code.float() - ((1 << width).float() - 1) / 2
-    values = torch.where(width > LEVEL_BITS, uniform, torch.where(width > 0, chosen, 0.0))
-    return transform, values.flatten(1)
+        index = index + bits_of(turned[:, :, plane]) * (1 << plane)
+    return _taken(tiers[:, 0], tier).bool(), _taken(_values_by_index(levels), index).flatten(1)
+
+
+def _taken(tensor: Tensor, index: Tensor) -> Tensor:
+    """``tensor[index]``, which an exporter translates to a gather of rows."""
+    return tensor.index_select(0, index.flatten()).view(*index.shape, *tensor.shape[1:])
+
+
+def _index_words(bits: Tensor) -> tuple[Tensor, Tensor]:
+    """Words of a record that hold the bits of the values' indices, for the bits (T, G) of each tier's groups.
+
+    The index of a value is its trellis state or, beyond four bits, its code. Bit k of the indices of group g
+    is the word ``place[t, g, k]`` of the record, rotated to the left: the code before a value is that of the
+    lane before. ``turn`` is 2 to the power of this rotation, 0 where the index has fewer bits.
+    """
+    bits = bits.unsqueeze(2)
+    plane = torch.arange(MAX_BITS, device=bits.device)
+    trellis = bits <= LEVEL_BITS
+    own = torch.where(trellis, bits.clamp(min=1), MAX_BITS)  # the planes of a code
+    used = torch.where(bits == 0, 0, torch.where(trellis, STATE_BITS, bits))
+    place = bits.cumsum(1) - bits + plane % own
+    return place, torch.where(plane < used, 2 ** (plane // own), 0)
+
+
+def _values_by_index(levels: Tensor) -> Tensor:
+    """Values (9 * 256,) fp32 of codes of 0 to 8 bits, 256 each by the index of ``_index_words``."""
+    of_codes = torch.arange(_CODES, device=levels.device, dtype=torch.float32)
+    widths = torch.arange(LEVEL_BITS + 1, MAX_BITS + 1, device=levels.device)
+    uniform = of_codes - (2**widths - 1).float().unsqueeze(1) / 2
+    # The compiler of torch 2.10 fails on a global float in a backward.
+    chosen = F.pad(levels.float() / LEVELS_PER_UNIT, (0, _CODES - STATES))
+    return torch.cat([torch.zeros_like(uniform[:1]), chosen, uniform]).flatten()
 
 
 def trellis_states(code: Tensor, bits: Tensor | int) -> Tensor:
@@ -237,8 +284,9 @@ def check_packed(packed: PackedTensors, embedding_dim: int) -> None:
     for name, tensor in packed.named():
         if name in expected and tuple(tensor.shape) != expected[name]:
             raise ValueError(f"{name}: expected shape {expected[name]}, got {tuple(tensor.shape)}")
-        if name in _CODE_DTYPES and tensor.dtype != _CODE_DTYPES[name]:
-            raise TypeError(f"{name}: expected dtype {_CODE_DTYPES[name]}, got {tensor.dtype}")
+        if name in CODE_DTYPES and tensor.dtype not in CODE_DTYPES[name]:
+            expected_dtypes = " or ".join(map(str, CODE_DTYPES[name]))
+            raise TypeError(f"{name}: expected dtype {expected_dtypes}, got {tensor.dtype}")
     if records.dim() != 1 or records.shape[0] == 0:
         raise ValueError(f"records: expected shape (W,) with W >= 1, got {tuple(records.shape)}")
     if tiers.dim() != 2 or not 1 <= tiers.shape[0] <= MAX_TIERS or groups < 1:
@@ -266,6 +314,9 @@ def check_table(packed: PackedTensors, embedding_dim: int) -> None:
     A table is checked once, when it is made from outside or read from a file.
     """
     check_packed(packed, embedding_dim)
+    for name, tensor in packed.named():
+        if name in CODE_DTYPES and tensor.dtype != CODE_DTYPES[name][0]:
+            raise TypeError(f"{name}: expected dtype {CODE_DTYPES[name][0]} in a table, got {tensor.dtype}")
     if not packed.scales.is_floating_point():
         raise TypeError(f"scales: expected a floating-point dtype, got {packed.scales.dtype}")
     # Basis and offset have H columns; without both, only the tiers bound H.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import reference
-from .backends import DTYPES, Backend, select
+from .backends import BACKENDS, DTYPES, Backend, select
 from .library import (
     apply,
     define,
@@ -22,7 +22,7 @@ from .library import (
     reraise_native,
 )
 from .packed_format import PackedTensors, check_packed
-from .reference import accumulation_dtype
+from .reference import sums_dtype
 
 _PACKED_SCHEMA = (
     "Tensor records, Tensor directory, Tensor tiers, Tensor levels, Tensor scales, "
@@ -39,7 +39,7 @@ def _forward_fake(hidden: Tensor, *packed: Any) -> Tensor:
 
 def _backward_fake(grad: Tensor, hidden: Tensor, *packed_and_needs: Any) -> tuple[Tensor, ...]:
     _, _, _, _, scales, basis, _offset, *needs = packed_and_needs
-    dtype = torch.promote_types(accumulation_dtype(hidden.dtype), accumulation_dtype(scales.dtype))
+    dtype = sums_dtype(hidden, scales)
     width = hidden.shape[1]
     basis_rows = 0 if basis is None else basis.shape[0]
     shapes = (
@@ -51,11 +51,19 @@ def _backward_fake(grad: Tensor, hidden: Tensor, *packed_and_needs: Any) -> tupl
     return tuple(hidden.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
+def by_pieces(definition: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """Return the backends that decode pieces of the table, whose products are those of torch."""
+    decode = overload("gather_decode_forward", "triton")
+    return {"triton": functools.partial(definition, decode=decode), "torch": definition}
+
+
 define(
     "packed_logits_forward",
     f"(Tensor hidden, {_PACKED_SCHEMA}) -> Tensor",
     backends=("native",),
     fake=_forward_fake,
+    python=by_pieces(reference.packed_logits_forward),
+    decomposition=reference.packed_logits_in_aten,
 )
 define(
     "packed_logits_backward",
@@ -63,19 +71,14 @@ define(
     "bool needs_basis, bool needs_offset) -> (Tensor, Tensor, Tensor, Tensor)",
     backends=("native",),
     fake=_backward_fake,
+    python=by_pieces(reference.packed_logits_backward),
 )
 
-# Triton decodes pieces of the table; their products are those of torch.
-_decode_by_triton = overload("gather_decode_forward", "triton")
 _FORWARD: dict[str, Callable[..., Tensor]] = {
-    "native": overload("packed_logits_forward", "native"),
-    "triton": functools.partial(reference.packed_logits_forward, decode=_decode_by_triton),
-    "torch": reference.packed_logits_forward,
+    backend: overload("packed_logits_forward", backend) for backend in BACKENDS
 }
 _BACKWARD: dict[str, Callable[..., tuple[Tensor, ...]]] = {
-    "native": overload("packed_logits_backward", "native"),
-    "triton": functools.partial(reference.packed_logits_backward, decode=_decode_by_triton),
-    "torch": reference.packed_logits_backward,
+    backend: overload("packed_logits_backward", backend) for backend in BACKENDS
 }
 
 
@@ -147,7 +150,7 @@ def packed_logits(
         records: (W,) int32, the bit planes of all rows; this and the others are those of ``gather_decode``.
         directory: (ceil(V / 32), 5) int32.
         tiers: (T, 1 + G) uint8.
-        levels: (4, 128) int16.
+        levels: (4, 128) int16 or int32.
         scales: (V,).
         basis: (K, H), or None.
         offset: (H,), or None.

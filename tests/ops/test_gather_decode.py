@@ -91,6 +91,14 @@ def test_codes_at_the_ends_of_the_format(level):
     assert torch.equal(table.decode(torch.arange(2)), expected)
 
 
+@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+def test_levels_of_int32_are_those_of_int16(backend, device, shape):
+    p = problem(shape, device=device)
+    wide = p._replace(codes=[*p.codes[:3], p.codes[3].to(torch.int32)])
+    rows = p.ours(p.ids, *p.factors, backend=backend)
+    assert torch.equal(wide.ours(p.ids, *p.factors, backend=backend), rows)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_bits_of_a_row_do_not_depend_on_its_batch(level, dtype):
     p = problem((300, 210, 96, 1), dtype)

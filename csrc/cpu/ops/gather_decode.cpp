@@ -1,8 +1,8 @@
 // gather_decode: out[n] = scale * (scales[id] * row + offset); row is the values of a record, or values @ basis
 //
 //   ids (*) int32|int64, records (W,) int32, directory (ceil(V / 32), 5) int32, tiers (T, 1 + G) uint8, levels
-//   (4, 128) int16, scales (V,), basis (K, H) or none, offset (H,) or none -> out (*, H) of scales' dtype.
-//   docs/packed-format.md describes the format.
+//   (4, 128) int16|int32, scales (V,), basis (K, H) or none, offset (H,) or none -> out (*, H) of scales'
+//   dtype. docs/packed-format.md describes the format.
 //
 // Two passes. The first one runs over the positions in order. It writes rows of values: H b / 8 bytes read, H
 // elements written; a row that occurred a short while before is copied. Outputs that no cache holds are written

@@ -104,6 +104,20 @@ std::shared_ptr<const Derived> derived(From... from) {
   return made;
 }
 
+// The levels of a tensor. Files have int16, modules int32, since gloo and NCCL do not send int16.
+inline std::shared_ptr<const Levels> checked_levels(const Tensor& tensor) {
+  check_tensor("levels", tensor, 2,
+               tensor.scalar_type() == ScalarType::Int ? ScalarType::Int : ScalarType::Short);
+  check_size("levels", tensor, 0, kLevelBits);
+  check_size("levels", tensor, 1, kTrellisStates);
+  if (tensor.scalar_type() == ScalarType::Short)
+    return derived<Levels>(static_cast<const int16_t*>(tensor.const_data_ptr()));
+  const int32_t* wide = static_cast<const int32_t*>(tensor.const_data_ptr());
+  std::array<int16_t, Levels::kCount> narrowed;
+  for (int64_t i = 0; i < Levels::kCount; ++i) narrowed[i] = static_cast<int16_t>(wide[i]);
+  return derived<Levels>(static_cast<const int16_t*>(narrowed.data()));
+}
+
 // A checked table.
 struct PackedTable {
   const int32_t *records, *directory;
@@ -159,12 +173,9 @@ inline PackedTable checked_table(const Tensor& records, const Tensor& directory,
   check_tensor("records", records, 1, ScalarType::Int);
   check_tensor("directory", directory, 2, ScalarType::Int);
   check_tensor("tiers", tiers, 2, ScalarType::Byte);
-  check_tensor("levels", levels, 2, ScalarType::Short);
   check_tensor("scales", scales, 1, type);
   check_size("directory", directory, 0, (scales.size(0) + kGroup - 1) / kGroup);
   check_size("directory", directory, 1, 5);
-  check_size("levels", levels, 0, kLevelBits);
-  check_size("levels", levels, 1, kTrellisStates);
   check(scales.size(0) > 0, "scales: expected at least 1, got 0");
   check(records.size(0) > 0, "records: expected at least 1 word, got 0");
   check(tiers.size(0) >= 1 && tiers.size(0) <= kMaxTiers && tiers.size(1) >= 2,
@@ -173,7 +184,7 @@ inline PackedTable checked_table(const Tensor& records, const Tensor& directory,
   PackedTable table;
   table.records = static_cast<const int32_t*>(records.const_data_ptr());
   table.directory = static_cast<const int32_t*>(directory.const_data_ptr());
-  table.all_levels = derived<Levels>(static_cast<const int16_t*>(levels.const_data_ptr()));
+  table.all_levels = checked_levels(levels);
   table.levels = table.all_levels->by_index.data();
   table.count = tiers.size(0), table.vocabulary = scales.size(0);
   table.words = records.size(0), table.width = width, table.basis_rows = 0;

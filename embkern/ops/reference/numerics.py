@@ -17,6 +17,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def sums_dtype(hidden: Tensor, scales: Tensor) -> torch.dtype:
+    """Return the dtype of losses and gradients of a head."""
+    return torch.promote_types(accumulation_dtype(hidden.dtype), accumulation_dtype(scales.dtype))
+
+
 def widened_on_cpu(tensor: Tensor) -> Tensor:
     """Return a tensor on CPU in the dtype of sums over it; others have tensor cores for their dtype."""
     return tensor.to(accumulation_dtype(tensor.dtype)) if tensor.is_cpu else tensor

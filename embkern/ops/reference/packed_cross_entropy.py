@@ -10,7 +10,7 @@ from torch import Tensor
 from ..packed_format import PackedTensors
 from .cross_entropy import Head, LossOptions, fold, logit_gradients, pieces
 from .gather_decode import gather_decode_forward
-from .numerics import accumulation_dtype, autocast_off, widened_on_cpu
+from .numerics import autocast_off, sums_dtype, widened_on_cpu
 from .packed_logits import Decode, PackedGradients
 
 
@@ -84,13 +84,7 @@ def packed_cross_entropy_backward(
         if needs_bias:
             of_bias.append(gradients.sum(0).to(dtype))
         sums.add(ids, gradients)
-    of_hidden, of_scales, of_basis, of_offset = (each.to(dtype) for each in sums.results())
-    return of_hidden, of_scales, of_basis, of_offset, torch.cat(of_bias)
-
-
-def sums_dtype(hidden: Tensor, scales: Tensor) -> torch.dtype:
-    """Return the dtype of losses and gradients."""
-    return torch.promote_types(accumulation_dtype(hidden.dtype), accumulation_dtype(scales.dtype))
+    return *sums.results(), torch.cat(of_bias)
 
 
 def _decoded(packed: PackedTensors, hidden: Tensor, decode: Decode) -> Iterator[tuple[int, Tensor, Tensor]]:

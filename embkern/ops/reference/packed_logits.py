@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..packed_format import GROUP, PackedTensors, tiers_of_rows
-from .gather_decode import gather_decode_forward
-from .numerics import accumulation_dtype, autocast_off
+from .gather_decode import gather_decode_forward, gather_decode_in_aten
+from .numerics import accumulation_dtype, autocast_off, sums_dtype
 
 PIECE_ROWS = 16384  # 38 MB at H = 576; on a GPU fewer rows would be bound by launches.
 
@@ -31,11 +31,28 @@ def packed_logits_forward(
 ) -> Tensor:
     """``hidden @ gather_decode(arange(V), ...).T``: hidden (N, H); (N, V) in the dtype of hidden."""
     packed = PackedTensors(records, directory, tiers, levels, scales, basis, offset)
-    logits = hidden.new_empty(len(hidden), len(scales))
+    logits = hidden.new_empty(hidden.shape[0], len(scales))
     for ids, columns in zip(_pieces(scales), logits.split(PIECE_ROWS, 1), strict=True):
         rows = decode(ids, *packed, hidden.shape[1], 1.0)
         columns.copy_(hidden @ rows.to(hidden.dtype).t())
     return logits
+
+
+@autocast_off
+def packed_logits_in_aten(
+    hidden: Tensor,
+    records: Tensor,
+    directory: Tensor,
+    tiers: Tensor,
+    levels: Tensor,
+    scales: Tensor,
+    basis: Tensor | None,
+    offset: Tensor | None,
+) -> Tensor:
+    """``packed_logits_forward`` without writes in place, which ONNX does not have."""
+    packed = PackedTensors(records, directory, tiers, levels, scales, basis, offset)
+    rows = (gather_decode_in_aten(ids, *packed, hidden.shape[1], 1.0) for ids in _pieces(scales))
+    return torch.cat([hidden @ piece.to(hidden.dtype).t() for piece in rows], 1)
 
 
 @autocast_off
@@ -57,7 +74,7 @@ def packed_logits_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of hidden, scales, basis and offset for grad (N, V); one that is not needed is empty.
 
-    They are of fp32, or of float64 where the tensor is.
+    They are of fp32, or of float64 if hidden or scales are.
     """
     packed = PackedTensors(records, directory, tiers, levels, scales, basis, offset)
     needs = (needs_hidden, needs_scales, needs_basis, needs_offset)
@@ -74,14 +91,14 @@ class PackedGradients:
         self, hidden: Tensor, packed: PackedTensors, needs: tuple[bool, bool, bool, bool], decode: Decode
     ) -> None:
         self.hidden, self.packed, self.needs, self.decode = hidden, packed, needs, decode
-        floats = (hidden, packed.scales, packed.basis, packed.offset)
+        floats, width = (hidden, packed.scales, packed.basis, packed.offset), hidden.shape[1]
         wide: list[Any] = [
             each if each is None else each.to(accumulation_dtype(each.dtype)) for each in floats
         ]
         _, self.wide_scales, self.wide_basis, _ = wide
         self.sums: list[Any] = [
-            torch.zeros_like(each) if needed else hidden.new_empty(0)
-            for each, needed in zip(wide, needs, strict=True)
+            torch.zeros_like(each) if needed else hidden.new_empty(shape)
+            for each, needed, shape in zip(wide, needs, ((0, width), (0,), (0, width), (0,)), strict=True)
         ]
         tiers = packed.tiers
         self.width = GROUP * (tiers.shape[1] - 1)
@@ -121,7 +138,9 @@ class PackedGradients:
 
     def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the sums; those that are not needed are empty."""
-        return self.sums[0], self.sums[1], self.sums[2], self.sums[3]
+        dtype = sums_dtype(self.hidden, self.packed.scales)
+        of_hidden, of_scales, of_basis, of_offset = (each.to(dtype) for each in self.sums)
+        return of_hidden, of_scales, of_basis, of_offset
 
 
 def _pieces(scales: Tensor) -> tuple[Tensor, ...]:
