@@ -44,10 +44,12 @@ class Adjustment(nn.Module):
             change.zero_()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        table = prefix[: prefix.rstrip(".").rfind(".") + 1]  # the prefix of the module that has this one
         if any(prefix + name in state_dict for name in self._parameters):
             super()._load_from_state_dict(state_dict, prefix, *args)
-        else:  # that of a saved model, whose table includes the changes
-            self.reset()
+        elif any(table + name in state_dict for name in self._parameters):
+            self.reset()  # the table of a saved model includes the changes
+        # Else another module, which shares the table and this one, is the one that is saved.
 
 
 def inverse(sizes: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -121,6 +122,21 @@ def test_the_guard_of_a_head_that_has_another_name_in_files(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         type(model).from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "t5"])
+def test_changes_of_a_shared_table_are_resumed(name, tmp_path):
+    """A file has them once, under the name of the table's first module."""
+    model = build(name)
+    embkern.compress(model, ratio=1.5, calibrate=False)
+    fresh = copy.deepcopy(model)
+    for each in (model, fresh):
+        embkern.unfreeze_table(each)
+    train(model, torch.optim.AdamW, 1e-3, 2)
+    model.hf_quantizer.keeps_adjustment = True
+    model.save_pretrained(tmp_path)
+    fresh.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    assert torch.equal(outputs(fresh), outputs(model))
 
 
 def test_decoded_tables_require_gradients_as_before(case):
