@@ -48,6 +48,7 @@ from .base import (
     row_weights,
 )
 from .calibration import Calibration
+from .magnitude import divided, extreme_exponents, multiplied
 from .metric_allocation import MetricAllocation, forms_of
 from .rate_search import RateSearch, at_least
 
@@ -99,7 +100,8 @@ def allocate(
 
     Raises:
         ValueError, TypeError: the ratio cannot be reached, with the floor if one is given (the message names
-            the highest that can), the calibration is that of another table, or an argument is not usable.
+            the highest that can), the calibration is that of another table, rows are too long or too short
+            for fp32, or an argument is not usable.
 
     Source: reverse water-filling (Cover and Thomas, Elements of Information Theory, section 10.3); Lagrangian
     allocation after Shoham and Gersho (1988); trellis codes: Marcellin and Fischer (1990); errors weighed by
@@ -110,8 +112,14 @@ def allocate(
     check_table(table)
     budget = byte_budget(table, ratio)
     tiers = chosen.tiers or (DIRECTION_TIERS if calibration is None else METRIC_TIERS)
-    rows = torch.cat([each.to("cpu", torch.float32) for each in blocks(table)])
-    dtype, width = float_dtype(rows, table.dtype), table.shape[1]
+    exponents = extreme_exponents(table, alike=calibration is not None)
+    if exponents is None:
+        rows = torch.cat([each.to("cpu", torch.float32) for each in blocks(table)])
+        dtype = float_dtype(rows, table.dtype)
+    else:
+        rows = divided(table, exponents)
+        dtype = torch.bfloat16 if table.dtype == torch.bfloat16 else torch.float32
+    width = table.shape[1]
     row_bytes = GROUP * dtype.itemsize * width  # of a group of rows of the basis
     candidates: Iterator[Allocation]
     if calibration is None:
@@ -139,7 +147,8 @@ def allocate(
     if best is None:
         condition = "" if chosen.floor is None else f" with floor {chosen.floor:g}"
         raise ratio_error(table, ratio, least, condition)
-    return best.allocation.refitted(best.allocation.packed(best.kept, best.choice), chosen.floor)
+    packed = best.allocation.refitted(best.allocation.packed(best.kept, best.choice), chosen.floor)
+    return packed if exponents is None else multiplied(packed, exponents)
 
 
 class _Plan(NamedTuple):
