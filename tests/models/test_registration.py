@@ -1,4 +1,4 @@
-"""Loading in a process that never imports embkern: right where it is installed, an error where it is not."""
+"""Loading without ``import embkern``: right where embkern is installed, an error where it is not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch.testing import assert_close
 
 pytest.importorskip("transformers")
-pytest.importorskip("sentence_transformers")
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -21,6 +21,8 @@ else:
 
 import embkern
 from embkern.models.loading import load_model
+from tests.example_models import MODELS, build
+from tests.models.compressing import compressed
 from tests.saved_models import SVD
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +55,18 @@ torch.save(found, sys.argv[2])
 """
 
 
+@pytest.mark.usefixtures("quantizing")
+@pytest.mark.parametrize("lm_head", ["factorized", "dense"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_transformers_without_embkern_refuses_every_model(tmp_path, monkeypatch, name, lm_head, kind):
+    model = compressed(build(name), kind, lm_head=lm_head)
+    model.save_pretrained(tmp_path)
+    monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "embkern")
+    for architecture in (type(model), type(model.base_model)):
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            architecture.from_pretrained(tmp_path)
+
+
 @pytest.fixture
 def small(source, tmp_path) -> Path:
     embkern.compress(source, **SVD, output=tmp_path / "small")
@@ -61,6 +75,7 @@ def small(source, tmp_path) -> Path:
 
 def loaded(small: Path, tmp_path: Path, **environment: str) -> dict:
     """Run ``LOAD`` in a process; the installed metadata are those of the checkout."""
+    pytest.importorskip("sentence_transformers")
     metadata = tmp_path / "site" / f"embkern-{embkern.__version__}.dist-info"
     metadata.mkdir(parents=True)
     about = f"Metadata-Version: 2.1\nName: embkern\nVersion: {embkern.__version__}\n"
@@ -79,6 +94,7 @@ def loaded(small: Path, tmp_path: Path, **environment: str) -> dict:
     return torch.load(tmp_path / "found")
 
 
+@pytest.mark.slow
 def test_torch_registers_an_installed_embkern(small, tmp_path):
     found = loaded(small, tmp_path)
     assert found.pop("imported")
@@ -90,6 +106,7 @@ def test_torch_registers_an_installed_embkern(small, tmp_path):
         assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_without_embkern_loading_is_an_error(small, tmp_path):
     found = loaded(small, tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
     assert not found.pop("imported")
