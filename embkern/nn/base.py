@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,6 @@ class TableModule(nn.Module):
         keeps_stored_dtype: whether a wider model saves the table in the dtype in which it was stored.
         frozen: whether gradients stop at the stored tensors, as in models, where only an ``Adjustment`` is
             trained; ``requires_grad_(True)`` then makes one.
-        adjustment: the trainable change of the table, or None.
         backend: backend of the lookup; None chooses by device and dtype.
         table_name: name of the table in the model; empty for the input table.
         leads: whether the other modules of the table share the tensors of this one.
@@ -47,11 +46,6 @@ class TableModule(nn.Module):
     backend: Backend | None = None
     table_name: str = ""
     leads: bool = False
-    adjustment: Adjustment | None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_module(ADJUSTMENT, None)
 
     @staticmethod
     def settings(table: Any) -> dict[str, Any]:
@@ -81,6 +75,11 @@ class TableModule(nn.Module):
         """Return the unit of each floating-point tensor, for ``Adjustment``."""
         raise NotImplementedError
 
+    @property
+    def adjustment(self) -> Adjustment | None:
+        """The trainable change of the table, or None."""
+        return cast("Adjustment | None", self._modules.get(ADJUSTMENT))
+
     def _trained(self, name: str) -> Any:
         """Return a floating-point tensor, or None, as lookups use it: adjusted, or detached if frozen."""
         stored = getattr(self, name)
@@ -101,7 +100,9 @@ class TableModule(nn.Module):
     def adjust(self, adjustment: Adjustment | None) -> None:
         """Train this adjustment, which modules with the same tensors share, from now on; None trains none."""
         self.frozen = True
-        self.adjustment = adjustment
+        self._modules.pop(ADJUSTMENT, None)
+        if adjustment is not None:
+            self._modules[ADJUSTMENT] = adjustment
         for parameter in self._parameters.values():
             if parameter is not None and parameter is not getattr(self, "bias", None):
                 parameter.requires_grad_(False)

@@ -82,7 +82,7 @@ class PackedTableModule(TableModule):
             )
         except KeyError:  # A parametrization or FSDP has put an attribute in a parameter's place.
             held = tuple(getattr(self, name) for name in PackedTensors._fields)
-        if self.frozen and (held[4].requires_grad or self._modules[ADJUSTMENT] is not None):
+        if self.frozen and (held[4].requires_grad or ADJUSTMENT in self._modules):
             held = (*held[:4], *(self._trained(name) for name in PackedTensors._fields[4:]))
         tensors: Tensors = held
         return tensors
@@ -141,7 +141,7 @@ class PackedEmbedding(PackedTableModule, CompressedEmbedding):
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows of ``ids`` (any shape, int32 or int64), times ``scale``: (``*``, H)."""
         packed = self._packed_tensors()  # once, for the dtype, too
-        if self._modules[ADJUSTMENT] is not None:  # whose dtype can be wider
+        if ADJUSTMENT in self._modules:  # whose dtype can be wider
             return super().forward(ids)
         scale = self._rounded_scale.get(packed[4].dtype, self._scale)
         return decode_rows(ids, packed, self._width, scale, self.padding_idx, self.backend)
