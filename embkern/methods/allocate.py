@@ -40,7 +40,6 @@ from .allocation import ROW_BITS, Allocation, DirectionAllocation, float_dtype, 
 from .base import (
     Options,
     Rows,
-    blocks,
     byte_budget,
     check_table,
     parse_options,
@@ -50,6 +49,7 @@ from .base import (
 from .calibration import Calibration
 from .metric_allocation import MetricAllocation, forms_of
 from .rate_search import RateSearch, at_least
+from .table_rows import TableRows
 
 
 class AllocateOptions(Options):
@@ -93,6 +93,9 @@ def allocate(
         tied: with a calibration, whether an output head uses the table as well.
         options: the fields of ``AllocateOptions``.
 
+    The table is read in blocks of rows, a few times. Beside it and the result, memory holds some hundred
+    bytes a row, the costs of the tiers, and what does not depend on V.
+
     Returns:
         A packed table on the CPU with fp16 scales and basis (bf16 for a bf16 table, fp32 where the range of
         fp16 does not suffice).
@@ -110,8 +113,8 @@ def allocate(
     check_table(table)
     budget = byte_budget(table, ratio)
     tiers = chosen.tiers or (DIRECTION_TIERS if calibration is None else METRIC_TIERS)
-    rows = torch.cat([each.to("cpu", torch.float32) for each in blocks(table)])
-    dtype, width = float_dtype(rows, table.dtype), table.shape[1]
+    rows = TableRows(table)
+    dtype, width = float_dtype(rows), table.shape[1]
     row_bytes = GROUP * dtype.itemsize * width  # of a group of rows of the basis
     candidates: Iterator[Allocation]
     if calibration is None:

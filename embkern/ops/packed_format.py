@@ -6,7 +6,7 @@ docs/packed-format.md specifies the format. No other Python module knows how a t
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,22 +93,22 @@ def packed_bytes(rows: Tensor, tiers: list[Tier], floats: int, basis_rows: int, 
     return 4 * words + directory + fixed + floats * (total + basis_rows * embedding_dim)
 
 
-def lay_out(tier_of: Tensor, codes: dict[int, Tensor], tiers: list[Tier]) -> tuple[Tensor, Tensor, Tensor]:
+def lay_out(
+    tier_of: Tensor, codes: Iterable[tuple[int, Tensor, Tensor]], tiers: list[Tier]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return records, directory and tiers of rows.
 
     Args:
         tier_of: (V,) int64, the tier of every row.
-        codes: per tier with rows, the codes (rows, 32 groups) uint8 of its rows in the order of their ids.
+        codes: parts of the rows: a tier, ids (n,) of some of its rows, and their codes (n, 32 groups) uint8.
         tiers: up to 16.
     """
     words = words_of_rows(tier_of, tiers)
     starts = words.cumsum(0) - words
     records = torch.zeros(max(1, int(words.sum())), dtype=torch.int32)
-    for index, tier in enumerate(tiers):
-        rows = torch.nonzero(tier_of == index).flatten()
-        if len(rows) and tier.words:
-            planes = bit_planes(codes[index], tier)
-            records[(starts[rows].unsqueeze(1) + torch.arange(tier.words)).flatten()] = planes.flatten()
+    for index, rows, some in codes:
+        places = starts[rows].unsqueeze(1) + torch.arange(tiers[index].words)
+        records[places.flatten()] = bit_planes(some, tiers[index]).flatten()
     groups = _groups(tiers)
     described = [[int(t.transform), *t.bits, *[0] * (groups - len(t.bits))] for t in tiers]
     return records, directory_of(tier_of, tiers), torch.tensor(described, dtype=torch.uint8)
