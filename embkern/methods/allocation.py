@@ -167,7 +167,8 @@ class Allocation(ABC):
             y = values @ basis.float()
             scales[ids] = (packed.scales[ids].float() * self._projected(x, y)).to(self.dtype)
             gained += self._cost(ids, x, values @ packed.basis.float()) - self._cost(ids, x, y)
-            worst = min(worst, float(F.cosine_similarity(x, y, eps=1e-30).min()))
+            if floor is not None:
+                worst = min(worst, float(F.cosine_similarity(x, y, eps=1e-30).min()))
         if gained <= 0 or worst < (floor or -1):
             return packed
         return dataclasses.replace(packed, basis=basis, scales=scales)
@@ -223,22 +224,19 @@ class DirectionAllocation(Allocation):
         trellis codes.
         """
         errors = torch.empty(len(self.rows), len(self.tiers), dtype=torch.float64)
+        some = torch.arange(0, len(errors), max(1, len(errors) // SAMPLED_ROWS))
+        samples = []
         for place, rows in self.rows.blocks():
             values, norms = Values(self, rows), self.norms[place]
+            samples.append(values.part(some[(some >= place.start) & (some < place.stop)] - place.start))
             for index, (codes, tier) in enumerate(zip(self.codes, self.tiers, strict=True)):
                 own = values.of(tier)
                 found = codes.encode(tier, own)[2] if exact else codes.scalar_projections(tier, own)
                 errors[place, index] = _error(found, norms).double()
-        return errors if exact else self._corrected(errors)
+        return errors if exact else self._corrected(errors, some, samples)
 
-    def _corrected(self, errors: Tensor) -> Tensor:
-        """Turn errors (V, T) of scalar codes into those of trellis codes, by means of some rows, in place."""
-        step = max(1, len(errors) // SAMPLED_ROWS)
-        some = torch.arange(0, len(errors), step)
-        samples = [
-            Values(self, rows).part(torch.arange(-place.start % step, len(rows), step))
-            for place, rows in self.rows.blocks()
-        ]
+    def _corrected(self, errors: Tensor, some: Tensor, samples: list[Values]) -> Tensor:
+        """Turn errors (V, T) of scalar codes into those of trellis codes, by the means of rows ``some``."""
         for index, (codes, tier) in enumerate(zip(self.codes, self.tiers, strict=True)):
             own = torch.cat([each.of(tier) for each in samples])
             found = _error(codes.encode(tier, own)[2], self.norms[some]).mean()

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -145,11 +146,13 @@ def _nibbles(words: Tensor) -> Tensor:
 
 def bit_planes(codes: Tensor, tier: Tier) -> Tensor:
     """Records (n, W) of codes (n, 32 groups): bit i of a group's word p is bit p of the code of value i."""
-    lanes, planes = torch.arange(GROUP), [torch.zeros(len(codes), 0, dtype=torch.int64)]
-    for group, bits in zip(codes.split(GROUP, 1), tier.bits, strict=False):
-        values = group.long()
-        planes += [((values >> plane & 1) << lanes).sum(1, keepdim=True) for plane in range(bits)]
-    return _wrapped(torch.cat(planes, 1))
+    values, records = codes.to(torch.uint8).numpy(), np.empty((len(codes), tier.words), dtype="<i4")
+    octets = records.view(np.uint8).reshape(len(codes), tier.words, 4)
+    planes = ((group, plane) for group, bits in enumerate(tier.bits) for plane in range(bits))
+    for word, (group, plane) in enumerate(planes):
+        bits_of_plane = values[:, GROUP * group : GROUP * (group + 1)] >> plane & 1
+        octets[:, word] = np.packbits(bits_of_plane, axis=1, bitorder="little")
+    return torch.from_numpy(records.astype(np.int32, copy=False))
 
 
 def _wrapped(words: Tensor) -> Tensor:
