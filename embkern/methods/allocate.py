@@ -40,7 +40,6 @@ from .allocation import ROW_BITS, Allocation, DirectionAllocation, float_dtype, 
 from .base import (
     Options,
     Rows,
-    blocks,
     byte_budget,
     check_table,
     parse_options,
@@ -48,9 +47,10 @@ from .base import (
     row_weights,
 )
 from .calibration import Calibration
-from .magnitude import divided, extreme_exponents, multiplied
+from .magnitude import extreme_exponents, multiplied
 from .metric_allocation import MetricAllocation, forms_of, input_frequencies
 from .rate_search import RateSearch, at_least
+from .table_rows import TableRows
 
 
 class AllocateOptions(Options):
@@ -97,6 +97,9 @@ def allocate(
         tied: with a calibration, whether an output head uses the table as well.
         options: the fields of ``AllocateOptions``.
 
+    The table is read in blocks of rows, a few times. Beside it and the result, memory holds some hundred
+    bytes a row, the costs of the tiers, and what does not depend on V.
+
     Returns:
         A packed table on the CPU with fp16 scales and basis (bf16 for a bf16 table, fp32 where the range of
         fp16 does not suffice).
@@ -116,13 +119,8 @@ def allocate(
     budget = byte_budget(table, ratio)
     tiers = chosen.tiers or (DIRECTION_TIERS if calibration is None else METRIC_TIERS)
     exponents = extreme_exponents(table, alike=calibration is not None)
-    if exponents is None:
-        rows = torch.cat([each.to("cpu", torch.float32) for each in blocks(table)])
-        dtype = float_dtype(rows, table.dtype)
-    else:
-        rows = divided(table, exponents)
-        dtype = torch.bfloat16 if table.dtype == torch.bfloat16 else torch.float32
-    width = table.shape[1]
+    rows = TableRows(table, exponents)
+    dtype, width = float_dtype(rows), table.shape[1]
     most_groups = groups_of(width) if chosen.speed < 1 else 0  # of the basis
     row_bytes = GROUP * dtype.itemsize * width  # of a group of rows of the basis
     candidates: Iterator[Allocation]

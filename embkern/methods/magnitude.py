@@ -36,12 +36,6 @@ def extreme_exponents(table: Rows, *, alike: bool) -> Tensor | None:
     return common
 
 
-def divided(table: Rows, exponents: Tensor) -> Tensor:
-    """Return the rows (V, H) of a table over powers of two, in fp32 on the CPU."""
-    rows = torch.cat([each.to("cpu", torch.float64) for each in blocks(table)])
-    return torch.ldexp(rows, -exponents.unsqueeze(1)).float()
-
-
 def multiplied(packed: PackedTable, exponents: Tensor) -> PackedTable:
     """Return a packed table with its rows multiplied by powers of two, exactly.
 

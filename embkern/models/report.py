@@ -133,7 +133,7 @@ class TableReport(BaseModel):
         if known.calibration is not None and known.frequencies is not None:
             tied = plan.recipe.compresses_head(table.tied)
             predicted = predicted_divergence(
-                rows, compressed.to_dense(), known.calibration, known.frequencies, tied=tied
+                rows, compressed, known.calibration, known.frequencies, tied=tied
             )
         return cls(
             name=table.root,

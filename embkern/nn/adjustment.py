@@ -44,12 +44,9 @@ class Adjustment(nn.Module):
             change.zero_()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        table = prefix[: prefix.rstrip(".").rfind(".") + 1]  # the prefix of the module that has this one
         if any(prefix + name in state_dict for name in self._parameters):
             super()._load_from_state_dict(state_dict, prefix, *args)
-        elif any(table + name in state_dict for name in self._parameters):
-            self.reset()  # the table of a saved model includes the changes
-        # Else another module, which shares the table and this one, is the one that is saved.
+        # Else the file has a table alone, whose module resets this one, or another module that shares it.
 
 
 def inverse(sizes: Tensor) -> Tensor:

@@ -230,6 +230,11 @@ class TableModule(nn.Module):
             )
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if (adjustment := self.adjustment) is not None:
+            own = (key.removeprefix(prefix) for key in state_dict if key.startswith(prefix))
+            found = {name.partition(".")[0] for name in own}
+            if ADJUSTMENT not in found and not found.isdisjoint(adjustment._parameters):
+                adjustment.reset()  # a saved table includes the changes
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         """Apply ``fn`` as ``nn.Module`` does, but to buffers in place, so that modules keep sharing them."""
