@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
 SOURCES := pyproject.toml setup.py constraints.txt embkern/_version.py
 NATIVE  := setup.py $(shell find csrc -type f)
-CPP     := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+CPP     := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help setup demo test test-slow test-interpreter test-all lint format sanitized sanitize fuzz docs bench sdist clean
 
@@ -116,7 +116,7 @@ fuzz: sanitized
 	  $(SANITIZED) tests/fuzz --tb=native || { tr -d '\0' < $(abspath build/sanitize/last) | head -1; exit 1; }
 
 bench: $(VENV)/.test
-	@for name in import_time cosine_mse methods direction quality gather_project gather_decode packed_head packed_cross_entropy language_models generate plots; do $(BIN)/python -m benchmarks $$name || exit 1; done
+	@for name in import_time cosine_mse methods direction quality gather_project gather_decode packed_head packed_cross_entropy codes language_models generate plots; do $(BIN)/python -m benchmarks $$name || exit 1; done
 
 $(VENV)/.docs: $(VENV)/.torch $(SOURCES)
 	@EMBKERN_NATIVE=0 $(PIP) --no-build-isolation --editable ".[docs]"

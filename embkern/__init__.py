@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .models.calibrate import calibrate, self_calibrate
     from .models.config import EmbkernConfig
     from .models.fused_loss import enable_fused_loss
+    from .models.lora import enable_lora
     from .models.report import Report
     from .models.resize import resize_token_embeddings
     from .models.training import freeze_table, unfreeze_table
@@ -59,6 +60,7 @@ _PUBLIC = {
     "Report": "models.report",
     "EmbkernConfig": "models.config",
     "enable_fused_loss": "models.fused_loss",
+    "enable_lora": "models.lora",
     "resize_token_embeddings": "models.resize",
     "freeze_table": "models.training",
     "unfreeze_table": "models.training",
@@ -85,6 +87,7 @@ __all__ = [
     "count_files",
     "count_tokens",
     "enable_fused_loss",
+    "enable_lora",
     "export_dense",
     "freeze_table",
     "read_texts",

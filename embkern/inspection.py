@@ -10,11 +10,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .fidelity import compare_tables, embed_sentences, read_sentences, sentence_fidelity
 from .fidelity.sentences import pooling_of
+from .io.atomic import check_writable
 from .models.checkpoint import model_bytes, stored_table
 from .models.find_table import find_table, input_embeddings, other_tables
 from .models.loading import load_model, load_tokenizer
-from .models.report import Comparison, TierUse, tier_uses
+from .models.rate_plot import plot_bits
+from .models.report import Comparison, Report, TierUse, read_report, tier_uses
 from .nn.base import CompressedEmbedding, CompressedHead
+from .tables import Table
+from .tables.packed import PackedTable
 from .text.token_names import token_names
 
 
@@ -46,6 +50,7 @@ class Summary(BaseModel):
     scales: dict[str, float] = Field(description="constant factor of each embedding's output")
     other_tables: dict[str, int] = Field(description="bytes of other large embedding tables")
     ranks: list[RankSaving] = Field(default_factory=list, description="sizes at several ranks, if dense")
+    report: Report | None = Field(None, description="that of embkern.compress, if the directory has one")
 
     def facts(self) -> dict[str, str]:
         """Return the rows of the printed table by name."""
@@ -68,16 +73,20 @@ class Summary(BaseModel):
         return facts
 
 
-def inspect(name: str | os.PathLike) -> Summary:
+def inspect(name: str | os.PathLike, *, plot: str | os.PathLike | None = None) -> Summary:
     """Load a model and describe its embedding table.
 
     Args:
         name: a directory, or a name on the hub.
+        plot: file to write a picture of the bits per token of a packed table to; its ending says the format.
 
     Raises:
         FileNotFoundError: there is no such model.
-        ValueError: the model cannot be loaded, or its table cannot be compressed.
+        ValueError: the model cannot be loaded, or its table cannot be compressed, or not drawn.
+        ImportError: ``plot`` needs matplotlib.
     """
+    if plot is not None:
+        check_writable(plot, "plot")
     model = load_model(name)
     embedding = input_embeddings(model)
     common: dict[str, Any] = {
@@ -87,10 +96,13 @@ def inspect(name: str | os.PathLike) -> Summary:
     }
     if isinstance(embedding, CompressedEmbedding):
         stored = stored_table(model)
+        if plot is not None:
+            _plot(stored, plot)
         state = model.config.quantization_config.table
         own = [(n, m) for n, m in model.named_modules() if not getattr(m, "table_name", "")]
         return Summary(
             **common,
+            report=read_report(name),
             num_embeddings=embedding.num_embeddings,
             embedding_dim=embedding.embedding_dim,
             dtype=state.dtype,
@@ -102,6 +114,8 @@ def inspect(name: str | os.PathLike) -> Summary:
             heads=[n for n, m in own if isinstance(m, CompressedHead)],
             scales=dict(state.scales),
         )
+    if plot is not None:
+        raise ValueError(f"plot: expected a model with a packed table, got a dense one: {name}")
     table = find_table(model)
     num_embeddings, embedding_dim = table.weight.shape
     element = table.weight.element_size()
@@ -129,6 +143,12 @@ def inspect(name: str | os.PathLike) -> Summary:
         scales=table.scales,
         ranks=ranks,
     )
+
+
+def _plot(table: Table, path: str | os.PathLike) -> None:
+    if not isinstance(table, PackedTable):
+        raise ValueError("plot: expected a packed table, got factors, whose rows all have the same bits")
+    plot_bits(table, path)
 
 
 def evaluate(

@@ -8,6 +8,8 @@ pytest.importorskip("transformers")
 
 import embkern
 from embkern import inspection
+from embkern.models.checkpoint import stored_table
+from embkern.models.rate_plot import bits_by_id
 from tests.example_models import H, V, tiny_bert
 from tests.example_tables import quantizing  # noqa: F401 (a fixture)
 from tests.saved_models import PACKED, SVD, both_kinds
@@ -30,6 +32,31 @@ def test_inspect_dense_and_compressed(source, tmp_path):
     assert (packed.rank, packed.tiers, packed.table_bytes) == (None, report.tiers, report.compressed_bytes)
     assert packed.model_bytes == report.model_bytes_after
     assert packed.facts()["rows at 2 bits"] == "25 (200 bytes)"
+
+
+def test_a_compressed_model_brings_its_report_and_a_picture(source, tmp_path):
+    pytest.importorskip("matplotlib")
+    report = embkern.compress(source, **PACKED, output=tmp_path / "packed")
+    for ending, first in (("png", b"\x89PNG"), ("svg", b"<?xml")):
+        picture = tmp_path / f"bits.{ending}"
+        summary = inspection.inspect(tmp_path / "packed", plot=picture)
+        assert picture.read_bytes().startswith(first)
+        assert summary.report.table == report.table
+    (tmp_path / "packed" / "embkern_report.json").unlink()
+    assert inspection.inspect(tmp_path / "packed").report is None
+    embkern.compress(source, **SVD, output=tmp_path / "small")
+    for name in (source, tmp_path / "small"):
+        with pytest.raises(ValueError, match="plot: expected a "):
+            inspection.inspect(name, plot=tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_bits_are_those_of_the_tiers(source):
+    report = embkern.compress(source, **PACKED)
+    table = stored_table(report.model)
+    bits = bits_by_id(table)
+    assert len(bits) == table.num_embeddings
+    assert float(bits.sum()) * table.embedding_dim / 8 == sum(tier.bytes for tier in report.tiers)
 
 
 @both_kinds

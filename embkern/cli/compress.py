@@ -101,6 +101,7 @@ def compress(
         print_comparison(report, f"{model} -> {output}")
         for name, size in report.other_tables.items():
             typer.echo(f"not compressed: {name}, another embedding table of {size:,} bytes", err=True)
+        print("\n".join(report.usage(str(output))))
 
 
 def export(

@@ -29,6 +29,9 @@ Text = Annotated[
 ]
 
 
+NARROW = 80  # columns that every terminal has
+
+
 class ManyValues(TyperCommand):
     """A command whose repeatable options also take several values in a row: ``--seeds 22 23 24``."""
 
@@ -46,9 +49,9 @@ class ManyValues(TyperCommand):
         return super().parse_args(ctx, repeated)
 
 
-def console() -> Console:
-    """Return a console on stdout, 120 columns wide if it is not a terminal (rich's default is 80)."""
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+def console(width: int | None = None) -> Console:
+    """Return a console on stdout, as wide as a terminal, or else 120 columns (rich's default is 80)."""
+    return Console(width=width or (None if sys.stdout.isatty() else 120), highlight=False)
 
 
 def print_json(model: BaseModel) -> None:
@@ -65,6 +68,14 @@ def print_rows(rows: Mapping[str, str], title: str | None = None) -> None:
 
 
 def print_comparison(comparison: Comparison, title: str) -> None:
-    """Print a comparison as a table, and the tokens of the worst rows."""
-    print_rows(comparison.rows(), title)
-    console().print(f"worst rows: {', '.join(map(str, comparison.table.worst_rows))}", markup=False)
+    """Print a comparison in 80 columns: sizes before and after, figures, and the tokens of the worst rows."""
+    narrow = console(NARROW)
+    sizes = Table("bytes", "before", "after", "", title=escape(title))
+    for size in comparison.sizes():
+        sizes.add_row(escape(size.name), f"{size.before:,}", f"{size.after:,}", size.change)
+    narrow.print(sizes)
+    table = Table(show_header=False)
+    for name, value in comparison.figures().items():
+        table.add_row(escape(name), escape(value))
+    narrow.print(table)
+    narrow.print(f"worst rows: {', '.join(map(str, comparison.table.worst_rows))}", markup=False)

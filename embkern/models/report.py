@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr
 
@@ -46,6 +47,26 @@ def tier_uses(table: Table) -> list[TierUse]:
     ]
 
 
+class Size(NamedTuple):
+    """Bytes of something before and after the compression."""
+
+    name: str
+    before: int
+    after: int
+
+    @property
+    def change(self) -> str:
+        """What became of it: ``41.2% smaller`` of the whole, or the ratio from twice on."""
+        if self.after and self.before >= 2 * self.after:
+            return f"{self.before / self.after:.2f}x smaller"
+        share = 1 - self.after / self.before
+        return f"{abs(share):.1%} {'smaller' if share >= 0 else 'larger'}"
+
+    def __str__(self) -> str:
+        """Return both sizes and the change."""
+        return f"{self.before:,} -> {self.after:,} ({self.change})"
+
+
 class Comparison(BaseModel):
     """A compressed model compared with the dense one. Bytes are those of tensors, as stored."""
 
@@ -62,12 +83,21 @@ class Comparison(BaseModel):
     table: TableComparison = Field(description="comparison of the tables")
     sentences: SentenceFidelity | None = Field(default=None, description="comparison of sentence embeddings")
 
+    def sizes(self) -> list[Size]:
+        """Return the sizes of the model and of its table."""
+        return [self._model_size(), Size("table", self.table_bytes, self.compressed_bytes)]
+
+    def _model_size(self) -> Size:
+        return Size("model", self.model_bytes_before, self.model_bytes_after)
+
     def rows(self) -> dict[str, str]:
-        """Return the rows of the printed table and of the model card by name."""
+        """Return the rows of the model card by name: sizes and figures."""
+        return {f"{size.name}, bytes": str(size) for size in self.sizes()} | self.figures()
+
+    def figures(self) -> dict[str, str]:
+        """Return everything but the sizes, by name."""
         weighted = self.table.weighted_direction_error
         rows = {
-            "table, bytes": f"{self.table_bytes:,} -> {self.compressed_bytes:,} ({self.ratio:.2f}x)",
-            "model, bytes": f"{self.model_bytes_before:,} -> {self.model_bytes_after:,}",
             "direction error (1 - cos), mean": f"{self.table.direction_error:.4f}",
             **({} if weighted is None else {"direction error, by frequency": f"{weighted:.5f}"}),
             "direction error, 99th percentile": f"{self.table.direction_error_p99:.4f}",
@@ -153,11 +183,18 @@ class TableReport(BaseModel):
             **described,
         )
 
-    def line(self) -> str:
-        """Return the size and the error in one line."""
+    @property
+    def size(self) -> Size:
+        """The bytes of the table before and after."""
+        return Size(self.name, self.table_bytes, self.compressed_bytes)
+
+    def figures(self) -> dict[str, str]:
+        """Return rows of the printed table by name."""
         shape = f"{self.num_embeddings:,} x {self.embedding_dim:,}"
-        size = f"{self.table_bytes:,} -> {self.compressed_bytes:,} bytes ({self.ratio:.2f}x)"
-        return f"{shape}, {size}, direction error {self.table.direction_error:.4f}"
+        return {
+            self.name: f"{shape}, direction error {self.table.direction_error:.4f}",
+            **({} if self.calibration is None else {f"{self.name}, calibration": self.calibration}),
+        }
 
 
 class Report(Comparison):
@@ -228,38 +265,39 @@ class Report(Comparison):
         }
         return cls(**first, **fields)
 
-    def _rows_of_tables(self) -> dict[str, str]:
-        """Return the rows of the printed table for several compressed tables."""
-        common = super().rows()
-        return {
-            "method": f"{self.recipe.method}, {len(self.tables)} tables",
-            **{each.name: each.line() for each in self.tables},
-            **{
-                f"{each.name}, calibration": each.calibration
-                for each in self.tables
-                if each.calibration is not None
-            },
-            "token frequencies": self.counts or "not used",
-            **self._divergences(),
-            "tables, bytes": common["table, bytes"],
-            **{name: text for name, text in common.items() if name.startswith(("model", "sentence"))},
-            "seconds": f"{self.seconds:.1f}",
-        }
+    def sizes(self) -> list[Size]:
+        """Return the sizes of the model and of each table that was compressed."""
+        if len(self.tables) > 1:
+            return [self._model_size(), *(table.size for table in self.tables)]
+        return super().sizes()
 
     def rows(self) -> dict[str, str]:
-        """Return the rows of the printed table and of the model card by name."""
+        """Return the rows of the model card by name: sizes, tiers and figures."""
+        tiers = [] if len(self.tables) > 1 else self.tiers
+        sizes = {f"{size.name}, bytes": str(size) for size in self.sizes()}
+        return (
+            sizes
+            | {f"rows at {tier.name}": f"{tier.rows:,} ({tier.bytes:,} bytes)" for tier in tiers}
+            | self.figures()
+        )
+
+    def figures(self) -> dict[str, str]:
+        """Return everything but sizes and tiers, by name."""
         if len(self.tables) > 1:
-            return self._rows_of_tables()
-        made = f"rank {self.rank} of {self.embedding_dim}" if self.rank else f"{len(self.tiers)} tiers"
+            made, of_tables = f"{len(self.tables)} tables", [each.figures() for each in self.tables]
+            facts = {name: text for each in of_tables for name, text in each.items()}
+            compared = {name: text for name, text in super().figures().items() if name.startswith("sentence")}
+        else:
+            made = f"rank {self.rank} of {self.embedding_dim}" if self.rank else f"{len(self.tiers)} tiers"
+            facts = {name: f"{x:.6g}" if isinstance(x, float) else str(x) for name, x in self.facts.items()}
+            facts |= {} if self.calibration is None else {"calibration": self.calibration}
+            compared = {"output head": self.head or "none", **super().figures()}
         return {
             "method": f"{self.recipe.method}, {made}",
-            **{f"rows at {tier.name}": f"{tier.rows:,} ({tier.bytes:,} bytes)" for tier in self.tiers},
-            **{name: f"{x:.6g}" if isinstance(x, float) else str(x) for name, x in self.facts.items()},
+            **facts,
             "token frequencies": self.counts or "not used",
-            **({} if self.calibration is None else {"calibration": self.calibration}),
             **self._divergences(),
-            "output head": self.head or "none",
-            **super().rows(),
+            **compared,
             "seconds": f"{self.seconds:.1f}",
         }
 
@@ -274,17 +312,27 @@ class Report(Comparison):
         return rows
 
     @property
+    def library(self) -> str:
+        """The library that loads the model."""
+        return "sentence_transformers" if self.architecture == "SentenceTransformer" else "transformers"
+
+    def usage(self, place: str) -> tuple[str, str]:
+        """Return two lines of Python that load the model from a directory or name."""
+        load = self.architecture + ("" if self.library != "transformers" else ".from_pretrained")
+        quoted = json.dumps(place, ensure_ascii=False)
+        return f"from {self.library} import {self.architecture}", f"model = {load}({quoted})"
+
+    @property
     def model(self) -> PreTrainedModel:
         """The compressed model; it is not part of the JSON."""
         return self._model
 
 
 def model_card(report: Report) -> str:
-    """Return a model card in Markdown; its code imports embkern first, without which loading fails."""
+    """Return a model card in Markdown, which tells that loading fails where embkern is not installed."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    library = "sentence_transformers" if report.architecture == "SentenceTransformer" else "transformers"
-    load = "SentenceTransformer" if library != "transformers" else f"{report.architecture}.from_pretrained"
+    library, (imported, loaded) = report.library, report.usage("path/or/name/of/this/model")
     data = ModelCardData(
         library_name=library.replace("_", "-"),
         tags=["embkern", "compressed-embeddings"],
@@ -299,9 +347,9 @@ def model_card(report: Report) -> str:
 
 ```python
 # embkern has to be installed: without it {library} cannot read the compressed embedding
-from {library} import {report.architecture}
+{imported}
 
-model = {load}("path/or/name/of/this/model")
+{loaded}
 ```
 
 `{report.source}` with its token embeddings compressed by embkern {report.versions["embkern"]}.

@@ -51,6 +51,23 @@ def shown_by(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *ar
     return shown.out
 
 
+def test_compress_shows_a_table_and_how_to_use_the_result(dense, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = shown_by(monkeypatch, capsys, "compress", dense, "-o", "out", "--ratio", 2)
+    lines = shown.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert shown.index("model") < shown.index("direction error")
+    assert "smaller" in next(line for line in lines if line.startswith("│ model"))
+    scope: dict = {}
+    exec("\n".join(lines[-2:]), scope)
+    assert type(scope["model"].get_input_embeddings()).__name__ == "PackedEmbedding"
+    inspected = shown_by(monkeypatch, capsys, "inspect", "out")
+    assert {"worst rows", "rows at", "compressed from dense"} <= {
+        part for part in ("worst rows", "rows at", "compressed from dense") if part in inspected
+    }
+
+
 def test_compress_evaluate_inspect_export(dense, tmp_path, monkeypatch, capsys):
     text, recipe = tmp_path / "t.txt", tmp_path / "r.yaml"
     text.write_text("red green\nblue\nred\n")

@@ -45,6 +45,17 @@ def test_levels_that_are_written_in_place_are_read(level):
     assert torch.equal(p.ours(p.ids, *p.factors), -before)
 
 
+def test_levels_of_many_tables_are_told_apart(level):
+    """Calls alternate between more levels than a thread keeps; each are twice those before them."""
+    p = problem((70, 64, 32, 40), offset=False, tiers=[Tier(False, (1, 2)), Tier(False, (4, 3))])
+    records, directory, tiers, levels = p.codes
+    tables = [p._replace(codes=[records, directory, tiers, (levels >> 5) << power]) for power in range(6)]
+    rows = tables[0].ours(p.ids, *p.factors)
+    for _ in range(2):
+        for power, table in enumerate(tables):
+            assert torch.equal(table.ours(p.ids, *p.factors), 2**power * rows)
+
+
 def test_memory_does_not_grow_with_calls(native):
     """10^5 calls with more tables than a thread keeps the tiers of."""
     script = """

@@ -1,8 +1,7 @@
 // Records of a packed table to values: the bit planes of a group are combined in registers. The index of a
-// value has the bits of its code or, up to four bits, of its trellis state, and selects one of 128 levels.
+// value (index_bit) has the bits of its code or, up to four bits, of its trellis state, and selects one of 128
+// levels.
 
-constexpr int kStateBits = 7;
-static_assert(1 << kStateBits == kTrellisStates, "");
 constexpr float kLevelStep = 1.0f / 4096;
 
 // Decodes groups of BITS bits. The levels stay in registers from one group to the next where a level has room.

@@ -98,7 +98,33 @@ struct SoftmaxGradient {
 // ---- packed tables ------------------------------------------------------------------------------------------
 
 // The number of states of the trellis of codes of up to four bits.
-constexpr int kTrellisStates = 128;
+constexpr int kStateBits = 7, kTrellisStates = 1 << kStateBits;
+
+// A bit of the index that selects the value of a code: bit `plane` of the code `before` values earlier.
+struct IndexBit {
+  int plane, before;
+};
+
+// Up to 4 bits an index has the bits of the trellis state, ordered by plane, and the oldest bit of a plane
+// first: those of one plane are neighbours in it, so that one shift brings all of them to their place. The
+// index of a wider code is the code.
+constexpr IndexBit index_bit(int bits, int bit) {
+  if (bits > 4) return {bit, 0};
+  int plane = 0, first = 0;
+  const auto count = [&] { return (kStateBits - plane + bits - 1) / bits; };
+  while (first + count() <= bit) first += count(), ++plane;
+  return {plane, first + count() - 1 - bit};
+}
+
+// The trellis state of an index.
+constexpr int state_of_index(int bits, int index) {
+  int state = 0;
+  for (int bit = 0; bit < kStateBits; ++bit) {
+    const IndexBit from = index_bit(bits, bit);
+    state |= (index >> bit & 1) << (from.before * bits + from.plane);
+  }
+  return state;
+}
 
 // A record of a packed table: per group of 32 values one word for each bit of its codes. Bit i of word p is bit
 // p of the code of value i.
@@ -107,7 +133,7 @@ struct PackedRow {
   const int32_t* words;
   const uint8_t* bits;  // per group; the groups' words follow each other
   int64_t groups, width;
-  const int16_t* levels;  // in steps of 2^-12, kTrellisStates each for 1 to 4 bits
+  const int16_t* levels;  // in steps of 2^-12, kTrellisStates each for 1 to 4 bits, by index
   acc_t<T> factor;
   int64_t equal = 1;  // so many groups at the start, or more, have as many bits as the first one
 };

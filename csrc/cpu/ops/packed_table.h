@@ -67,28 +67,48 @@ struct Tiers {
     for (size_t i = 0; i < pair.size(); ++i) pair[i] = static_cast<int32_t>(size[i & 15] + size[i >> 4]);
   }
 
-  // The tiers of a call. Each thread keeps those of its latest tables and recognises them by their bytes, so
-  // that it does not matter whose memory they are in.
-  static std::shared_ptr<const Tiers> of(const uint8_t* all, int64_t count, int64_t groups, int64_t basis_rows,
-                                         int64_t width) {
-    constexpr size_t kKept = 4;
-    thread_local std::array<std::shared_ptr<const Tiers>, kKept> kept;
-    thread_local size_t oldest = 0;
-    for (const auto& tiers : kept)
-      if (tiers && tiers->count == count && tiers->groups == groups && tiers->basis_rows == basis_rows &&
-          tiers->width == width && std::memcmp(tiers->bytes.data(), all, tiers->bytes.size()) == 0)
-        return tiers;
-    auto made = std::make_shared<const Tiers>(all, count, groups, basis_rows, width);
-    kept[oldest] = made;
-    oldest = (oldest + 1) % kKept;
-    return made;
+  bool from(const uint8_t* all, int64_t count_, int64_t groups_, int64_t basis_rows_, int64_t width_) const {
+    return count == count_ && groups == groups_ && basis_rows == basis_rows_ && width == width_ &&
+           std::memcmp(bytes.data(), all, bytes.size()) == 0;
   }
 };
+
+// The levels of a table, by index instead of state.
+struct Levels {
+  static constexpr int64_t kCount = kLevelBits * kTrellisStates;
+  std::array<int16_t, kCount> given, by_index;
+
+  explicit Levels(const int16_t* levels) {
+    std::memcpy(given.data(), levels, sizeof(given));
+    for (int bits = 1; bits <= kLevelBits; ++bits) {
+      const int64_t first = kTrellisStates * (bits - 1);
+      for (int i = 0; i < kTrellisStates; ++i) by_index[first + i] = given[first + state_of_index(bits, i)];
+    }
+  }
+
+  bool from(const int16_t* levels) const { return std::memcmp(given.data(), levels, sizeof(given)) == 0; }
+};
+
+// What follows from tensors of a call. Each thread keeps that of its latest tables and recognises it by their
+// content, so that it does not matter whose memory they are in.
+template <class Derived, class... From>
+std::shared_ptr<const Derived> derived(From... from) {
+  constexpr size_t kKept = 4;
+  thread_local std::array<std::shared_ptr<const Derived>, kKept> kept;
+  thread_local size_t oldest = 0;
+  for (const auto& each : kept)
+    if (each && each->from(from...)) return each;
+  auto made = std::make_shared<const Derived>(from...);
+  kept[oldest] = made;
+  oldest = (oldest + 1) % kKept;
+  return made;
+}
 
 // A checked table.
 struct PackedTable {
   const int32_t *records, *directory;
-  const int16_t* levels;
+  const int16_t* levels;  // by index
+  std::shared_ptr<const Levels> all_levels;
   std::shared_ptr<const Tiers> tiers;
   int64_t count, vocabulary, words;  // numbers of tiers, rows, words of the records
   int64_t basis_rows, width;
@@ -153,7 +173,8 @@ inline PackedTable checked_table(const Tensor& records, const Tensor& directory,
   PackedTable table;
   table.records = static_cast<const int32_t*>(records.const_data_ptr());
   table.directory = static_cast<const int32_t*>(directory.const_data_ptr());
-  table.levels = static_cast<const int16_t*>(levels.const_data_ptr());
+  table.all_levels = derived<Levels>(static_cast<const int16_t*>(levels.const_data_ptr()));
+  table.levels = table.all_levels->by_index.data();
   table.count = tiers.size(0), table.vocabulary = scales.size(0);
   table.words = records.size(0), table.width = width, table.basis_rows = 0;
   if (basis) {
@@ -166,8 +187,8 @@ inline PackedTable checked_table(const Tensor& records, const Tensor& directory,
     check_tensor("offset", *offset, 1, type);
     check_size("offset", *offset, 0, width);
   }
-  table.tiers = Tiers::of(static_cast<const uint8_t*>(tiers.const_data_ptr()), table.count, tiers.size(1) - 1,
-                          table.basis_rows, width);
+  table.tiers = derived<Tiers>(static_cast<const uint8_t*>(tiers.const_data_ptr()), table.count,
+                               tiers.size(1) - 1, table.basis_rows, width);
   table.size = table.tiers->size.data(), table.used = table.tiers->used.data();
   return table;
 }

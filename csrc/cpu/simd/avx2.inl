@@ -72,19 +72,47 @@ EMBKERN_INLINE Vector<float> times_power_of_two(Vector<float> x, Vector<float> w
 // The indices of the 32 values of a group, a byte each.
 using GroupIndices = __m256i;
 
+// Bytes whose bits from the window of PLANE on are those of the indices; others are arbitrary. Value 8 k + j is
+// byte k of word j, the plane rotated.
+template <int BITS, int PLANE>
+EMBKERN_INLINE __m256i windows(const int32_t* words) {
+  constexpr int kFirst = Window<BITS, PLANE>::kFirst;
+  const __m256i plane = _mm256_set1_epi32(words[PLANE]);
+  const __m256i right =
+      _mm256_setr_epi32(kFirst % 32, (kFirst + 1) % 32, (kFirst + 2) % 32, (kFirst + 3) % 32, (kFirst + 4) % 32,
+                        (kFirst + 5) % 32, (kFirst + 6) % 32, (kFirst + 7) % 32);
+  const __m256i left = _mm256_sub_epi32(_mm256_set1_epi32(32), right);
+  const __m256i own = _mm256_or_si256(_mm256_srlv_epi32(plane, right), _mm256_sllv_epi32(plane, left));
+  if constexpr (PLANE + 1 == BITS) {
+    return own;
+  } else {
+    const __m256i below = _mm256_set1_epi8(Window<BITS, PLANE + 1>::kBelow);
+    return _mm256_or_si256(_mm256_and_si256(below, own),
+                           _mm256_andnot_si256(below, windows<BITS, PLANE + 1>(words)));
+  }
+}
+
 template <int BITS, int COUNT>
 EMBKERN_INLINE GroupIndices group_indices(const int32_t* words) {
-  // Byte i of a plane's word is spread over lanes 8 i to 8 i + 7, each of which tests its own bit.
-  const __m256i own_byte = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2,
-                                            2, 3, 3, 3, 3, 3, 3, 3, 3);
-  const __m256i own_bit = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201ull));
-  __m256i index = _mm256_setzero_si256();
-  for_planes<BITS, COUNT>(words, [&](int bit, uint32_t plane) {
-    const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(plane)), own_byte);
-    const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, own_bit), own_bit);
-    index = _mm256_or_si256(index, _mm256_and_si256(set, _mm256_set1_epi8(static_cast<char>(1 << bit))));
-  });
-  return index;
+  if constexpr (BITS <= 4) {
+    const __m256i index = _mm256_and_si256(windows<BITS, 0>(words), _mm256_set1_epi8((1 << COUNT) - 1));
+    const __m256i columns = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12,
+                                             1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    return _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(index, columns), order);
+  } else {
+    // Byte i of a plane's word is spread over lanes 8 i to 8 i + 7, each of which tests its own bit.
+    const __m256i own_byte = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2,
+                                              2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
+    const __m256i own_bit = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201ull));
+    __m256i index = _mm256_setzero_si256();
+    for_planes<BITS, COUNT>(words, [&](int bit, uint32_t plane) {
+      const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(plane)), own_byte);
+      const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, own_bit), own_bit);
+      index = _mm256_or_si256(index, _mm256_and_si256(set, _mm256_set1_epi8(static_cast<char>(1 << bit))));
+    });
+    return index;
+  }
 }
 
 EMBKERN_INLINE void to_floats(const GroupIndices& indices, Vector<float>* values) {

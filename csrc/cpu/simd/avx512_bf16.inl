@@ -62,17 +62,30 @@ struct Product<BFloat16> {
   using S = BFloat16;
 };
 
+// By the bits of an index, the highest of eight first: the plane it comes from and its rotation.
+template <int BITS, int COUNT>
+struct PlaneOrder {
+  alignas(32) int32_t planes[8] = {};
+  alignas(32) int32_t rotations[8] = {};
+  constexpr PlaneOrder() {
+    for (int bit = 0; bit < COUNT; ++bit) {
+      planes[7 - bit] = index_bit(BITS, bit).plane;
+      rotations[7 - bit] = index_bit(BITS, bit).before;
+    }
+  }
+};
+template <int BITS, int COUNT>
+constexpr PlaneOrder<BITS, COUNT> kPlaneOrder{};
+
 // One word per plane of the index, the highest bit first, each rotated as index_plane does it; then the bytes
 // of the same 8 values side by side; then a product over GF(2) transposes 8 x 8 bits.
 template <int BITS, int COUNT>
 EMBKERN_INLINE GroupIndices group_indices(const int32_t* words) {
-  const auto bit = [](int word) { return 7 - word < COUNT ? 7 - word : 0; };
-  const auto plane = [&](int word) { return COUNT == BITS ? bit(word) : bit(word) % BITS; };
-  const auto before = [&](int word) { return COUNT == BITS ? 0 : bit(word) / BITS; };
-  const __m256i planes =
-      _mm256_setr_epi32(plane(0), plane(1), plane(2), plane(3), plane(4), plane(5), plane(6), plane(7));
-  const __m256i rotations =
-      _mm256_setr_epi32(before(0), before(1), before(2), before(3), before(4), before(5), before(6), before(7));
+  const auto all = [](const int32_t* from) {
+    return _mm256_load_si256(reinterpret_cast<const __m256i*>(from));
+  };
+  const __m256i planes = all(kPlaneOrder<BITS, COUNT>.planes),
+                rotations = all(kPlaneOrder<BITS, COUNT>.rotations);
   // 8 bytes of lane i hold byte i / 2 of every plane, the other 8 hold byte 2 + i / 2; of the 8 values there
   // are, `values` selects the lower or the upper four and makes each a word.
   const __m512i bytes = _mm512_set_epi32(0x1f1b1713, 0x0f0b0703, 0x1d191511, 0x0d090501, 0x1f1b1713, 0x0f0b0703,

@@ -154,7 +154,8 @@ EMBKERN_INLINE Vector<float> times_power_of_two(Vector<float> x, Vector<float> w
 // ---- groups of a packed table -------------------------------------------------------------------------------
 
 // The indices of the 32 values of a group, a word each, in the order that two unpacking instructions take: lane
-// i of 128 bits has those of values 4 i to 4 i + 3 and 16 + 4 i to 16 + 4 i + 3.
+// i of 128 bits has those of values 4 i to 4 i + 3 and 16 + 4 i to 16 + 4 i + 3. Bits above those of an index
+// that selects one of 128 levels may be set.
 struct GroupIndices {
   __m512i words;
 };
