@@ -31,7 +31,7 @@ class TableModule(nn.Module):
         code_dtypes: dtypes of those that are integers.
         keeps_stored_dtype: whether a wider model saves the table in the dtype in which it was stored.
         frozen: whether gradients stop at the stored tensors, as in models, where only an ``Adjustment`` is
-            trained; ``requires_grad_(True)`` then makes one.
+            trained.
         backend: backend of the lookup; None chooses by device and dtype.
         table_name: name of the table in the model; empty for the input table.
         leads: whether the other modules of the table share the tensors of this one.
@@ -117,9 +117,16 @@ class TableModule(nn.Module):
             adjustment.reset()
 
     def requires_grad_(self: AnyTableModule, requires_grad: bool = True) -> AnyTableModule:
-        """Set whether parameters are trained; of a frozen table the adjustment, which is made if needed."""
-        if self.frozen and requires_grad:
-            self.unfreeze()
+        """Set whether parameters are trained: of the table in a model, those of its adjustment.
+
+        Raises:
+            RuntimeError: there is none. To make one for this module alone would part it from a tied head.
+        """
+        if self.frozen and requires_grad and self.adjustment is None:
+            raise RuntimeError(
+                f"{type(self).__name__}: the table of a compressed model is trained after "
+                "embkern.unfreeze_table(model), which keeps ties (with PEFT, instead of modules_to_save)"
+            )
         super().requires_grad_(requires_grad)
         if self.frozen:
             self.adjust(self.adjustment)
