@@ -88,6 +88,13 @@ class TableModule(nn.Module):
         adjustment = self.adjustment
         return stored.detach() if adjustment is None else adjustment.adjusted(name, stored)
 
+    def _is_trained(self) -> bool:
+        """Return whether gradients flow through lookups."""
+        if not self.frozen:
+            return any(stored.requires_grad for stored in self._stored().values())
+        adjustment = self.adjustment
+        return adjustment is not None and any(change.requires_grad for change in adjustment.parameters())
+
     @torch.no_grad()
     def unfreeze(self) -> Adjustment:
         """Make the table trainable relative to what is stored; return the new parameters, or those it has."""
@@ -215,7 +222,7 @@ class TableModule(nn.Module):
             width,
             dtype=self.dtype,
             device=device,
-            requires_grad=torch.is_grad_enabled() and any(each.requires_grad for each in self.parameters()),
+            requires_grad=torch.is_grad_enabled() and self._is_trained(),
             advice=f"{type(self).__name__} holds {_listed(self.tensor_names)}. {_ADVICE}",
             whole=True,
         )
