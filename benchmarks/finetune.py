@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import os
 import random
+import shlex
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -74,22 +76,24 @@ TASKS = {
 
 
 def main(arguments: list[str]) -> None:
-    """Train every table at every learning rate; print a line each."""
+    """Train every table at every learning rate; print a line each, write a results file per model."""
     options = _parse(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    rows = []
-    print(f"{'model':9}{'table':19}{'optimizer':10}{'lr':>7}{'first':>8}{'last':>8}{'read':>9}{'unread':>9}")
+    command = shlex.join(["python", "-m", "benchmarks", "finetune", *arguments])
+    print(
+        f"{'model':9}{'table':19}{'optimizer':10}{'lr':>7}{'first':>10}{'last':>10}{'read':>9}{'unread':>9}"
+    )
     for name in options.models:
+        rows = []
         for row in measure(name, options.tables, options.steps):
             rows.append(row)
             first, last = (statistics.mean(part) for part in (row["loss"][:BATCHES], row["loss"][-BATCHES:]))
             print(
-                f"{row['model']:9}{row['table']:19}{row['optimizer']:10}{row['lr']:7g}{first:8.3f}{last:8.3f}"
+                f"{row['model']:9}{row['table']:19}{row['optimizer']:10}{row['lr']:7g}{first:10.3f}{last:10.3f}"
                 f"{row['read_median']:9.2%}{row['unread_median']:9.2%}",
                 flush=True,
             )
-    command = " ".join(["python -m benchmarks finetune", *arguments])
-    print("->", write_results("finetune_cpu", command, rows))
+        print("->", write_results(f"finetune_{name}", command, [_finite(row) for row in rows]))
 
 
 def measure(name: str, tables: list[str], steps: int | None = None) -> Iterator[dict[str, Any]]:
@@ -145,6 +149,15 @@ def train(
         part = part.nan_to_num(float("inf"))
         found |= {f"{name}_median": float(part.median()), f"{name}_max": float(part.max())}
     return found
+
+
+def _finite(value: Any) -> Any:
+    """Return a row with None for what diverged, as JSON has no number for it."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _directory(name: str) -> Path:

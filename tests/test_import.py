@@ -70,6 +70,28 @@ def test_registration_where_the_quantizers_themselves_import_torch_first():
     assert python(script).split() == ["embkern", "embkern", "True", "1", "False"]
 
 
+def test_dense_static_embeddings_load_as_before_and_import_nothing():
+    script = """
+        import sys, types
+        library = types.ModuleType("StaticEmbedding")
+        sys.modules["sentence_transformers.models.StaticEmbedding"] = library
+        class StaticEmbedding:
+            @classmethod
+            def load(cls, path, **kwargs):
+                "Load."
+                return cls, path, kwargs
+        library.StaticEmbedding = StaticEmbedding
+        import embkern
+        from embkern._registration import install
+        hooked = StaticEmbedding.__dict__["load"]
+        install()
+        print(StaticEmbedding.__dict__["load"] is hooked, StaticEmbedding.load.__doc__)
+        class Own(StaticEmbedding): pass
+        print(Own.load("here", token=1) == (Own, "here", dict(token=1)), "torch" in sys.modules)
+    """
+    assert python(script).split() == ["True", "Load.", "True", "False"]
+
+
 def test_the_entry_point_of_torch_imports_next_to_nothing():
     script = "from embkern._registration import install; import sys; install(); print(*sys.modules)"
     loaded = {name for name in python(script).split() if name.startswith("embkern")}

@@ -77,7 +77,9 @@ def import_installed(site: Path, script: str) -> subprocess.CompletedProcess[str
 
 
 USE = """
-import torch, embkern
+import torch
+assert "embkern" in sys.modules, "torch calls the entry point, so that compressed models load"
+import embkern
 from embkern.ops import gather_project, cosine_mse_loss
 assert embkern.__file__.startswith(sys.path[0]), embkern.__file__
 for _ in range(3):

@@ -1,7 +1,7 @@
 """lm-evaluation-harness and MTEB on a compressed model, and on a second model for comparison.
 
-Both run in this process, in which embkern is imported. Their own command lines do not import it, and would
-load a compressed model with random embeddings.
+Both run in this process, in which embkern is imported. Their own command lines do not import it, and load a
+compressed model only where torch registers embkern.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..methods.base import BLOCK_ROWS
 from ..tables import Table
+from ..tables.reading import AnyTable, rows_of, shape_of
 from ..text.token_names import Kind, TokenName
 
 
@@ -74,39 +75,39 @@ def compare_tables(
     Raises:
         ValueError: the shapes differ, or the counts are not (V,) with a positive sum.
     """
-    rebuilt = reconstruction if isinstance(reconstruction, Tensor) else reconstruction.to_dense()
-    if rebuilt.shape != table.shape:
-        raise ValueError(f"reconstruction: expected shape {tuple(table.shape)}, got {tuple(rebuilt.shape)}")
+    if (shape := shape_of(reconstruction)) != tuple(table.shape):
+        raise ValueError(f"reconstruction: expected shape {tuple(table.shape)}, got {shape}")
     if counts is not None and (counts.shape != table.shape[:1] or not float(counts.sum()) > 0):
         raise ValueError(
             f"counts: expected shape ({len(table)},) and a positive sum, "
             f"got {tuple(counts.shape)} and {float(counts.sum()):g}"
         )
-    rebuilt = rebuilt.to(table.device)
     errors, squared = [], 0.0
-    for rows, copies in zip(table.split(BLOCK_ROWS), rebuilt.split(BLOCK_ROWS), strict=True):
-        x, y = rows.double(), copies.double()
+    for ids in torch.arange(len(table), device=table.device).split(BLOCK_ROWS):
+        x, y = table[ids].double(), rows_of(reconstruction, ids).to(table.device).double()
         both_zero = (x == 0).all(1) & (y == 0).all(1)
         errors.append(torch.where(both_zero, 0.0, 1 - F.cosine_similarity(x, y, eps=1e-30)))
         squared += float((x - y).square().sum())
     error = torch.cat(errors)
     weights = None if counts is None else counts.to(error) / counts.sum().to(error)
-    ids = error.argsort(descending=True)[:worst].tolist()
-    names = tokens(ids) if tokens else [TokenName(None)] * len(ids)
+    worst_ids = error.argsort(descending=True)[:worst].tolist()
+    names = tokens(worst_ids) if tokens else [TokenName(None)] * len(worst_ids)
     return TableComparison(
         direction_error=float(error.mean()),
         direction_error_p99=float(error.kthvalue(max(1, round(0.99 * len(error)))).values),
         weighted_direction_error=None if weights is None else float(weights @ error),
         rmse=(squared / table.numel()) ** 0.5,
-        neighbor_overlap=_neighbor_overlap(table, rebuilt, neighbors, sampled_rows, seed),
+        neighbor_overlap=_neighbor_overlap(table, reconstruction, neighbors, sampled_rows, seed),
         worst_rows=[
             WorstRow(id=i, token=name.text, kind=name.kind, direction_error=float(error[i]))
-            for i, name in zip(ids, names, strict=True)
+            for i, name in zip(worst_ids, names, strict=True)
         ],
     )
 
 
-def _neighbor_overlap(table: Tensor, rebuilt: Tensor, neighbors: int, sampled_rows: int, seed: int) -> float:
+def _neighbor_overlap(
+    table: Tensor, rebuilt: AnyTable, neighbors: int, sampled_rows: int, seed: int
+) -> float:
     """Return the mean share of nearest neighbours that both tables have in common."""
     neighbors = min(neighbors, len(table) - 1)
     if neighbors < 1:
@@ -117,9 +118,19 @@ def _neighbor_overlap(table: Tensor, rebuilt: Tensor, neighbors: int, sampled_ro
     return float((before.unsqueeze(2) == after.unsqueeze(1)).any(2).double().mean())
 
 
-def _nearest(table: Tensor, queries: Tensor, count: int) -> Tensor:
+def _nearest(table: AnyTable, queries: Tensor, count: int) -> Tensor:
     """Return the ids (Q, count) of the nearest rows by cosine, without the row itself."""
-    normal = F.normalize(table.float(), dim=1)
-    similarity = normal[queries] @ normal.t()
-    similarity.scatter_(1, queries.unsqueeze(1), -2.0)
-    return similarity.topk(count, dim=1).indices
+    device = queries.device
+
+    def normal(ids: Tensor) -> Tensor:
+        return F.normalize(rows_of(table, ids).to(device).float(), dim=1)
+
+    wanted = normal(queries)
+    best = torch.full((len(queries), count), -3.0, device=device)
+    found = torch.zeros(len(queries), count, dtype=torch.int64, device=device)
+    for ids in torch.arange(shape_of(table)[0], device=device).split(BLOCK_ROWS):
+        similarity = wanted @ normal(ids).t()
+        similarity[queries.unsqueeze(1) == ids] = -2.0
+        best, places = torch.cat([best, similarity], 1).topk(count, dim=1)
+        found = torch.cat([found, ids.expand(len(queries), -1)], 1).gather(1, places)
+    return found

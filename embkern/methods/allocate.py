@@ -40,7 +40,6 @@ from .allocation import ROW_BITS, Allocation, DirectionAllocation, float_dtype, 
 from .base import (
     Options,
     Rows,
-    blocks,
     byte_budget,
     check_table,
     parse_options,
@@ -48,8 +47,10 @@ from .base import (
     row_weights,
 )
 from .calibration import Calibration
+from .magnitude import extreme_exponents, multiplied
 from .metric_allocation import MetricAllocation, forms_of, input_frequencies
 from .rate_search import RateSearch, at_least
+from .table_rows import TableRows
 
 
 class AllocateOptions(Options):
@@ -96,13 +97,17 @@ def allocate(
         tied: with a calibration, whether an output head uses the table as well.
         options: the fields of ``AllocateOptions``.
 
+    The table is read in blocks of rows, a few times. Beside it and the result, memory holds some hundred
+    bytes a row, the costs of the tiers, and what does not depend on V.
+
     Returns:
         A packed table on the CPU with fp16 scales and basis (bf16 for a bf16 table, fp32 where the range of
         fp16 does not suffice).
 
     Raises:
         ValueError, TypeError: the ratio cannot be reached, with the floor if one is given (the message names
-            the highest that can), the calibration is that of another table, or an argument is not usable.
+            the highest that can), the calibration is that of another table, rows are too long or too short
+            for fp32, or an argument is not usable.
 
     Source: reverse water-filling (Cover and Thomas, Elements of Information Theory, section 10.3); Lagrangian
     allocation after Shoham and Gersho (1988); trellis codes: Marcellin and Fischer (1990); errors weighed by
@@ -113,8 +118,9 @@ def allocate(
     check_table(table)
     budget = byte_budget(table, ratio)
     tiers = chosen.tiers or (DIRECTION_TIERS if calibration is None else METRIC_TIERS)
-    rows = torch.cat([each.to("cpu", torch.float32) for each in blocks(table)])
-    dtype, width = float_dtype(rows, table.dtype), table.shape[1]
+    exponents = extreme_exponents(table, alike=calibration is not None)
+    rows = TableRows(table, exponents)
+    dtype, width = float_dtype(rows), table.shape[1]
     most_groups = groups_of(width) if chosen.speed < 1 else 0  # of the basis
     row_bytes = GROUP * dtype.itemsize * width  # of a group of rows of the basis
     candidates: Iterator[Allocation]
@@ -148,7 +154,8 @@ def allocate(
         given = [f"{name} {value:g}" for name, value in conditions.items() if value is not None]
         condition = f" with {' and '.join(given)}" if given else ""
         raise ratio_error(table, ratio, least, condition)
-    return best.allocation.refitted(best.allocation.packed(best.kept, best.choice), chosen.floor)
+    packed = best.allocation.refitted(best.allocation.packed(best.kept, best.choice), chosen.floor)
+    return packed if exponents is None else multiplied(packed, exponents)
 
 
 class _Plan(NamedTuple):

@@ -7,17 +7,20 @@ without a calibration, and ``metric_allocation`` that with one.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.packed_format import GROUP, Tier, packed_bytes, trellis_levels
+from ..ops.packed_format import GROUP, Tier, lay_out, packed_bytes, trellis_levels
 from ..tables.packed import PackedTable, pack
 from .quantizer_levels import UNIFORM_STEPS
-from .row_codes import BLOCK_ROWS, RowCodes, profiles
+from .row_codes import RowCodes, profiles
+from .table_rows import BLOCK_ROWS, TableRows
 
 ROW_BITS = (8, 6, 4, 3, 2, 1)
 SAMPLED_ROWS = 512  # on which the error of trellis codes is measured against that of scalar codes
@@ -42,8 +45,10 @@ class Allocation(ABC):
     """The rows of a table and the tiers at which they can be stored.
 
     Attributes:
+        rows: the rows, which are read a block at a time.
         weights: (V,) float64, weights of the rows with a sum of 1, which a subclass sets first.
         tiers: the tiers of values, and those of coefficients if there is a basis.
+        codes: what quantises at each tier.
         basis: (K, H) float32, or None without coefficients.
         dtype: of the scales and the basis as stored.
     """
@@ -51,21 +56,19 @@ class Allocation(ABC):
     weights: Tensor
     most_bits = 2  # of coefficients, on average over all groups
 
-    def __init__(self, rows: Tensor, dtype: torch.dtype, basis_groups: int) -> None:
-        self.rows, self.dtype = rows, dtype
-        self.norms = torch.linalg.vector_norm(rows, dim=1)
-        groups = groups_of(rows.shape[1])
-        plain = RowCodes(F.pad(rows, (0, groups * GROUP - rows.shape[1])), None)
-        self.tiers = [Tier(False, (bits,) * groups) for bits in ROW_BITS]
-        self.codes = [plain for _ in ROW_BITS]
+    def __init__(self, rows: TableRows, dtype: torch.dtype, basis_groups: int) -> None:
+        self.rows, self.dtype, self.norms = rows, dtype, rows.norms
+        self.tiers = [Tier(False, (bits,) * groups_of(rows.width)) for bits in ROW_BITS]
+        self.codes = [RowCodes(None)] * len(ROW_BITS)
+        self.analysis: Tensor | None = None
         self.basis: Tensor | None = None
         if basis_groups:
             basis = self._find_basis(GROUP * basis_groups)
-            inverse = torch.where(basis.spread > basis.spread.max() * 1e-4, 1 / basis.spread, 0.0)
-            coefficients = torch.cat([part @ basis.analysis for part in rows.split(BLOCK_ROWS)]) * inverse
+            self.analysis = basis.analysis
+            self.inverse = torch.where(basis.spread > basis.spread.max() * 1e-4, 1 / basis.spread, 0.0)
             found = profiles(basis.spread, self.most_bits)
             self.tiers += found
-            self.codes += [RowCodes(coefficients, basis.spread)] * len(found)
+            self.codes += [RowCodes(basis.spread)] * len(found)
             self.basis = basis.synthesis
 
     @abstractmethod
@@ -97,35 +100,52 @@ class Allocation(ABC):
         rows = torch.zeros(len(tiers), dtype=torch.int64)
         rows[0] = len(self.rows)
         records = 4 * len(self.rows) * tiers[0].words
-        every = packed_bytes(rows, tiers, self.dtype.itemsize, _basis_rows(tiers), self.rows.shape[1])
+        every = packed_bytes(rows, tiers, self.dtype.itemsize, _basis_rows(tiers), self.rows.width)
         return every - records
 
-    def packed(self, kept: list[int], choice: Tensor, ids: Tensor | None = None) -> PackedTable:
-        """Pack rows, by default all, each at its choice (n,) among the tiers with indices ``kept``.
+    def packed(self, kept: list[int], choice: Tensor) -> PackedTable:
+        """Pack the rows, each at its choice (V,) among the tiers with indices ``kept``."""
+        tiers, scales = [self.tiers[index] for index in kept], torch.zeros(len(self.rows))
 
-        A table of some rows serves to measure them, and is not validated.
-        """
-        whole = ids is None
-        ids = torch.arange(len(self.rows)) if ids is None else ids
-        tiers = [self.tiers[index] for index in kept]
-        codes, scales = {}, torch.zeros(len(ids))
-        for place, index in enumerate(kept):
-            chosen = torch.nonzero(choice == place).flatten()
-            codes[place], scales[chosen], _ = self.codes[index].encode(self.tiers[index], ids[chosen])
-        basis = None
-        if self.basis is not None and (size := _basis_rows(tiers)):
-            basis = self.basis[:size].to(self.dtype)
-        levels, width = trellis_levels().clone(), self.rows.shape[1]  # a copy, so that tables share no memory
-        return pack(choice, codes, tiers, levels, scales.to(self.dtype), basis, None, width, check=whole)
+        def parts() -> Iterator[tuple[int, Tensor, Tensor]]:
+            for place, rows in self.rows.blocks():
+                values = Values(self, rows)
+                for position, index in enumerate(kept):
+                    chosen = torch.nonzero(choice[place] == position).flatten()
+                    if len(chosen):
+                        own = values.of(self.tiers[index])[chosen]
+                        codes, found, _ = self.codes[index].encode(self.tiers[index], own)
+                        ids = place.start + chosen
+                        scales[ids] = found
+                        yield position, ids, codes
+
+        laid_out = lay_out(choice, parts(), tiers)
+        levels, width = trellis_levels().clone(), self.rows.width  # a copy, so that tables share no memory
+        return PackedTable(*laid_out, levels, scales.to(self.dtype), self._stored_basis(tiers), None, width)
+
+    def decoded(self, index: int, values: Tensor) -> Tensor:
+        """Return the rows (n, H) float32 that values (n, K) at a tier decode to."""
+        tier = self.tiers[index]
+        codes, scales, _ = self.codes[index].encode(tier, values)
+        tier_of, basis = torch.zeros(len(values), dtype=torch.int64), self._stored_basis([tier])
+        scales, width = scales.to(self.dtype), self.rows.width
+        table = pack(tier_of, {0: codes}, [tier], trellis_levels(), scales, basis, None, width, check=False)
+        return table.to_dense().float()
+
+    def _stored_basis(self, tiers: list[Tier]) -> Tensor | None:
+        """Return the rows of the basis that tiers use, as stored."""
+        size = _basis_rows(tiers)
+        return None if self.basis is None or not size else self.basis[:size].to(self.dtype).contiguous()
 
     def _moment_of_directions(self) -> Tensor:
         """Return the weighted mean (H, H) float64 of ``x x^T`` over the directions x of infrequent rows."""
-        width = self.rows.shape[1]
+        width = self.rows.width
         weights = torch.where(read_often(self.weights), 0.0, self.weights).sqrt().float()
-        directions = self.rows / torch.where(self.norms > 0, self.norms, 1.0).unsqueeze(1)
         total = torch.zeros(width, width, dtype=torch.float64)
-        for part, weight in zip(directions.split(BLOCK_ROWS), weights.split(BLOCK_ROWS), strict=True):
-            weighted = part * weight.unsqueeze(1)
+        for place, rows in self.rows.blocks():
+            norms = self.norms[place]
+            directions = rows / torch.where(norms > 0, norms, 1.0).unsqueeze(1)
+            weighted = directions * weights[place].unsqueeze(1)
             total += (weighted.t() @ weighted).double()
         return total / weights.double().square().sum()
 
@@ -143,11 +163,12 @@ class Allocation(ABC):
         basis = self._best_basis(wide, parts)
         scales, gained, worst = packed.scales.clone(), 0.0, 1.0
         for ids in parts:
-            x, values = self.rows[ids], wide.coefficients(ids)
+            x, values = self.rows.take(ids), wide.coefficients(ids)
             y = values @ basis.float()
             scales[ids] = (packed.scales[ids].float() * self._projected(x, y)).to(self.dtype)
             gained += self._cost(ids, x, values @ packed.basis.float()) - self._cost(ids, x, y)
-            worst = min(worst, float(F.cosine_similarity(x, y, eps=1e-30).min()))
+            if floor is not None:
+                worst = min(worst, float(F.cosine_similarity(x, y, eps=1e-30).min()))
         if gained <= 0 or worst < (floor or -1):
             return packed
         return dataclasses.replace(packed, basis=basis, scales=scales)
@@ -157,12 +178,12 @@ class Allocation(ABC):
         assert packed.basis is not None, "rows without a basis have no coefficients"
         size = len(packed.basis)
         gram = torch.zeros(size, size, dtype=torch.float64)
-        moment = torch.zeros(size, self.rows.shape[1], dtype=torch.float64)
+        moment = torch.zeros(size, self.rows.width, dtype=torch.float64)
         for ids in parts:
             values = packed.coefficients(ids)
             weighted = (values * self._fit_weights(ids).float().unsqueeze(1)).t()
             gram += (weighted @ values).double()
-            moment += (weighted @ self.rows[ids]).double()
+            moment += (weighted @ self.rows.take(ids)).double()
         # A coefficient that no row uses gets a row of zeros in the basis.
         diagonal = gram.diagonal()
         ridge = torch.where(diagonal > 0, 1e-6 * diagonal.mean(), 1.0)
@@ -172,7 +193,7 @@ class Allocation(ABC):
 class DirectionAllocation(Allocation):
     """Weighs every direction of a row alike: a row costs ``weight * (1 - cos)``."""
 
-    def __init__(self, rows: Tensor, weights: Tensor, dtype: torch.dtype, basis_groups: int) -> None:
+    def __init__(self, rows: TableRows, weights: Tensor, dtype: torch.dtype, basis_groups: int) -> None:
         self.weights = weights
         super().__init__(rows, dtype, basis_groups)
 
@@ -190,29 +211,43 @@ class DirectionAllocation(Allocation):
 
     def costs_and_cosines(self) -> tuple[Tensor, Tensor]:
         errors = self._errors(exact=True)
-        return self._weighted(errors), 1 - errors
+        cosines = 1 - errors
+        return self._weighted(errors), cosines
 
     def _weighted(self, errors: Tensor) -> Tensor:
-        return errors.clamp_min(0) * self.weights.unsqueeze(1)
+        """Turn errors (V, T) into costs, in place."""
+        return errors.clamp_min_(0).mul_(self.weights.unsqueeze(1))
 
     def _errors(self, exact: bool) -> Tensor:
-        """Return 1 - cos (V, T) float64 of every row at every tier."""
-        errors, every = [], torch.arange(len(self.rows))
-        for codes, tier in zip(self.codes, self.tiers, strict=True):
-            if exact:
-                errors.append(self._error(codes.encode(tier, every)[2], every))
-                continue
-            scalar = self._error(codes.scalar_projections(tier, every), every)
-            some = torch.arange(0, len(scalar), max(1, len(scalar) // SAMPLED_ROWS))
-            found, expected = self._error(codes.encode(tier, some)[2], some).mean(), scalar[some].mean()
+        """Return 1 - cos (V, T) float64 of every row at every tier.
+
+        Unless they are to be exact, they are those of scalar codes, which some rows turn into those of
+        trellis codes.
+        """
+        errors = torch.empty(len(self.rows), len(self.tiers), dtype=torch.float64)
+        some = torch.arange(0, len(errors), max(1, len(errors) // SAMPLED_ROWS))
+        samples = []
+        for place, rows in self.rows.blocks():
+            values, norms = Values(self, rows), self.norms[place]
+            samples.append(values.part(some[(some >= place.start) & (some < place.stop)] - place.start))
+            for index, (codes, tier) in enumerate(zip(self.codes, self.tiers, strict=True)):
+                own = values.of(tier)
+                found = codes.encode(tier, own)[2] if exact else codes.scalar_projections(tier, own)
+                errors[place, index] = _error(found, norms).double()
+        return errors if exact else self._corrected(errors, some, samples)
+
+    def _corrected(self, errors: Tensor, some: Tensor, samples: list[Values]) -> Tensor:
+        """Turn errors (V, T) of scalar codes into those of trellis codes, by the means of rows ``some``."""
+        for index, (codes, tier) in enumerate(zip(self.codes, self.tiers, strict=True)):
+            own = torch.cat([each.of(tier) for each in samples])
+            found = _error(codes.encode(tier, own)[2], self.norms[some]).mean()
+            scalar = errors[:, index].float()
+            expected = scalar[some].mean()
             # Where trellis codes are worse, their difference is added: rows of signs have a scalar error of
             # 0.
-            errors.append(scalar * (found / expected) if found < expected else scalar + (found - expected))
-        return torch.stack(errors, 1).double()
-
-    def _error(self, projections: Tensor, ids: Tensor) -> Tensor:
-        norms = self.norms[ids]
-        return torch.where(norms > 0, 1 - projections / norms, 0.0).clamp_min(0)  # negative only by rounding
+            better = scalar * (found / expected) if found < expected else scalar + (found - expected)
+            errors[:, index] = better.double()
+        return errors
 
     def _fit_weights(self, ids: Tensor) -> Tensor:
         return self.weights[ids] / self.norms[ids].double().square()
@@ -222,6 +257,41 @@ class DirectionAllocation(Allocation):
 
     def _cost(self, ids: Tensor, x: Tensor, y: Tensor) -> float:
         return -float((self.weights[ids] * F.cosine_similarity(x, y, eps=1e-30).double()).sum())
+
+
+def _error(projections: Tensor, norms: Tensor) -> Tensor:
+    """Return 1 - cos (n,) of rows of these norms and projections."""
+    return torch.where(norms > 0, 1 - projections / norms, 0.0).clamp_min(0)  # negative only by rounding
+
+
+class Values:
+    """A block of rows, as values and as coefficients of an allocation's basis, each made when it is used."""
+
+    def __init__(self, allocation: Allocation, rows: Tensor) -> None:
+        self.allocation, self.rows = allocation, rows
+
+    def of(self, tier: Tier) -> Tensor:
+        """Return what a tier quantises, (n, 32 G)."""
+        return self.coefficients if tier.transform else self.padded
+
+    def part(self, chosen: Tensor) -> Values:
+        """Return some of the rows, with the coefficients that they have in the block."""
+        found = Values(self.allocation, self.rows[chosen])
+        if self.allocation.analysis is not None:
+            found.coefficients = self.coefficients[chosen]
+        return found
+
+    @functools.cached_property
+    def padded(self) -> Tensor:
+        """The rows, (n, 32 G), padded with zeros."""
+        width = self.rows.shape[1]
+        return F.pad(self.rows, (0, GROUP * groups_of(width) - width))
+
+    @functools.cached_property
+    def coefficients(self) -> Tensor:
+        """The coefficients of the rows over their spread, (n, K)."""
+        assert self.allocation.analysis is not None, "tiers of coefficients have a basis"
+        return (self.rows @ self.allocation.analysis) * self.allocation.inverse
 
 
 def read_often(weights: Tensor) -> Tensor:
@@ -242,13 +312,15 @@ def groups_of(width: int) -> int:
     return -(-width // GROUP)
 
 
-def float_dtype(rows: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Return the narrowest dtype that holds the scales of these rows (V, H) of a table of ``dtype``."""
-    if dtype == torch.bfloat16:
-        return dtype
-    norms, fp16 = torch.linalg.vector_norm(rows, dim=1), torch.finfo(torch.float16)
+def float_dtype(rows: TableRows) -> torch.dtype:
+    """Return the narrowest dtype that holds the scales of the rows of a table."""
+    if rows.table.dtype == torch.bfloat16:
+        return torch.bfloat16
+    if rows.exponents is not None:  # by which the scales are multiplied
+        return torch.float32
+    norms, fp16 = rows.norms, torch.finfo(torch.float16)
     present = norms[norms > 0]
-    steps = math.sqrt(rows.shape[1]) / UNIFORM_STEPS[8]  # norm of a row of the smallest steps
+    steps = math.sqrt(rows.width) / UNIFORM_STEPS[8]  # norm of a row of the smallest steps
     fits = len(present) == 0 or (
         float(present.min()) / steps > fp16.tiny and float(present.max()) < fp16.max / 8
     )

@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..tables.reading import AnyTable, rows_of, shape_of
 from ..text.frequencies import COMPRESSION_STRENGTH
 from ..text.prior import normalized, vocabulary_prior
-from .allocation import SAMPLED_ROWS, Allocation, Basis
+from .allocation import SAMPLED_ROWS, Allocation, Basis, Values
 from .base import row_weights
 from .calibration import Calibration
-from .row_codes import BLOCK_ROWS
+from .table_rows import BLOCK_ROWS, TableRows
 
 # Added to the metric, relative to its mean eigenvalue: a calibration may have no sample of a direction.
 RIDGE = 1e-3
@@ -120,7 +121,7 @@ def calibration_of_head(calibration: Calibration, frequencies: Tensor | None) ->
 
 @torch.no_grad()
 def predicted_divergence(
-    table: Tensor, compressed: Tensor, calibration: Calibration, frequencies: Tensor, *, tied: bool
+    table: Tensor, compressed: AnyTable, calibration: Calibration, frequencies: Tensor, *, tied: bool
 ) -> float:
     """Return the KL divergence per token, in nats, that a compressed table in place of a table will cause.
 
@@ -130,7 +131,7 @@ def predicted_divergence(
 
     Args:
         table: (V, H), floating-point.
-        compressed: (V, H), likewise.
+        compressed: (V, H), likewise, or a compressed table.
         calibration: sums over text.
         frequencies: f, (V,), of the tokens as input.
         tied: whether the model's output head uses the table.
@@ -140,11 +141,11 @@ def predicted_divergence(
     """
     expected = (calibration.num_embeddings, calibration.embedding_dim)
     for name, rows in (("table", table), ("compressed", compressed)):
-        if tuple(rows.shape) != expected:
-            raise ValueError(f"{name}: expected shape {expected} as in calibration, got {tuple(rows.shape)}")
+        if (shape := shape_of(rows)) != expected:
+            raise ValueError(f"{name}: expected shape {expected} as in calibration, got {shape}")
     forms, total = forms_of(calibration, frequencies, tied=tied), 0.0
     for ids in torch.arange(len(table)).split(BLOCK_ROWS):
-        errors = table[ids].cpu().float() - compressed[ids].cpu().float()
+        errors = table[ids].cpu().float() - rows_of(compressed, ids).cpu().float()
         total += sum(float((form.weights[ids] * form.of(errors)).sum()) for form in forms)
     return total
 
@@ -154,7 +155,7 @@ class MetricAllocation(Allocation):
 
     most_bits = 4
 
-    def __init__(self, rows: Tensor, forms: list[Form], dtype: torch.dtype, basis_groups: int) -> None:
+    def __init__(self, rows: TableRows, forms: list[Form], dtype: torch.dtype, basis_groups: int) -> None:
         self.forms = forms
         weights: Tensor = sum((form.weights * form.trace for form in forms), torch.zeros(len(rows)))
         self.weights = weights / weights.sum()
@@ -187,41 +188,53 @@ class MetricAllocation(Allocation):
         sample = torch.arange(0, V, max(1, V // SAMPLED_ROWS))
         heavy = self.weights.argsort(descending=True, stable=True)[:HEAVY_ROWS]
         measured = torch.cat([sample, heavy])
-        columns = []
+        exact, columns = Values(self, self.rows.take(measured)), self._scalar_errors()
         for index in range(len(self.tiers)):
-            estimate = self._scalar_errors(index)
-            found = self._decoded_forms(index, measured)[0]
+            estimate = columns[:, index]
+            found = self._decoded_forms(index, exact, measured)[0]
             expected = estimate[sample].sum().clamp_min(1e-300)
             cost = torch.zeros(V, dtype=torch.float64)
             for form, values in zip(self.forms, found, strict=True):
                 cost += form.weights * (values[: len(sample)].sum() / expected) * estimate
-            columns.append(cost.index_copy_(0, measured, self._weighted(measured, found)))
-        return torch.stack(columns, 1)
+            columns[:, index] = cost.index_copy_(0, measured, self._weighted(measured, found))
+        return columns
 
     def costs_and_cosines(self) -> tuple[Tensor, Tensor]:
-        every = torch.arange(len(self.rows))
-        found = [self._decoded_forms(index, every) for index in range(len(self.tiers))]
-        costs = [self._weighted(every, forms) for forms, _ in found]
-        return torch.stack(costs, 1), torch.stack([cosines for _, cosines in found], 1)
+        V, T = len(self.rows), len(self.tiers)
+        costs, cosines = torch.empty(V, T, dtype=torch.float64), torch.empty(V, T, dtype=torch.float64)
+        for place, rows in self.rows.blocks():
+            ids, values = torch.arange(place.start, place.stop), Values(self, rows)
+            for index in range(T):
+                found, cosines[place, index] = self._decoded_forms(index, values, ids)
+                costs[place, index] = self._weighted(ids, found)
+        return costs, cosines
 
-    def _scalar_errors(self, index: int) -> Tensor:
-        """Return the squared errors (V,) float64 of scalar codes in the geometry of a tier."""
-        codes, every = self.codes[index], torch.arange(len(self.rows))
-        projections = codes.scalar_projections(self.tiers[index], every).double()
-        return (codes.squared_norms - projections.square()).clamp_min(0)  # negative only by rounding
+    def _scalar_errors(self) -> Tensor:
+        """Return the squared errors (V, T) float64 of scalar codes, each in the geometry of its tier."""
+        errors = torch.empty(len(self.rows), len(self.tiers), dtype=torch.float64)
+        for place, rows in self.rows.blocks():
+            values, squares = Values(self, rows), dict[bool, Tensor]()
+            for index, (codes, tier) in enumerate(zip(self.codes, self.tiers, strict=True)):
+                own = values.of(tier)
+                if tier.transform not in squares:
+                    squares[tier.transform] = codes.squared_norms(own)
+                projections = codes.scalar_projections(tier, own).double()
+                # Negative only by rounding.
+                errors[place, index] = (squares[tier.transform] - projections.square()).clamp_min(0)
+        return errors
 
-    def _decoded_forms(self, index: int, ids: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return every form's values (n,) of rows at a tier as decoded, and the cosines (n,) float64."""
-        values: list[list[Tensor]] = [[] for _ in self.forms]
-        cosines = []
-        for part in ids.split(BLOCK_ROWS):
-            x = self.rows[part]
-            y = self.packed([index], torch.zeros_like(part), part).to_dense().float()
-            for found, form in zip(values, self.forms, strict=True):
-                found.append(form.of(x - y))
-            cosine = F.cosine_similarity(x, y, eps=1e-30)
-            cosines.append(torch.where(self.norms[part] > 0, cosine, 1.0))
-        return [torch.cat(each) for each in values], torch.cat(cosines).double()
+    def _decoded_forms(self, index: int, values: Values, ids: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return every form's values (n,) of rows at a tier as decoded, and the cosines (n,) float64.
+
+        Args:
+            index: the tier.
+            values: the rows.
+            ids: (n,), their ids.
+        """
+        y, norms = self.decoded(index, values.of(self.tiers[index])), self.norms[ids]
+        forms = [form.of(values.rows - y) for form in self.forms]
+        cosines = F.cosine_similarity(values.rows, y, eps=1e-30)
+        return forms, torch.where(norms > 0, cosines, 1.0).double()
 
     def _weighted(self, ids: Tensor, values: list[Tensor]) -> Tensor:
         """Return the costs (n,) of rows whose forms have these values."""

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..ops.packed_format import MAX_TIERS, Tier
 
+_ROWS = 1 << 14  # rows whose costs are compared at a time
+
 
 class RateSearch:
     """Chooses a subset of the tiers, and one tier of the subset for every row.
@@ -62,17 +64,15 @@ class RateSearch:
     def _shared(self, kept: list[int]) -> int:
         return self.shared_bytes([self.tiers[i] for i in kept])
 
-    def _choice(self, kept: list[int], price: float) -> Tensor:
-        return (self.cost[:, kept] + price * self.bytes[kept]).argmin(1)
-
     def _spent(self, kept: list[int], choice: Tensor) -> float:
         return float(self.bytes[kept][choice].sum()) + self._shared(kept)
 
     def _price(self, kept: list[int], budget: int) -> float:
         """Bisect for the least multiplier whose choice fits the budget, to a relative accuracy of 1e-6."""
+        cost, size = self.cost[:, kept], self.bytes[kept]
 
         def fits(price: float) -> bool:
-            return self._spent(kept, self._choice(kept, price)) <= budget
+            return self._spent(kept, _choice(cost, size, price)) <= budget
 
         low, high = 0.0, 1e-9
         while not fits(high):
@@ -102,18 +102,22 @@ class RateSearch:
 
     def _fill_budget(self, kept: list[int], budget: int) -> Tensor:
         """Return the choice (V,) at the budget's price, remaining bytes spent where they gain most."""
-        price = self._price(kept, budget)
-        choice = self._choice(kept, price)
-        richer = self._choice(kept, price * (1 - 1e-5))
-        more = (self.bytes[kept][richer] - self.bytes[kept][choice]).clamp_min(0)
+        price, cost, size = self._price(kept, budget), self.cost[:, kept], self.bytes[kept]
+        choice = _choice(cost, size, price)
+        richer = _choice(cost, size, price * (1 - 1e-5))
+        more = (size[richer] - size[choice]).clamp_min(0)
         rows = torch.nonzero(more > 0).flatten()
-        cost = self.cost[:, kept]
         gain = (cost.gather(1, choice[:, None]) - cost.gather(1, richer[:, None])).squeeze(1)
         rows = rows[(gain[rows] / more[rows]).argsort(descending=True, stable=True)]
         room = budget - self._spent(kept, choice)
         upgraded = rows[more[rows].cumsum(0) <= room]
         choice[upgraded] = richer[upgraded]
         return choice
+
+
+def _choice(cost: Tensor, size: Tensor, price: float) -> Tensor:
+    """Return the tier (V,) of every row that is the cheapest at a price of bytes."""
+    return torch.cat([(part + price * size).argmin(1) for part in cost.split(_ROWS)])
 
 
 def at_least(floor: float, cost: Tensor, cosines: Tensor) -> Tensor:

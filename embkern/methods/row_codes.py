@@ -25,7 +25,6 @@ FINE_SCALES = (
     *(1.5, 1.75, 2.0, 2.4, 2.8, 3.4, 4.0, 5.0, 6.5),
 )
 TRELLIS_SCALES = (0.95, 1.0, 1.06)  # tried for trellis codes, relative to the best of FINE_SCALES
-BLOCK_ROWS = 4096  # rows that are quantised at a time
 
 
 @functools.cache
@@ -67,55 +66,47 @@ def profiles(spread: Tensor, most: int = 2) -> list[Tier]:
 
 @dataclass
 class RowCodes:
-    """Quantises rows, given by values that are relative to a spread.
+    """Quantises blocks of rows, given by values (n, 32 G) that are relative to a spread.
+
+    The values are those of the rows, padded with zeros, or their coefficients over their spread.
 
     Attributes:
-        values: (V, width), the rows, or their coefficients over their spread; padded with zeros.
-        spread: (width,), or None for ones.
+        spread: (32 G,), or None for ones.
     """
 
-    values: Tensor
     spread: Tensor | None
 
-    @functools.cached_property
-    def squared_norms(self) -> Tensor:
-        """Squared norms (V,) float64 of all rows, spread included."""
-        spread = 1.0 if self.spread is None else self.spread
-        return torch.cat([(part * spread).square().sum(1).double() for part in self.values.split(BLOCK_ROWS)])
+    def squared_norms(self, values: Tensor) -> Tensor:
+        """Return the squared norms (n,) float64 of rows, spread included."""
+        return (values * (1.0 if self.spread is None else self.spread)).square().sum(1).double()
 
-    def scalar_projections(self, tier: Tier, ids: Tensor) -> Tensor:
+    def scalar_projections(self, tier: Tier, values: Tensor) -> Tensor:
         """Return the projections (n,) of rows with scalar instead of trellis codes, in a tenth of the time.
 
         The projection of a row on what is decoded is ``(x * y).sum(1) / y.norm(dim=1)``.
         """
-        parts = [self._scalar(part, tier, COARSE_SCALES, False)[2] for part in ids.split(BLOCK_ROWS)]
-        return torch.cat(parts)
+        return self._scalar(tier, values, COARSE_SCALES, False)[2]
 
-    def encode(self, tier: Tier, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def encode(self, tier: Tier, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the codes (n, 32 * groups) uint8, scales (n,) and projections (n,) of rows."""
-        parts = [self._encoded(part, tier) for part in ids.split(BLOCK_ROWS)]
-        codes, scales, projections = zip(*parts, strict=True)
-        return torch.cat(codes), torch.cat(scales), torch.cat(projections)
-
-    def _encoded(self, ids: Tensor, tier: Tier) -> tuple[Tensor, Tensor, Tensor]:
         wide = max(tier.bits, default=0) > LEVEL_BITS
         assert not wide or min(tier.bits) > LEVEL_BITS, "a tier has either uniform or trellis codes"
-        codes, scales, projections = self._scalar(ids, tier, FINE_SCALES, wide)
+        codes, scales, projections = self._scalar(tier, values, FINE_SCALES, wide)
         if wide:
             return codes, scales, projections
         near = scales.unsqueeze(1) * torch.tensor(TRELLIS_SCALES)
-        return quantize_trellis(*self._values(ids, tier), trellis_levels(), near, needs_codes=True)
+        return quantize_trellis(*self._of_tier(tier, values), trellis_levels(), near, needs_codes=True)
 
     def _scalar(
-        self, ids: Tensor, tier: Tier, factors: tuple[float, ...], needs_codes: bool
+        self, tier: Tier, values: Tensor, factors: tuple[float, ...], needs_codes: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         tried = torch.tensor(factors)
         return quantize_rows(
-            *self._values(ids, tier), scalar_levels(), uniform_steps(), tried, needs_codes=needs_codes
+            *self._of_tier(tier, values), scalar_levels(), uniform_steps(), tried, needs_codes=needs_codes
         )
 
-    def _values(self, ids: Tensor, tier: Tier) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _of_tier(self, tier: Tier, values: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return the values of rows in the groups of a tier, their spread, and the bits of the groups."""
         width = GROUP * len(tier.bits)
         spread = None if self.spread is None else self.spread[:width]
-        return self.values[ids, :width], spread, torch.tensor(tier.bits, dtype=torch.uint8)
+        return values[:, :width], spread, torch.tensor(tier.bits, dtype=torch.uint8)

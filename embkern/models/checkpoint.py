@@ -113,9 +113,11 @@ def without_adjustments(
 
 def ignore_guard(model: PreTrainedModel, root: str) -> None:
     """Let transformers load a checkpoint into a model without a report of a table's guard."""
-    known = model._keys_to_ignore_on_load_unexpected or ()
+    known: Any = model._keys_to_ignore_on_load_unexpected  # a set; in older releases a list or None
     guard = rf"(^|\.){re.escape(root.rpartition('.')[2])}\.{GUARD}$"
-    model._keys_to_ignore_on_load_unexpected = {*known, guard}
+    model._keys_to_ignore_on_load_unexpected = (
+        {*known, guard} if isinstance(known, set) else [*(known or ()), guard]
+    )
 
 
 def check_files(model: nn.Module, files: list[str], root: str, state: TableState) -> dict[str, list[int]]:

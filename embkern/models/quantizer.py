@@ -54,7 +54,6 @@ from .swap import (
     restore_tie,
     swap,
     table_modules,
-    table_name,
     table_roots,
     take_place,
     untie_heads,
@@ -93,13 +92,13 @@ def install(model: PreTrainedModel, table: ModelTable, compressed: Table, recipe
     settings = layer.settings(compressed)
     state = TableState(layer.kind, {}, settings, scales, head, "", segments=table.segments)
     state.describe(compressed)
-    if name := table_name(model, table):
+    if name := "" if table.role == "input" else canonical_name(model, table.root):
         config.named_tables[name] = state
     else:
         config.table = state
     quantizer.quantization_config = config
     live = compressed.to(device=table.weight.device, dtype=table.weight.dtype)
-    quantizer.originals.append(swap(model, table, live, bool(compressed_heads(table, recipe))))
+    quantizer.originals.append(swap(model, table, live, bool(compressed_heads(table, recipe)), name))
     adopt(model, quantizer)
 
 
@@ -177,11 +176,8 @@ class EmbkernQuantizer(HfQuantizer):
         skeleton = state.skeleton(torch.float32)
         V, H = skeleton.num_embeddings // state.segments, skeleton.embedding_dim * state.segments
         dense_shape = [V, H]
-        if (
-            not name
-            and state.head == "factorized"
-            and getattr(model.config, "tie_word_embeddings", 1) is False
-        ):
+        untied = getattr(model.config, "tie_word_embeddings", None) is False
+        if not name and state.head == "factorized" and untied:
             restore_tie(model)
         table = table_named(model, name, (V, H)) if name else find_table(model)
         if table is None:
@@ -216,7 +212,7 @@ class EmbkernQuantizer(HfQuantizer):
         table.scales = {name: scale_of(state, canonical_name(model, name)) for name in table.embeddings}
         sharing = table.embeddings if state.head == "dense" else [*table.embeddings, *table.heads]
         _check_places(device_map, sharing)
-        self.originals.append(swap(model, table, skeleton, state.head != "dense"))
+        self.originals.append(swap(model, table, skeleton, state.head != "dense", name))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         config = self.quantization_config

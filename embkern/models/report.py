@@ -163,7 +163,7 @@ class TableReport(BaseModel):
         if known.calibration is not None and known.frequencies is not None:
             tied = plan.recipe.compresses_head(table.tied)
             predicted = predicted_divergence(
-                rows, compressed.to_dense(), known.calibration, known.frequencies, tied=tied
+                rows, compressed, known.calibration, known.frequencies, tied=tied
             )
         return cls(
             name=table.root,
@@ -329,7 +329,7 @@ class Report(Comparison):
 
 
 def model_card(report: Report) -> str:
-    """Return a model card in Markdown; its code imports embkern first, without which loading fails."""
+    """Return a model card in Markdown, which tells that loading fails where embkern is not installed."""
     from huggingface_hub import ModelCard, ModelCardData
 
     library, (imported, loaded) = report.library, report.usage("path/or/name/of/this/model")

@@ -18,6 +18,7 @@ from .find_table import (
     output_or_none,
     table_at,
 )
+from .swap import canonical_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -106,12 +107,13 @@ def table_named(model: PreTrainedModel, name: str, shape: tuple[int, int]) -> Mo
         name: canonical name of the module in the model that was saved.
         shape: (V, H) of the table, by which modules of the same name are told apart.
     """
-    names = dict(model.named_modules(remove_duplicate=False))
-    matching = [
-        each
-        for each, module in names.items()
-        if isinstance(module, (nn.Embedding, nn.Linear))
-        and (f".{name}".endswith(f".{each}") or f".{each}".endswith(f".{name}"))
-        and tuple(module.weight.shape) == shape
-    ]
-    return table_at(model, max(matching, key=len)) if matching else None
+    names: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
+    matching = []
+    for path, module in names.items():
+        own = f".{canonical_name(model, path)}"
+        if isinstance(module, (nn.Embedding, nn.Linear)) and (
+            f".{name}".endswith(own) or own.endswith(f".{name}")
+        ):
+            matching.append(path)
+    matching.sort(key=lambda each: (tuple(names[each].weight.shape) == shape, len(each)))
+    return table_at(model, matching[-1]) if matching else None

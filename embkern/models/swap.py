@@ -58,7 +58,9 @@ class DenseModules:
     trained: bool
 
 
-def swap(model: PreTrainedModel, table: ModelTable, compressed: Table, compress_heads: bool) -> DenseModules:
+def swap(
+    model: PreTrainedModel, table: ModelTable, compressed: Table, compress_heads: bool, table_name: str = ""
+) -> DenseModules:
     """Replace the modules that share a table by modules over a compressed one, in place.
 
     Args:
@@ -66,6 +68,7 @@ def swap(model: PreTrainedModel, table: ModelTable, compressed: Table, compress_
         table: where its table is; afterwards its weight is on the meta device.
         compressed: the compressed table, with the device and dtype of the model.
         compress_heads: whether to replace the heads; else those of a tied table keep it dense.
+        table_name: name of the table in the model's config; empty for that of the input.
 
     Returns:
         The modules and ties that were replaced.
@@ -87,9 +90,9 @@ def swap(model: PreTrainedModel, table: ModelTable, compressed: Table, compress_
         layer.adjust(None)  # an optimizer's steps are made for dense rows; unfreeze_table suits them
     for name in heads:
         model.set_submodule(name, take_place(first.head(modules[name].bias), modules[name]))
-    for name in [*table.embeddings, *heads]:
-        module: Any = model.get_submodule(name)
-        module.table_name, module.leads = table_name(model, table), name == table.root
+    for path in [*table.embeddings, *heads]:
+        module: Any = model.get_submodule(path)
+        module.table_name, module.leads = table_name, path == table.root
     followers = [name for name in [*table.embeddings, *heads] if name != table.root]
     original.ties = _retie(model, table, followers)
     for dense in modules.values():  # frees the dense table unless a dense head still holds it
@@ -105,11 +108,6 @@ def _embedding_over(
     if isinstance(compressed, PackedTable) and table.segments > 1:
         return SegmentedEmbedding(compressed, segments=table.segments, padding_idx=padding_idx, scale=scale)
     return layer_of(compressed).from_table(compressed, padding_idx=padding_idx, scale=scale)
-
-
-def table_name(model: PreTrainedModel, table: ModelTable) -> str:
-    """Return the name of a table in a saved model's config: empty for that of the input."""
-    return "" if table.role == "input" else canonical_name(model, table.root)
 
 
 def _retie(

@@ -46,8 +46,7 @@ class Adjustment(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if any(prefix + name in state_dict for name in self._parameters):
             super()._load_from_state_dict(state_dict, prefix, *args)
-        else:  # that of a saved model, whose table includes the changes
-            self.reset()
+        # Else the file has a table alone, whose module resets this one, or another module that shares it.
 
 
 def inverse(sizes: Tensor) -> Tensor:

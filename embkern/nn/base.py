@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import MutableMapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,7 @@ class TableModule(nn.Module):
         held_dtypes: dtypes of those that the module holds in another one.
         keeps_stored_dtype: whether a wider model saves the table in the dtype in which it was stored.
         frozen: whether gradients stop at the stored tensors, as in models, where only an ``Adjustment`` is
-            trained; ``requires_grad_(True)`` then makes one.
-        adjustment: the trainable change of the table, or None.
+            trained.
         backend: backend of the lookup; None chooses by device and dtype.
         table_name: name of the table in the model; empty for the input table.
         leads: whether the other modules of the table share the tensors of this one.
@@ -52,11 +51,6 @@ class TableModule(nn.Module):
     backend: Backend | None = None
     table_name: str = ""
     leads: bool = False
-    adjustment: Adjustment | None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_module(ADJUSTMENT, None)
 
     @staticmethod
     def settings(table: Any) -> dict[str, Any]:
@@ -86,6 +80,11 @@ class TableModule(nn.Module):
         """Return the unit of each floating-point tensor, for ``Adjustment``."""
         raise NotImplementedError
 
+    @property
+    def adjustment(self) -> Adjustment | None:
+        """The trainable change of the table, or None."""
+        return cast("Adjustment | None", self._modules.get(ADJUSTMENT))
+
     def _trained(self, name: str) -> Any:
         """Return a floating-point tensor, or None, as lookups use it: adjusted, or detached if frozen."""
         stored = getattr(self, name)
@@ -93,6 +92,13 @@ class TableModule(nn.Module):
             return stored
         adjustment = self.adjustment
         return stored.detach() if adjustment is None else adjustment.adjusted(name, stored)
+
+    def _is_trained(self) -> bool:
+        """Return whether gradients flow through lookups."""
+        if not self.frozen:
+            return any(stored.requires_grad for stored in self._stored().values())
+        adjustment = self.adjustment
+        return adjustment is not None and any(change.requires_grad for change in adjustment.parameters())
 
     @torch.no_grad()
     def unfreeze(self) -> Adjustment:
@@ -106,7 +112,9 @@ class TableModule(nn.Module):
     def adjust(self, adjustment: Adjustment | None) -> None:
         """Train this adjustment, which modules with the same tensors share, from now on; None trains none."""
         self.frozen = True
-        self.adjustment = adjustment
+        self._modules.pop(ADJUSTMENT, None)
+        if adjustment is not None:
+            self._modules[ADJUSTMENT] = adjustment
         for parameter in self._parameters.values():
             if parameter is not None and parameter is not getattr(self, "bias", None):
                 parameter.requires_grad_(False)
@@ -121,9 +129,16 @@ class TableModule(nn.Module):
             adjustment.reset()
 
     def requires_grad_(self: AnyTableModule, requires_grad: bool = True) -> AnyTableModule:
-        """Set whether parameters are trained; of a frozen table the adjustment, which is made if needed."""
-        if self.frozen and requires_grad:
-            self.unfreeze()
+        """Set whether parameters are trained: of the table in a model, those of its adjustment.
+
+        Raises:
+            RuntimeError: there is none. To make one for this module alone would part it from a tied head.
+        """
+        if self.frozen and requires_grad and self.adjustment is None:
+            raise RuntimeError(
+                f"{type(self).__name__}: the table of a compressed model is trained after "
+                "embkern.unfreeze_table(model), which keeps ties (with PEFT, instead of modules_to_save)"
+            )
         super().requires_grad_(requires_grad)
         if self.frozen:
             self.adjust(self.adjustment)
@@ -222,7 +237,7 @@ class TableModule(nn.Module):
             width,
             dtype=self.dtype,
             device=device,
-            requires_grad=torch.is_grad_enabled() and any(each.requires_grad for each in self.parameters()),
+            requires_grad=torch.is_grad_enabled() and self._is_trained(),
             advice=f"{type(self).__name__} holds {_listed(self.tensor_names)}. {_ADVICE}",
             whole=True,
         )
@@ -247,6 +262,11 @@ class TableModule(nn.Module):
             if isinstance(stored := state_dict.get(prefix + name), Tensor):
                 state_dict[prefix + name] = stored.to(dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if (adjustment := self.adjustment) is not None:
+            own = (key.removeprefix(prefix) for key in state_dict if key.startswith(prefix))
+            found = {name.partition(".")[0] for name in own}
+            if ADJUSTMENT not in found and not found.isdisjoint(adjustment._parameters):
+                adjustment.reset()  # a saved table includes the changes
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         """Apply ``fn`` as ``nn.Module`` does, so that modules keep sharing tensors.

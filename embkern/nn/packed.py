@@ -85,9 +85,17 @@ class PackedTableModule(TableModule):
             )
         except KeyError:  # A parametrization or FSDP has put an attribute in a parameter's place.
             held = tuple(getattr(self, name) for name in PackedTensors._fields)
-        if self.frozen and (held[4].requires_grad or self._modules[ADJUSTMENT] is not None):
-            held = (*held[:4], *(self._trained(name) for name in PackedTensors._fields[4:]))
         tensors: Tensors = held
+        if self.frozen:
+            basis, offset = tensors[5], tensors[6]
+            if (
+                ADJUSTMENT in self._modules
+                or tensors[4].requires_grad
+                or (basis is not None and basis.requires_grad)
+                or (offset is not None and offset.requires_grad)
+            ):
+                scales, basis, offset = (self._trained(name) for name in PackedTensors._fields[4:])
+                tensors = (*tensors[:4], scales, basis, offset)
         return tensors
 
     def _units(self) -> dict[str, Tensor]:
@@ -117,7 +125,8 @@ class PackedEmbedding(PackedTableModule, CompressedEmbedding):
 
     ``forward(ids) = gather_decode(ids, records, ..., scales, basis, offset) * scale``, (``*``) to (``*``, H)
 
-    Scales, basis and offset are trainable; the codes are frozen.
+    Scales, basis and offset are trainable as they are; the codes are fixed. In a model the embedding is
+    frozen until ``embkern.unfreeze_table``, which makes changes of them trainable.
 
     Args:
         table: the table, whose memory the embedding shares.
@@ -144,7 +153,7 @@ class PackedEmbedding(PackedTableModule, CompressedEmbedding):
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows of ``ids`` (any shape, int32 or int64), times ``scale``: (``*``, H)."""
         packed = self._packed_tensors()  # once, for the dtype, too
-        if self._modules[ADJUSTMENT] is not None:  # whose dtype can be wider
+        if ADJUSTMENT in self._modules:  # whose dtype can be wider
             return super().forward(ids)
         scale = self._rounded_scale.get(packed[4].dtype, self._scale)
         return decode_rows(ids, packed, self._width, scale, self.padding_idx, self.backend)

@@ -6,10 +6,11 @@ docs/packed-format.md specifies the format. No other Python module knows how a t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -96,22 +97,22 @@ def packed_bytes(rows: Tensor, tiers: list[Tier], floats: int, basis_rows: int, 
     return 4 * words + directory + fixed + floats * (total + basis_rows * embedding_dim)
 
 
-def lay_out(tier_of: Tensor, codes: dict[int, Tensor], tiers: list[Tier]) -> tuple[Tensor, Tensor, Tensor]:
+def lay_out(
+    tier_of: Tensor, codes: Iterable[tuple[int, Tensor, Tensor]], tiers: list[Tier]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return records, directory and tiers of rows.
 
     Args:
         tier_of: (V,) int64, the tier of every row.
-        codes: per tier with rows, the codes (rows, 32 groups) uint8 of its rows in the order of their ids.
+        codes: parts of the rows: a tier, ids (n,) of some of its rows, and their codes (n, 32 groups) uint8.
         tiers: up to 16.
     """
     words = words_of_rows(tier_of, tiers)
     starts = words.cumsum(0) - words
     records = torch.zeros(max(1, int(words.sum())), dtype=torch.int32)
-    for index, tier in enumerate(tiers):
-        rows = torch.nonzero(tier_of == index).flatten()
-        if len(rows) and tier.words:
-            planes = bit_planes(codes[index], tier)
-            records[(starts[rows].unsqueeze(1) + torch.arange(tier.words)).flatten()] = planes.flatten()
+    for index, rows, some in codes:
+        places = starts[rows].unsqueeze(1) + torch.arange(tiers[index].words)
+        records[places.flatten()] = bit_planes(some, tiers[index]).flatten()
     groups = _groups(tiers)
     described = [[int(t.transform), *t.bits, *[0] * (groups - len(t.bits))] for t in tiers]
     return records, directory_of(tier_of, tiers), torch.tensor(described, dtype=torch.uint8)
@@ -148,11 +149,13 @@ def _nibbles(words: Tensor) -> Tensor:
 
 def bit_planes(codes: Tensor, tier: Tier) -> Tensor:
     """Records (n, W) of codes (n, 32 groups): bit i of a group's word p is bit p of the code of value i."""
-    lanes, planes = torch.arange(GROUP), [torch.zeros(len(codes), 0, dtype=torch.int64)]
-    for group, bits in zip(codes.split(GROUP, 1), tier.bits, strict=False):
-        values = group.long()
-        planes += [((values >> plane & 1) << lanes).sum(1, keepdim=True) for plane in range(bits)]
-    return _wrapped(torch.cat(planes, 1))
+    values, records = codes.to(torch.uint8).numpy(), np.empty((len(codes), tier.words), dtype="<i4")
+    octets = records.view(np.uint8).reshape(len(codes), tier.words, 4)
+    planes = ((group, plane) for group, bits in enumerate(tier.bits) for plane in range(bits))
+    for word, (group, plane) in enumerate(planes):
+        bits_of_plane = values[:, GROUP * group : GROUP * (group + 1)] >> plane & 1
+        octets[:, word] = np.packbits(bits_of_plane, axis=1, bitorder="little")
+    return torch.from_numpy(records.astype(np.int32, copy=False))
 
 
 def _wrapped(words: Tensor) -> Tensor:

@@ -195,8 +195,10 @@ def pack(
         embedding_dim: H.
         check: whether the table is validated.
     """
+    parts = ((index, torch.nonzero(tier_of == index).flatten()) for index in range(len(tiers)))
+    used = ((index, rows, codes[index]) for index, rows in parts if len(rows) and tiers[index].words)
     return PackedTable(
-        *lay_out(tier_of, codes, tiers),
+        *lay_out(tier_of, used, tiers),
         levels,
         scales.contiguous(),
         None if basis is None else basis.contiguous(),

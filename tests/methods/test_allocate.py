@@ -1,15 +1,20 @@
 """Rate allocation: budgets, floors, weights, and tables of every shape."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
-from embkern.methods import allocate, svd
+from embkern.io.mapped_table import TableFile
+from embkern.methods import allocate, svd, table_rows
 from embkern.methods.base import row_weights
 from embkern.methods.quantizer_levels import distortion
 from embkern.methods.row_codes import scalar_levels
+from embkern.methods.table_rows import BLOCK_ROWS
 from embkern.tables.packed import PackedTable
 from tests.conftest import seed_of
 
@@ -221,3 +226,45 @@ def test_rows_that_are_not_finite_are_named() -> None:
     table[17, 3] = math.nan
     with pytest.raises(ValueError, match="NaN or infinity in 1 row.*17"):
         allocate(table, ratio=8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_table_in_a_file_gives_the_same_bytes(tmp_path, dtype) -> None:
+    table = _table(BLOCK_ROWS + 700, 48, dtype=dtype)  # more than a block
+    save_file({"t": table}, tmp_path / "t")
+    counts = _zipf(len(table))
+    expected = allocate(table, ratio=6, counts=counts).tensors()
+    found = allocate(TableFile(tmp_path / "t", "t"), ratio=6, counts=counts).tensors()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], each) for name, each in expected.items())
+
+
+def test_rows_do_not_depend_on_the_block_that_they_are_in(monkeypatch) -> None:
+    """The codes of a block are laid out among those of the others, at the places of its rows."""
+    table, counts = _table(300, 64), _zipf(300)
+    expected = _errors(table, allocate(table, ratio=4, counts=counts))
+    monkeypatch.setattr(table_rows, "BLOCK_ROWS", 64)
+    found = _errors(table, allocate(table, ratio=4, counts=counts))
+    assert float(found.mean()) == pytest.approx(float(expected.mean()), rel=0.02)
+    assert found.max() < 2 * expected.max()
+
+
+RESIDENT = """
+import resource, sys
+from embkern.io.mapped_table import TableFile
+from embkern.methods import allocate
+allocate(TableFile(sys.argv[1], "small"), ratio=16)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+allocate(TableFile(sys.argv[1], "t"), ratio=16)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+def test_a_table_in_a_file_is_never_whole_in_memory(tmp_path) -> None:
+    table = torch.randn(40_000, 768)  # 123 MB
+    save_file({"t": table, "small": table[: 2 * BLOCK_ROWS].clone()}, tmp_path / "t")
+    command = [sys.executable, "-c", RESIDENT, str(tmp_path / "t")]
+    grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert grown < table.nbytes / 2

@@ -1,4 +1,4 @@
-"""Loading in a process that never imports embkern: right where it is installed, an error where it is not."""
+"""Loading without ``import embkern``: right where embkern is installed, an error where it is not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch.testing import assert_close
 
 pytest.importorskip("transformers")
-sentence_transformers = pytest.importorskip("sentence_transformers")
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -21,8 +21,9 @@ else:
 
 import embkern
 from embkern.models.loading import load_model
-from embkern.models.static_embeddings import _module_classes
-from tests.example_models import word_tokenizer
+from embkern.models.static_embeddings import _module_classes, load_static
+from tests.example_models import MODELS, build, word_tokenizer
+from tests.models.compressing import compressed
 from tests.saved_models import SVD
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +63,18 @@ torch.save(found, sys.argv[2])
 WAYS = ("automodel", "pipeline", "sentence_transformer")
 
 
+@pytest.mark.usefixtures("quantizing")
+@pytest.mark.parametrize("lm_head", ["factorized", "dense"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_transformers_without_embkern_refuses_every_model(tmp_path, monkeypatch, name, lm_head, kind):
+    model = compressed(build(name), kind, lm_head=lm_head)
+    model.save_pretrained(tmp_path)
+    monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "embkern")
+    for architecture in (type(model), type(model.base_model)):
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            architecture.from_pretrained(tmp_path)
+
+
 @pytest.fixture
 def small(source, tmp_path) -> Path:
     embkern.compress(source, **SVD, output=tmp_path / "small")
@@ -70,15 +83,17 @@ def small(source, tmp_path) -> Path:
 
 @pytest.fixture
 def small_bag(tmp_path) -> Path:
+    library = pytest.importorskip("sentence_transformers")
     static, _ = _module_classes()
     tokenizer, rows = word_tokenizer().backend_tokenizer, torch.randn(600, 48)
-    model = sentence_transformers.SentenceTransformer(modules=[static(tokenizer, embedding_weights=rows)])
+    model = library.SentenceTransformer(modules=[static(tokenizer, embedding_weights=rows)])
     embkern.compress(model, ratio=4, output=tmp_path / "small")
     return tmp_path / "small"
 
 
 def loaded(small: Path, tmp_path: Path, *ways: str, **environment: str) -> dict:
     """Run ``LOAD`` in a process; the installed metadata are those of the checkout."""
+    pytest.importorskip("sentence_transformers")
     metadata = tmp_path / "site" / f"embkern-{embkern.__version__}.dist-info"
     metadata.mkdir(parents=True)
     about = f"Metadata-Version: 2.1\nName: embkern\nVersion: {embkern.__version__}\n"
@@ -97,6 +112,7 @@ def loaded(small: Path, tmp_path: Path, *ways: str, **environment: str) -> dict:
     return torch.load(tmp_path / "found")
 
 
+@pytest.mark.slow
 def test_torch_registers_an_installed_embkern(small, tmp_path):
     found = loaded(small, tmp_path, *WAYS)
     assert found.pop("imported")
@@ -108,6 +124,7 @@ def test_torch_registers_an_installed_embkern(small, tmp_path):
         assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_without_embkern_loading_is_an_error(small, tmp_path):
     found = loaded(small, tmp_path, *WAYS, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
     assert not found.pop("imported")
@@ -117,9 +134,10 @@ def test_without_embkern_loading_is_an_error(small, tmp_path):
         assert "ignore_mismatched_sizes" in got, f"{name}: {got}"
 
 
+@pytest.mark.slow
 def test_static_embeddings_with_and_without_embkern(small_bag, tmp_path):
     found = loaded(small_bag, tmp_path / "with", "static")
-    expected = sentence_transformers.SentenceTransformer(str(small_bag)).encode("red green blue")
+    expected = load_static(small_bag).encode("red green blue")
     assert found["imported"]
     assert_close(found["static"].cpu(), torch.from_numpy(expected))
     found = loaded(small_bag, tmp_path / "without", "static", TORCH_DEVICE_BACKEND_AUTOLOAD="0")

@@ -20,7 +20,7 @@ from embkern.models.select_tables import find_tables
 from embkern.nn import SegmentedEmbedding
 from embkern.nn.base import TableModule
 from tests.example_models import H, V, build, gemma3n, outputs
-from tests.models.compressing import reload
+from tests.models.compressing import edit, reload
 
 LAYERS, SEGMENT = 2, H // 2  # of ``gemma3n``
 
@@ -115,6 +115,14 @@ def test_round_trip(tmp_path, case, method):
     fly = type(model).from_pretrained(tmp_path / "dense", quantization_config=config)
     assert_close(outputs(fly), small, atol=1e-6, rtol=1e-5)
     assert_close(outputs(reload(fly, tmp_path / "fly")), small, atol=1e-6, rtol=1e-5)
+
+
+def test_the_per_layer_table_of_the_tests_is_read():
+    model = gemma3n()
+    before = outputs(model)
+    with torch.no_grad():
+        model.model.embed_tokens_per_layer.weight.mul_(-1)
+    assert (outputs(model) - before).abs().max() > 1e-3
 
 
 def test_an_untied_head_equals_a_linear_layer_over_the_decoded_rows():
@@ -288,6 +296,29 @@ def test_a_damaged_description_of_a_named_table_is_refused(tmp_path):
         path.write_text(whole.replace(old, new))
         with pytest.raises(ValueError, match="quantization_config was changed|segments: expected a divisor"):
             type(model).from_pretrained(tmp_path)
+
+
+def test_a_named_table_is_found_under_another_prefix_and_refused_in_another_shape(tmp_path):
+    model = gemma3n()
+    embkern.compress(model, ratio=2, tables=["embed_tokens_per_layer"], calibrate=False)
+    model.save_pretrained(tmp_path)
+
+    def rename(config):
+        tables = config["named_tables"]
+        tables["language_model.embed_tokens_per_layer"] = tables.pop("embed_tokens_per_layer")
+
+    edit(tmp_path / "config.json", rename)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert_close(outputs(loaded), outputs(model), atol=1e-6, rtol=1e-5)
+    loaded.save_pretrained(tmp_path / "again")
+    assert_close(
+        outputs(type(model).from_pretrained(tmp_path / "again")), outputs(model), atol=1e-6, rtol=1e-5
+    )
+    path = tmp_path / "config.json"
+    old = f'"vocab_size_per_layer_input": {V - 6}'
+    path.write_text(path.read_text().replace(old, old[:-1] + "9"))
+    with pytest.raises(ValueError, match=f"describes {V - 6} x 32, the model's config says 99 x 32"):
+        type(model).from_pretrained(tmp_path)
 
 
 def test_a_model_without_an_input_embedding():

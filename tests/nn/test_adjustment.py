@@ -162,10 +162,12 @@ def test_state_dicts_with_and_without_the_changes(kind):
         assert_close(copied(EVERY).float(), trained)
 
 
-def test_requires_grad_of_a_frozen_table_trains_changes(kind):
+def test_requires_grad_of_a_frozen_table_is_that_of_its_changes(kind):
     embedding = frozen(kind)
-    embedding.requires_grad_(True)
-    assert isinstance(embedding.adjustment, Adjustment)
+    with pytest.raises(RuntimeError, match=r"Embedding: .* is trained after embkern.unfreeze_table\(model\)"):
+        embedding.requires_grad_(True)
+    assert isinstance(embedding.unfreeze(), Adjustment)
+    embedding.requires_grad_(False).requires_grad_(True)
     names = {name for name, each in embedding.named_parameters() if each.requires_grad}
     assert names == {f"adjustment.{name}" for name in (per_row(kind), "basis", "offset")}
     embedding.requires_grad_(False)
