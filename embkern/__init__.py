@@ -17,6 +17,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .api import calibrate_files, compress, count_files, export_dense
+    from .export.onnx import export_onnx
     from .methods.calibration import Calibration
     from .models.calibrate import calibrate, self_calibrate
     from .models.config import EmbkernConfig
@@ -34,6 +35,7 @@ _PUBLIC = {
     "compress": "api",
     "count_files": "api",
     "export_dense": "api",
+    "export_onnx": "export.onnx",
     "Calibration": "methods.calibration",
     "calibrate": "models.calibrate",
     "self_calibrate": "models.calibrate",
@@ -73,6 +75,7 @@ __all__ = [
     "count_tokens",
     "enable_fused_loss",
     "export_dense",
+    "export_onnx",
     "read_texts",
     "resize_token_embeddings",
     "self_calibrate",

@@ -1,4 +1,4 @@
-"""``embkern compress`` and ``embkern export``."""
+"""``embkern compress``."""
 
 from __future__ import annotations
 
@@ -88,18 +88,3 @@ def compress(
         print_comparison(report, f"{model} -> {output}")
         for name, size in report.other_tables.items():
             typer.echo(f"not compressed: {name}, another embedding table of {size:,} bytes", err=True)
-
-
-def export(
-    directory: Annotated[str, typer.Argument(help="a compressed model", metavar="DIR")],
-    output: Output,
-    format: Annotated[str, typer.Option(help="dense: a model that loads without embkern")] = "dense",
-    overwrite: Overwrite = False,
-) -> None:
-    """Decode a compressed model into one that loads without embkern."""
-    from .. import api
-
-    if format != "dense":
-        raise ValueError(f"format: expected dense, got {format!r}")
-    api.export_dense(directory, output, overwrite=overwrite)
-    print(f"{directory} -> {output} (dense)")
