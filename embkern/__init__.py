@@ -17,6 +17,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .api import calibrate_files, compress, count_files, export_dense
+    from .export.gguf import export_gguf
     from .export.onnx import export_onnx
     from .methods.calibration import Calibration
     from .models.calibrate import calibrate, self_calibrate
@@ -35,6 +36,7 @@ _PUBLIC = {
     "compress": "api",
     "count_files": "api",
     "export_dense": "api",
+    "export_gguf": "export.gguf",
     "export_onnx": "export.onnx",
     "Calibration": "methods.calibration",
     "calibrate": "models.calibrate",
@@ -75,6 +77,7 @@ __all__ = [
     "count_tokens",
     "enable_fused_loss",
     "export_dense",
+    "export_gguf",
     "export_onnx",
     "read_texts",
     "resize_token_embeddings",

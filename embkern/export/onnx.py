@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..io.atomic import check_writable, replacing
+from ..io.atomic import replacing
 from ..io.optional import require
 from ..models.inference import evaluating, longest_input
-from ..models.loading import load_model
 from .block_quantized import check_bits, use_blocks
+from .checks import check_file, load_compressed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,14 +57,8 @@ def export_onnx(
     require("onnxscript", "interop")
     if bits is not None:
         check_bits(bits)
-    check_writable(output, "output")
-    if Path(output).exists() and not overwrite:
-        raise FileExistsError(
-            f"output: {output} exists; choose another name, or pass overwrite (--overwrite)"
-        )
-    model = load_model(directory)
-    if getattr(model, "hf_quantizer", None) is None:
-        raise ValueError(f"model: expected one compressed by embkern, got a dense one: {directory}")
+    check_file(output, overwrite)
+    model = load_compressed(directory)
     if bits is not None or model.dtype == torch.bfloat16:
         model.float()
     if bits is not None:
