@@ -62,6 +62,11 @@ $(VENV)/.lint: $(VENV)/.test
 	@EMBKERN_NATIVE=0 $(PIP) --no-build-isolation --editable ".[test,lint]"
 	@touch $@
 
+# For the tests of exports, which are slow.
+$(VENV)/.interop: $(VENV)/.test
+	@EMBKERN_NATIVE=0 $(PIP) --no-build-isolation --editable ".[test,interop]"
+	@touch $@
+
 setup: $(VENV)/.test $(VENV)/.lint
 
 # ---- what a user and a contributor run ----------------------------------------------------------------------
@@ -72,7 +77,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	@$(PYTEST)
 
-test-slow: $(VENV)/.test
+test-slow: $(VENV)/.test $(VENV)/.interop
 	@$(PYTEST) -m slow
 
 # Triton decides when it is imported whether kernels are compiled or interpreted.

@@ -23,7 +23,7 @@ $(UV):
 constraints: $(UV)
 	@printf '%s\n' $(PINS) > build/pins.txt
 	@printf '%s\n' $(TOOLS) | $(UV) pip compile --quiet --upgrade --universal --python-version 3.10 \
-	  --python build/uv/bin/python --extra demo --extra test --extra lint --extra docs --constraint build/pins.txt \
+	  --python build/uv/bin/python --extra demo --extra test --extra interop --extra lint --extra docs --constraint build/pins.txt \
 	  --no-annotate --custom-compile-command "make constraints" --output-file constraints.txt pyproject.toml -
 
 test-oldest: $(UV)

@@ -16,6 +16,8 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .api import calibrate_files, compress, count_files, export_dense
+    from .export.gguf import export_gguf
+    from .export.onnx import export_onnx
     from .methods.calibration import Calibration
     from .models.calibrate import calibrate, self_calibrate
     from .models.config import EmbkernConfig
@@ -42,6 +44,8 @@ _PUBLIC = {
     "compress": "api",
     "count_files": "api",
     "export_dense": "api",
+    "export_gguf": "export.gguf",
+    "export_onnx": "export.onnx",
     "Calibration": "methods.calibration",
     "calibrate": "models.calibrate",
     "self_calibrate": "models.calibrate",
@@ -89,6 +93,8 @@ __all__ = [
     "enable_fused_loss",
     "enable_lora",
     "export_dense",
+    "export_gguf",
+    "export_onnx",
     "freeze_table",
     "read_texts",
     "resize_token_embeddings",

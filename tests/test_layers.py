@@ -22,7 +22,7 @@ PRODUCT = [
     {"fidelity"},
     {"recipe"},
     {"models"},
-    {"api", "environment", "inspection", "train"},
+    {"api", "environment", "export", "inspection", "train"},
 ]
 LABORATORY = [{"rivals"}, {"experiments"}, {"evaluate"}, {"study"}]
 COMMANDS = [{"cli"}, {"__main__"}]

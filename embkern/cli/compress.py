@@ -1,4 +1,4 @@
-"""``embkern compress`` and ``embkern export``."""
+"""``embkern compress``."""
 
 from __future__ import annotations
 
@@ -102,18 +102,3 @@ def compress(
         for name, size in report.other_tables.items():
             typer.echo(f"not compressed: {name}, another embedding table of {size:,} bytes", err=True)
         print("\n".join(report.usage(str(output))))
-
-
-def export(
-    directory: Annotated[str, typer.Argument(help="a compressed model", metavar="DIR")],
-    output: Output,
-    format: Annotated[str, typer.Option(help="dense: a model that loads without embkern")] = "dense",
-    overwrite: Overwrite = False,
-) -> None:
-    """Decode a compressed model into one that loads without embkern."""
-    from .. import api
-
-    if format != "dense":
-        raise ValueError(f"format: expected dense, got {format!r}")
-    api.export_dense(directory, output, overwrite=overwrite)
-    print(f"{directory} -> {output} (dense)")

@@ -11,11 +11,12 @@ import typer
 from .._version import __version__
 from .calibrate import calibrate
 from .compare import compare
-from .compress import compress, export
+from .compress import compress
 from .console import ManyValues
 from .count import count
 from .demo import demo
 from .evaluate import app as evaluate_app
+from .export import export
 from .inspect import env, inspect
 from .train import train
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from .._version import __version__
 from ..experiments.engine import read_result, write_result
 from ..io.atomic import alone_in, check_writable_directory
+from ..io.optional import require
 from ..methods import METHODS
 from ..methods.base import parse_options
 from ..models.checkpoint import stored_table
@@ -30,7 +31,7 @@ from ..models.saving import save
 from ..nn.base import CompressedEmbedding
 from ..recipe import Recipe
 from .cells import RESULT_NAME, Cell, CellSettings, FineTuned, summarize
-from .libraries import quiet_libraries, require
+from .libraries import quiet_libraries
 from .pretrained import DENSE, Pretrained
 from .tasks import Task, Training
 from .trainer import Freeze, remove_checkpoints, train_and_score

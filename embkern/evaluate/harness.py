@@ -17,9 +17,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, Field
 
+from ..io.optional import require
 from ..models.loading import load_model, load_tokenizer, not_loaded
 from ..models.report import public_name
-from .libraries import quiet_libraries, require
+from .libraries import quiet_libraries
 
 
 class HarnessScore(BaseModel):

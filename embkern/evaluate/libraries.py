@@ -1,19 +1,11 @@
-"""Optional packages: their import, and their output on stderr."""
+"""The output of optional packages on stderr."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-
-def require(module: str, extra: str = "evaluate") -> Any:
-    """Import an optional package; the ImportError of a missing one says how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"{module} is needed here: pip install 'embkern[{extra}]' ({error})") from error
+from ..io.optional import require
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..io.errors import reason_of
-from .libraries import require
+from ..io.optional import require
 
 if TYPE_CHECKING:
     from datasets import Dataset

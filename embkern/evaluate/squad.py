@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .libraries import require
+from ..io.optional import require
 from .records import check_records, find_file, read_file, read_hub
 from .tasks import Prepared, Task, Training, load_with_head
 

@@ -252,7 +252,14 @@ def test_env_shows_the_backends_and_reasons():
         ),
         (["evaluate", "table", "{dense}", "--against", "{dense}"], "expected one compressed by embkern"),
         (["export", "{dense}", "-o", "{out}"], "expected one compressed by embkern"),
-        (["export", "{dense}", "-o", "{out}", "--format", "int4"], "format: expected dense, got 'int4'"),
+        (
+            ["export", "{dense}", "-o", "{out}", "--format", "int4"],
+            "format: expected one of dense, onnx, gguf",
+        ),
+        (
+            ["export", "{dense}", "-o", "{out}", "--bits", "4"],
+            "bits: expected none for the format dense, got 4",
+        ),
         (["inspect", "{out}/none"], "expected a directory or a name on the hub"),
     ],
 )
