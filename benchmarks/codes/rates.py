@@ -78,7 +78,7 @@ def _mixed_row(levels_of: dict[int, Tensor]) -> Iterator[dict[str, Any]]:
     for bits in MIXED_ROW:
         each += [bits - 1] * (GROUP // 2 if bits == 1 else GROUP)
     bits_of_values = torch.tensor(MIXED_ROW).repeat_interleave(GROUP)
-    samples = normal_samples(len(bits_of_values), SAMPLES, SEED)
+    samples = normal_samples(len(bits_of_values), 2 * SAMPLES, SEED)
     states = best_paths(samples, torch.tensor(each), kinds, coded=2, window=12)
     decoded = torch.cat([kinds[kind][0][:, states[:, step]].T for step, kind in enumerate(each)], 1)
     for bits in range(1, 5):

@@ -141,12 +141,30 @@ class Search {
       }
     }
     const Kind& kind = *kinds_[step];
+    const float* own = x + places_[step];
+    if (kind.further == 1 && kind.values == 1) {
+      add_errors<1, 1>(kind, own);
+    } else if (kind.further == 1 && kind.values == 2) {
+      add_errors<1, 2>(kind, own);
+    } else if (kind.further == 2 && kind.values == 1) {
+      add_errors<2, 1>(kind, own);
+    } else if (kind.further == 4 && kind.values == 1) {
+      add_errors<4, 1>(kind, own);
+    } else {
+      add_errors<0, 0>(kind, own);
+    }
+  }
+
+  // The cost of every register: that of its parent, and the least error of a step. 0 stands for any number.
+  template <int FURTHER, int VALUES>
+  void add_errors(const Kind& kind, const float* x) {
+    const int choices = FURTHER ? FURTHER : kind.further, values = VALUES ? VALUES : kind.values;
     for (int s = 0; s < registers_; s += kLanes) {
       Floats least = {};
-      for (int further = 0; further < kind.further; ++further) {
+      for (int further = 0; further < choices; ++further) {
         Floats sum = {};
-        for (int v = 0; v < kind.values; ++v) {
-          const Floats error = load(levels(kind, further, v) + s) - x[places_[step] + v];
+        for (int v = 0; v < values; ++v) {
+          const Floats error = load(levels(kind, further, v) + s) - x[v];
           sum += error * error;
         }
         least = further == 0 ? sum : sum < least ? sum : least;

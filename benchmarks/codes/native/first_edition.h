@@ -7,9 +7,9 @@
 namespace {
 
 // States of 7 bits, rings of 32 values, a plane of 32 bits per bit of a code, values in their own order.
-// PLANES: the index is composed plane by plane, as by embkern 0.4; else window by window: the bits of an index
-// that come from one plane are side by side, so that two bytes of the plane and a shift bring them to their
-// place.
+// PLANES: the index is composed plane by plane, with GFNI as the extension does it; else window by window, as
+// the extension does it without GFNI: the bits of an index that come from one plane are side by side, so that
+// two bytes of the plane and a shift bring them to their place.
 template <int BITS, bool PLANES>
 class Planes128 {
  public:

@@ -25,8 +25,8 @@ EMBKERN_INLINE void for_planes(const int32_t* words, Use use) {
 
 // ---- windows ------------------------------------------------------------------------------------------------
 
-// Of the index of a code of up to 4 bits, the bits that come from one plane: its window. Those of value i begin
-// at bit i + kFirst of the plane, less `begin`, so that they lie at their place in the index.
+// Of the index of a code of up to 4 bits, the bits that come from one plane: its window, from bit begin() of
+// the index on. Where bit i + kFirst of the plane comes to bit 0, the window of value i lies at its place.
 template <int BITS, int PLANE>
 struct Window {
   static constexpr int begin() {
