@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from embkern.ops import packed_cross_entropy, reference
 from embkern.ops.library import cpu_capability
 from embkern.ops.packed_format import Tier
-from tests.conftest import assert_no_worse_over_draws, assert_no_worse_than, compile_counting
+from tests.conftest import assert_no_worse_over_draws, compile_counting
 from tests.ops.packed_problems import Problem, problem
 
 OP = "packed_cross_entropy"
@@ -208,21 +208,38 @@ def test_tables_of_few_rows(backend, device, V):
                 assert_close(each.double(), wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max()) + 1e-6)
 
 
+@pytest.mark.parametrize("size", [1e4, 1e30])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_ignored_states_of_any_size_have_no_gradient(backend, device, smoothing, size):
+    task = Task((97, 33, 32), 6, device=device, bias=False)
+    hidden = (task.hidden * size).requires_grad_()
+    options = dict(backend=backend, reduction="none", label_smoothing=smoothing)
+    got = task.ours(torch.full_like(task.labels, -100), **options)(hidden, *task.p.factors)
+    got.sum().backward()
+    assert torch.equal(got, torch.zeros_like(got))
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("table_dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-def test_hidden_states_may_be_of_another_dtype(backend, device, dtype, table_dtype):
-    task = Task((97, 97, 96), 5, table_dtype, device, bias=False)
-    hidden = task.hidden.to(dtype).requires_grad_()
-    got = task.ours(backend=backend, reduction="none")(hidden, *task.p.factors)
+def test_hidden_states_may_be_of_another_dtype(backend, device, dtype, table_dtype, smoothing):
     wide = torch.float64 in (dtype, table_dtype)
-    assert got.dtype == (torch.float64 if wide else torch.float32)
-    rows = task.rows(torch.float64)
-    native = F.cross_entropy(hidden @ rows.to(table_dtype).to(dtype).t(), task.labels, reduction="none")
-    assert_no_worse_than(
-        got, native, F.cross_entropy(hidden.double() @ rows.t(), task.labels, reduction="none")
-    )
-    got.sum().backward()
-    assert hidden.grad.dtype == dtype
+    plain = dict(reduction="none", label_smoothing=smoothing)
+
+    def draw():
+        task = Task((97, 97, 96), 5, table_dtype, device, bias=False)
+        hidden = task.hidden.to(dtype).requires_grad_()
+        got = task.ours(backend=backend, **plain)(hidden, *task.p.factors)
+        assert got.dtype == (torch.float64 if wide else torch.float32)
+        got.sum().backward()
+        assert hidden.grad.dtype == dtype
+        rows, states = task.rows(table_dtype).to(dtype), hidden.detach()
+        native = F.cross_entropy(states @ rows.t(), task.labels, **plain)
+        exact = F.cross_entropy(states.double() @ task.rows(torch.float64).t(), task.labels, **plain)
+        return [got.detach()], [native], [exact]
+
+    assert_no_worse_over_draws(draw)
 
 
 def certain(device, gap):

@@ -145,8 +145,10 @@ def logit_gradients(head: Head, piece: Tensor, first: int, grad: Tensor, statist
     gradients -= upstream * uniform
     here, place = head.labels_within(first, len(piece))
     of_label = upstream * ((-surprise).expm1().unsqueeze(1) + smoothing - uniform)
-    gradients.scatter_(1, place, torch.where(here, of_label, gradients.gather(1, place)))
-    return gradients if slopes is None else gradients.mul_(slopes)
+    of_label = torch.where(here, of_label.to(gradients.dtype), gradients.gather(1, place))
+    gradients.scatter_(1, place, of_label)
+    gradients = gradients if slopes is None else gradients.mul_(slopes)
+    return gradients.masked_fill_(head.ignored().unsqueeze(1), 0)  # whose logits may have any size
 
 
 @autocast_off
