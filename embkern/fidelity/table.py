@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from ..methods.base import BLOCK_ROWS
-from ..tables import Table
+from ..tables import Factors, PackedTable
 from ..tables.reading import AnyTable, rows_of, shape_of
 from ..text.token_names import Kind, TokenName
 
@@ -47,7 +48,7 @@ class TableComparison(BaseModel):
 @torch.no_grad()
 def compare_tables(
     table: Tensor,
-    reconstruction: Table | Tensor,
+    reconstruction: Any,
     *,
     counts: Tensor | None = None,
     tokens: Callable[[list[int]], Sequence[TokenName]] | None = None,
@@ -64,7 +65,8 @@ def compare_tables(
 
     Args:
         table: (V, H).
-        reconstruction: a compressed table, or a dense tensor (V, H).
+        reconstruction: a compressed table, whose rows are decoded in blocks, a dense tensor (V, H), or
+            another table with ``to_dense()``.
         counts: how often each token is read, (V,), for ``weighted_direction_error``.
         tokens: maps ids to names, for the worst rows, such as ``token_names`` with a tokenizer does.
         worst: how many worst rows to list.
@@ -75,6 +77,8 @@ def compare_tables(
     Raises:
         ValueError: the shapes differ, or the counts are not (V,) with a positive sum.
     """
+    if not isinstance(reconstruction, (Tensor, Factors, PackedTable)):  # the table of a baseline method
+        reconstruction = reconstruction.to_dense()
     if (shape := shape_of(reconstruction)) != tuple(table.shape):
         raise ValueError(f"reconstruction: expected shape {tuple(table.shape)}, got {shape}")
     if counts is not None and (counts.shape != table.shape[:1] or not float(counts.sum()) > 0):

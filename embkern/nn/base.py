@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import MutableMapping
 from typing import Any, ClassVar, TypeVar, cast
@@ -19,6 +20,10 @@ GUARD = "weight"  # name of a tensor without values in a saved model, at which a
 _ADVICE = (
     "To change rows: decode the model (model.dequantize(), embkern export), write into the dense table, and "
     "compress it again; weight.clone() is an ordinary tensor"
+)
+_UNFREEZE = (
+    "the table of a compressed model is frozen; to train it, call embkern.unfreeze_table(model) before the "
+    "optimizer is made (with PEFT, instead of modules_to_save)"
 )
 ADJUSTMENT = "adjustment"
 AnyTableModule = TypeVar("AnyTableModule", bound="TableModule")
@@ -91,7 +96,11 @@ class TableModule(nn.Module):
         if stored is None or not self.frozen:
             return stored
         adjustment = self.adjustment
-        return stored.detach() if adjustment is None else adjustment.adjusted(name, stored)
+        if adjustment is not None:
+            return adjustment.adjusted(name, stored)
+        if stored.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            warnings.warn(f"{type(self).__name__}.{name} gets no gradients: {_UNFREEZE}", stacklevel=2)
+        return stored.detach()
 
     def _is_trained(self) -> bool:
         """Return whether gradients flow through lookups."""
@@ -135,10 +144,7 @@ class TableModule(nn.Module):
             RuntimeError: there is none. To make one for this module alone would part it from a tied head.
         """
         if self.frozen and requires_grad and self.adjustment is None:
-            raise RuntimeError(
-                f"{type(self).__name__}: the table of a compressed model is trained after "
-                "embkern.unfreeze_table(model), which keeps ties (with PEFT, instead of modules_to_save)"
-            )
+            raise RuntimeError(f"{type(self).__name__}: {_UNFREEZE}")
         super().requires_grad_(requires_grad)
         if self.frozen:
             self.adjust(self.adjustment)

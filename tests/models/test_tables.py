@@ -221,13 +221,16 @@ def test_a_backbone_leaves_the_head_out(tmp_path):
     embkern.compress(model, ratio=2, tables=["input", "output"], calibrate=False)
     model.save_pretrained(tmp_path / "whole")
     backbone = T.LlamaModel.from_pretrained(tmp_path / "whole")
-    assert torch.equal(outputs(backbone), outputs(model.model))
     backbone.save_pretrained(tmp_path / "backbone")
-    again = T.LlamaModel.from_pretrained(tmp_path / "backbone")
-    assert torch.equal(outputs(again), outputs(model.model))
     model.model.save_pretrained(tmp_path / "nested")
-    again = T.LlamaModel.from_pretrained(tmp_path / "nested")
-    assert torch.equal(outputs(again), outputs(model.model))
+    for found in (
+        backbone,
+        T.LlamaModel.from_pretrained(tmp_path / "backbone"),
+        T.LlamaModel.from_pretrained(tmp_path / "nested"),
+    ):
+        assert isinstance(found.get_input_embeddings(), PackedEmbedding)
+        # transformers 5.6 loads the table of a backbone in the dtype of the file, which rounds its rows.
+        assert_close(outputs(found), outputs(model.model), atol=1e-2, rtol=1e-2)
     with pytest.raises(ValueError, match="does not hold the compressed table .* expected lm_head"):
         T.LlamaForCausalLM.from_pretrained(tmp_path / "nested")
 
