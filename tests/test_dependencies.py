@@ -153,9 +153,9 @@ def requirements(extras: bool) -> list[Requirement]:
     return [each for each in map(Requirement, asked) if each.name != "embkern"]
 
 
-# The harnesses are optional in the tests' environments, and linters are pinned exactly.
+# Harnesses and other runtimes are optional in the tests' environments, and linters are pinned exactly.
 WITHOUT_A_BOUND = {"lm-eval", "mteb", "clang-format", "mypy", "ruff", "types-PyYAML", "types-setuptools"}
-WITHOUT_A_BOUND |= {"types-tqdm"}
+WITHOUT_A_BOUND |= {"types-tqdm", "gguf", "onnx", "onnxruntime", "onnxscript"}
 
 
 def test_every_dependency_of_the_tests_has_a_lower_bound() -> None:

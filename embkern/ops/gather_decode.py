@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.compiler import is_dynamo_compiling, is_exporting
+from torch.compiler import is_dynamo_compiling
 
 from . import reference
 from .backends import BACKENDS, Backend, select
@@ -17,6 +17,7 @@ from .library import (
     check_ids,
     define,
     differentiable_once,
+    is_exporting,
     needs_autograd,
     overload,
     raise_refusal,

@@ -101,6 +101,14 @@ def check_ids(ids: torch.Tensor, count: int) -> None:
         )
 
 
+def is_exporting() -> bool:
+    """Return whether torch.export is tracing.
+
+    The function of this name in torch.compiler is True under torch.compile, too, in some releases of torch.
+    """
+    return torch.compiler._is_exporting_flag
+
+
 def needs_autograd(*tensors: torch.Tensor | None) -> bool:
     """Return whether a call must go through its autograd.Function, which is slower than the raw op.
 
@@ -111,7 +119,7 @@ def needs_autograd(*tensors: torch.Tensor | None) -> bool:
         for tensor in tensors:  # A generator would slow down the lookup of a single token.
             if tensor is not None and tensor.requires_grad:
                 tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-                return not (tracing or torch.compiler.is_exporting())
+                return not (tracing or is_exporting())
     return forward_ad._current_level >= 0
 
 

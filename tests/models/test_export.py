@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
@@ -70,6 +71,21 @@ def test_a_program_is_saved_and_loaded(tmp_path, kind):
     torch.export.save(exported(model, strict=False), tmp_path / "model.pt2")
     example = inputs(3, 7)
     assert_close(torch.export.load(tmp_path / "model.pt2").module()(**example), model(**example))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_aotinductor_packages_lookup_and_head(tmp_path, kind):
+    model = compressed(build("llama-tied"), kind)
+    both = nn.Sequential(model.get_input_embeddings(), nn.Tanh(), model.get_output_embeddings()).eval()
+    sizes = {0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("length", max=64)}
+    with torch.no_grad():
+        program = torch.export.export(both, (torch.randint(0, V, (2, 9)),), dynamic_shapes=(sizes,))
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        packaged = torch._inductor.aoti_load_package(path)
+        for shape in ((2, 9), (3, 4)):
+            ids = torch.randint(0, V, shape)
+            assert_close(packaged(ids), both(ids), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
