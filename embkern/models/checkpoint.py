@@ -74,7 +74,8 @@ def with_guard(state_dict: dict[str, Tensor], model: PreTrainedModel) -> dict[st
     """
     root = compressed_embedding(model)
     name = next(name for name, module in model.named_modules() if module is root)
-    return {**state_dict, f"{name}.{GUARD}": torch.empty(0)}
+    dtype = storage_dtype(root, model.hf_quantizer.quantization_config.table)
+    return {**state_dict, f"{name}.{GUARD}": torch.empty(0, dtype=dtype)}
 
 
 def without_adjustments(
