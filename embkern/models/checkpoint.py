@@ -94,9 +94,12 @@ def with_guards(state_dict: dict[str, Tensor], model: PreTrainedModel) -> dict[s
     then stop it with a size mismatch. The tables' own names would only be unexpected, and the dense tables
     that the file lacks random.
     """
-    roots = {id(root) for root in table_roots(model).values()}
-    names = [name for name, module in model.named_modules() if id(module) in roots]
-    return {**state_dict, **{f"{name}.{GUARD}": torch.empty(0) for name in names}}
+    roots = {id(root): name for name, root in table_roots(model).items()}
+    states, guards = model.hf_quantizer.quantization_config.states, {}
+    for path, module in model.named_modules():
+        if (name := roots.get(id(module))) is not None:
+            guards[f"{path}.{GUARD}"] = torch.empty(0, dtype=storage_dtype(module, states[name]))
+    return {**state_dict, **guards}
 
 
 def without_adjustments(
