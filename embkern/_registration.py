@@ -90,15 +90,33 @@ class _Load(classmethod):
         super().__init__(load)
 
 
-def _make_skeletons(module: ModuleType) -> bool:
-    """Let models be made from configs of compressed ones; return whether their module was complete."""
+def _extend_models(module: ModuleType) -> bool:
+    """Let models be made from configs of compressed ones, and resized; return whether they were complete."""
     base: Any = getattr(module, "PreTrainedModel", None)
-    make = getattr(base, "__dict__", {}).get("_from_config")
-    if make is None:
+    methods = getattr(base, "__dict__", {})
+    make, resize = methods.get("_from_config"), methods.get("resize_token_embeddings")
+    if make is None or resize is None:
         return False
     if not isinstance(make, _FromConfig):
         base._from_config = _FromConfig(make)
+        base.resize_token_embeddings = _resizing(resize)
     return True
+
+
+def _resizing(dense: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``resize_token_embeddings`` of models, which resizes compressed tables as well."""
+
+    @functools.wraps(dense)
+    def resize_token_embeddings(
+        self: Any, new_num_tokens: Any = None, pad_to_multiple_of: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        config = getattr(getattr(self, "hf_quantizer", None), "quantization_config", None)
+        if getattr(config, "quant_method", None) != QUANT_METHOD:
+            return dense(self, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+        resize = importlib.import_module(".models.resize", __package__).resize_token_embeddings
+        return resize(self, new_num_tokens, pad_to_multiple_of=pad_to_multiple_of)
+
+    return resize_token_embeddings
 
 
 class _FromConfig(classmethod):
@@ -119,7 +137,7 @@ class _FromConfig(classmethod):
 # By the module that reads it, what registers a format and returns whether the module was complete.
 _READERS: dict[str, Callable[[ModuleType], bool]] = {
     "transformers.quantizers.auto": _add_quantizer,
-    "transformers.modeling_utils": _make_skeletons,
+    "transformers.modeling_utils": _extend_models,
     "sentence_transformers.sentence_transformer.modules.static_embedding": _read_packed_bags,
     "sentence_transformers.models.StaticEmbedding": _read_packed_bags,  # before version 5.4
 }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import operator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def resize_token_embeddings(model: PreTrainedModel, num_embeddings: int) -> CompressedEmbedding:
+def resize_token_embeddings(
+    model: PreTrainedModel, num_embeddings: int | None, *, pad_to_multiple_of: int | None = None
+) -> CompressedEmbedding:
     """Change the vocabulary size of a compressed model in place, as ``model.resize_token_embeddings`` does.
 
     New tokens decode to the mean row: exactly in factors, and in a packed table to the nearest row that it
@@ -27,14 +30,15 @@ def resize_token_embeddings(model: PreTrainedModel, num_embeddings: int) -> Comp
 
     Args:
         model: a model compressed by embkern.
-        num_embeddings: V, at least 1.
+        num_embeddings: V, at least 1; None is the present one.
+        pad_to_multiple_of: V is rounded up to a multiple of this number.
 
     Returns:
         The model's input embedding.
 
     Raises:
-        ValueError: ``num_embeddings`` is not a positive integer, or the model's input table is not compressed
-            by embkern.
+        ValueError: an argument is not a positive integer, or the model's input table is not compressed by
+            embkern.
     """
     roots = table_roots(model)
     if roots and "" not in roots:
@@ -43,8 +47,10 @@ def resize_token_embeddings(model: PreTrainedModel, num_embeddings: int) -> Comp
             "dequantize the model, resize it, and compress it again"
         )
     root = compressed_embedding(model)
-    if type(num_embeddings) is not int or num_embeddings < 1:
-        raise ValueError(f"num_embeddings: expected a positive integer, got {num_embeddings!r}")
+    num_embeddings = _positive("num_embeddings", root.shape[0] if num_embeddings is None else num_embeddings)
+    if pad_to_multiple_of is not None:
+        multiple = _positive("pad_to_multiple_of", pad_to_multiple_of)
+        num_embeddings = -(-num_embeddings // multiple) * multiple
     output = model.get_output_embeddings()
     names = {"", output.table_name} if isinstance(output, CompressedHead) else {""}
     for name in names:
@@ -57,6 +63,17 @@ def resize_token_embeddings(model: PreTrainedModel, num_embeddings: int) -> Comp
     if hasattr(model, "vocab_size"):
         model.vocab_size = num_embeddings
     return root
+
+
+def _positive(name: str, value: Any) -> int:
+    """Return an integer of any type, such as NumPy's, that is at least 1."""
+    try:
+        found = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        found = 0
+    if found < 1:
+        raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+    return found
 
 
 def _resize_table(model: PreTrainedModel, name: str, num_embeddings: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -20,8 +21,6 @@ pytestmark = pytest.mark.usefixtures("quantizing")
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
 def test_resize(tmp_path, name, size, kind):
     model = compressed(build(name), kind)
-    with pytest.raises(TypeError, match=r"instance of .*Embedding"):
-        model.resize_token_embeddings(size)
     before, rows = outputs(model), model.get_input_embeddings().weight
     embedding = resize_token_embeddings(model, size)
     assert torch.equal(embedding.weight[: min(size, V)], rows[:size])
@@ -42,6 +41,22 @@ def test_resize(tmp_path, name, size, kind):
     assert outputs(loaded.dequantize()).shape[-1] == size
     with pytest.raises(ValueError, match="num_embeddings: expected a positive integer, got 0"):
         resize_token_embeddings(model, 0)
+
+
+def test_a_models_own_method_resizes_dense_and_compressed_tables(kind):
+    dense, model = build("gpt2"), compressed(build("gpt2"), kind)
+    for each in (dense, model):
+        embedding = each.resize_token_embeddings(np.int64(V + 3), pad_to_multiple_of=8)
+        assert embedding is each.get_input_embeddings()
+        assert embedding.num_embeddings % 8 == 0
+        assert outputs(each).shape[-1] == embedding.num_embeddings == each.config.vocab_size
+    expected = embedding.num_embeddings
+    assert model.resize_token_embeddings(None, 8, mean_resizing=False).num_embeddings == expected
+    embedding = resize_token_embeddings(model, V, pad_to_multiple_of=np.int32(64))
+    assert embedding.num_embeddings == -(-V // 64) * 64
+    for number in (True, 8.0, "8", -8):
+        with pytest.raises(ValueError, match="pad_to_multiple_of: expected a positive integer, got"):
+            resize_token_embeddings(model, V, pad_to_multiple_of=number)
 
 
 @pytest.mark.parametrize("name", ["llama-untied", "bart"])
