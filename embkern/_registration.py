@@ -23,6 +23,9 @@ QUANT_METHOD = "embkern"
 def install() -> None:
     """Register the formats now with the libraries that are imported, and with the others once they are."""
     pending = {name for name in _READERS if not _registered(name)}
+    for name in pending:
+        if type(module := sys.modules.get(name)) is ModuleType:
+            module.__class__ = _Incomplete
     if pending and not any(isinstance(finder, _Watch) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Watch(pending))
 
@@ -143,6 +146,17 @@ _READERS: dict[str, Callable[[ModuleType], bool]] = {
 }
 
 
+class _Incomplete(ModuleType):
+    """A module that was incomplete at ``install``, as it imports torch; it registers its format when read."""
+
+    def __getattribute__(self, name: str) -> Any:
+        """Return an attribute; if the module is complete, its format is registered before."""
+        self.__class__ = ModuleType  # type: ignore[assignment]
+        if not _registered(ModuleType.__getattribute__(self, "__name__")):
+            self.__class__ = _Incomplete
+        return ModuleType.__getattribute__(self, name)
+
+
 class _Watch(MetaPathFinder):
     """Finds no module; registers a format right after the import of the module that reads it."""
 
@@ -150,7 +164,7 @@ class _Watch(MetaPathFinder):
         self.pending = pending
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        # If torch was imported first by the quantizers themselves, they were incomplete at ``install``.
+        # Modules that imported torch themselves were incomplete at ``install``.
         self.pending -= {each for each in self.pending if _registered(each)}
         if name not in self.pending:
             return None
