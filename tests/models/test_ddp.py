@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 
 from safetensors.torch import load_file
 
+from embkern import unfreeze_table
 from tests.example_models import build, outputs
 from tests.methods.processes import environments
 from tests.models.compressing import compressed, reload
@@ -36,8 +37,7 @@ init_process_group("gloo")
 rank = torch.distributed.get_rank()
 model = AutoModelForCausalLM.from_pretrained(source)
 embedding = model.get_input_embeddings()
-for parameter in model.parameters():
-    parameter.requires_grad_(True)
+embkern.unfreeze_table(model)
 def damage():
     if rank:
         for buffer in embedding.buffers():
@@ -75,8 +75,7 @@ def test_two_processes_train_like_one(tmp_path, kind):
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
 
-    for parameter in source.parameters():
-        parameter.requires_grad_(True)
+    unfreeze_table(source)
     ids = torch.arange(3, 21).reshape(2, 9)
     optimizer = torch.optim.SGD(source.parameters(), 1e-2)
     for _ in range(2):
