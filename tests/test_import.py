@@ -56,6 +56,14 @@ def test_registration_with_transformers_in_either_order(order):
     assert python(script) == "True True"
 
 
+def test_the_name_of_the_method_is_that_of_the_config():
+    pytest.importorskip("transformers")
+    from embkern import _registration
+    from embkern.models import config
+
+    assert _registration.QUANT_METHOD == config.QUANT_METHOD
+
+
 def test_registration_where_the_quantizers_themselves_import_torch_first():
     script = """
         import sys, types

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..io.mapped_table import DTYPES as FLOAT_DTYPES
 from ..io.tensor_format import verify_checksums
 from ..nn import KINDS
-from ..nn.base import ADJUSTMENT, GUARD, CompressedHead, TableModule
+from ..nn.base import CompressedHead
+from ..nn.table_module import ADJUSTMENT, GUARD, TableModule
 from ..ops.backends import DTYPES
 from ..tables import Table
 from .config import TableState

@@ -20,6 +20,7 @@ from ..ops.backends import DTYPES
 from ..recipe import DEFAULT_METHOD, LMHead, Recipe, Tables
 from ..tables import Table
 
+QUANT_METHOD = "embkern"  # also in embkern._registration, which imports nothing
 FORMAT_VERSION = 3
 _READABLE_VERSIONS = (1, 2, 3)
 _ONE_TABLE = 2  # the version of models whose input table alone is compressed; version 1 has no checksum
@@ -111,12 +112,12 @@ class EmbkernConfig(QuantizationConfigMixin):
         tables: Tables | None = None,
         table: dict[str, Any] | None = None,
         named_tables: dict[str, dict[str, Any]] | None = None,
-        quant_method: str = "embkern",
+        quant_method: str = QUANT_METHOD,
         format_version: int = FORMAT_VERSION,
         checksum: str | None = None,
         **unknown: Any,
     ) -> None:
-        if quant_method != "embkern":
+        if quant_method != QUANT_METHOD:
             raise ValueError(f"quantization_config: expected quant_method 'embkern', got {quant_method!r}")
         if type(format_version) is not int or format_version not in _READABLE_VERSIONS:
             raise ValueError(
@@ -187,7 +188,7 @@ def check_config(directory: str | os.PathLike) -> None:
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
         described = described.get("quantization_config") if isinstance(described, dict) else None
-        if isinstance(described, dict) and described.get("quant_method") == "embkern":
+        if isinstance(described, dict) and described.get("quant_method") == QUANT_METHOD:
             EmbkernConfig(**described)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
-from .._registration import QUANT_METHOD
 from ..nn import layer_of
-from ..nn.base import CompressedHead, TableModule
+from ..nn.base import CompressedHead
+from ..nn.table_module import TableModule
 from ..recipe import Recipe
 from ..tables import Table
 from .calibrate.choice import choose_calibration
@@ -37,7 +37,7 @@ from .checkpoint import (
     without_adjustments,
     zero_missing_biases,
 )
-from .config import EmbkernConfig, TableState, dtype_name
+from .config import QUANT_METHOD, EmbkernConfig, TableState, dtype_name
 from .find_table import ModelTable, find_table
 from .plan import calibration_serves, plan_tables
 from .select_tables import table_named
@@ -357,6 +357,6 @@ def _check_places(device_map: Any, sharing: list[str]) -> None:
         )
 
 
-# These replace what ``embkern._registration`` left for them.
+# These replace what the registration at the import of embkern or torch left for them.
 AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = EmbkernConfig
 AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = EmbkernQuantizer

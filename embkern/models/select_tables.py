@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..nn.base import TableModule
+from ..nn.table_module import TableModule
 from .find_table import (
     ModelTable,
     Role,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import KINDS, SegmentedEmbedding, layer_of
-from ..nn.base import CompressedEmbedding, TableModule
+from ..nn.base import CompressedEmbedding
+from ..nn.table_module import TableModule
 from ..recipe import LMHead, Recipe
 from ..tables import PackedTable, Table
 from .config import TableState

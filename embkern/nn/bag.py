@@ -11,8 +11,8 @@ from torch import Tensor
 from ..io.tensor_format import checksum, verify_checksums
 from ..ops.backends import Backend
 from ..tables.packed import TENSORS, PackedTable
-from .base import ADJUSTMENT
 from .packed import PackedTableModule
+from .table_module import ADJUSTMENT
 
 
 class PackedEmbeddingBag(PackedTableModule):

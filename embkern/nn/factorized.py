@@ -13,7 +13,8 @@ from ..ops.backends import Backend
 from ..tables import factors
 from ..tables.factors import ACTIVATIONS, Factors, activate, check_rank
 from .adjustment import inverse
-from .base import CompressedEmbedding, CompressedHead, TableModule
+from .base import CompressedEmbedding, CompressedHead
+from .table_module import TableModule
 
 
 class FactorsModule(TableModule):

@@ -16,7 +16,8 @@ from ..ops.packed_logits import packed_logits
 from ..tables import packed
 from ..tables.packed import PackedTable
 from .adjustment import inverse
-from .base import ADJUSTMENT, CompressedEmbedding, CompressedHead, TableModule
+from .base import CompressedEmbedding, CompressedHead
+from .table_module import ADJUSTMENT, TableModule
 
 _BLOCK_ROWS = 8192  # rows that are decoded at a time
 

@@ -18,7 +18,7 @@ from embkern.models.checkpoint import model_bytes, stored_tables
 from embkern.models.find_table import UnsupportedModelError
 from embkern.models.select_tables import find_tables
 from embkern.nn import SegmentedEmbedding
-from embkern.nn.base import TableModule
+from embkern.nn.table_module import TableModule
 from tests.example_models import H, V, build, gemma3n, outputs
 from tests.models.compressing import edit, reload
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from embkern.nn.base import TableModule
 from embkern.nn.decoded_weight import DecodedWeight
+from embkern.nn.table_module import TableModule
 from tests.conftest import compile_counting
 from tests.nn.layers import layer
 
