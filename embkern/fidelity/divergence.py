@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -24,6 +26,25 @@ class HeldOutDivergence(Divergence):
     tokens: int = Field(description="number of scored tokens")
 
 
+class DenseBlock(NamedTuple):
+    """What the dense model predicts for a block of tokens, computed once for all models compared with it.
+
+    Attributes:
+        log_probabilities: (n, V).
+        probabilities: (n, V).
+        likeliest: (n,) ids of the likeliest tokens.
+    """
+
+    log_probabilities: Tensor
+    probabilities: Tensor
+    likeliest: Tensor
+
+    @classmethod
+    def of(cls, log_probabilities: Tensor) -> DenseBlock:
+        """Return the block of these log-probabilities."""
+        return cls(log_probabilities, log_probabilities.exp(), log_probabilities.argmax(-1))
+
+
 class Divergences:
     """The divergence from the dense model, added up over blocks of tokens; one number per token is kept."""
 
@@ -31,16 +52,11 @@ class Divergences:
         self._each: list[np.ndarray] = []
         self._agreeing = 0
 
-    def add(self, dense: Tensor, probabilities: Tensor, other: Tensor) -> None:
-        """Add the tokens of a block; ``other`` is overwritten.
-
-        Args:
-            dense: (n, V) log-probabilities of the dense model.
-            probabilities: ``dense.exp()``.
-            other: (n, V) log-probabilities.
-        """
-        self._agreeing += int((dense.argmax(-1) == other.argmax(-1)).sum())
-        self._each.append(kl_divergence(dense, probabilities, other).float().cpu().numpy())
+    def add(self, dense: DenseBlock, other: Tensor) -> None:
+        """Add the tokens of a block, whose log-probabilities ``other`` (n, V) are overwritten."""
+        self._agreeing += int((dense.likeliest == other.argmax(-1)).sum())
+        divergences = kl_divergence(dense.log_probabilities, dense.probabilities, other)
+        self._each.append(divergences.float().cpu().numpy())
 
     @property
     def tokens(self) -> int:

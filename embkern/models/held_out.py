@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..fidelity import HeldOutDivergence
-from ..fidelity.divergence import Divergences
+from ..fidelity.divergence import DenseBlock, Divergences
 from ..tables import Table
 from .calibrate.windows import HeldOut
 from .find_table import ModelTable
@@ -49,6 +49,6 @@ def held_out_divergence(
                 other = model(input_ids=batch).logits[0]
             for block in torch.from_numpy(positions).split(max(1, _VALUES_AT_ONCE // dense.shape[-1])):
                 expected, got = (F.log_softmax(logits[block].float(), dim=-1) for logits in (dense, other))
-                divergences.add(expected, expected.exp(), got)
+                divergences.add(DenseBlock.of(expected), got)
     total = divergences.total()
     return None if total is None else HeldOutDivergence(**total.model_dump(), tokens=divergences.tokens)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 T = pytest.importorskip("transformers")
 import embkern
 from embkern.evaluate import divergence, evaluate_perplexity, language_model, measure_perplexity
-from embkern.fidelity.divergence import Divergences, kl_divergence
+from embkern.fidelity.divergence import DenseBlock, Divergences, kl_divergence
 from embkern.models.table_swap import TableSwap
 from tests.evaluate.language_models import SIZES, TEXTS, VOCABULARY, sharp
 from tests.example_models import build
@@ -53,7 +53,7 @@ def test_mean_and_percentile_are_those_of_torch(count):
     values = kl_divergence(dense, dense.exp(), other.clone())
     collected = Divergences()
     for expected, block in zip(dense.split(13), other.split(13), strict=True):
-        collected.add(expected, expected.exp(), block.clone())
+        collected.add(DenseBlock.of(expected), block.clone())
     got = collected.total()
     assert collected.tokens == count
     assert got.mean == pytest.approx(float(values.double().mean()), rel=1e-6)
