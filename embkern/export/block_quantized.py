@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..models.swap import compressed_embedding
-from ..nn.base import CompressedEmbedding, CompressedHead
+from ..models.swap import tables_of
+from ..nn.base import CompressedEmbedding
+from ..nn.table_module import TableModule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,15 +38,15 @@ def check_bits(bits: int) -> None:
 
 
 @torch.no_grad()
-def block_table(embedding: CompressedEmbedding, bits: int) -> BlockTable:
-    """Decode the table of an embedding, a piece at a time, and round it to codes of 4 or 8 bits.
+def block_table(module: TableModule, bits: int) -> BlockTable:
+    """Decode the table of an embedding or a head, a piece at a time, and round it to codes of 4 or 8 bits.
 
     The value of largest magnitude of a block has the lowest code, which is exact (as in GGML's Q4_0).
     """
-    rows, width = embedding.shape
-    device = next(embedding.parameters()).device
+    rows, width = module.shape
+    device = next(module.parameters()).device
     pieces = [
-        _rounded(embedding._rows(ids).float(), bits) for ids in torch.arange(rows, device=device).split(_ROWS)
+        _rounded(module._rows(ids).float(), bits) for ids in torch.arange(rows, device=device).split(_ROWS)
     ]
     codes, scales = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     return BlockTable(codes, scales, bits, width)
@@ -64,14 +65,19 @@ def _rounded(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def use_blocks(model: PreTrainedModel, bits: int) -> None:
-    """Replace a model's compressed embeddings and heads by operators over a table of blocks, in place."""
-    table = block_table(compressed_embedding(model), bits)
-    shared = nn.Parameter(table.codes, requires_grad=False), nn.Parameter(table.scales, requires_grad=False)
+    """Replace a model's compressed embeddings and heads by operators over tables of blocks, in place."""
+    made: dict[int, _Lookup | _Head] = {}
+    for modules in tables_of(model).values():
+        table = block_table(modules[0], bits)
+        codes, scales = (nn.Parameter(each, requires_grad=False) for each in (table.codes, table.scales))
+        for module in modules:
+            if isinstance(module, CompressedEmbedding):
+                made[id(module)] = _Lookup(codes, scales, table, module.scale)
+            else:
+                made[id(module)] = _Head(codes, scales, table, module.bias)
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, CompressedEmbedding):
-            model.set_submodule(name, _Lookup(*shared, table, module.scale))
-        elif isinstance(module, CompressedHead):
-            model.set_submodule(name, _Head(*shared, table, module.bias))
+        if id(module) in made:
+            model.set_submodule(name, made[id(module)])
 
 
 class _Blocks(nn.Module):

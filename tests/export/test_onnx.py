@@ -139,6 +139,29 @@ def test_the_operators_of_onnxruntime_look_up_blocks(tmp_path, name, bits):
             assert_close(run(tmp_path / "model.onnx", inputs), expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_every_table_has_its_own_blocks(tmp_path, bits):
+    """Positions, and a head that is not tied: each module looks up the rows of its own table."""
+    config = T.GPT2Config(
+        vocab_size=V, n_positions=32, n_embd=32, n_layer=1, n_head=2, tie_word_embeddings=False
+    )
+    torch.manual_seed(0)
+    model = T.GPT2LMHeadModel(config).eval()
+    tables = ("transformer.wte", "transformer.wpe", "lm_head")
+    embkern.compress(model, tables={name.rpartition(".")[2]: 2 for name in tables}, calibrate=False)
+    model.save_pretrained(tmp_path / "small")
+    embkern.export_onnx(tmp_path / "small", tmp_path / "model.onnx", bits=bits)
+    rows = {name: model.get_submodule(name).weight.detach().clone() for name in tables}
+    if bits is not None:
+        rows = {name: decoded(block_table(model.get_submodule(name), bits)) for name in tables}
+    model.dequantize()
+    with torch.no_grad():
+        for name, each in rows.items():
+            model.get_submodule(name).weight.copy_(each)
+        inputs = inputs_of(model, 2, 9)
+        assert_close(run(tmp_path / "model.onnx", inputs), model(**inputs).logits, rtol=1e-3, atol=1e-5)
+
+
 def test_the_command_and_its_errors(tmp_path):
     compressed(build("bert-backbone")).save_pretrained(tmp_path / "small")
     command = [sys.executable, "-m", "embkern", "export", tmp_path / "small", "--format", "onnx"]
