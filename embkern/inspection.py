@@ -93,6 +93,7 @@ def inspect(name: str | os.PathLike, *, plot: str | os.PathLike | None = None) -
         "architecture": type(model).__name__,
         "model_bytes": model_bytes(model),
         "other_tables": other_tables(model),
+        "report": read_report(name),
     }
     if isinstance(embedding, CompressedEmbedding):
         stored = stored_table(model)
@@ -102,7 +103,6 @@ def inspect(name: str | os.PathLike, *, plot: str | os.PathLike | None = None) -
         own = [(n, m) for n, m in model.named_modules() if not getattr(m, "table_name", "")]
         return Summary(
             **common,
-            report=read_report(name),
             num_embeddings=embedding.num_embeddings,
             embedding_dim=embedding.embedding_dim,
             dtype=state.dtype,
@@ -169,7 +169,8 @@ def evaluate(
     compressed, dense = load_model(directory), load_model(against)
     embedding, table = input_embeddings(compressed), find_table(dense).weight.detach()
     if not isinstance(embedding, CompressedEmbedding):
-        raise ValueError(f"model: expected one compressed by embkern, got a dense one: {directory}")
+        found = "a dense one" if getattr(compressed, "hf_quantizer", None) is None else "a dense input table"
+        raise ValueError(f"model: expected one compressed by embkern, got {found}: {directory}")
     if tuple(table.shape) != (embedding.num_embeddings, embedding.embedding_dim):
         raise ValueError(
             f"against: expected a table of {embedding.num_embeddings} x {embedding.embedding_dim} "

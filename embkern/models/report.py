@@ -91,8 +91,13 @@ class Comparison(BaseModel):
         return Size("model", self.model_bytes_before, self.model_bytes_after)
 
     def rows(self) -> dict[str, str]:
-        """Return the rows of the model card by name: sizes and figures."""
-        return {f"{size.name}, bytes": str(size) for size in self.sizes()} | self.figures()
+        """Return the rows of the model card by name: sizes, tiers and figures."""
+        sizes = {f"{size.name}, bytes": str(size) for size in self.sizes()}
+        return sizes | self.tier_rows() | self.figures()
+
+    def tier_rows(self) -> dict[str, str]:
+        """Return the rows and bytes of each tier by name; none where it is not known."""
+        return {}
 
     def figures(self) -> dict[str, str]:
         """Return everything but the sizes, by name."""
@@ -271,15 +276,10 @@ class Report(Comparison):
             return [self._model_size(), *(table.size for table in self.tables)]
         return super().sizes()
 
-    def rows(self) -> dict[str, str]:
-        """Return the rows of the model card by name: sizes, tiers and figures."""
+    def tier_rows(self) -> dict[str, str]:
+        """Return the rows and bytes of each tier by name; none of several tables."""
         tiers = [] if len(self.tables) > 1 else self.tiers
-        sizes = {f"{size.name}, bytes": str(size) for size in self.sizes()}
-        return (
-            sizes
-            | {f"rows at {tier.name}": f"{tier.rows:,} ({tier.bytes:,} bytes)" for tier in tiers}
-            | self.figures()
-        )
+        return {f"rows at {tier.name}": f"{tier.rows:,} ({tier.bytes:,} bytes)" for tier in tiers}
 
     def figures(self) -> dict[str, str]:
         """Return everything but sizes and tiers, by name."""
