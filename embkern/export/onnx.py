@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..io.atomic import replacing
 from ..io.optional import require
 from ..models.inference import evaluating, longest_input
+from ..ops import DECOMPOSITIONS
 from .block_quantized import check_bits, use_blocks
 from .checks import check_file, load_compressed
 
@@ -83,7 +84,7 @@ def onnx_program(model: PreTrainedModel) -> torch.onnx.ONNXProgram:
             inputs,
             dynamic_shapes=_shapes(model),
             strict=False,
-        )
+        ).run_decompositions(DECOMPOSITIONS)
     exported: Any = torch.onnx.export(
         program, (), input_names=list(inputs), output_names=[output], opset_version=OPSET, dynamo=True,
         optimize=False, verbose=False,

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_compiling
 
 from . import reference
 from .backends import BACKENDS, Backend, select
@@ -18,6 +18,7 @@ from .library import (
     define,
     differentiable_once,
     is_exporting,
+    is_exporting_to_onnx,
     needs_autograd,
     overload,
     raise_refusal,
@@ -195,7 +196,7 @@ def decode_rows(
     try:
         autograd = needs_autograd(scales, basis, offset)
         if chosen == "native":  # The native op checks its arguments itself.
-            if not (autograd or is_dynamo_compiling()):
+            if not (autograd or is_compiling()):
                 return _NATIVE(ids, *packed, embedding_dim, scale)
         elif check:
             _check(ids, PackedTensors(*packed), embedding_dim)
@@ -207,6 +208,8 @@ def decode_rows(
             padding = _NO_PADDING if padding_idx is None else padding_idx % len(scales)
             rows: Tensor = apply(GatherDecode, ids, *packed, embedding_dim, scale, padding, chosen)
             return rows
+        if is_exporting_to_onnx():
+            return reference.gather_decode_in_aten(ids, *packed, embedding_dim, scale)
         if is_exporting():  # A program has one node, for decompositions to take the place of.
             return _EXPORTED[chosen](ids, *packed, embedding_dim, scale)
         return _FORWARD[chosen](ids, *packed, embedding_dim, scale)

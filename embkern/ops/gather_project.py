@@ -11,7 +11,16 @@ from torch.autograd import Function
 
 from . import reference
 from .backends import Backend, select, select_backward
-from .library import apply, check_ids, define, differentiable_once, needs_autograd, overload, raise_refusal
+from .library import (
+    apply,
+    check_ids,
+    define,
+    differentiable_once,
+    is_exporting_to_onnx,
+    needs_autograd,
+    overload,
+    raise_refusal,
+)
 
 _NO_PADDING = -1
 # Up to this many ids are decoding: the launch and the reads of the basis bound it, not the tensor cores.
@@ -210,7 +219,8 @@ def gather_project(
             rows: Tensor = apply(GatherProject, ids, codes, basis, offset, scale, padding, sparse, chosen)
             return rows
         if out is None:
-            return _FORWARD[chosen](ids, codes, basis, offset, scale)
+            forward = reference.gather_project_forward if is_exporting_to_onnx() else _FORWARD[chosen]
+            return forward(ids, codes, basis, offset, scale)
         _OUT[chosen](ids, codes, basis, offset, scale, out)
         if not torch.compiler.is_compiling():
             torch.autograd.graph.increment_version(out)  # Autograd has to notice if `out` was saved.

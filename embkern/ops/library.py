@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._decomp import register_decomposition
 from torch.autograd import Function, forward_ad
 
 NAMESPACE = "embkern"
@@ -25,7 +24,8 @@ LIBRARY.define("exp_and_tanh(Tensor values) -> (Tensor, Tensor)")  # For tests.
 LIBRARY.define("poison_memory(bool on) -> ()")  # For tests: NaN in new memory of the kernels.
 
 # The ops of inference in terms of aten, for torch.export.ExportedProgram.run_decompositions. The result runs
-# where embkern is not installed, over the same tensors: a table stays packed. torch.onnx.export applies them.
+# where embkern is not installed, over the same tensors: a table stays packed. They are not registered with
+# torch: the compiler refuses ops that it finds there where the environment variable CI is set.
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
 
 
@@ -62,8 +62,6 @@ def define(
         if decomposition is not None:
             op = getattr(getattr(getattr(torch.ops, NAMESPACE), name), backend)
             DECOMPOSITIONS[op] = decomposition
-            register_decomposition(op)(decomposition)
-            register_decomposition(op, type="meta")(fake)  # Else shapes would follow from the decomposition.
 
 
 def _without_grad(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -107,6 +105,11 @@ def is_exporting() -> bool:
     The function of this name in torch.compiler is True under torch.compile, too, in some releases of torch.
     """
     return torch.compiler._is_exporting_flag
+
+
+def is_exporting_to_onnx() -> bool:
+    """Return whether torch.onnx.export is tracing, which has no operators for the ops of embkern."""
+    return is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 def needs_autograd(*tensors: torch.Tensor | None) -> bool:

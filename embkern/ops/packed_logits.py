@@ -16,6 +16,7 @@ from .library import (
     apply,
     define,
     differentiable_once,
+    is_exporting_to_onnx,
     needs_autograd,
     overload,
     raise_refusal,
@@ -178,7 +179,8 @@ def packed_logits(
         if needs_autograd(hidden, scales, basis, offset):
             logits: Tensor = apply(PackedLogits, flat, *packed, chosen)
         else:
-            logits = _FORWARD[chosen](flat, *packed)
+            forward = reference.packed_logits_in_aten if is_exporting_to_onnx() else _FORWARD[chosen]
+            logits = forward(flat, *packed)
     except Exception as error:
         raise_refusal(_check, hidden, PackedTensors(*packed))  # type: ignore[arg-type]
         reraise_native(error)
