@@ -28,7 +28,7 @@ from embkern.experiments.timing import paired_ratio, sampler, side_stream
 from embkern.nn.packed import PackedEmbedding
 from embkern.ops import gather_decode
 from embkern.ops.backends import BACKENDS, unavailable
-from embkern.ops.packed_format import GROUP
+from embkern.ops.packed_codes import GROUP
 from embkern.tables.packed import TENSORS, PackedTable
 
 from .packed_tables import random_packed_table

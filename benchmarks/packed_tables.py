@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from embkern.ops.packed_format import GROUP, LEVEL_BITS, LEVEL_STEP, STATES, Tier
+from embkern.ops.packed_codes import GROUP, LEVEL_BITS, packed_levels
+from embkern.ops.packed_format import Tier
 from embkern.tables.packed import PackedTable, pack
 
 
@@ -34,9 +35,8 @@ def random_packed_table(
         codes[index] = torch.randint(2 ** tier.bits[0], shape, dtype=torch.uint8, generator=generator)
         if tier.bits[0] > LEVEL_BITS:  # such codes are uniform, in steps of 1
             scales[rows] /= 2 ** tier.bits[0] / 12**0.5
-    levels = (torch.randn(LEVEL_BITS, STATES, generator=generator) / LEVEL_STEP).to(torch.int16)
     basis = torch.randn(K, H, generator=generator) / K**0.5 if K else None
     offset = torch.randn(H, generator=generator)
-    arguments: list[Any] = [tier_of, codes, tiers, levels]
+    arguments: list[Any] = [tier_of, codes, tiers, packed_levels()]
     arguments += [None if each is None else each.to(dtype) for each in (scales, basis, offset)]
     return pack(*[*arguments, H])

@@ -11,24 +11,23 @@ from torch import Tensor
 
 from embkern.methods import METHODS, Method
 from embkern.methods.base import Options
-from embkern.ops.packed_format import GROUP, LEVEL_BITS, LEVEL_STEP, STATES, Tier
+from embkern.ops.packed_codes import GROUP, LEVEL_BITS, packed_levels
+from embkern.ops.packed_format import Tier
+from embkern.ops.quantize_trellis import quantize_trellis
 from embkern.tables.packed import PackedTable, pack
 
 
-def uniform_levels() -> Tensor:
-    """Levels (4, 128) that go by a value's own code alone, evenly from about -2 to 2."""
-    rows = []
-    for bits in range(1, LEVEL_BITS + 1):
-        own = (torch.arange(STATES) % 2**bits - (2**bits - 1) / 2) / 2 ** (bits - 1) * 2
-        rows.append((own / LEVEL_STEP).to(torch.int16))
-    return torch.stack(rows)
-
-
-def values_of(levels: Tensor, bits: int) -> Tensor:
-    """Values (2**bits,) float64 of codes of so many bits, at levels that go by the code alone."""
+def quantized(values: Tensor, tier: Tier) -> tuple[Tensor, Tensor]:
+    """Codes of values (N, 32 G) at a tier of one number of bits, and scales (N,)."""
+    bits = tier.bits[0]
     if bits > LEVEL_BITS:
-        return torch.arange(2**bits, dtype=torch.float64) - (2**bits - 1) / 2
-    return levels[bits - 1, : 2**bits].double() * LEVEL_STEP
+        middle = (2**bits - 1) / 2
+        scales = values.abs().amax(1).clamp_min(1e-30) / middle
+        return (values / scales.unsqueeze(1) + middle).round().to(torch.uint8), scales
+    tried = values.square().mean(1, keepdim=True).sqrt().clamp_min(1e-30).float()
+    each = torch.full((len(tier.bits),), bits, dtype=torch.uint8)
+    codes, scales, _ = quantize_trellis(values.float(), None, each, packed_levels(), tried, needs_codes=True)
+    return codes, scales.double()
 
 
 def packed_of(weight: Tensor, dtype: torch.dtype | None = None, offset: bool = True) -> PackedTable:
@@ -37,7 +36,6 @@ def packed_of(weight: Tensor, dtype: torch.dtype | None = None, offset: bool = T
     V, H = weight.shape
     groups = -(-H // GROUP)
     tiers = [*(Tier(False, (bits,) * groups) for bits in (8, 4, 2)), Tier(True, (4,))]
-    levels = uniform_levels()
     mean = weight.double().mean(0) if offset else torch.zeros(H).double()
     basis = torch.linalg.qr(torch.randn(max(H, GROUP), GROUP, generator=torch.Generator().manual_seed(1)))[0]
     basis = basis.t()[:, :H].double()
@@ -47,12 +45,9 @@ def packed_of(weight: Tensor, dtype: torch.dtype | None = None, offset: bool = T
         rows = weight[ids].double() - mean
         values = rows @ torch.linalg.pinv(basis) if tier.transform else rows
         values = F.pad(values, (0, max(0, GROUP * len(tier.bits) - values.shape[1])))
-        of_bits = values_of(levels, tier.bits[0])
-        largest = values.abs().amax(1).clamp_min(1e-30)
-        scales[ids] = largest / of_bits.max()
-        codes[index] = (values / scales[ids, None])[:, :, None].sub(of_bits).abs().argmin(2).to(torch.uint8)
+        codes[index], scales[ids] = quantized(values, tier)
     floats = [scales.to(dtype), basis.to(dtype), mean.to(dtype) if offset else None]
-    return pack(tier_of, codes, tiers, levels, *floats, H)
+    return pack(tier_of, codes, tiers, packed_levels().clone(), *floats, H)
 
 
 class QuantizeOptions(Options):

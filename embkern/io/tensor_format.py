@@ -35,6 +35,7 @@ class TensorFormat:
         optional: names of the tensors that a file may have.
         settings: names of the settings, which are JSON values.
         checked: settings with a checksum of their own, as tensors have; 64-bit integers.
+        earlier: names of earlier versions, which are read, too.
     """
 
     name: str
@@ -43,6 +44,7 @@ class TensorFormat:
     optional: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
     checked: tuple[str, ...] = ()
+    earlier: tuple[str, ...] = ()
 
     def save(self, path: str | os.PathLike, tensors: Mapping[str, Tensor], **settings: Any) -> None:
         """Write one file; an existing file is replaced atomically.
@@ -84,7 +86,7 @@ class TensorFormat:
         if not Path(path).is_file():
             raise FileNotFoundError(f"path: expected a file of {self.content}, found none at {path}")
         tensors, metadata = _read(path)
-        if (got := metadata.get("format")) != self.name:
+        if (got := metadata.get("format")) not in (self.name, *self.earlier):
             raise ValueError(f"{path}: expected format {self.name!r}, got {got!r}")
         try:
             return build(tensors, self._settings(tensors, metadata))

@@ -34,7 +34,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..ops.packed_format import GROUP
+from ..ops.packed_codes import GROUP
 from ..tables.packed import PackedTable
 from .allocation import ROW_BITS, Allocation, DirectionAllocation, float_dtype, groups_of
 from .base import (

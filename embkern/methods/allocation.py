@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.packed_format import GROUP, Tier, lay_out, packed_bytes, trellis_levels
+from ..ops.packed_codes import GROUP, packed_levels
+from ..ops.packed_format import Tier, lay_out, packed_bytes
 from ..tables.packed import PackedTable, pack
 from .quantizer_levels import UNIFORM_STEPS
 from .row_codes import RowCodes, profiles
@@ -120,7 +121,7 @@ class Allocation(ABC):
                         yield position, ids, codes
 
         laid_out = lay_out(choice, parts(), tiers)
-        levels, width = trellis_levels().clone(), self.rows.width  # a copy, so that tables share no memory
+        levels, width = packed_levels().clone(), self.rows.width  # a copy, so that tables share no memory
         return PackedTable(*laid_out, levels, scales.to(self.dtype), self._stored_basis(tiers), None, width)
 
     def decoded(self, index: int, values: Tensor) -> Tensor:
@@ -129,7 +130,7 @@ class Allocation(ABC):
         codes, scales, _ = self.codes[index].encode(tier, values)
         tier_of, basis = torch.zeros(len(values), dtype=torch.int64), self._stored_basis([tier])
         scales, width = scales.to(self.dtype), self.rows.width
-        table = pack(tier_of, {0: codes}, [tier], trellis_levels(), scales, basis, None, width, check=False)
+        table = pack(tier_of, {0: codes}, [tier], packed_levels(), scales, basis, None, width, check=False)
         return table.to_dense().float()
 
     def _stored_basis(self, tiers: list[Tier]) -> Tensor | None:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops.packed_format import GROUP, LEVEL_BITS, LEVEL_STEP, Tier, trellis_levels
-from ..ops.quantize_rows import quantize_rows
+from ..ops.packed_codes import GROUP, LEVEL_BITS, packed_levels
+from ..ops.packed_format import Tier
+from ..ops.quantize_rows import LEVEL_STEP, quantize_rows
 from ..ops.quantize_trellis import quantize_trellis
 from .quantizer_levels import TRELLIS_DISTORTION, UNIFORM_STEPS, lloyd_max_levels
 
@@ -95,7 +96,7 @@ class RowCodes:
         if wide:
             return codes, scales, projections
         near = scales.unsqueeze(1) * torch.tensor(TRELLIS_SCALES)
-        return quantize_trellis(*self._of_tier(tier, values), trellis_levels(), near, needs_codes=True)
+        return quantize_trellis(*self._of_tier(tier, values), packed_levels(), near, needs_codes=True)
 
     def _scalar(
         self, tier: Tier, values: Tensor, factors: tuple[float, ...], needs_codes: bool

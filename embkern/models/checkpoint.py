@@ -146,8 +146,8 @@ def check_files(model: nn.Module, files: list[str], root: str, state: TableState
                 continue
             found[name] = shape
             # transformers would cast them silently.
-            expected = layer.code_dtypes.get(name)
-            known = (expected, layer.held_dtypes.get(name, expected)) if expected else DTYPES
+            expected = layer.code_dtype(name, tuple(shape))
+            known = (expected, layer.held_dtype(name, expected)) if expected else DTYPES
             if dtype not in known:
                 raise ValueError(
                     "the checkpoint does not hold the compressed table its config describes: expected "

@@ -70,7 +70,7 @@ class TableState:
         """Return a table of these shapes on the meta device; it is not validated."""
         layer = KINDS[self.kind]
         tensors: dict[str, Any] = {
-            name: torch.empty(shape, dtype=layer.code_dtypes.get(name, dtype), device="meta")
+            name: torch.empty(shape, dtype=layer.code_dtype(name, tuple(shape)) or dtype, device="meta")
             for name, shape in self.shapes.items()
         }
         return layer.table_type(**tensors, **self.settings, check=False)

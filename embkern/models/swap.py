@@ -156,7 +156,7 @@ def _ties_of(module: Any) -> dict[str, str]:
 
 def _is_code(name: str) -> bool:
     """Return whether the name of a tensor is that of a table's integers, which are buffers."""
-    return any(name.rpartition(".")[2] in layer.code_dtypes for layer in KINDS.values())
+    return any(name.rpartition(".")[2] in layer.code_names for layer in KINDS.values())
 
 
 _HOOKS = (

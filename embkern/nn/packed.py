@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..ops import first_edition
 from ..ops.backends import Backend
 from ..ops.gather_decode import Tensors, decode_rows
 from ..ops.packed_cross_entropy import packed_cross_entropy
-from ..ops.packed_format import PackedTensors
+from ..ops.packed_format import CODE_DTYPES, PackedTensors
 from ..ops.packed_logits import packed_logits
 from ..tables import packed
 from ..tables.packed import PackedTable
@@ -25,20 +26,14 @@ _BLOCK_ROWS = 8192  # rows that are decoded at a time
 class PackedTableModule(TableModule):
     """Holds a ``PackedTable``: records, directory, tiers and levels as buffers, the others as parameters.
 
-    The buffers are integers, which no cast of a model changes, of dtypes that gloo and NCCL send: levels are
-    int16 in a table and int32 here.
+    The buffers are integers, which no cast of a model changes, of dtypes that gloo and NCCL send: levels of
+    the first edition are int16 in a table and int32 here.
     """
 
     kind = "packed"
     table_type = PackedTable
     tensor_names = packed.TENSORS
-    code_dtypes: ClassVar[dict[str, torch.dtype]] = {
-        "records": torch.int32,
-        "directory": torch.int32,
-        "tiers": torch.uint8,
-        "levels": torch.int16,
-    }
-    held_dtypes: ClassVar[dict[str, torch.dtype]] = {"levels": torch.int32}
+    code_names = tuple(CODE_DTYPES)
     keeps_stored_dtype = True
     records: Tensor
     directory: Tensor
@@ -48,6 +43,19 @@ class PackedTableModule(TableModule):
     basis: nn.Parameter | None
     offset: nn.Parameter | None
     _width: int
+
+    @classmethod
+    def code_dtype(cls, name: str, shape: tuple[int, ...]) -> torch.dtype | None:
+        """Return the dtype of an integer tensor of a table and of files; None for the others."""
+        if name == "levels" and tuple(shape) == first_edition.LEVELS_SHAPE:
+            return first_edition.LEVELS_DTYPES[0]
+        return CODE_DTYPES[name][0] if name in CODE_DTYPES else None
+
+    @classmethod
+    def held_dtype(cls, name: str, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype in which the module holds a tensor that a table has in this one."""
+        in_file, held = first_edition.LEVELS_DTYPES
+        return held if name == "levels" and dtype == in_file else dtype
 
     @staticmethod
     def settings(table: PackedTable) -> dict[str, Any]:
@@ -66,9 +74,10 @@ class PackedTableModule(TableModule):
 
     @property
     def table(self) -> PackedTable:
-        """The packed table, which shares memory with the module, except levels; it is not validated."""
+        """The packed table, not validated; it shares memory, except levels of the first edition."""
         tensors: dict[str, Any] = self.tensors()
-        tensors["levels"] = tensors["levels"].to(self.code_dtypes["levels"])
+        levels = tensors["levels"]
+        tensors["levels"] = levels.to(self.code_dtype("levels", levels.shape))
         return PackedTable(**tensors, embedding_dim=self._width, check=False)
 
     def _packed_tensors(self) -> Tensors:

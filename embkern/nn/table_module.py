@@ -36,8 +36,7 @@ class TableModule(nn.Module):
         kind: name of the kind of table in a saved model's config.
         table_type: class of the table.
         tensor_names: names of the table's tensors.
-        code_dtypes: dtypes of those that are integers, in a table and in files.
-        held_dtypes: dtypes of those that the module holds in another one.
+        code_names: names of those that are integers.
         keeps_stored_dtype: whether a wider model saves the table in the dtype in which it was stored.
         frozen: whether gradients stop at the stored tensors, as in models, where only an ``Adjustment`` is
             trained.
@@ -49,13 +48,22 @@ class TableModule(nn.Module):
     kind: ClassVar[str]
     table_type: ClassVar[type[Table]]
     tensor_names: ClassVar[tuple[str, ...]]
-    code_dtypes: ClassVar[dict[str, torch.dtype]] = {}
-    held_dtypes: ClassVar[dict[str, torch.dtype]] = {}
+    code_names: ClassVar[tuple[str, ...]] = ()
     keeps_stored_dtype: ClassVar[bool] = False
     frozen: bool = False
     backend: Backend | None = None
     table_name: str = ""
     leads: bool = False
+
+    @classmethod
+    def code_dtype(cls, name: str, shape: tuple[int, ...]) -> torch.dtype | None:
+        """Return the dtype of an integer tensor of a table and of files; None for the others."""
+        return None
+
+    @classmethod
+    def held_dtype(cls, name: str, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype in which the module holds a tensor that a table has in this one."""
+        return dtype
 
     @staticmethod
     def settings(table: Any) -> dict[str, Any]:
@@ -165,13 +173,14 @@ class TableModule(nn.Module):
 
     def _as_held(self, table: Table) -> dict[str, Tensor]:
         """Return the tensors of a table, by name, in the dtypes in which the module holds them."""
-        held = self.held_dtypes
-        return {name: tensor.to(held.get(name, tensor.dtype)) for name, tensor in table.tensors().items()}
+        given = table.tensors().items()
+        return {name: tensor.to(self.held_dtype(name, tensor.dtype)) for name, tensor in given}
 
     def cast_to_held(self) -> None:
         """Cast tensors to the dtypes in which the module holds them; a loader may have kept a file's."""
-        for name, dtype in self.held_dtypes.items():
-            setattr(self, name, getattr(self, name).to(dtype))
+        for name in self.code_names:
+            tensor = getattr(self, name)
+            setattr(self, name, tensor.to(self.held_dtype(name, tensor.dtype)))
 
     def share(self, other: TableModule) -> None:
         """Replace this module's tensors by those of another one."""
@@ -264,9 +273,9 @@ class TableModule(nn.Module):
                 "load it into the dense model and compress that"
             )
             return
-        for name, dtype in self.held_dtypes.items():  # With assign=True the tensor itself is taken.
+        for name in self.code_names:  # With assign=True the tensor itself is taken.
             if isinstance(stored := state_dict.get(prefix + name), Tensor):
-                state_dict[prefix + name] = stored.to(dtype)
+                state_dict[prefix + name] = stored.to(self.held_dtype(name, stored.dtype))
         super()._load_from_state_dict(state_dict, prefix, *args)
         if (adjustment := self.adjustment) is not None:
             own = (key.removeprefix(prefix) for key in state_dict if key.startswith(prefix))

@@ -12,6 +12,7 @@ from torch.compiler import is_compiling
 
 from . import reference
 from .backends import BACKENDS, Backend, select
+from .first_edition import op_of
 from .library import (
     apply,
     check_ids,
@@ -141,14 +142,14 @@ def gather_decode(
 
     Args:
         ids: indices into the vocabulary, any shape (``*``), int32 or int64.
-        records: (W,) int32, the bit planes of all rows, one row after the other.
+        records: (W,) int32, the codes of all rows, one row after the other.
         directory: (ceil(V / 32), 5) int32: where the records of 32 rows begin, and the tier of each row,
             four bits a row.
         tiers: (T, 1 + G) uint8, T up to 16: whether the values of a tier are coefficients of the basis, then
             the number of bits, 0 to 8, per value of each group of 32 values.
-        levels: (4, 128) int16, or int32 of the same values, in steps of 2^-12: the values of codes of 1 to 4
-            bits, by the state of their trellis (``embkern.ops.packed_format.trellis_states``). Wider codes
-            are uniform, ``code - (2**bits - 1) / 2``.
+        levels: (17, 16) int8, in steps of 2^-5: tables whose entries are summed to the values of codes of 1
+            to 4 bits (``embkern.ops.packed_codes``). Wider codes are uniform, ``code - (2**bits - 1) / 2``.
+            With (4, 128) int16 or int32 the table is of the first edition, which only torch serves.
         scales: (V,), a factor on each row.
         basis: (K, H), K a multiple of 32; None if no tier needs it. Rows for groups of 0 bits may be left
             unread, or be multiplied by 0.
@@ -192,7 +193,7 @@ def decode_rows(
     """``gather_decode``; without ``check``, of a table that was checked when it was made: only ids are."""
     scales, basis, offset = packed[4], packed[5], packed[6]
     device_type = "cpu" if scales.is_cpu else scales.device.type  # is_cpu makes no torch.device
-    chosen = select("gather_decode", device_type, scales.dtype, backend)
+    chosen = select(op_of("gather_decode", packed[3]), device_type, scales.dtype, backend)
     try:
         autograd = needs_autograd(scales, basis, offset)
         if chosen == "native":  # The native op checks its arguments itself.

@@ -1,38 +1,38 @@
-"""The packed format: sizes, tiers, directory, records, trellises, levels, and the checks of a table.
+"""The packed format: sizes, tiers, directory, records, and the checks of a table.
 
-docs/packed-format.md specifies the format. No other Python module knows how a table is laid out.
+docs/packed-format.md specifies the format. Beside ``packed_codes``, which this module uses, and
+``first_edition``, no other Python module knows how a table is laid out.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GROUP = 32  # This many values share the words of a record, and this many rows an entry of the directory.
-MAX_TIERS, MAX_BITS = 16, 8
-LEVEL_BITS = 4  # Codes of up to 4 bits are trellis codes with levels of their own, wider ones are uniform.
-STATE_BITS = 7
-STATES: int = 2**STATE_BITS
-LEVELS_PER_UNIT = 4096
-LEVEL_STEP = 1 / LEVELS_PER_UNIT  # Levels are whole numbers of steps, so that no cast of a model rounds them.
-_WORD, _CODES = 2**32 - 1, 2**MAX_BITS
+from . import first_edition
+from .packed_codes import (
+    GROUP,
+    LEVELS_SHAPE,
+    MAX_BITS,
+    ShiftRight,
+    records_of,
+    taken,
+    values_of_records,
+)
+
+MAX_TIERS = 16
 ENTRY_WORDS = 5  # An entry of the directory has the place of its first record and four words of tiers.
 _TIERS_PER_WORD = 8
-TRELLIS_FILE = Path(__file__).parent.parent / "data" / "trellis_levels.txt"
-# Dtypes in which the ops take the integers; the first one is that of files. gloo and NCCL do not send int16,
-# so that a module, whose buffers DDP broadcasts, holds levels as int32.
+# Dtypes in which the ops take the integers; the first one is that of files.
 CODE_DTYPES = {
     "records": (torch.int32,),
     "directory": (torch.int32,),
     "tiers": (torch.uint8,),
-    "levels": (torch.int16, torch.int32),
+    "levels": (torch.int8, *first_edition.LEVELS_DTYPES),
 }
 
 
@@ -93,7 +93,7 @@ def packed_bytes(rows: Tensor, tiers: list[Tier], floats: int, basis_rows: int, 
     total = int(rows.sum())
     words = max(1, sum(int(count) * tier.words for count, tier in zip(rows.tolist(), tiers, strict=True)))
     directory = 4 * ENTRY_WORDS * -(-total // GROUP)
-    fixed = len(tiers) * (1 + _groups(tiers)) + LEVEL_BITS * STATES * 2
+    fixed = len(tiers) * (1 + _groups(tiers)) + LEVELS_SHAPE[0] * LEVELS_SHAPE[1]
     return 4 * words + directory + fixed + floats * (total + basis_rows * embedding_dim)
 
 
@@ -112,7 +112,7 @@ def lay_out(
     records = torch.zeros(max(1, int(words.sum())), dtype=torch.int32)
     for index, rows, some in codes:
         places = starts[rows].unsqueeze(1) + torch.arange(tiers[index].words)
-        records[places.flatten()] = bit_planes(some, tiers[index]).flatten()
+        records[places.flatten()] = records_of(some, tiers[index].bits).flatten()
     groups = _groups(tiers)
     described = [[int(t.transform), *t.bits, *[0] * (groups - len(t.bits))] for t in tiers]
     return records, directory_of(tier_of, tiers), torch.tensor(described, dtype=torch.uint8)
@@ -147,17 +147,6 @@ def _nibbles(words: Tensor) -> Tensor:
     return torch.bitwise_right_shift(words.unsqueeze(2), shifts) & 15
 
 
-def bit_planes(codes: Tensor, tier: Tier) -> Tensor:
-    """Records (n, W) of codes (n, 32 groups): bit i of a group's word p is bit p of the code of value i."""
-    values, records = codes.to(torch.uint8).numpy(), np.empty((len(codes), tier.words), dtype="<i4")
-    octets = records.view(np.uint8).reshape(len(codes), tier.words, 4)
-    planes = ((group, plane) for group, bits in enumerate(tier.bits) for plane in range(bits))
-    for word, (group, plane) in enumerate(planes):
-        bits_of_plane = values[:, GROUP * group : GROUP * (group + 1)] >> plane & 1
-        octets[:, word] = np.packbits(bits_of_plane, axis=1, bitorder="little")
-    return torch.from_numpy(records.astype(np.int32, copy=False))
-
-
 def _wrapped(words: Tensor) -> Tensor:
     """Whole numbers below 2^32 as int32 of the same bits."""
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
@@ -166,108 +155,26 @@ def _wrapped(words: Tensor) -> Tensor:
 # ---- values ------------------------------------------------------------------------------------------
 
 
-def bits_by_shifts(words: Tensor) -> Tensor:
-    """Bits of int32 words (N, G), one per lane: (N, G, 32) int32."""
-    lanes = torch.arange(GROUP, dtype=torch.int32, device=words.device)
-    return torch.bitwise_right_shift(words.unsqueeze(2), lanes) & 1
-
-
-def bits_by_masks(words: Tensor) -> Tensor:
-    """``bits_by_shifts`` for ONNX, whose shifts have no sign: there a shift takes ten operators."""
-    masks = _wrapped(2 ** torch.arange(GROUP, device=words.device))
-    return (words.unsqueeze(2) & masks).bool().to(torch.int32)
-
-
 def packed_values(
     ids: Tensor,
     records: Tensor,
     directory: Tensor,
     tiers: Tensor,
     levels: Tensor,
-    bits_of: Callable[[Tensor], Tensor] = bits_by_shifts,
+    shift_right: ShiftRight = torch.bitwise_right_shift,
 ) -> tuple[Tensor, Tensor]:
-    """Whether the rows of ids (N,) are coefficients of the basis (N,), and their values (N, 32 G) in fp32.
-
-    A value of ``b`` bits is ``levels[b - 1, state] / 4096`` with the state of ``trellis_states``, or ``code -
-    (2**b - 1) / 2`` beyond four bits; 0 where the tier has no bits in the group.
-    """
+    """Whether the rows of ids (N,) are coefficients of the basis (N,), and their values (N, 32 G) in fp32."""
     block, lane = ids // GROUP, ids % GROUP
-    entry = _taken(directory, block)
+    entry = taken(directory, block)
     tier_of = _nibbles(entry[:, 1:]).flatten(1).long()  # (N, 32), for the rows of the blocks
     bits = tiers[:, 1:].long()
     sizes = F.pad(bits.sum(1), (0, MAX_TIERS - len(tiers)))
     lanes = torch.arange(GROUP, device=ids.device)
-    before = torch.where(lanes < lane.unsqueeze(1), _taken(sizes, tier_of), 0).sum(1)
+    before = torch.where(lanes < lane.unsqueeze(1), taken(sizes, tier_of), 0).sum(1)
     tier = tier_of.gather(1, lane.unsqueeze(1)).squeeze(1)
-    start = (entry[:, 0].long() + before).view(-1, 1, 1)
-
-    place, turn = _index_words(bits)
-    turn = _taken(turn, tier)
-    words = _taken(records, torch.where(turn > 0, start + _taken(place, tier), 0)).long() & _WORD
-    turned = words * turn  # Bits that leave the word at its end come back at its start.
-    turned = _wrapped((turned | turned // (_WORD + 1)) & _WORD)
-    index = _taken((bits * _CODES).to(torch.int32), tier).unsqueeze(2)
-    for plane in range(MAX_BITS):
-        index = index + bits_of(turned[:, :, plane]) * (1 << plane)
-    return _taken(tiers[:, 0], tier).bool(), _taken(_values_by_index(levels), index).flatten(1)
-
-
-def _taken(tensor: Tensor, index: Tensor) -> Tensor:
-    """``tensor[index]``, which an exporter translates to a gather of rows."""
-    return tensor.index_select(0, index.flatten()).view(*index.shape, *tensor.shape[1:])
-
-
-def _index_words(bits: Tensor) -> tuple[Tensor, Tensor]:
-    """Words of a record that hold the bits of the values' indices, for the bits (T, G) of each tier's groups.
-
-    The index of a value is its trellis state or, beyond four bits, its code. Bit k of the indices of group g
-    is the word ``place[t, g, k]`` of the record, rotated to the left: the code before a value is that of the
-    lane before. ``turn`` is 2 to the power of this rotation, 0 where the index has fewer bits.
-    """
-    bits = bits.unsqueeze(2)
-    plane = torch.arange(MAX_BITS, device=bits.device)
-    trellis = bits <= LEVEL_BITS
-    own = torch.where(trellis, bits.clamp(min=1), MAX_BITS)  # the planes of a code
-    used = torch.where(bits == 0, 0, torch.where(trellis, STATE_BITS, bits))
-    place = bits.cumsum(1) - bits + plane % own
-    return place, torch.where(plane < used, 2 ** (plane // own), 0)
-
-
-def _values_by_index(levels: Tensor) -> Tensor:
-    """Values (9 * 256,) fp32 of codes of 0 to 8 bits, 256 each by the index of ``_index_words``."""
-    of_codes = torch.arange(_CODES, device=levels.device, dtype=torch.float32)
-    widths = torch.arange(LEVEL_BITS + 1, MAX_BITS + 1, device=levels.device)
-    uniform = of_codes - (2**widths - 1).float().unsqueeze(1) / 2
-    # The compiler of torch 2.10 fails on a global float in a backward.
-    chosen = F.pad(levels.float() / LEVELS_PER_UNIT, (0, _CODES - STATES))
-    return torch.cat([torch.zeros_like(uniform[:1]), chosen, uniform]).flatten()
-
-
-def trellis_states(code: Tensor, bits: Tensor | int) -> Tensor:
-    """States of 7 bits by which values are looked up: a value's code and those of the values before it.
-
-    ``state[i] = (code[i] + (code[i - 1] << bits) + (code[i - 2] << 2 * bits) + ...) % 128`` for codes
-    (..., 32) of a group; the code before a group's first value is that of its last one. Every choice of codes
-    is a path through a trellis of 128 states, so that a value has 128 levels although only ``bits`` are
-    stored for it (trellis-coded quantisation: Marcellin and Fischer 1990; levels by a shift register of
-    codes: QTIP, arXiv 2406.11235; a path that ends in the state it begins in: tail-biting).
-    """
-    state, shift = code, torch.as_tensor(bits, device=code.device)
-    for before in range(1, STATE_BITS):
-        state = state + (code.roll(before, -1) << (before * shift).clamp(max=STATE_BITS))
-    return state % STATES
-
-
-@functools.cache
-def trellis_levels() -> Tensor:
-    """Levels (4, 128) int16 of codes of 1 to 4 bits for standard normal values, in steps of 2^-12, by state.
-
-    Found by Lloyd's iteration over best paths (`python -m benchmarks trellis_levels`): 0.7 to 1.8 dB less
-    error than Lloyd-Max levels, which miss the bound of any code, 4^-bits, by 1.6 to 3.9 dB.
-    """
-    lines = TRELLIS_FILE.read_text(encoding="ascii").splitlines()
-    numbers = [int(each) for line in lines if not line.startswith("#") for each in line.split()]
-    return torch.tensor(numbers, dtype=torch.int16).view(LEVEL_BITS, STATES)
+    start = entry[:, 0].long() + before
+    values_of = values_of_records if levels.dtype == torch.int8 else first_edition.values_of_records
+    return taken(tiers[:, 0], tier).bool(), values_of(records, start, tier, bits, levels, shift_right)
 
 
 # ---- checks ------------------------------------------------------------------------------------------
@@ -279,7 +186,7 @@ def check_packed(packed: PackedTensors, embedding_dim: int) -> None:
     rows, groups = len(scales) if scales.dim() else 0, tiers.shape[1] - 1 if tiers.dim() == 2 else 0
     expected = {
         "directory": (-(-rows // GROUP), ENTRY_WORDS),
-        "levels": (LEVEL_BITS, STATES),
+        "levels": LEVELS_SHAPE if packed.levels.dtype == torch.int8 else first_edition.LEVELS_SHAPE,
         "scales": (rows,),
     }
     if rows == 0:
@@ -318,7 +225,7 @@ def check_table(packed: PackedTensors, embedding_dim: int) -> None:
     """
     check_packed(packed, embedding_dim)
     for name, tensor in packed.named():
-        if name in CODE_DTYPES and tensor.dtype != CODE_DTYPES[name][0]:
+        if name in CODE_DTYPES and tensor.dtype not in (CODE_DTYPES[name][0], first_edition.LEVELS_DTYPES[0]):
             raise TypeError(f"{name}: expected dtype {CODE_DTYPES[name][0]} in a table, got {tensor.dtype}")
     if not packed.scales.is_floating_point():
         raise TypeError(f"scales: expected a floating-point dtype, got {packed.scales.dtype}")

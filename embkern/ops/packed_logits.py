@@ -12,6 +12,7 @@ from torch.autograd import Function
 
 from . import reference
 from .backends import BACKENDS, DTYPES, Backend, select
+from .first_edition import op_of
 from .library import (
     apply,
     define,
@@ -148,10 +149,10 @@ def packed_logits(
 
     Args:
         hidden: (``*``, H), of any floating-point dtype.
-        records: (W,) int32, the bit planes of all rows; this and the others are those of ``gather_decode``.
+        records: (W,) int32, the codes of all rows; this and the others are those of ``gather_decode``.
         directory: (ceil(V / 32), 5) int32.
         tiers: (T, 1 + G) uint8.
-        levels: (4, 128) int16 or int32.
+        levels: (17, 16) int8.
         scales: (V,).
         basis: (K, H), or None.
         offset: (H,), or None.
@@ -166,7 +167,7 @@ def packed_logits(
         RuntimeError: the backend asked for cannot serve this call.
     """
     device_type = "cpu" if scales.is_cpu else scales.device.type
-    chosen = select("packed_logits", device_type, scales.dtype, backend)
+    chosen = select(op_of("packed_logits", levels), device_type, scales.dtype, backend)
     if hidden.device != scales.device:
         raise ValueError(f"hidden: expected device {scales.device} as in scales, got {hidden.device}")
     if torch.is_autocast_enabled(hidden.device.type):

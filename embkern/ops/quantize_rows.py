@@ -10,7 +10,8 @@ from torch import Tensor
 from . import reference
 from .backends import Backend, select
 from .library import define, needs_autograd, overload
-from .packed_format import GROUP, LEVEL_BITS, MAX_BITS
+from .packed_codes import GROUP, LEVEL_BITS, MAX_BITS
+from .reference.quantize_rows import LEVEL_STEP as LEVEL_STEP
 
 
 def _fake(

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import reference
 from .backends import Backend, select
 from .library import define, overload
-from .packed_format import LEVEL_BITS, STATES
+from .packed_codes import LEVEL_BITS, LEVELS_SHAPE
 from .quantize_rows import check_rows_to_quantize, check_tensor
 
 
@@ -53,8 +53,9 @@ def quantize_trellis(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantise rows by trellis codes and choose the best of some scales for each row.
 
-    For every scale s, Viterbi's algorithm finds the codes of each group whose decoded values ``d`` (see
-    ``packed_format.trellis_states``) minimise ``((values / s - d) * spread).square().sum(1)``. With ``y = d *
+    For every scale s, Viterbi's algorithm finds the codes of a row whose decoded values ``d`` (see
+    ``packed_codes.values_of_records``) minimise ``((values / s - d) * spread).square().sum(1)``. Their
+    windows form a ring, whose beginning is taken from a search without this condition. With ``y = d *
     spread`` and ``x = values * spread``, the scale with the largest ``projection = (x * y).sum(1) /
     y.norm(dim=1)`` is chosen, and ``(x * y).sum(1) / y.square().sum(1)`` is returned for it.
 
@@ -62,13 +63,14 @@ def quantize_trellis(
         values: (N, 32 G) float32, without gradient.
         spread: (32 G,) float32, the divisors of the values; None for ones.
         bits: (G,) uint8, bits per value of each group of 32 values, 0 to 4.
-        levels: (4, 128) int16, in steps of 2^-12: the levels of codes of 1 to 4 bits, by their state.
+        levels: (17, 16) int8, in steps of 2^-5: the tables of the levels of 1 to 4 bits.
         scales: (N, F) float32, the scales to try; positive except in rows of zeros.
         needs_codes: whether the codes are returned.
         backend: ``native`` or ``torch``; None takes the best.
 
     Returns:
-        codes (N, 32 G) uint8, empty unless needed; scales (N,); projections (N,). A row of zeros has
+        codes (N, 32 G) uint8, empty unless needed; scales (N,); projections (N,). A code of 2 to 4 bits has
+        the bits of its step below its further bits, one of 1 bit is its bit of the step. A row of zeros has
         projection 0. Where two paths have equal errors, backends may choose either.
 
     Raises:
@@ -80,7 +82,7 @@ def quantize_trellis(
     check_rows_to_quantize(values, spread, bits, most_bits=LEVEL_BITS)
     count, tries = len(values), max(1, scales.shape[-1] if scales.dim() else 1)
     for name, tensor, dtype, shape in (
-        ("levels", levels, torch.int16, (LEVEL_BITS, STATES)),
+        ("levels", levels, torch.int8, LEVELS_SHAPE),
         ("scales", scales, torch.float32, (count, tries)),
         ("spread", spread, torch.float32, (values.shape[1],)),
     ):

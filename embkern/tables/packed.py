@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..io.tensor_format import TensorFormat
+from ..ops.first_edition import is_first_edition
 from ..ops.gather_decode import decode_rows
+from ..ops.packed_codes import GROUP
 from ..ops.packed_format import (
-    GROUP,
     PackedTensors,
     Tier,
     check_table,
@@ -25,13 +26,15 @@ from .factors import check_floating
 
 TENSORS = PackedTensors._fields
 FORMAT = TensorFormat(
-    "embkern.packed/1",
+    "embkern.packed/2",
     "a packed table",
     required=TENSORS[:5],
     optional=TENSORS[5:],
     settings=("embedding_dim",),
     checked=("embedding_dim",),  # without basis and offset, no tensor has H columns
+    earlier=("embkern.packed/1",),
 )
+_FIRST_FORMAT = replace(FORMAT, name=FORMAT.earlier[0])
 _DECODED_ROWS = 8192  # rows that to_dense decodes at a time
 
 
@@ -44,9 +47,11 @@ class PackedTable:
 
     Records are stored in the order of the ids. The directory has 4 bits per row for its tier, which
     determines the length of the record, and one word per 32 rows for the start of the first of their records.
-    A record consists of bit planes of groups of 32 values: bit i of a group's word p is bit p of the code of
-    value i. A code of up to 4 bits selects a level by the state of a trellis, which consists of the code and
-    the codes before it in the group (``embkern.ops.packed_format.trellis_states``).
+    Codes of up to 4 bits form a ring of 2 bits a step, in which 12 bits select the level of a value
+    (``embkern.ops.packed_codes``); wider codes are bit planes of groups of 32 values.
+
+    Tables of the first edition of the format, which have levels of int16, are looked up by torch alone, which
+    is many times slower, and cannot get new rows: compress the dense table again.
 
     The table is validated when it is made, unless with ``check=False``, for tensors that are known to be
     valid. Memory safety does not depend on it: the kernels check every access.
@@ -156,7 +161,8 @@ class PackedTable:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table to one safetensors file; an existing file is replaced atomically."""
-        FORMAT.save(path, self.tensors(), embedding_dim=self.embedding_dim)
+        edition = _FIRST_FORMAT if is_first_edition(self.levels) else FORMAT
+        edition.save(path, self.tensors(), embedding_dim=self.embedding_dim)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PackedTable:
@@ -188,7 +194,7 @@ def pack(
         codes: by tier, the codes (n, 32 G) uint8 of its n rows in the order of their ids; tiers without rows
             or bits may be missing.
         tiers: up to 16.
-        levels: (4, 128) int16, as ``embkern.ops.gather_decode`` takes them.
+        levels: (17, 16) int8, as ``embkern.ops.gather_decode`` takes them.
         scales: (V,), floating-point.
         basis: (K, H) in the dtype of scales, or None.
         offset: (H,) in the dtype of scales, or None.

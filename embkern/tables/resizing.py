@@ -10,16 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.packed_format import (
-    GROUP,
-    LEVEL_BITS,
-    LEVEL_STEP,
-    Tier,
-    bit_planes,
-    directory_of,
-    trellis_states,
-    words_of_rows,
-)
+from ..ops.first_edition import is_first_edition
+from ..ops.packed_codes import GROUP, LEVEL_BITS, levels_of_windows, records_of, values_of_records
+from ..ops.packed_format import Tier, directory_of, words_of_rows
 from ..ops.quantize_trellis import quantize_trellis
 from .factors import Factors
 from .packed import PackedTable
@@ -38,6 +31,7 @@ def resized(table: Any, num_embeddings: int) -> Any:
 
     Raises:
         TypeError: ``table`` is neither Factors nor a PackedTable.
+        ValueError: a packed table of the first edition is to get new rows.
     """
     raise TypeError(f"table: expected Factors or a PackedTable, got {type(table).__name__}")
 
@@ -57,6 +51,11 @@ def _(table: PackedTable, num_embeddings: int) -> PackedTable:
     tier_of = table.tier_of_rows()[:num_embeddings].cpu()
     records = table.records[: int(words_of_rows(tier_of, tiers).sum())]
     if added := num_embeddings - len(scales):
+        if is_first_edition(table.levels):
+            raise ValueError(
+                f"num_embeddings: expected at most {len(scales)}, got {num_embeddings}; a packed table of the "
+                "first edition gets no new rows, compress the dense table again"
+            )
         best, record, scale = _nearest_record(table, tiers, _mean_row(table))
         tier_of = torch.cat([tier_of, torch.full((added,), best)])
         records = torch.cat([records, record.to(records.device).repeat(added)])
@@ -93,34 +92,33 @@ def _nearest_record(table: PackedTable, tiers: list[Tier], row: Tensor) -> tuple
         error, place = (row.square().sum() - along.square() / square).min(0)
         if best is None or float(error) < least:
             least, scale = float(error), float(along[place] / square[place])
-            best = index, bit_planes(codes[place : place + 1], tier).flatten(), scale
+            best = index, records_of(codes[place : place + 1], tier.bits).flatten(), scale
     assert best is not None
     return best
 
 
 def _quantized(levels: Tensor, tier: Tier, values: Tensor) -> tuple[Tensor, Tensor]:
     """Return the codes and their values, both (S, 32 G), that are nearest to values (32 G,) at S scales."""
-    known = [_known_values(levels, bits) for bits in tier.bits]
-    top = max([float(each.abs().max()) for each in known], default=0.0) or 1.0
+    bits = torch.tensor(tier.bits, dtype=torch.uint8)
+    narrow = (bits <= LEVEL_BITS).repeat_interleave(GROUP)
     largest = max(values.abs().tolist(), default=0.0) or 1.0
-    scales = largest / top * torch.logspace(-1, 0.5, _SCALES).double()
-    codes, found = [torch.zeros(_SCALES, 0).long()], [torch.zeros(_SCALES, 0).double()]
-    for part, bits, of_bits in zip(values.split(GROUP), tier.bits, known, strict=False):
-        if 0 < bits <= LEVEL_BITS:
-            rows, width = part.float().expand(_SCALES, -1), torch.tensor([bits], dtype=torch.uint8)
-            tried = scales.float().unsqueeze(1)
-            nearest = quantize_trellis(rows, None, width, levels, tried, needs_codes=True)[0].long()
-            found.append(of_bits[trellis_states(nearest, bits)])
-        else:
-            nearest = (part / scales[:, None])[:, :, None].sub(of_bits).abs().argmin(2)
-            found.append(of_bits[nearest])
-        codes.append(nearest)
-    return torch.cat(codes, 1), torch.cat(found, 1)
+    scales = largest / _largest_value(levels, tier) * torch.logspace(-1, 0.5, _SCALES).double()
+    scaled = values / scales.unsqueeze(1)
+    codes = torch.zeros(_SCALES, GROUP * len(tier.bits), dtype=torch.uint8)
+    if narrow.any():
+        rows, own = torch.where(narrow, scaled, 0.0).float(), torch.where(bits <= LEVEL_BITS, bits, 0)
+        codes = quantize_trellis(rows, None, own, levels, torch.ones(_SCALES, 1), needs_codes=True)[0]
+    most = 2.0 ** bits.repeat_interleave(GROUP) - 1
+    uniform = (scaled + most / 2).round().clamp(min=0).minimum(most).to(torch.uint8)
+    codes = torch.where(narrow, codes, uniform)
+    records = records_of(codes, tier.bits)
+    start, first = torch.arange(_SCALES) * tier.words, torch.zeros(_SCALES, dtype=torch.int64)
+    padded = records.flatten() if tier.words else torch.zeros(1, dtype=torch.int32)
+    return codes, values_of_records(padded, start, first, bits.long().unsqueeze(0), levels).double()
 
 
-def _known_values(levels: Tensor, bits: int) -> Tensor:
-    """Return the values of codes by trellis state, (128,), for 1 to 4 bits, else by code, (2**bits,)."""
-    if 0 < bits <= LEVEL_BITS:
-        return levels[bits - 1].double() * LEVEL_STEP
-    codes = torch.arange(1 << bits, dtype=torch.float64)
-    return codes - codes[-1] / 2
+def _largest_value(levels: Tensor, tier: Tier) -> float:
+    """Return the largest value that a code of the tier stands for, or 1 if that is 0."""
+    of_levels = [float(each.abs().max()) for each in levels_of_windows(levels)]
+    values = [of_levels[bits - 1] if bits <= LEVEL_BITS else (2**bits - 1) / 2 for bits in tier.bits if bits]
+    return max(values, default=0.0) or 1.0

@@ -51,36 +51,67 @@ def every_tier(H: int, K: int) -> list[Tier]:
     """Every width; different widths with an empty group; rows with fewer groups, or none."""
     groups, terms = -(-H // 32), K // 32
     tiers = [Tier(False, (bits,) * groups) for bits in range(1, 9)]
-    tiers += [Tier(False, ((5, 0, 4, 1, 8, 3) * groups)[:groups]), Tier(False, (3,)), Tier(False, ())]
+    tiers += [
+        Tier(False, ((5, 0, 4, 1, 8, 3) * groups)[:groups]),
+        Tier(False, ((1, 2, 1, 3) * groups)[:groups]),
+    ]
+    tiers += [Tier(False, (1,)), Tier(False, ())]
     if terms:
         tiers += [Tier(True, (4, 2, 1)[:terms]), Tier(True, (1,)), Tier(True, (8,) * terms)]
         tiers += [Tier(True, ((0, 6) * terms)[:terms])]
     return tiers
 
 
-def window(code, bits):
-    """States of codes (n, 32): a code and those before it, 7 bits together; the group is a ring."""
-    seen, lanes = torch.zeros_like(code), torch.arange(32)
-    for before, shift in enumerate(range(0, 7, bits)):
-        seen += code[:, (lanes - before) % 32] * 2**shift
-    return seen % 128
+def random_levels() -> Tensor:
+    return torch.randint(-128, 128, (17, 16), dtype=torch.int8)  # whose sums wrap
+
+
+def random_codes(rows: int, tier: Tier) -> Tensor:
+    """Codes (rows, 32 G) uint8."""
+    most = torch.tensor([2**bits for bits in tier.bits] or [1]).repeat_interleave(32)[: 32 * len(tier.bits)]
+    return (torch.rand(rows, len(most)) * most).to(torch.uint8)
+
+
+def values_of(codes: Tensor, tier: Tier, levels: Tensor) -> Tensor:
+    """The values of codes (n, 32 G), by a plain loop over the definition."""
+    values, stream, at = (
+        torch.zeros(codes.shape, dtype=torch.float64),
+        [],
+        [],
+    )  # at: column, step, bits, further
+    table = levels.long()
+    for group, bits in enumerate(tier.bits):
+        own = codes[:, 32 * group : 32 * group + 32].long()
+        if bits > 4:
+            values[:, 32 * group : 32 * group + 32] = own - (2**bits - 1) / 2
+        elif bits:
+            steps = torch.zeros(len(own), 16 if bits == 1 else 32, dtype=torch.int64)
+            for i in range(32):
+                q, j, m = i // 16, i // 4 % 4, i % 4
+                step = 4 * m + j if bits == 1 else 16 * q + 4 * m + j
+                steps[:, step] += own[:, i] << q if bits == 1 else own[:, i] & 3
+                at.append((32 * group + i, len(stream) + step, bits, q if bits == 1 else own[:, i] >> 2))
+            stream += list(steps.t())
+    for column, step, bits, e in at:
+        w = sum(stream[(step + k) % len(stream)] << 2 * k for k in range(6))
+        i0, i1, i2 = w >> 4 & 15, (w ^ w >> 8) & 15, (w >> 3 ^ w >> 8) & 15
+        first = {1: 0, 2: 6, 3: 9, 4: 13}[bits] + (3 * e if bits == 1 else 0)
+        level = table[first, i0] + table[first + 1, i1] + table[first + 2 + (e if bits == 3 else 0), i2]
+        if bits == 4:
+            level = level + table[16, e + (i1 & 12)]
+        values[:, column] = ((level + 128) % 256 - 128) / 32
+    return values
 
 
 def packed(V, H, tiers, dtype=torch.float32, basis=None, offset=None, device="cpu"):
     """A table of random codes in random tiers, its values, and whether they are coefficients."""
     groups = max(1, *(len(tier.bits) for tier in tiers))
-    tier_of, levels = torch.randint(len(tiers), (V,)), (torch.randn(4, 128) * 3000).to(torch.int16)
+    tier_of, levels = torch.randint(len(tiers), (V,)), random_levels()
     values, codes = torch.zeros(V, groups * 32, dtype=torch.float64), {}
     for index, tier in enumerate(tiers):
         rows = torch.nonzero(tier_of == index).flatten()
-        codes[index] = torch.zeros(len(rows), len(tier.bits) * 32, dtype=torch.uint8)
-        for group, bits in enumerate(tier.bits):
-            columns = slice(group * 32, group * 32 + 32)
-            code = torch.randint(2**bits, (len(rows), 32))
-            codes[index][:, columns] = code.to(torch.uint8)
-            uniform = code - (2**bits - 1) / 2
-            own = levels[min(bits, 4) - 1, window(code, max(bits, 1))] / 4096
-            values[rows, columns] = (uniform if bits > 4 else own if bits else 0 * uniform).double()
+        codes[index] = random_codes(len(rows), tier)
+        values[rows, : 32 * len(tier.bits)] = values_of(codes[index], tier, levels)
     scales = (torch.rand(V) + 0.5).to(dtype)
     table = pack(tier_of, codes, tiers, levels, scales, basis, offset, H)
     transform = torch.tensor([tier.transform for tier in tiers])[tier_of]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..packed_format import bits_by_masks, bits_by_shifts, packed_values
+from ..packed_codes import ShiftRight, shift_by_division
+from ..packed_format import packed_values
 from .numerics import accumulation_dtype, autocast_off
 
 
@@ -25,12 +25,12 @@ def gather_decode_forward(
     offset: Tensor | None,
     embedding_dim: int,
     scale: float,
-    bits_of: Callable[[Tensor], Tensor] = bits_by_shifts,
+    shift_right: ShiftRight = torch.bitwise_right_shift,
 ) -> Tensor:
     """``scale * (scales[ids] * rows + offset)``: rows of a packed table, ids (*); (*, H)."""
     flat, dtype = ids.reshape(-1).long(), accumulation_dtype(scales.dtype)
     factor = scales.index_select(0, flat).to(dtype)  # It raises if an id is out of range.
-    transform, values = packed_values(flat, records, directory, tiers, levels, bits_of)
+    transform, values = packed_values(flat, records, directory, tiers, levels, shift_right)
     rows = _unscaled_rows(transform, values, basis, embedding_dim, dtype) * factor.unsqueeze(1)
     if offset is not None:
         rows = rows + offset.to(dtype)
@@ -39,7 +39,7 @@ def gather_decode_forward(
 
 def gather_decode_in_aten(*arguments: Any) -> Tensor:
     """``gather_decode_forward`` with operators that ONNX has."""
-    return gather_decode_forward(*arguments, bits_of=bits_by_masks)
+    return gather_decode_forward(*arguments, shift_right=shift_by_division)
 
 
 @autocast_off

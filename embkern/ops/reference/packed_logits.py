@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..packed_format import GROUP, PackedTensors, tiers_of_rows
+from ..packed_codes import GROUP
+from ..packed_format import PackedTensors, tiers_of_rows
 from .gather_decode import gather_decode_forward, gather_decode_in_aten
 from .numerics import accumulation_dtype, autocast_off, sums_dtype
 

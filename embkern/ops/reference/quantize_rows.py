@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..packed_format import GROUP, LEVEL_BITS, LEVEL_STEP
+from ..packed_codes import GROUP, LEVEL_BITS
+
+LEVEL_STEP = 1 / 4096  # of the levels of quantize_rows
 
 
 def quantize_rows(
