@@ -20,6 +20,7 @@ import typer
 
 from embkern import PackedTable, Recipe
 from embkern.cli.main import app
+from tests.packed_decoder import decode_row
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -167,35 +168,6 @@ def named_block(language: str, name: str) -> str:
     return re.search(rf"^```{language} title=\"{name}\"\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)[1]
 
 
-def decode_row(i: int, tensors: dict[str, Any], V: int, H: int) -> list[float]:
-    directory, tiers = tensors["directory"], tensors["tiers"]
-    block, lane = divmod(i, 32)
-
-    def tier_of(j: int) -> int:
-        return directory[block][1 + j // 8] >> 4 * (j % 8) & 15
-
-    at = directory[block][0] + sum(sum(tiers[tier_of(j)][1:]) for j in range(lane))
-    transform, *all_bits = tiers[tier_of(lane)]
-    values: list[float] = []
-    for bits in all_bits:
-        planes = tensors["records"][at : at + bits]
-        at += bits
-        codes = [sum((plane >> k & 1) << p for p, plane in enumerate(planes)) for k in range(32)]
-        if bits == 0:
-            values += [0.0] * 32
-        elif bits > 4:
-            values += [code - (2**bits - 1) / 2 for code in codes]
-        else:
-            for k in range(32):
-                state = sum(codes[(k - before) % 32] << before * bits for before in range(7)) % 128
-                values.append(tensors["levels"][bits - 1][state] / 4096)
-    if transform:
-        basis = tensors["basis"]
-        values = [sum(c * row[j] for c, row in zip(values, basis, strict=False)) for j in range(H)]
-    offset = tensors.get("offset", [0.0] * H)
-    return [tensors["scales"][i] * value + shift for value, shift in zip(values[:H], offset, strict=True)]
-
-
 def shaped(values: tuple, shape: list[int]) -> list[Any]:
     width = shape[-1]
     return (
@@ -211,13 +183,13 @@ def test_the_worked_example_of_the_packed_format_decodes_to_its_rows():
         return shaped(struct.unpack(f"<{len(data) // struct.calcsize(code)}{code}", data), shape)
 
     tensors = {
-        "tiers": unpacked("tiers", "B", [3, 2]),
+        "tiers": unpacked("tiers", "B", [3, 3]),
         "directory": unpacked("directory", "I", [1, 5]),
-        "records": unpacked("records", "I", [12]),
+        "records": unpacked("records", "I", [13]),
         "scales": unpacked("scales", "e", [4]),
         "offset": unpacked("offset", "e", [4]),
-        "levels": [[64 * (s - 64) + b for s in range(128)] for b in (1, 2, 3, 4)],
-        "basis": [[2.0 ** -(k // 4) if j == k % 4 else 0.0 for j in range(4)] for k in range(32)],
+        "levels": [[(7 * r + 5 * k) % 32 - 16 for k in range(16)] for r in range(17)],
+        "basis": [[2.0 ** -(k // 8) if j == k % 4 else 0.0 for j in range(4)] for k in range(64)],
     }
     expected = torch.tensor(json.loads(named_block("json", "rows")))
     rows = torch.tensor([decode_row(i, tensors, 4, 4) for i in range(4)])
@@ -229,7 +201,7 @@ def test_the_file_of_the_worked_example_is_what_the_pages_say(tmp_path):
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     metadata = header.pop("__metadata__")
-    formats = {"I32": ("I", "torch.int32"), "I16": ("h", "torch.int16"), "U8": ("B", "torch.uint8"),
+    formats = {"I32": ("I", "torch.int32"), "I8": ("b", "torch.int8"), "U8": ("B", "torch.uint8"),
                "F16": ("e", "torch.float16")}  # fmt: skip
     tensors, sums, shapes = {}, {}, {}
     for name, entry in header.items():
@@ -243,7 +215,7 @@ def test_the_file_of_the_worked_example_is_what_the_pages_say(tmp_path):
         sums[name], shapes[name] = f"crc32:{zlib.crc32(raw):08x}", [dtype, *entry["shape"]]
     H = json.loads(metadata["embedding_dim"])
     sums["embedding_dim"] = f"crc32:{zlib.crc32(H.to_bytes(8, 'little')):08x}"
-    assert metadata["format"] == "embkern.packed/1"
+    assert metadata["format"] == "embkern.packed/2"
     assert json.loads(metadata["checksums"]) == sums
     said = metadata.pop("header")
     text = json.dumps([metadata, shapes], sort_keys=True)

@@ -1,7 +1,7 @@
 """The codes of a packed table's records, and the values that they stand for.
 
 docs/packed-format.md specifies both. Groups of 1 to 4 bits share a stream of 2 bits a step, which is a ring.
-The level of a value follows from the window of its step, 12 bits: its own and those of the five steps after it.
+The level of a value follows from the window of its step: 12 bits, its own and those of the next five steps.
 """
 
 from __future__ import annotations

@@ -186,17 +186,19 @@ def check_packed(packed: PackedTensors, embedding_dim: int) -> None:
     rows, groups = len(scales) if scales.dim() else 0, tiers.shape[1] - 1 if tiers.dim() == 2 else 0
     expected = {
         "directory": (-(-rows // GROUP), ENTRY_WORDS),
-        "levels": LEVELS_SHAPE if packed.levels.dtype == torch.int8 else first_edition.LEVELS_SHAPE,
+        "levels": first_edition.LEVELS_SHAPE
+        if first_edition.is_first_edition(packed.levels)
+        else LEVELS_SHAPE,
         "scales": (rows,),
     }
     if rows == 0:
         raise ValueError(f"scales: expected shape (V,) with V >= 1, got {tuple(scales.shape)}")
     for name, tensor in packed.named():
-        if name in expected and tuple(tensor.shape) != expected[name]:
-            raise ValueError(f"{name}: expected shape {expected[name]}, got {tuple(tensor.shape)}")
         if name in CODE_DTYPES and tensor.dtype not in CODE_DTYPES[name]:
             expected_dtypes = " or ".join(map(str, CODE_DTYPES[name]))
             raise TypeError(f"{name}: expected dtype {expected_dtypes}, got {tensor.dtype}")
+        if name in expected and tuple(tensor.shape) != expected[name]:
+            raise ValueError(f"{name}: expected shape {expected[name]}, got {tuple(tensor.shape)}")
     if records.dim() != 1 or records.shape[0] == 0:
         raise ValueError(f"records: expected shape (W,) with W >= 1, got {tuple(records.shape)}")
     if tiers.dim() != 2 or not 1 <= tiers.shape[0] <= MAX_TIERS or groups < 1:

@@ -53,8 +53,8 @@ def _(table: PackedTable, num_embeddings: int) -> PackedTable:
     if added := num_embeddings - len(scales):
         if is_first_edition(table.levels):
             raise ValueError(
-                f"num_embeddings: expected at most {len(scales)}, got {num_embeddings}; a packed table of the "
-                "first edition gets no new rows, compress the dense table again"
+                f"num_embeddings: expected at most {len(scales)}, got {num_embeddings}; a packed table of "
+                "the first edition gets no new rows, compress the dense table again"
             )
         best, record, scale = _nearest_record(table, tiers, _mean_row(table))
         tier_of = torch.cat([tier_of, torch.full((added,), best)])

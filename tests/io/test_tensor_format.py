@@ -180,6 +180,8 @@ def test_the_first_formats_are_still_written_and_read(tmp_path, saved, metadata)
 BEFORE = {
     "packed-1": (PackedTable, "crc32:5d9f0b56", {"embedding_dim": 40}),
     "packed-1-basis": (PackedTable, "crc32:b9db7420", {"embedding_dim": 40}),
+    "packed-2": (PackedTable, "crc32:357c2731", {"embedding_dim": 40}),
+    "packed-2-basis": (PackedTable, "crc32:ea371273", {"embedding_dim": 40}),
     "factors-1": (Factors, "crc32:e069da17", {"activation": None}),
     "factors-1-elu": (Factors, "crc32:b1ea9849", {"activation": "elu"}),
     "counts-1": (

@@ -29,21 +29,23 @@ def make(V=70, dtype=torch.float32, basis=True, offset=True, tiers=None) -> Pack
 
 
 def levels():
-    return torch.arange(512).view(4, 128).to(torch.int16)
+    return torch.arange(17 * 16).view(17, 16).to(torch.int8)
 
 
-def test_records_are_bit_planes_of_groups_in_the_order_of_the_rows():
-    """Row 0 has codes of 2 bits, row 1 of 3 and then 1, row 2 none, row 3 of 1 as coefficients."""
-    tiers = [Tier(False, (2,)), Tier(False, (3, 1)), Tier(False, ()), Tier(True, (1,))]
+def test_records_have_a_stream_further_bits_and_planes_of_groups_in_their_order():
+    """Row 0 has codes of 2 bits, row 1 of 3, 6 and 1 bits, row 2 none, row 3 of 4 bits as coefficients."""
+    tiers = [Tier(False, (2,)), Tier(False, (3, 6, 1)), Tier(False, ()), Tier(True, (4,))]
     codes = {tier: torch.zeros(1, 32 * len(tiers[tier].bits), dtype=torch.uint8) for tier in (0, 1, 3)}
-    codes[0][0, :3] = torch.tensor([1, 2, 3])
-    codes[1][0, [0, 31, 32]] = torch.tensor([4, 7, 1], dtype=torch.uint8)
-    codes[3][0, 4] = 1
-    table = pack(torch.arange(4), codes, tiers, levels(), torch.ones(4), torch.zeros(32, 40), None, 40)
-    high = -(2**31)  # bit 31 of an int32
-    assert table.records.tolist() == [0b101, 0b110, high, high, high + 1, 0b1, 0b10000]
+    codes[0][0, [0, 1, 4, 31]] = torch.tensor([1, 2, 3, 1], dtype=torch.uint8)  # of the steps 0, 4, 1 and 31
+    codes[1][0, [0, 17, 32, 64, 84]] = torch.tensor([6, 4, 33, 1, 1], dtype=torch.uint8)
+    codes[3][0, 4], codes[3][0, 22] = 12, 5
+    table = pack(torch.arange(4), codes, tiers, levels(), torch.ones(4), torch.zeros(32, 70), None, 70)
+    row_0 = [1 | 3 << 2 | 2 << 8, 1 << 30]
+    row_1 = [2, 0, 1 | 1 << 3, 1 | 1 << 5, *[1, 0, 0, 0, 0, 1]]  # the pair of value 84 is step 1, number 1
+    row_3 = [0, 1 << 2 * 9, 3 << 2, 1 << 8 * 2 + 2]
+    assert table.records.tolist() == [*row_0, *row_1, *row_3]
     assert table.directory.tolist() == [[0, 0x3210, 0, 0, 0]]
-    assert table.tiers.tolist() == [[0, 2, 0], [0, 3, 1], [0, 0, 0], [1, 1, 0]]
+    assert table.tiers.tolist() == [[0, 2, 0, 0], [0, 3, 6, 1], [0, 0, 0, 0], [1, 4, 0, 0]]
 
 
 def test_the_directory_has_an_entry_for_every_32_rows():
@@ -92,16 +94,19 @@ def test_tiers_are_described():
     assert make(tiers=written).described_tiers() == read
 
 
-def test_a_value_depends_on_its_code_and_those_before_it():
-    """Two codes of 2 bits in a group, one of them its last: the states of the values after them."""
+def test_a_value_depends_on_its_step_and_those_after_it():
+    """One code of a row of two groups, in a ring: it is part of the windows of six steps."""
     codes = torch.zeros(1, 64, dtype=torch.uint8)
-    codes[0, 5], codes[0, 31] = 3, 1
     arguments = ([Tier(False, (2, 2))], levels(), torch.ones(1), None, None, 64)
+    nothing = pack(torch.zeros(1, dtype=torch.int64), {0: codes}, *arguments).to_dense()[0]
+    codes[0, 5] = 3  # of step 5, as the values of 4 x 4 are transposed
     table = pack(torch.zeros(1, dtype=torch.int64), {0: codes}, *arguments)
-    states = torch.zeros(64)
-    states[5:9] = torch.tensor([3.0, 3 << 2, 3 << 4, (3 << 6) % 128])
-    states[[31, 0, 1, 2]] = torch.tensor([1.0, 1 << 2, 1 << 4, 1 << 6])
-    assert torch.equal(table.to_dense()[0] * 4096, 128 + states), "of 2 bits: the second row of levels"
+    changed = torch.nonzero(table.to_dense()[0] != nothing).flatten().tolist()
+    assert sorted(i // 16 * 16 + i % 4 * 4 + i // 4 % 4 for i in changed) == [0, 1, 2, 3, 4, 5]
+    codes[0, 5], codes[0, 0] = 0, 3
+    table = pack(torch.zeros(1, dtype=torch.int64), {0: codes}, *arguments)
+    changed = torch.nonzero(table.to_dense()[0] != nothing).flatten().tolist()
+    assert sorted(i // 16 * 16 + i % 4 * 4 + i // 4 % 4 for i in changed) == [0, 59, 60, 61, 62, 63]
 
 
 @pytest.mark.parametrize("V", [1, 32, 70])
@@ -231,7 +236,7 @@ WRONG_DTYPES = [
     (lambda t: dict(records=t["records"].long()), "records: expected dtype torch.int32"),
     (lambda t: dict(directory=t["directory"].float()), "directory: expected dtype torch.int32"),
     (lambda t: dict(tiers=t["tiers"].char()), "tiers: expected dtype torch.uint8"),
-    (lambda t: dict(levels=t["levels"].float()), "levels: expected dtype torch.int16"),
+    (lambda t: dict(levels=t["levels"].float()), "levels: expected dtype torch.int8"),
     (lambda t: dict(basis=t["basis"].half()), "basis: expected dtype torch.float32 as in scales"),
     (
         lambda t: {name: t[name].int() for name in ("scales", "basis", "offset")},
@@ -300,7 +305,7 @@ def test_a_changed_bit_of_every_tensor_is_noticed(tmp_path, name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t, m: m.pop("format"), "expected format 'embkern.packed/1', got None"),
+        (lambda t, m: m.pop("format"), "expected format 'embkern.packed/2', got None"),
         (lambda t, m: m.update(format="embkern.factors/1"), "got 'embkern.factors/1'"),
         (lambda t, m: m.pop("checksums"), "metadata is damaged"),
         (lambda t, m: m.update(checksums="[]"), "metadata is damaged"),

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..packed_codes import GROUP, STEP_BITS, WINDOW_BITS, lanes, levels_of_windows
 
 _WINDOWS, _CHOICES = 2**WINDOW_BITS, 2**STEP_BITS
+_ROWS = 32  # whose costs fit into a cache of L2
 _MOST_BEFORE = 64  # steps on either side of the ring's end in the pass that finds the window there
 
 
@@ -36,7 +37,8 @@ def quantize_trellis(
     codes = values.new_zeros((len(values) if needs_codes else 0, values.shape[1]), dtype=torch.uint8)
     for scale in scales.t():
         scaled = torch.where(scale > 0, 1 / scale, 0.0).unsqueeze(1) * values
-        code, y = _nearest(scaled, squares, steps)
+        parts = [_nearest(part, squares, steps) for part in scaled.split(_ROWS)]
+        code, y = (torch.cat(each) for each in zip(*parts, strict=True))
         dot, square = (values * y) @ squares, (y.square() @ squares).clamp_min(1e-30)
         projection = dot / square.sqrt()
         better = projection > best
@@ -73,36 +75,49 @@ def _nearest(x: Tensor, squares: Tensor, steps: list[_Step]) -> tuple[Tensor, Te
     order = list(reversed(range(len(steps))))
     before = min(len(steps) // 2, _MOST_BEFORE)
     around = (order + order)[len(order) - before :][: min(len(steps), 2 * _MOST_BEFORE)]
+    roots = squares.sqrt()
+    targets = x * roots
     free = x.new_zeros(len(x), _WINDOWS)
-    boundary = _path(x, squares, [steps[each] for each in around], free, None)[:, before - 1]
+    boundary = _path(targets, roots, [steps[each] for each in around], free, None)[:, before - 1]
     closed = torch.full_like(free, torch.inf).scatter(1, boundary.unsqueeze(1), 0)
-    path = _path(x, squares, [steps[each] for each in order], closed, boundary)
+    path = _path(targets, roots, [steps[each] for each in order], closed, boundary)
     for window, each in zip(path.t(), order, strict=True):
         step = steps[each]
-        errors = _errors(x, squares, step, step.levels[:, :, window].permute(2, 0, 1))
-        further = errors.argmin(1)
-        own = window % _CHOICES
+        further, own = _further(targets, roots, step, window), window % _CHOICES
         for place, column in enumerate(step.columns):
             codes[:, column] = own >> place & 1 if len(step.columns) > 1 else own + _CHOICES * further
             decoded[:, column] = step.levels[place, further, window]
     return codes, decoded
 
 
-def _errors(x: Tensor, squares: Tensor, step: _Step, levels: Tensor) -> Tensor:
-    """Return the weighted squared errors (N, ...) of levels (N or 1, values, ...), summed over the values."""
-    shape = (-1, len(step.columns)) + (1,) * (levels.dim() - 2)
-    errors = squares[step.columns].view(shape) * (x[:, step.columns].view(shape) - levels).square()
-    return errors.sum(1)
+def _further(targets: Tensor, roots: Tensor, step: _Step, window: Tensor) -> Tensor:
+    """Return the further bits (N,) with the levels nearest to the targets of a step at a window (N,)."""
+    levels = step.levels[:, :, window] * roots[step.columns].view(-1, 1, 1)  # (values, further bits, N)
+    return (levels - targets[:, step.columns].t().unsqueeze(1)).square().sum(0).argmin(0)
 
 
-def _path(x: Tensor, squares: Tensor, steps: list[_Step], cost: Tensor, end: Tensor | None) -> Tensor:
+def _errors(targets: Tensor, roots: Tensor, step: _Step) -> Tensor:
+    """Return the squared errors (N, 4096) of the windows of a step, with the best further bits."""
+    errors: Tensor | None = None
+    for column, levels in zip(step.columns, step.levels, strict=True):
+        found: Tensor | None = None
+        for each in levels * roots[column]:
+            error = (each - targets[:, column : column + 1]).square_()
+            found = error if found is None else torch.minimum(found, error, out=found)
+        assert found is not None
+        errors = found if errors is None else errors.add_(found)
+    assert errors is not None
+    return errors
+
+
+def _path(targets: Tensor, roots: Tensor, steps: list[_Step], cost: Tensor, end: Tensor | None) -> Tensor:
     """Windows (N, steps) of the cheapest paths, given costs (N, 4096) at their start and the last window."""
     parents, dropped = _WINDOWS // _CHOICES, []
     for step in steps:
-        best, which = cost.view(len(x), _CHOICES, parents).min(1)
-        error = _errors(x, squares, step, step.levels.unsqueeze(0)).amin(1)
-        cost = error + best.repeat_interleave(_CHOICES, 1)
-        dropped.append(which.to(torch.uint8))
+        best, which = _least(cost.view(len(targets), _CHOICES, parents))
+        cost = _errors(targets, roots, step)
+        cost.view(-1, parents, _CHOICES).add_(best.unsqueeze(2))
+        dropped.append(which)
     window = cost.argmin(1) if end is None else end
     windows = []
     for which in reversed(dropped):
@@ -110,3 +125,11 @@ def _path(x: Tensor, squares: Tensor, steps: list[_Step], cost: Tensor, end: Ten
         kept = window // _CHOICES
         window = which.gather(1, kept.unsqueeze(1)).squeeze(1).long() * parents + kept
     return torch.stack(windows[::-1], 1)
+
+
+def _least(cost: Tensor) -> tuple[Tensor, Tensor]:
+    """``cost.min(1)`` of costs (N, 4, P), with places of uint8, in a third of the time."""
+    first, second = cost[:, 1] < cost[:, 0], cost[:, 3] < cost[:, 2]
+    low, high = torch.minimum(cost[:, 0], cost[:, 1]), torch.minimum(cost[:, 2], cost[:, 3])
+    which = torch.where(high < low, second.to(torch.uint8) + 2, first.to(torch.uint8))
+    return torch.minimum(low, high), which
