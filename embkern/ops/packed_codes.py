@@ -22,7 +22,7 @@ STEP_BITS, WINDOW_BITS = 2, 12  # of a step in the stream, and of its window
 LEVELS_SHAPE = (17, 16)
 LEVELS_PER_UNIT = 32
 LEVELS_FILE = Path(__file__).parent.parent / "data" / "packed_levels.txt"
-_FIRST_TABLE = (0, 0, 6, 9, 13)  # of levels, by bits
+_TABLES = {1: 6, 2: 3, 3: 4}  # of levels, by bits; those of 4 bits are the last ones
 _WORD = 2**32 - 1
 _WINDOWS = 2**WINDOW_BITS
 _STEPS_PER_WORD = 32 // STEP_BITS
@@ -201,8 +201,9 @@ def _levels_of(window: Tensor, further: Tensor, width: Tensor, levels: Tensor) -
     """Levels (N, G, 32) of windows and further bits (N, G, 32), for 1 to 4 bits (N, G, 1)."""
     own, later = window % 16, window // 256
     mixed = own ^ later
-    first = taken(torch.tensor((*_FIRST_TABLE, *[0] * (MAX_BITS - LEVEL_BITS)), device=window.device), width)
-    first = first + torch.where(width == 1, 3 * further, 0)
+    first = torch.where(width == 1, 3 * further, 0)  # the first of the tables of so many bits
+    for bits, tables in _TABLES.items():
+        first = first + torch.where(width > bits, tables, 0)
     flat, columns = levels.flatten().int(), LEVELS_SHAPE[1]
     total = taken(flat, first * columns + window // 16 % 16)
     total = total + taken(flat, (first + 1) * columns + mixed)
