@@ -12,3 +12,12 @@ EMBKERN_INLINE void with_bits(int bits, Body body) {
       with_bits<MOST - 1>(bits, body);
   }
 }
+
+// Calls body(quarter) with constants 0 to 3.
+template <class Body>
+EMBKERN_INLINE void for_quarters(Body body) {
+  body(std::integral_constant<int, 0>{});
+  body(std::integral_constant<int, 1>{});
+  body(std::integral_constant<int, 2>{});
+  body(std::integral_constant<int, 3>{});
+}

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/common/types.h"
+#include "cpu/kernels/trellis_levels.h"
 #include "cpu/simd/features.h"
 
 namespace embkern {
@@ -155,9 +156,24 @@ struct TrellisRow {
   const float *values, *squares;
   const uint8_t* bits;  // per group, up to 4
   int64_t groups;
-  const float* levels;  // kTrellisStates per number of bits 1 to 4
+  const TrellisLevels* levels;
   const float* scales;  // that divide the values, to be tried
   int64_t tries;
+};
+
+// A step of the stream of a row: one value or, at 1 bit, two.
+struct TrellisStep {
+  int32_t bits, place;  // of the first value in the row; the other one is 16 places further on
+  float values[2];      // in units of the scale
+  float weight, other;  // of the first squared error, and the root of the second one's relative to it
+};
+
+// Memory for the search.
+struct TrellisMemory {
+  float (*costs)[kTrellisWindows];  // two
+  uint8_t *choices, *codes;         // kChoiceBytes and 2 per value
+  TrellisStep* steps;               // one per value
+  static constexpr int64_t kChoiceBytes = kTrellisWindows / 16;
 };
 
 // The result of quantizing a row: the scale of the decoded row that is nearest to the row, and the length of
@@ -224,7 +240,7 @@ struct TrainingKernels {
 struct PackingKernels {
   // `codes` (32 groups) are written unless null.
   PackedFit (*quantize_row)(const RowToPack&, uint8_t* codes);
-  PackedFit (*trellis_row)(const TrellisRow&, uint8_t* codes, uint8_t* scratch);  // (32 groups) each
+  PackedFit (*trellis_row)(const TrellisRow&, const TrellisMemory&, uint8_t* codes);
 };
 
 // The tables of the level in use.

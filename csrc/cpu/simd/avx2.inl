@@ -48,13 +48,25 @@ EMBKERN_INLINE void store_streamed(const char* from, char* to) {
       reinterpret_cast<__m256i*>(to + at), _mm256_load_si256(reinterpret_cast<const __m256i*>(from + at)));
 }
 
-// Lane i is from[first + (i >> BITS)]; `from` is aligned and all of these are in one vector of it.
-template <int BITS>
-EMBKERN_INLINE Vector<float> repeat_lanes(const float* from, int first) {
-  const int begin = first / kLanes<float> * kLanes<float>;
-  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  const __m256i index = _mm256_add_epi32(_mm256_srli_epi32(lane, BITS), _mm256_set1_epi32(first - begin));
-  return (Vector<float>)_mm256_permutevar8x32_ps(_mm256_load_ps(from + begin), index);
+// Of each lane the least of four vectors, `stride` apart and aligned, the first one if several have it. Its
+// number takes two bits: the lower ones of all lanes, then the higher ones.
+EMBKERN_INLINE Vector<float> least_of_four(const float* from, int64_t stride, uint8_t* choice) {
+  const __m256 a = _mm256_load_ps(from), b = _mm256_load_ps(from + stride),
+               c = _mm256_load_ps(from + 2 * stride), d = _mm256_load_ps(from + 3 * stride);
+  const __m256 second = _mm256_cmp_ps(b, a, _CMP_LT_OQ), fourth = _mm256_cmp_ps(d, c, _CMP_LT_OQ);
+  const __m256 low = _mm256_min_ps(b, a), high = _mm256_min_ps(d, c);
+  const __m256 upper = _mm256_cmp_ps(high, low, _CMP_LT_OQ);
+  choice[0] = static_cast<uint8_t>(_mm256_movemask_ps(_mm256_blendv_ps(second, fourth, upper)));
+  choice[1] = static_cast<uint8_t>(_mm256_movemask_ps(upper));
+  return (Vector<float>)_mm256_min_ps(high, low);
+}
+
+// Lane i is lane QUARTER * kLanes / 4 + i / 4.
+template <int QUARTER>
+EMBKERN_INLINE Vector<float> spread_quarter(Vector<float> x) {
+  const __m256i lane = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+  return (Vector<float>)_mm256_permutevar8x32_ps((__m256)x,
+                                                 _mm256_add_epi32(lane, _mm256_set1_epi32(2 * QUARTER)));
 }
 
 #include "cpu/simd/lanewise.inl"

@@ -53,59 +53,32 @@ EMBKERN_INLINE void store_streamed(const char* from, char* to) {
   _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_load_si512(from));
 }
 
-// Lane i is from[first + (i >> BITS)]; `from` is aligned and all of these are in one vector of it.
-template <int BITS>
-EMBKERN_INLINE Vector<float> repeat_lanes(const float* from, int first) {
-  const int begin = first / kLanes<float> * kLanes<float>;
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i index = _mm512_add_epi32(_mm512_srli_epi32(lane, BITS), _mm512_set1_epi32(first - begin));
-  return (Vector<float>)_mm512_permutexvar_ps(index, _mm512_load_ps(from + begin));
-}
-
 // ---- minima -------------------------------------------------------------------------------------------------
 
 EMBKERN_INLINE void store_bytes(__m512i values, uint8_t* to) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(values));
 }
 
-// The least of ROWS vectors in every lane, `stride` elements apart, and the first row that has it.
-template <int ROWS>
-EMBKERN_INLINE __m512 least_of_rows(const float* matrix, int stride, __m512i* row) {
-  __m512 least[ROWS];
-  EMBKERN_UNROLL for (int i = 0; i < ROWS; ++i) least[i] = _mm512_load_ps(matrix + i * stride);
-  EMBKERN_UNROLL for (int apart = ROWS / 2; apart > 0; apart /= 2)
-      EMBKERN_UNROLL for (int i = 0; i < apart; ++i) least[i] = _mm512_min_ps(least[i], least[i + apart]);
-  __m512i first = _mm512_setzero_si512();
-  EMBKERN_UNROLL for (int i = ROWS - 1; i > 0; --i) {
-    const __mmask16 equal = _mm512_cmp_ps_mask(_mm512_load_ps(matrix + i * stride), least[0], _CMP_EQ_OQ);
-    first = _mm512_mask_mov_epi32(first, equal, _mm512_set1_epi32(i));
-  }
-  const __mmask16 equal = _mm512_cmp_ps_mask(_mm512_load_ps(matrix), least[0], _CMP_EQ_OQ);
-  *row = _mm512_mask_mov_epi32(first, equal, _mm512_setzero_si512());
-  return least[0];
+// Of each lane the least of four vectors, `stride` apart and aligned, the first one if several have it. Its
+// number takes two bits: the lower ones of all lanes, then the higher ones.
+EMBKERN_INLINE Vector<float> least_of_four(const float* from, int64_t stride, uint8_t* choice) {
+  const __m512 a = _mm512_load_ps(from), b = _mm512_load_ps(from + stride),
+               c = _mm512_load_ps(from + 2 * stride), d = _mm512_load_ps(from + 3 * stride);
+
+  const __mmask16 second = _mm512_cmp_ps_mask(b, a, _CMP_LT_OQ), fourth = _mm512_cmp_ps_mask(d, c, _CMP_LT_OQ);
+  const __m512 low = _mm512_min_ps(b, a), high = _mm512_min_ps(d, c);
+  const __mmask16 upper = _mm512_cmp_ps_mask(high, low, _CMP_LT_OQ);
+  const uint16_t masks[2] = {static_cast<uint16_t>((upper & fourth) | (~upper & second)), upper};
+  std::memcpy(choice, masks, sizeof(masks));
+  return (Vector<float>)_mm512_min_ps(high, low);
 }
 
-// The least element of each column of an aligned (ROWS, COLUMNS) matrix, and the first row that has it. Both
-// outputs have room for 16 columns.
-template <int ROWS, int COLUMNS>
-EMBKERN_INLINE void column_minima(const float* matrix, float* least, uint8_t* row) {
-  if constexpr (COLUMNS == 8) {  // a vector holds two rows
-    __m512i own;
-    const __m512 low = least_of_rows<ROWS / 2>(matrix, 16, &own), high = _mm512_shuffle_f32x4(low, low, 0x4e);
-    const __m512i other = _mm512_shuffle_i32x4(own, own, 0x4e);
-    const __mmask16 less = _mm512_cmp_ps_mask(high, low, _CMP_LT_OQ);
-    const __mmask16 equal = _mm512_cmp_ps_mask(high, low, _CMP_EQ_OQ);
-    const __mmask16 second = less | _mm512_mask_cmplt_epi32_mask(equal, other, own);
-    own = _mm512_slli_epi32(_mm512_mask_mov_epi32(own, second, other), 1);
-    _mm512_store_ps(least, _mm512_min_ps(low, high));
-    store_bytes(_mm512_mask_add_epi32(own, second, own, _mm512_set1_epi32(1)), row);
-  } else {
-    EMBKERN_UNROLL for (int j = 0; j < COLUMNS; j += 16) {
-      __m512i own;
-      _mm512_store_ps(least + j, least_of_rows<ROWS>(matrix + j, COLUMNS, &own));
-      store_bytes(own, row + j);
-    }
-  }
+// Lane i is lane QUARTER * kLanes / 4 + i / 4.
+template <int QUARTER>
+EMBKERN_INLINE Vector<float> spread_quarter(Vector<float> x) {
+  const __m512i lane = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  return (Vector<float>)_mm512_permutexvar_ps(_mm512_add_epi32(lane, _mm512_set1_epi32(4 * QUARTER)),
+                                              (__m512)x);
 }
 
 // ---- quantization -------------------------------------------------------------------------------------------

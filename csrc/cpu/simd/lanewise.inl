@@ -6,21 +6,6 @@ EMBKERN_INLINE Vector<T> inverse_of_root(Vector<T> x, T scale, T eps) {
   return constant(T(1)) / (scale * square_root(x) + eps);
 }
 
-// The least element of each column of a (ROWS, COLUMNS) matrix, and the first row that has it.
-template <int ROWS, int COLUMNS>
-EMBKERN_INLINE void column_minima(const float* matrix, float* least, uint8_t* row) {
-  alignas(64) int32_t own[COLUMNS];
-  for (int j = 0; j < COLUMNS; ++j) least[j] = matrix[j], own[j] = 0;
-  for (int i = 1; i < ROWS; ++i)
-    for (int j = 0; j < COLUMNS; ++j) {
-      const float other = matrix[i * COLUMNS + j];
-      const bool less = other < least[j];
-      own[j] = less ? i : own[j];
-      least[j] = less ? other : least[j];
-    }
-  for (int j = 0; j < COLUMNS; ++j) row[j] = static_cast<uint8_t>(own[j]);
-}
-
 // ---- quantization -------------------------------------------------------------------------------------------
 
 struct Rounded {

@@ -14,12 +14,44 @@ EMBKERN_INLINE V square_root(V x) {
 
 EMBKERN_INLINE void store_streamed(const char* from, char* to) { std::memcpy(to, from, 64); }
 
-// Lane i is from[first + (i >> BITS)]; `from` is aligned.
-template <int BITS>
-EMBKERN_INLINE Vector<float> repeat_lanes(const float* from, int first) {
-  Vector<float> result;
-  for (int i = 0; i < kLanes<float>; ++i) result[i] = from[first + (i >> BITS)];
-  return result;
+EMBKERN_INLINE Vector<float> multiply_add(Vector<float> x, Vector<float> y, Vector<float> z) {
+  return x * y + z;
+}
+
+// Of each lane the least of four vectors, `stride` apart and aligned, the first one if several have it. Its
+// number takes two bits: the lower ones of all lanes, then the higher ones.
+EMBKERN_INLINE Vector<float> least_of_four(const float* from, int64_t stride, uint8_t* choice) {
+  const Vector<float> a = load(from), b = load(from + stride), c = load(from + 2 * stride),
+                      d = load(from + 3 * stride);
+#if defined(__GNUC__)
+  typedef int32_t Bits __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t Pairs __attribute__((vector_size(kVectorBytes)));
+  const Bits second = b < a, fourth = d < c;
+  const Vector<float> low = second ? b : a, high = fourth ? d : c;
+  const Bits upper = high < low, lower = upper ? fourth : second;
+  const Pairs both = (Pairs)((lower & Bits{1, 2, 4, 8}) | (upper & Bits{16, 32, 64, 128}));
+  const int64_t all = both[0] | both[1];
+  *choice = static_cast<uint8_t>(all | all >> 32);
+  return upper ? high : low;
+#else
+  Vector<float> least = a;
+  int all = 0;
+  for (int i = 0; i < kLanes<float>; ++i) {
+    const bool second = b[i] < a[i], fourth = d[i] < c[i];
+    const float low = second ? b[i] : a[i], high = fourth ? d[i] : c[i];
+    const bool upper = high < low;
+    least[i] = upper ? high : low;
+    all |= ((upper ? fourth : second) | upper << 4) << i;
+  }
+  *choice = static_cast<uint8_t>(all);
+  return least;
+#endif
+}
+
+// Lane i is lane QUARTER * kLanes / 4 + i / 4.
+template <int QUARTER>
+EMBKERN_INLINE Vector<float> spread_quarter(Vector<float> x) {
+  return constant(static_cast<float>(x[QUARTER]));
 }
 
 #include "cpu/simd/lanewise.inl"

@@ -1,8 +1,6 @@
-// Vector functions of the power term: |x|, copysign and u^alpha.
+// Vector functions of the power term: copysign and u^alpha.
 
 typedef int32_t Integers __attribute__((vector_size(kVectorBytes)));
-
-EMBKERN_INLINE Vector<float> absolute(Vector<float> x) { return (Vector<float>)((Integers)x & 0x7fffffff); }
 
 // A non-negative value with the sign of x, and 0 where x is 0; where x is NaN the value stays.
 EMBKERN_INLINE Vector<float> with_sign_of(Vector<float> x, Vector<float> value) {

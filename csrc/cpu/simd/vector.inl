@@ -91,6 +91,50 @@ EMBKERN_INLINE V larger(V x, V y) {
 #endif
 }
 
+// Lanes of `then` where x > y, and of `otherwise`.
+template <class V>
+EMBKERN_INLINE V if_larger(V x, V y, V then, V otherwise) {
+#if defined(__GNUC__)
+  return x > y ? then : otherwise;
+#else
+  for (int i = 0; i < static_cast<int>(sizeof(V) / sizeof(x[0])); ++i)
+    otherwise[i] = x[i] > y[i] ? then[i] : otherwise[i];
+  return otherwise;
+#endif
+}
+
+#if defined(__GNUC__)
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+#endif
+
+EMBKERN_INLINE Vector<float> absolute(Vector<float> x) {
+#if defined(__GNUC__)
+  return (Vector<float>)((Words)x & 0x7fffffffu);
+#else
+  return each_lane(x, [](float value) { return std::abs(value); });
+#endif
+}
+
+// The floats whose upper halves are those of words, and those whose upper halves are their lower ones.
+struct Halves {
+  Vector<float> upper, lower;
+};
+EMBKERN_INLINE Halves halves(const uint32_t* words) {
+  Halves result;
+#if defined(__GNUC__)
+  Words all;
+  std::memcpy(&all, words, sizeof(all));
+  result = {(Vector<float>)(all & 0xffff0000u), (Vector<float>)(all << 16)};
+#else
+  for (int i = 0; i < kLanes<float>; ++i) {
+    const uint32_t upper = words[i] & 0xffff0000u, lower = words[i] << 16;
+    std::memcpy(&result.upper[i], &upper, sizeof(upper));
+    std::memcpy(&result.lower[i], &lower, sizeof(lower));
+  }
+#endif
+  return result;
+}
+
 // ---- loads and stores ---------------------------------------------------------------------------------------
 
 // Conversion of a vector of 16-bit elements, here lane by lane.
