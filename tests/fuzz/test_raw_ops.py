@@ -19,7 +19,8 @@ from torch import Tensor
 from embkern.methods.row_codes import scalar_levels, uniform_steps
 from embkern.ops.backends import unavailable
 from embkern.ops.library import overload
-from embkern.ops.packed_format import Tier, directory_of, trellis_levels, words_of_rows
+from embkern.ops.packed_codes import packed_levels
+from embkern.ops.packed_format import Tier, directory_of, words_of_rows
 from tests.fuzz import Case, fuzz
 from tests.fuzz.tensors import dtype_of, generator_of, outcome, spoiled, spoiling
 
@@ -69,7 +70,7 @@ def gather_decode_forward(random: Random, g: torch.Generator, dtype: torch.dtype
         records=torch.randint(-(2**31), 2**31, (words,), generator=g).to(torch.int32),
         directory=directory_of(tier_of, tiers),
         tiers=torch.tensor(described, dtype=torch.uint8),
-        levels=trellis_levels(),
+        levels=packed_levels(),
         scales=torch.rand(V, generator=g).to(dtype),
         basis=torch.randn(K, H, generator=g).to(dtype) if K else None,
         offset=torch.randn(H, generator=g).to(dtype),
@@ -131,7 +132,7 @@ def quantize_rows(random: Random, g: torch.Generator, dtype: torch.dtype) -> dic
 def quantize_trellis(random: Random, g: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
     given = _to_quantize(random, g, 4)
     scales = torch.rand(len(given["values"]), random.randint(1, 3), generator=g) + 0.5
-    return dict(**given, levels=trellis_levels().clone(), scales=scales, needs_codes=random.random() < 0.7)
+    return dict(**given, levels=packed_levels().clone(), scales=scales, needs_codes=random.random() < 0.7)
 
 
 def _loss_options(random: Random) -> dict[str, Any]:

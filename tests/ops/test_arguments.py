@@ -15,7 +15,7 @@ pytest.importorskip("pydantic", reason="the methods need pydantic")
 from embkern.methods.row_codes import scalar_levels, uniform_steps
 from embkern.ops import autoencoder_loss, cosine_mse_loss, gather_decode, gather_project
 from embkern.ops.backends import BACKENDS, unavailable
-from embkern.ops.packed_format import trellis_levels
+from embkern.ops.packed_codes import packed_levels
 from embkern.ops.quantize_rows import quantize_rows
 from embkern.ops.quantize_trellis import quantize_trellis
 
@@ -88,7 +88,7 @@ def trellis_codes() -> Case:
     given = dict(
         values=draw(5, 64), spread=torch.rand(64) + 0.1, bits=torch.tensor([3, 2], dtype=torch.uint8)
     )
-    more = dict(levels=trellis_levels(), scales=torch.rand(5, 3) + 0.5, needs_codes=True)
+    more = dict(levels=packed_levels(), scales=torch.rand(5, 3) + 0.5, needs_codes=True)
     return Case(quantize_trellis, "quantize_trellis", given | more)
 
 
