@@ -27,7 +27,7 @@ TOOLS = {
     "offline_tasks": "writes two small tasks in the formats of GLUE and SQuAD, made of installed docstrings",
     "gpu_check": "on a CUDA machine: every kernel checked, GPU benchmarks, tuner, GPU tests, in one table",
     "nvcc_report": "registers, spills and shared memory of the CUDA kernels, by nvcc and without a GPU",
-    "trellis_levels": "finds the levels of the trellises of packed tables, and prints their error",
+    "packed_levels": "finds the levels of codes of packed tables, and prints their error",
     "tune_gather_project": "on a CUDA machine: the tile sizes of the Triton kernels",
 }
 MODULES = {name: f"benchmarks.{name}" for name in BENCHMARKS} | {

@@ -5,52 +5,34 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from embkern.methods.quantizer_levels import distortion
-from embkern.ops.packed_format import GROUP, LEVEL_STEP, STATE_BITS, trellis_levels
+from embkern.ops.packed_codes import GROUP, LEVEL_BITS, LEVELS_PER_UNIT
 
-from .trellis import Sums, Trellis, best_paths, free_levels, normal_samples
+from .sums import ROW, SUMS_4096, Sums, packed_entries, trellis_of_sums
+from .trellis import Trellis, best_paths, free_levels, normal_samples
 from .words import drawn, lloyd_words, nearest
 
 SAMPLES = 360_000  # values per figure; the standard error is below .02 dB
 SEED = 2**31 - 1  # of the samples that no level was found with
-ROW = 640
 RINGS = (32, 64, 128, 384, 576, ROW)
 # Bits of the groups of a row whose values have falling variance, so that each has the same squared error.
 MIXED_ROW = (4, 4, 4, 3, 3, 3, 3, 3, 2, 2, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1)
 
-_LOW = ((4,), (5,), (6,), (7,))
-_MIXED = ((0, 8), (1, 9), (2, 10), (3, 11))
-_OTHER = ((3, 8), (4, 9), (5, 10), (6, 11))
-# The tables of `sums-4096` by bits a value, as native/decoders.h adds them. Bits 12 and 13 of a state are
-# those of a value that no other value depends on.
-SUMS_4096 = {
-    1: Sums((_LOW, _MIXED, _OTHER)),
-    2: Sums((_LOW, _MIXED, _OTHER)),
-    3: Sums((_LOW, _MIXED, (*_OTHER, (12,)))),
-    4: Sums((_LOW, _MIXED, _OTHER, ((12,), (13,), (2, 10), (3, 11)))),
-}
+_FIRST_EDITION = Path(__file__).parent / "first_edition_levels.txt"
 _SUMS_256 = Sums((tuple((bit,) for bit in range(4)), tuple((bit,) for bit in range(4, 8))))
-
-
-def trellis_of_sums(bits: int, ring: int = ROW) -> Trellis:
-    """Return the trellis of `sums-4096`: windows of 12 bits of a stream of two bits a step.
-
-    A step is a value or, at one bit, a pair of values.
-    """
-    return Trellis(bits, 12, ring, coded=2, values=2 if bits == 1 else 1)
 
 
 def measure_rates() -> Iterator[dict[str, Any]]:
     """Yield a row per code, number of bits and ring."""
     for bits in range(1, 5):
         yield _row("scalar", bits, 1, -10 * math.log10(distortion(bits)), 0.0, None)
-        levels = trellis_levels()[bits - 1 : bits].float() * LEVEL_STEP
-        yield _trellis("packed/1", Trellis(bits, STATE_BITS, GROUP), levels)
+        yield _trellis("packed/1", Trellis(bits, 7, GROUP), first_edition_levels(bits))
     for memory in (4, 6, 7):
         yield _trellis(f"trellis-{2**memory}", *_free(Trellis(2, memory, ROW)))
     yield _trellis("trellis-128-rings", *_free(Trellis(2, 7, GROUP)))
@@ -58,9 +40,7 @@ def measure_rates() -> Iterator[dict[str, Any]]:
     yield _trellis("sums-256", pairs, _SUMS_256.levels(_SUMS_256.trained(pairs), 8))
     levels_of = {}
     for bits, sums in SUMS_4096.items():
-        trellis = trellis_of_sums(bits)
-        whole, unit = sums.as_bytes(sums.trained(trellis), trellis.memory)
-        levels_of[bits] = sums.levels(whole, trellis.memory) * unit
+        levels_of[bits] = sums.levels(packed_entries(bits), trellis_of_sums(bits).memory) / LEVELS_PER_UNIT
         for ring in RINGS if bits <= 2 else (ROW,):
             yield _trellis("sums-4096", trellis_of_sums(bits, ring), levels_of[bits])
     yield from _mixed_row(levels_of)
@@ -85,6 +65,13 @@ def _mixed_row(levels_of: dict[int, Tensor]) -> Iterator[dict[str, Any]]:
         own = bits_of_values == bits
         measured = _signal_to_noise(samples[:, own], decoded[:, own])
         yield _row("sums-4096, mixed", bits, ROW, *measured, None)
+
+
+def first_edition_levels(bits: int) -> Tensor:
+    """Return the levels (1, 128) of the first edition of the format, which are part of its tables."""
+    lines = _FIRST_EDITION.read_text(encoding="ascii").splitlines()
+    numbers = [int(each) for line in lines if not line.startswith("#") for each in line.split()]
+    return torch.tensor(numbers).view(LEVEL_BITS, -1)[bits - 1 : bits] / 4096
 
 
 def computed_levels(bits: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import re
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ import torch
 from benchmarks.codes.compiler import available_sets, compiled, is_x86
 from benchmarks.codes.cycles import measure_decoders
 from benchmarks.codes.picture import DECODERS, draw
-from benchmarks.codes.rates import ROW, SUMS_4096, trellis_of_sums
+from benchmarks.codes.sums import ROW, SUMS_4096, packed_entries, trellis_of_sums
 from benchmarks.codes.trellis import Trellis, normal_samples
+from benchmarks.tools import packed_levels as packed_levels_tool
+from embkern.methods.quantizer_levels import TRELLIS_DISTORTION
+from embkern.ops.packed_codes import levels_of_windows, packed_levels
 
 pytestmark = pytest.mark.slow  # compiles
 needs_sets = pytest.mark.skipif(not is_x86() or not available_sets(), reason="the decoders are for AVX2")
@@ -90,14 +94,34 @@ def test_sums_are_decoded_to_the_levels_of_their_paths(bits):
         assert torch.equal(out, levels[which, own])
 
 
-def test_tables_of_bytes_have_sums_of_bytes():
+def test_tables_of_whole_numbers_have_sums_of_bytes():
     sums, trellis = SUMS_4096[2], trellis_of_sums(2)
-    entries = torch.randn(1, sum(sums.sizes))
-    whole, unit = sums.as_bytes(entries, trellis.memory)
+    entries = 15 * torch.randn(1, sum(sums.sizes)).clamp(-2.5, 2.5)
+    whole = sums.whole(entries, trellis.memory)
     assert torch.equal(whole, whole.round())
-    assert sums.levels(whole, trellis.memory).abs().max() <= 127
     exact = sums.levels(entries, trellis.memory)
-    assert (sums.levels(whole, trellis.memory) * unit - exact).abs().max() <= 1.5 * unit + 1e-5
+    assert (sums.levels(whole, trellis.memory) - exact).abs().max() <= 1.5 + 1e-4
+    with pytest.raises(ValueError, match="entries: expected sums up to 127, got"):
+        sums.whole(4 * entries, trellis.memory)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_sums_of_packed_tables_are_their_levels(bits):
+    sums, memory = SUMS_4096[bits], trellis_of_sums(bits).memory
+    levels = sums.levels(packed_entries(bits), memory) / 32
+    expected = levels_of_windows(packed_levels())[bits - 1]
+    assert torch.equal(levels, expected if bits == 1 else expected.flatten().unsqueeze(0))
+
+
+@needs_sets
+def test_levels_are_found(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(packed_levels_tool, "SAMPLES", 6400)
+    packed_levels_tool.main(["--starts", "3", "--output", str(tmp_path / "levels.txt")])
+    rows = [line.split() for line in (tmp_path / "levels.txt").read_text().splitlines() if line[0] != "#"]
+    assert [len(row) for row in rows] == [16] * 17
+    printed = re.findall(r"bits: error ([0-9.]+),", capsys.readouterr().out)
+    for error, expected in zip(printed, TRELLIS_DISTORTION[1:], strict=True):
+        assert float(error) == pytest.approx(expected, rel=0.15)
 
 
 def test_the_picture_is_drawn(tmp_path):

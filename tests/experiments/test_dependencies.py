@@ -109,7 +109,7 @@ def test_methods_follow_from_their_own_modules_and_not_from_each_other():
         others = {each.compress.__module__ for each in METHODS.values()} - {method.compress.__module__}
         shared = {METHODS["svd"].compress.__module__} if name == "autoencoder" else set()  # it starts there
         assert others & files[name].keys() == shared, name
-    assert "data/trellis_levels.txt" in files["allocate"]
+    assert "data/packed_levels.txt" in files["allocate"]
     assert "triton/gather_project/forward.py" in files["svd"]
 
 
