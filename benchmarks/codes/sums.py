@@ -79,19 +79,19 @@ class Sums:
         return self.fit(trellis, min(found, key=error), 8, 86_000, 200)
 
     def whole(self, entries: Tensor, memory: int) -> Tensor:
-        """Return tables of whole numbers nearest to tables side by side (values, E), up to constants.
+        """Return tables of whole numbers near to tables side by side (values, E), up to constants.
 
-        Raises:
-            ValueError: a sum is no signed byte.
+        Where a sum would be above 127, the largest of its entries are smaller.
         """
         tables = list(entries.split(self.sizes, 1))
         means = [each.mean(1, keepdim=True) for each in tables]
         tables = [each - mean for each, mean in zip(tables, means, strict=True)]
         tables[0] = tables[0] + sum(means)  # Only sums have a meaning: all entries become small.
-        rounded = torch.cat(tables, 1).round()
-        largest = float(self.levels(rounded, memory).abs().max())
-        if largest > 127:
-            raise ValueError(f"entries: expected sums up to 127, got {largest:g}")
+        rounded, places = torch.cat(tables, 1).round(), self.entries(torch.arange(2**memory))
+        for own in rounded:
+            while (sums := own[places].sum(1)).abs().max() > 127:
+                summands = places[sums.abs().argmax()]
+                own[summands[own[summands].abs().argmax()]] -= sums[sums.abs().argmax()].sign()
         return rounded
 
 

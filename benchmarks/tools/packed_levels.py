@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
         rivals = {"packed": errors[1], "Lloyd-Max": distortion(bits), "bound": 4.0**-bits}
         shown = ", ".join(f"{name} {-10 * math.log10(error):.2f} dB" for name, error in rivals.items())
         print(f"{bits} bits: error {errors[1]:.5f}, not rounded {errors[0]:.5f}; {shown}", flush=True)
-        lines += [" ".join(f"{each:.0f}" for each in row) for row in whole.view(-1, 16).tolist()]
+        lines += [" ".join(map(str, row)) for row in whole.int().view(-1, 16).tolist()]
     options.output.write_text("\n".join(lines) + "\n", encoding="ascii")
     print("->", options.output)
 

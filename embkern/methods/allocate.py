@@ -49,7 +49,8 @@ from .base import (
 from .calibration import Calibration
 from .magnitude import extreme_exponents, multiplied
 from .metric_allocation import MetricAllocation, forms_of, input_frequencies
-from .rate_search import RateSearch, at_least
+from .rate_search import RateSearch
+from .row_floor import RowFloor
 from .table_rows import TableRows
 
 
@@ -135,16 +136,19 @@ def allocate(
         sizes = _basis_sizes(most_groups, row_bytes / max(1, budget))
         candidates = (MetricAllocation(rows, forms, dtype, size) for size in sizes)
     best: _Plan | None = None
-    least = math.inf
+    searches: list[tuple[RateSearch, RowFloor | None]] = []
     fast = _fast_rows(counts, len(table), chosen.speed)
     for allocation in candidates:
-        costs, before = _costs(allocation, chosen.floor), best
+        costs, before = allocation.costs(), best
         costs[fast.unsqueeze(1) & torch.tensor([tier.transform for tier in allocation.tiers])] = math.inf
+        floor = None if chosen.floor is None else RowFloor(allocation, chosen.floor, costs)
         # The search drops tiers one by one. It would keep a basis that only pays for none at all.
         for count in (len(costs[0]), *([] if calibration is None else [len(ROW_BITS)])):
             search = RateSearch(costs[:, :count], allocation.tiers[:count], allocation.shared_bytes)
-            least = min(least, search.least_bytes())
-            if found := search.within(budget, tiers):
+            searches.append((search, floor))
+            while (found := search.within(budget, tiers)) and floor and not floor.holds(*found):
+                pass  # Some rows may no longer have the tiers that were chosen for them.
+            if found:
                 plan = _Plan(search.cost_of(*found), allocation, *found)
                 best = plan if best is None or plan.cost < best.cost else best
         if before is not None and best is before:
@@ -153,6 +157,7 @@ def allocate(
         conditions = {"floor": chosen.floor, "speed": chosen.speed or None}
         given = [f"{name} {value:g}" for name, value in conditions.items() if value is not None]
         condition = f" with {' and '.join(given)}" if given else ""
+        least = min(_least_bytes(*each) for each in searches)
         raise ratio_error(table, ratio, least, condition)
     packed = best.allocation.refitted(best.allocation.packed(best.kept, best.choice), chosen.floor)
     return packed if exponents is None else multiplied(packed, exponents)
@@ -177,9 +182,13 @@ def _fast_rows(counts: Tensor | None, num_embeddings: int, share: float) -> Tens
     return fast if share < 1 else torch.ones_like(fast)
 
 
-def _costs(allocation: Allocation, floor: float | None) -> Tensor:
-    """Return the costs (V, T) of rows at tiers, infinite where the cosine would be below the floor."""
-    return allocation.costs() if floor is None else at_least(floor, *allocation.costs_and_cosines())
+def _least_bytes(search: RateSearch, floor: RowFloor | None) -> float:
+    """Return the bytes of the smallest table whose rows reach the floor."""
+    if floor is not None:
+        for kept in search.with_and_without_basis():
+            while not floor.holds(kept, search.smallest(kept)):
+                pass
+    return search.least_bytes()
 
 
 def _basis_sizes(groups: int, share: float) -> Iterator[int]:

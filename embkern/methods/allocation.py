@@ -80,9 +80,14 @@ class Allocation(ABC):
     def costs(self) -> Tensor:
         """Return what the error of every row at every tier costs, (V, T) float64, estimated."""
 
+    def cosines(self, index: int, ids: Tensor) -> Tensor:
+        """Return the cosines (n,) float64 of rows with what is decoded at a tier; 1 for rows of zeros."""
+        parts = [self._cosines(index, part) for part in ids.split(BLOCK_ROWS) if len(part)]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+
     @abstractmethod
-    def costs_and_cosines(self) -> tuple[Tensor, Tensor]:
-        """Return these costs as measured, and the cosines (V, T) of the rows with what is decoded."""
+    def _cosines(self, index: int, ids: Tensor) -> Tensor:
+        """Return ``cosines`` of the rows of a block."""
 
     @abstractmethod
     def _fit_weights(self, ids: Tensor) -> Tensor:
@@ -208,23 +213,7 @@ class DirectionAllocation(Allocation):
         return Basis(vectors, spread, vectors.t() * spread.unsqueeze(1))
 
     def costs(self) -> Tensor:
-        return self._weighted(self._errors(exact=False))
-
-    def costs_and_cosines(self) -> tuple[Tensor, Tensor]:
-        errors = self._errors(exact=True)
-        cosines = 1 - errors
-        return self._weighted(errors), cosines
-
-    def _weighted(self, errors: Tensor) -> Tensor:
-        """Turn errors (V, T) into costs, in place."""
-        return errors.clamp_min_(0).mul_(self.weights.unsqueeze(1))
-
-    def _errors(self, exact: bool) -> Tensor:
-        """Return 1 - cos (V, T) float64 of every row at every tier.
-
-        Unless they are to be exact, they are those of scalar codes, which some rows turn into those of
-        trellis codes.
-        """
+        """Estimate the costs from scalar codes, which some rows turn into those of trellis codes."""
         errors = torch.empty(len(self.rows), len(self.tiers), dtype=torch.float64)
         some = torch.arange(0, len(errors), max(1, len(errors) // SAMPLED_ROWS))
         samples = []
@@ -232,10 +221,15 @@ class DirectionAllocation(Allocation):
             values, norms = Values(self, rows), self.norms[place]
             samples.append(values.part(some[(some >= place.start) & (some < place.stop)] - place.start))
             for index, (codes, tier) in enumerate(zip(self.codes, self.tiers, strict=True)):
-                own = values.of(tier)
-                found = codes.encode(tier, own)[2] if exact else codes.scalar_projections(tier, own)
+                found = codes.scalar_projections(tier, values.of(tier))
                 errors[place, index] = _error(found, norms).double()
-        return errors if exact else self._corrected(errors, some, samples)
+        errors = self._corrected(errors, some, samples)
+        return errors.clamp_min_(0).mul_(self.weights.unsqueeze(1))
+
+    def _cosines(self, index: int, ids: Tensor) -> Tensor:
+        tier = self.tiers[index]
+        own = Values(self, self.rows.take(ids)).of(tier)
+        return 1 - _error(self.codes[index].encode(tier, own)[2], self.norms[ids]).double()
 
     def _corrected(self, errors: Tensor, some: Tensor, samples: list[Values]) -> Tensor:
         """Turn errors (V, T) of scalar codes into those of trellis codes, by the means of rows ``some``."""

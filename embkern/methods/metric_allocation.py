@@ -191,7 +191,7 @@ class MetricAllocation(Allocation):
         exact, columns = Values(self, self.rows.take(measured)), self._scalar_errors()
         for index in range(len(self.tiers)):
             estimate = columns[:, index]
-            found = self._decoded_forms(index, exact, measured)[0]
+            found = self._decoded_forms(index, exact)
             expected = estimate[sample].sum().clamp_min(1e-300)
             cost = torch.zeros(V, dtype=torch.float64)
             for form, values in zip(self.forms, found, strict=True):
@@ -199,15 +199,10 @@ class MetricAllocation(Allocation):
             columns[:, index] = cost.index_copy_(0, measured, self._weighted(measured, found))
         return columns
 
-    def costs_and_cosines(self) -> tuple[Tensor, Tensor]:
-        V, T = len(self.rows), len(self.tiers)
-        costs, cosines = torch.empty(V, T, dtype=torch.float64), torch.empty(V, T, dtype=torch.float64)
-        for place, rows in self.rows.blocks():
-            ids, values = torch.arange(place.start, place.stop), Values(self, rows)
-            for index in range(T):
-                found, cosines[place, index] = self._decoded_forms(index, values, ids)
-                costs[place, index] = self._weighted(ids, found)
-        return costs, cosines
+    def _cosines(self, index: int, ids: Tensor) -> Tensor:
+        rows, norms = self.rows.take(ids), self.norms[ids]
+        y = self.decoded(index, Values(self, rows).of(self.tiers[index]))
+        return torch.where(norms > 0, F.cosine_similarity(rows, y, eps=1e-30), 1.0).double()
 
     def _scalar_errors(self) -> Tensor:
         """Return the squared errors (V, T) float64 of scalar codes, each in the geometry of its tier."""
@@ -223,18 +218,10 @@ class MetricAllocation(Allocation):
                 errors[place, index] = (squares[tier.transform] - projections.square()).clamp_min(0)
         return errors
 
-    def _decoded_forms(self, index: int, values: Values, ids: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return every form's values (n,) of rows at a tier as decoded, and the cosines (n,) float64.
-
-        Args:
-            index: the tier.
-            values: the rows.
-            ids: (n,), their ids.
-        """
-        y, norms = self.decoded(index, values.of(self.tiers[index])), self.norms[ids]
-        forms = [form.of(values.rows - y) for form in self.forms]
-        cosines = F.cosine_similarity(values.rows, y, eps=1e-30)
-        return forms, torch.where(norms > 0, cosines, 1.0).double()
+    def _decoded_forms(self, index: int, values: Values) -> list[Tensor]:
+        """Return every form's values (n,) of rows at a tier as decoded."""
+        y = self.decoded(index, values.of(self.tiers[index]))
+        return [form.of(values.rows - y) for form in self.forms]
 
     def _weighted(self, ids: Tensor, values: list[Tensor]) -> Tensor:
         """Return the costs (n,) of rows whose forms have these values."""

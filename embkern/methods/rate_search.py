@@ -53,13 +53,24 @@ class RateSearch:
 
     def least_bytes(self) -> float:
         """Return the bytes of the smallest table, with or without a basis."""
+        return min(self._smallest(kept) for kept in self.with_and_without_basis())
+
+    def with_and_without_basis(self) -> tuple[list[int], list[int]]:
+        """Return the indices of all tiers, and of those of values."""
         plain = [i for i, tier in enumerate(self.tiers) if not tier.transform]
-        return min(self._smallest(list(range(len(self.tiers)))), self._smallest(plain))
+        return list(range(len(self.tiers))), plain
+
+    def smallest(self, kept: list[int]) -> Tensor:
+        """Return the choice (V,) of the fewest bytes among these tiers."""
+        return self._sizes(kept).argmin(1)
+
+    def _sizes(self, kept: list[int]) -> Tensor:
+        """Return the bytes (V, T) of rows at these tiers, infinite where a tier is not allowed."""
+        return torch.where(torch.isfinite(self.cost[:, kept]), self.bytes[kept], math.inf)
 
     def _smallest(self, kept: list[int]) -> float:
         """Return the bytes of the smallest table with these tiers."""
-        size = torch.where(torch.isfinite(self.cost[:, kept]), self.bytes[kept], math.inf)
-        return float(size.amin(1).sum()) + self._shared(kept)
+        return float(self._sizes(kept).amin(1).sum()) + self._shared(kept)
 
     def _shared(self, kept: list[int]) -> int:
         return self.shared_bytes([self.tiers[i] for i in kept])
@@ -118,19 +129,3 @@ class RateSearch:
 def _choice(cost: Tensor, size: Tensor, price: float) -> Tensor:
     """Return the tier (V,) of every row that is the cheapest at a price of bytes."""
     return torch.cat([(part + price * size).argmin(1) for part in cost.split(_ROWS)])
-
-
-def at_least(floor: float, cost: Tensor, cosines: Tensor) -> Tensor:
-    """Return the cost (V, T), infinite where the cosine (V, T) of a row at a tier is below the floor.
-
-    Raises:
-        ValueError: a row is below the floor at every tier.
-    """
-    allowed = cosines >= floor
-    if not bool(allowed.any(1).all()):
-        least = float(cosines.amax(1).min())
-        raise ValueError(
-            f"floor: expected at most {math.floor(least * 1e4) / 1e4}, the worst row's cosine at its "
-            f"best, got {floor}"
-        )
-    return torch.where(allowed, cost, math.inf)

@@ -25,7 +25,9 @@ FINE_SCALES = (
     *(0.7, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15, 1.22, 1.3, 1.4),
     *(1.5, 1.75, 2.0, 2.4, 2.8, 3.4, 4.0, 5.0, 6.5),
 )
-TRELLIS_SCALES = (0.95, 1.0, 1.06)  # tried for trellis codes, relative to the best of FINE_SCALES
+# Tried for trellis codes, relative to the best of FINE_SCALES. On rows of all-MiniLM-L6-v2 and SmolLM2 one
+# search has 3 % more error than the best of eight scales from 0.84 to 1.12, these two 1.3 %, three 0.6 %.
+TRELLIS_SCALES = (0.92, 1.08)
 
 
 @functools.cache
@@ -82,7 +84,7 @@ class RowCodes:
         return (values * (1.0 if self.spread is None else self.spread)).square().sum(1).double()
 
     def scalar_projections(self, tier: Tier, values: Tensor) -> Tensor:
-        """Return the projections (n,) of rows with scalar instead of trellis codes, in a tenth of the time.
+        """Return the projections (n,) of rows with scalar instead of trellis codes, 30 times faster.
 
         The projection of a row on what is decoded is ``(x * y).sum(1) / y.norm(dim=1)``.
         """

@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from embkern.methods.rate_search import RateSearch, at_least
+from embkern.methods.rate_search import RateSearch
+from embkern.methods.row_floor import RowFloor
 from embkern.ops.packed_format import Tier
 
 TIERS = [Tier(False, (bits,)) for bits in (1, 2, 4, 8)]  # 4, 8, 16 and 32 bytes a row
@@ -69,10 +70,39 @@ def test_bytes_that_rows_share_are_part_of_the_budget(errors):
     assert search.least_bytes() == 4 * V + 10 * len(TIERS)
 
 
+class Measured:
+    """The rows of an allocation whose cosines are known, and which of them have been asked for."""
+
+    def __init__(self, cosines: torch.Tensor) -> None:
+        self.known, self.tiers, self.asked = cosines, TIERS, torch.zeros_like(cosines)
+
+    def cosines(self, index: int, ids: torch.Tensor) -> torch.Tensor:
+        self.asked[ids, index] += 1
+        return self.known[ids, index]
+
+
 def test_a_floor_excludes_tiers_row_by_row():
     errors = torch.tensor([[0.5, 0.3, 0.2, 0.1]] * (V - 1) + [[0.9, 0.6, 0.4, 0.05]], dtype=torch.float64)
-    cost = at_least(0.5, errors, 1 - errors)
-    kept, choice = RateSearch(cost, TIERS, no_shared_bytes).within(4 * (V - 1) + 16, 4)
+    rows, costs = Measured(1 - errors), errors.clone()
+    floor, search = RowFloor(rows, 0.5, costs), RateSearch(costs, TIERS, no_shared_bytes)
+    while not floor.holds(*(found := search.within(4 * (V - 1) + 16, 4))):
+        pass
+    kept, choice = found
     assert [kept[position] for position in choice.tolist()] == [0] * (V - 1) + [2]
+    assert rows.asked.max() == 1
+    assert rows.asked[:, 3].sum() == 0, "a tier that is not chosen is not measured"
     with pytest.raises(ValueError, match=r"floor: expected at most 0.9, the worst row's cosine .* got 0.99"):
-        at_least(0.99, errors, 1 - errors)
+        RowFloor(rows, 0.99, errors.clone()).holds([3], torch.zeros(V, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("factor", [0.1, 1.0, 10.0])
+def test_a_floor_holds_however_wrong_the_estimates_are(errors, factor):
+    true = (errors * factor ** torch.rand(V, len(TIERS))).clamp(max=0.9)
+    true[:, 3] = 0.01
+    rows, costs = Measured(1 - true), errors.clone()
+    floor, search = RowFloor(rows, 0.7, costs), RateSearch(costs, TIERS, no_shared_bytes)
+    while not floor.holds(*(found := search.within(32 * V, 4))):
+        pass
+    kept, choice = found
+    chosen = torch.tensor(kept)[choice]
+    assert (true[torch.arange(V), chosen] <= 0.3).all()
