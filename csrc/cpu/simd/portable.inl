@@ -21,8 +21,8 @@ EMBKERN_INLINE Vector<float> multiply_add(Vector<float> x, Vector<float> y, Vect
 // Of each lane the least of four vectors, `stride` apart and aligned, the first one if several have it. Its
 // number takes two bits: the lower ones of all lanes, then the higher ones.
 EMBKERN_INLINE Vector<float> least_of_four(const float* from, int64_t stride, uint8_t* choice) {
-  const Vector<float> a = load(from), b = load(from + stride), c = load(from + 2 * stride),
-                      d = load(from + 3 * stride);
+  Vector<float> a = load(from), b = load(from + stride), c = load(from + 2 * stride),
+                d = load(from + 3 * stride);
 #if defined(__GNUC__)
   typedef int32_t Bits __attribute__((vector_size(kVectorBytes)));
   typedef int64_t Pairs __attribute__((vector_size(kVectorBytes)));

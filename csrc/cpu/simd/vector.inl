@@ -18,6 +18,10 @@ struct VectorOf {
       for (int i = 0; i < kLanes; ++i) x.lane[i] += y;
       return x;
     }
+    friend Type operator-(Type x, const Type& y) {
+      for (int i = 0; i < kLanes; ++i) x.lane[i] -= y.lane[i];
+      return x;
+    }
     friend Type operator*(Type x, const Type& y) {
       for (int i = 0; i < kLanes; ++i) x.lane[i] *= y.lane[i];
       return x;
