@@ -130,7 +130,7 @@ class TrellisSearch {
   }
 
  private:
-  static constexpr int64_t kChoiceBytes = kParents / 4;
+  static constexpr int64_t kChoiceBytes = TrellisMemory::kChoiceBytes;
 
   // The window before `window` on the path that the i-th step of a pass has extended.
   int predecessor(int64_t i, int window) const {
@@ -140,11 +140,11 @@ class TrellisSearch {
     return (at(bit) + 2 * at(bit + kLanes<float>)) * kParents + parent;
   }
 
-  // The step before step `at` of the ring is `after` in the search.
+  // Extends the paths by step `at` of the ring, the i-th of a pass; the search comes from the step after it.
   void extend(int64_t i, int64_t at) {
-    const TrellisStep &step = memory_.steps[at], &before = memory_.steps[(at + 1) % steps_];
+    const TrellisStep &step = memory_.steps[at], &previous = memory_.steps[(at + 1) % steps_];
     uint8_t* const choices = memory_.choices + i * kChoiceBytes;
-    const float factor = before.weight / step.weight;  // Costs are in units of the weight of a step.
+    const float factor = previous.weight / step.weight;  // Costs are in units of the weight of a step.
     const auto all = [&](const auto& errors) {
       extend_paths(cost_, next_, choices, 0, kParents, factor, errors);
     };
