@@ -343,5 +343,5 @@ def forward_launches(
         BLOCK_G=group_tile.BLOCK_G,
     )
     yield Launch(_rows_kernel, (N,), arguments, group_tile.num_warps)
-    if coefficients is not None and basis is not None:
+    if basis is not None and coefficients is not None and places is not None:
         yield forward_launch(places, coefficients, basis, offset, scale, out, device, tile, factors)

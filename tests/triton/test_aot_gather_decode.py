@@ -60,7 +60,7 @@ def test_a_row_needs_no_shared_memory_but_for_the_order_of_its_columns(rows):
     """It does not limit occupancy: a multiprocessor runs 32 programs, and an A100 has 163 KiB."""
     for row in rows:
         if row.kernel == "_rows_kernel":
-            assert row.shared_bytes <= 1024, row
+            assert row.shared_bytes <= 4096, row
 
 
 def test_a_table_without_a_basis_is_one_launch():
