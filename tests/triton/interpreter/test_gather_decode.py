@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 from triton.runtime import interpreter
 
-from embkern.ops import gather_decode
+from embkern.ops import gather_decode, packed_cross_entropy, packed_logits
 from embkern.ops.packed_codes import packed_levels
 from embkern.ops.packed_format import PackedTensors, Tier
 from embkern.triton import gather_decode as gd
@@ -117,6 +118,28 @@ def test_the_public_op_and_its_gradients():
     upstream = torch.randn_like(out)
     exact = torch.autograd.grad(p.plain(ids, *leaves), leaves, upstream)
     assert_close(torch.autograd.grad(out, leaves, upstream), exact)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("loss", [False, True], ids=["logits", "cross entropy"])
+def test_heads_decode_with_these_kernels(loss):
+    p = problem((45, 33, 32, 1))
+    leaves = [f.requires_grad_() for f in (torch.randn(6, p.H), *p.factors)]
+    labels = torch.randint(45, (6,))
+
+    def ours(hidden, *factors):
+        if loss:
+            return packed_cross_entropy(hidden, labels, *p.codes, *factors, backend="triton")
+        return packed_logits(hidden, *p.codes, *factors, backend="triton")
+
+    def plain(hidden, *factors):
+        logits = hidden @ p.plain(torch.arange(45), *factors).t()
+        return F.cross_entropy(logits, labels) if loss else logits
+
+    out, expected = ours(*leaves), plain(*leaves)
+    assert_close(out, expected)
+    upstream = torch.randn_like(out)
+    assert_close(torch.autograd.grad(out, leaves, upstream), torch.autograd.grad(expected, leaves, upstream))
 
 
 @pytest.mark.parametrize(("H", "K"), [(33, 32), (97, 96)])
