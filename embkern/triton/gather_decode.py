@@ -19,7 +19,7 @@ The record of a row is located by counting: its entry of the directory says wher
 begin, and the size of each tier is added as often as its nibble occurs before that of the row, 8 nibbles at a
 time. A thread has 8 values of one half of a group. Their windows are cut out of the same two words, and the
 exclusive or that two of the three indices need is that of whole words. For sm_90 in bf16, ptxas makes 37
-instructions of a value of 1 or 2 bits and 53 of one of 3 or 4, with no shared memory and no barrier.
+instructions of a value of 1 or 2 bits and 52 of one of 3 or 4, with no shared memory and no barrier.
 
 Levels are read where they lie, three or four bytes a value. `levels` takes three lines of L1, and what a warp
 reads at once is within 16 bytes if its groups have one rate. A table of the levels of all windows would take
