@@ -33,7 +33,8 @@ test-latest: $(UV)
 	$(call test_with,latest,$(PYTHON_LATEST),--upgrade)
 
 # $(call test_with,name,interpreter,how uv resolves): a new environment .venv-name, the extension built in it
-# (without CUDA: no test here runs on a device), the fast tests.
+# (without CUDA: no test here runs on a device), the fast tests, and the compilation of Triton's kernels, since
+# each release has a compiler of its own.
 define test_with
 @$(UV) venv --quiet --clear --python $(2) .venv-$(1) || \
   { echo "make test-$(1): no such Python; name one: make test-$(1) PYTHON_$(shell echo $(1) | tr a-z A-Z)=/path/to/python"; exit 1; }
@@ -45,4 +46,5 @@ define test_with
 @$(UV) pip freeze --quiet --python .venv-$(1)/bin/python --exclude-editable
 @.venv-$(1)/bin/embkern env
 @cd build/$(1) && ../../.venv-$(1)/bin/python -m pytest -n auto --dist loadfile
+@cd build/$(1) && ../../.venv-$(1)/bin/python -m pytest -m slow tests/triton
 endef

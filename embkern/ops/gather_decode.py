@@ -72,7 +72,7 @@ _NATIVE: Callable[..., Tensor] = getattr(_FORWARD["native"], "_op", _FORWARD["na
 
 
 class GatherDecode(Function):
-    """Autograd of gather_decode: the codes are frozen; the backward consists of products in plain torch."""
+    """Autograd of gather_decode: the codes are frozen, and the backward decodes the rows again."""
 
     @staticmethod
     def forward(
@@ -96,7 +96,7 @@ class GatherDecode(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Keep the tensors that the backward reads."""
-        *tensors, _offset, _, ctx.scale, ctx.padding_idx, _ = inputs
+        *tensors, _offset, _, ctx.scale, ctx.padding_idx, ctx.backend = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
@@ -106,7 +106,9 @@ class GatherDecode(Function):
         needs = ctx.needs_input_grad[5:8]
         flat = grad.reshape(ids.numel(), grad.shape[-1])
         with torch.no_grad():
-            grads = reference.gather_decode_backward(flat, ids, *tensors, ctx.scale, ctx.padding_idx, *needs)
+            grads = reference.gather_decode_backward(
+                flat, ids, *tensors, ctx.scale, ctx.padding_idx, *needs, _FORWARD[ctx.backend]
+            )
         wanted = [
             differentiable_once(each, grad, *tensors[4:]) if needed else None
             for each, needed in zip(grads, needs, strict=True)

@@ -28,7 +28,8 @@ import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from ..ops.packed_format import ENTRY_WORDS, GROUP, LEVEL_BITS, STATES, PackedTensors
+from ..ops.packed_codes import GROUP, LEVELS_SHAPE
+from ..ops.packed_format import ENTRY_WORDS, PackedTensors
 from ..ops.reference import MEAN, NONE, accumulation_dtype
 from . import cosine_mse as cm
 from . import gather_decode as gd
@@ -264,7 +265,7 @@ def packed_launches(shape: PackedShape, device: Device) -> Iterator[Launch]:
         tensor(V * 3 * groups, dtype=torch.int32),
         tensor(-(-V // GROUP), ENTRY_WORDS, dtype=torch.int32),
         tensor(shape.T, 1 + groups, dtype=torch.uint8),
-        tensor(LEVEL_BITS, STATES, dtype=torch.int16),
+        tensor(*LEVELS_SHAPE, dtype=torch.int8),
         tensor(V),
         tensor(shape.K, shape.H) if shape.K else None,
         tensor(shape.H),

@@ -18,7 +18,7 @@ _TYPES = {
     torch.float16: "*fp16",
     torch.int64: "*i64",
     torch.int32: "*i32",
-    torch.int16: "*i16",
+    torch.int8: "*i8",
     torch.uint8: "*u8",
 }
 # `debug` compiles the assertions on ids. Without sanitize_overflow=False it would check every integer sum.

@@ -89,11 +89,11 @@ TILES: dict[tuple[str, int, int], dict[str, tuple[Tile, ...]]] = {
         ),
     },
     # fp32 products run outside the tensor cores, fp64 ones in small tiles: registers are the bound, and r is
-    # taken in steps.
+    # taken in steps. With 4 warps, a batch of fp32 spilled registers in the product of packed coefficients.
     ("forward", 80, 4): {
         "decode": (Tile(16, 32, 64, 4, 3),),
         "prompt": (Tile(32, 32, 32, 4, 3),),
-        "batch": (Tile(64, 64, 16, 4, 3),),
+        "batch": (Tile(64, 64, 16, 8, 3),),
     },
     ("forward", 80, 8): {
         "decode": (Tile(16, 32, 16, 4, 2),),
@@ -137,24 +137,6 @@ TILES: dict[tuple[str, int, int], dict[str, tuple[Tile, ...]]] = {
         "prompt": (Tile(16, 32, 32, 4, 2),),
         "batch": (Tile(16, 32, 32, 4, 2),),
     },
-    # Coefficients of packed rows, on chip in two parts for 16-bit factors; 256 of them spilled registers.
-    # BLOCK_R is a multiple of 32, the size of a group.
-    ("packed_product", 80, 2): {
-        "decode": (Tile(16, 32, 128, 4, 3), Tile(16, 32, 64, 4, 3)),
-        "prompt": (Tile(32, 64, 128, 4, 3), Tile(32, 64, 64, 4, 3)),
-        "batch": (Tile(64, 64, 128, 8, 3), Tile(64, 64, 64, 8, 3)),
-    },
-    # In a batch, 64 columns took 179 registers with Triton 3.9 and spilled with 3.6.
-    ("packed_product", 80, 4): {
-        "decode": (Tile(16, 32, 32, 4, 3),),
-        "prompt": (Tile(32, 32, 32, 4, 3),),
-        "batch": (Tile(64, 32, 32, 8, 2),),
-    },
-    ("packed_product", 80, 8): {
-        "decode": (Tile(16, 32, 32, 4, 2),),
-        "prompt": (Tile(32, 32, 32, 4, 2),),
-        "batch": (Tile(32, 32, 32, 4, 2),),
-    },
 }
 
 
@@ -178,8 +160,6 @@ def _tile_of(kernel: str, device: Device, itemsize: int, length: str, r: int, al
     if not aligned:
         # Rows that do not start on 16 bytes are loaded element by element; greater blocks spilled registers.
         bound = 64 if itemsize == 2 and kernel != "grad_basis" else 32
-        if kernel == "packed_product":
-            bound = 32 if itemsize == 2 else 16
         tile = replace(tile, BLOCK_N=min(tile.BLOCK_N, bound))
         if kernel == "grad_basis" and itemsize == 4:
             # Its BLOCK_N is minimal already; with 4 warps, Triton 3.6 took 255 registers and spilled.
@@ -223,8 +203,6 @@ def shared_estimate(kernel: str, tile: Tile, r: int, itemsize: int) -> int:
         elements = codes_copies * N * R + tile.num_stages * R * H + N * H
     elif kernel == "project_grad":
         elements = tile.num_stages * (N * H + H * R) + N * R
-    elif kernel == "packed_product":
-        elements = (2 if itemsize == 2 else 1) * N * R + tile.num_stages * R * H + N * H
     else:
         elements = tile.num_stages * (N * R + N * H) + R * H
     return elements * itemsize
@@ -277,9 +255,8 @@ def _row_tile_of(rule: RowRule, itemsize: int, H: int) -> RowTile:
 
 
 class GroupTile(NamedTuple):
-    """Tile of a kernel that unpacks whole rows: BLOCK_N rows, in steps of BLOCK_G groups of 32 values."""
+    """Tile of a kernel that unpacks a row: BLOCK_G groups of 32 values at a time."""
 
-    BLOCK_N: int
     BLOCK_G: int
     num_warps: int
 
@@ -287,16 +264,15 @@ class GroupTile(NamedTuple):
 def group_tile_of(N: int, groups: int) -> GroupTile:
     """Return the tile of a kernel that unpacks N rows of some groups; chosen by arithmetic.
 
-    A program has one row, and a thread 8 values, so that no thread waits for another one that locates the
-    record (with four rows per program there were 19 barriers). In a batch, a warp takes the row in steps of 8
-    or 4 groups, whichever leaves fewer groups of the last step empty. Fewer rows have up to 1024 columns at
-    once, for latency.
+    A program has one row, so that no thread waits for another one that locates the record, and a thread 8
+    values or 4. In a batch, a warp takes the row in steps of 8 or 4 groups, whichever leaves fewer groups of
+    the last step empty. Fewer rows have up to 1024 columns at once, for latency.
     """
     if _length(N) == "batch":
         block = min((8, 4), key=lambda size: -(-groups // size) * size)
     else:
         block = min(32, triton.next_power_of_2(groups))
-    return GroupTile(1, block, max(1, block // 8))
+    return GroupTile(block, max(1, block // 8))
 
 
 @functools.cache

@@ -38,7 +38,7 @@ def rows(tmp_path_factory):
 def test_every_kernel_compiles_without_spills(rows):
     for capability in REPRESENTATIVE:
         names = {row.kernel for row in rows if row.capability == capability}
-        assert names == {"_rows_kernel", "_products_kernel"}
+        assert names == {"_rows_kernel", "_gather_project_kernel"}
     for row in rows:
         assert row.spills == 0, row
         assert row.stack_bytes == 0, row
@@ -46,7 +46,7 @@ def test_every_kernel_compiles_without_spills(rows):
 
 
 def test_products_of_16_bits_run_on_tensor_cores_and_fp32_is_not_cut_to_tf32(rows):
-    products = [row for row in rows if row.kernel == "_products_kernel"]
+    products = [row for row in rows if row.kernel == "_gather_project_kernel"]
     assert len(products) == len(CASES)
     for row in products:
         if row.shape in (str(BASE), str(WALKED)):
@@ -56,11 +56,11 @@ def test_products_of_16_bits_run_on_tensor_cores_and_fp32_is_not_cut_to_tf32(row
             assert not row.tensor_core, row
 
 
-def test_rows_of_values_need_no_shared_memory_but_for_sums(rows):
+def test_a_row_needs_no_shared_memory_but_for_the_order_of_its_columns(rows):
     """It does not limit occupancy: a multiprocessor runs 32 programs, and an A100 has 163 KiB."""
     for row in rows:
         if row.kernel == "_rows_kernel":
-            assert row.shared_bytes <= 2048, row  # Triton 3.6 takes all of it, later ones 1024
+            assert row.shared_bytes <= 4096, row
 
 
 def test_a_table_without_a_basis_is_one_launch():

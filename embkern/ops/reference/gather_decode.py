@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..packed_codes import ShiftRight, shift_by_division
-from ..packed_format import packed_values
+from ..packed_codes import GROUP, ShiftRight, shift_by_division
+from ..packed_format import packed_values, tiers_of_rows
 from .numerics import accumulation_dtype, autocast_off
 
 
@@ -57,23 +58,30 @@ def gather_decode_backward(
     needs_scales: bool,
     needs_basis: bool,
     needs_offset: bool,
+    decode: Callable[..., Tensor] = gather_decode_forward,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of scales, basis and offset for grad (N, H); one that is not needed is an empty tensor."""
+    """Gradients of scales, basis and offset for grad (N, H); one that is not needed is an empty tensor.
+
+    ``decode`` is a forward of gather_decode. It returns rows without scales and offset for the gradient of
+    the scales, and coefficients times scales for that of the basis, in the dtype of the sums.
+    """
     flat, dtype = ids.reshape(-1).long(), accumulation_dtype(scales.dtype)
     grad = grad.to(dtype) * scale
     if padding_idx >= 0:
         grad = grad.masked_fill((flat == padding_idx).unsqueeze(1), 0)
     grad_scales = grad_basis = grad_offset = scales.new_empty(0)
-    if needs_scales or needs_basis:
-        transform, values = packed_values(flat, records, directory, tiers, levels)
     if needs_scales:
-        rows = _unscaled_rows(transform, values, basis, grad.shape[1], dtype)
-        per_row = (rows * grad).sum(1)
-        grad_scales = torch.zeros_like(scales, dtype=dtype).index_add(0, flat, per_row).to(scales.dtype)
+        ones, wide = torch.ones_like(scales, dtype=dtype), None if basis is None else basis.to(dtype)
+        rows = decode(flat, records, directory, tiers, levels, ones, wide, None, grad.shape[1], 1.0)
+        grad_scales = torch.zeros_like(ones).index_add(0, flat, (rows * grad).sum(1)).to(scales.dtype)
     if needs_basis:
         assert basis is not None
-        factor = torch.where(transform, scales[flat].to(dtype), 0.0)
-        grad_basis = ((_coefficients(values, basis) * factor.unsqueeze(1)).t() @ grad).to(basis.dtype)
+        width = GROUP * (tiers.shape[1] - 1)
+        of_values = torch.cat([torch.zeros_like(tiers[:, :1]), tiers[:, 1:]], 1)
+        values = decode(flat, records, directory, of_values, levels, scales.to(dtype), None, None, width, 1.0)
+        transform = tiers[:, 0].bool()[tiers_of_rows(directory)[flat]]
+        coefficients = torch.where(transform.unsqueeze(1), values, 0.0)
+        grad_basis = (_coefficients(coefficients, basis).t() @ grad).to(basis.dtype)
     if needs_offset:
         grad_offset = grad.sum(0).to(scales.dtype)
     return grad_scales, grad_basis, grad_offset

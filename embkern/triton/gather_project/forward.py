@@ -21,7 +21,8 @@ def _gather_project_kernel(
     basis_ptr,
     offset_ptr,
     out_ptr,
-    scale,
+    factors_ptr,
+    scale: tl.float64,
     N,
     V,
     tiles_per_program,
@@ -46,8 +47,15 @@ def _gather_project_kernel(
     n = (tl.program_id(0) // chunks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     ids = tl.load(ids_ptr + n, mask=n < N, other=0).to(tl.int64)
     known = (ids >= 0) & (ids < V)
-    tl.device_assert(known, OUT_OF_RANGE)
     gathered = ((n < N) & known)[:, None]  # An id out of range reads nothing.
+    if factors_ptr is None:
+        tl.device_assert(known, OUT_OF_RANGE)
+        written = (n < N)[:, None]
+        count = tiles_per_program
+    else:
+        written = gathered
+        count = tiles_per_program * tl.max(gathered.to(tl.int32))
+    scale = tl.full((), scale, accumulator)
     rows = codes_ptr + ids[:, None] * r
     k = tl.arange(0, BLOCK_R)
     RESIDENT: tl.constexpr = r <= BLOCK_R + BLOCK_TAIL
@@ -58,7 +66,7 @@ def _gather_project_kernel(
             codes_tail = tl.load(rows + t[None, :], mask=gathered & (t < r)[None, :], other=0.0)
 
     first = (tl.program_id(0) % chunks) * tiles_per_program
-    for tile in range(first, min(first + tiles_per_program, H_TILES)):
+    for tile in range(first, min(first + count, H_TILES)):
         h = tile * BLOCK_H + tl.arange(0, BLOCK_H)
         sums = tl.zeros((BLOCK_N, BLOCK_H), accumulator)
         if RESIDENT:
@@ -73,10 +81,12 @@ def _gather_project_kernel(
                 codes = tl.load(rows + s[None, :], mask=gathered & (s < r)[None, :], other=0.0)
                 basis = _basis_tile(basis_ptr, s, h, r, H)
                 sums = tl.dot(codes, basis, sums, input_precision="ieee", out_dtype=accumulator)
+        if factors_ptr is not None:
+            sums *= tl.load(factors_ptr + n, mask=n < N, other=0.0)[:, None]
         if offset_ptr is not None:
             sums += tl.load(offset_ptr + h, mask=h < H, other=0.0).to(accumulator)[None, :]
         out = (sums * scale).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + n[:, None] * H + h[None, :], out, mask=(n < N)[:, None] & (h < H)[None, :])
+        tl.store(out_ptr + n[:, None] * H + h[None, :], out, mask=written & (h < H)[None, :])
 
 
 @triton.jit
@@ -96,8 +106,13 @@ def forward_launch(
     out: Tensor,
     device: Device | None = None,
     tile: Tile | None = None,
+    factors: Tensor | None = None,
 ) -> Launch:
-    """Return the launch of gather_project_out; ``device`` and ``tile`` stand in for the tensors' own."""
+    """Return the launch of gather_project_out; ``device`` and ``tile`` stand in for the tensors' own.
+
+    With ``factors`` (N,), in the dtype of the sums, out[n] is ``scale * (factors[n] * (codes[ids[n]] @ basis)
+    + offset)`` if ids[n] is in range, and is left as it is otherwise.
+    """
     N, (V, r), H = ids.numel(), codes.shape, basis.shape[1]
     device = device or describe_device(codes)
     tile = tile or tile_of("forward", device, codes.dtype, N, r, H)
@@ -110,6 +125,7 @@ def forward_launch(
         basis_ptr=basis,
         offset_ptr=offset,
         out_ptr=out,
+        factors_ptr=factors,
         scale=float(scale),
         N=N,
         V=V,

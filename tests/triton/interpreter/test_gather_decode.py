@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 from triton.runtime import interpreter
 
-from embkern.ops import gather_decode
+from embkern.ops import gather_decode, packed_cross_entropy, packed_logits
+from embkern.ops.packed_codes import packed_levels
 from embkern.ops.packed_format import PackedTensors, Tier
 from embkern.triton import gather_decode as gd
 from embkern.triton.launch import Launch
@@ -48,12 +50,12 @@ def test_forward_is_no_worse_than_plain_torch(shape, dtype):
     assert_contract(problem(shape, dtype), dtype)
 
 
-# Several rows per program, coefficients on chip; all columns at once, coefficients in steps.
+# Coefficients on chip, a row in steps; all columns at once, coefficients in steps.
 @pytest.mark.parametrize(
     "tiles",
     [
-        dict(group_tile=GroupTile(4, 2, 4), tile=Tile(16, 64, 128, 4, 2)),
-        dict(group_tile=GroupTile(1, 8, 1), tile=Tile(32, 16, 32, 4, 2)),
+        dict(group_tile=GroupTile(2, 1), tile=Tile(16, 64, 128, 4, 2)),
+        dict(group_tile=GroupTile(8, 1), tile=Tile(32, 16, 32, 4, 2)),
     ],
     ids=["on chip", "walked"],
 )
@@ -69,10 +71,10 @@ def test_fp64_sums_in_fp64():
     assert_close(forward(p, scale=0.1), p.plain(p.ids, *p.factors) * 0.1, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("bits", range(9))
 @pytest.mark.usefixtures("poisoned")
 def test_every_code_of_every_width_is_exact(bits):
-    """Also in fp16, because a coefficient enters the product in two parts."""
+    """Also in fp16, in which all values are exact."""
     tiers = [Tier(False, (bits, bits)), Tier(True, (bits,))]
     for dtype in (torch.float32, torch.float16):
         p = problem((24, 45, 32, 1), dtype, offset=False, tiers=tiers)
@@ -80,6 +82,22 @@ def test_every_code_of_every_width_is_exact(bits):
         p.scales.fill_(1)
         p.basis.copy_(torch.eye(32, 45))
         assert torch.equal(forward(p, torch.arange(24), 1.0), p.values[:, :45].to(dtype))
+
+
+# Rings of one, two and three words; each width before and after others; steps that begin within a ring.
+SHORT = [(1,), (0, 1, 0, 1), (2,), (1, 8, 2), (3, 1), (1, 3), (1, 4, 1), (8, 7, 6, 5)]
+LONG = [(0, 8, 4, 2, 6, 3, 5, 1, 7), (7, 1, 5, 3, 6, 2, 4, 8, 0), (4, 4, 4, 3, 3, 3, 2, 2, 1)]
+
+
+@pytest.mark.parametrize("block", [1, 4, 16])
+@pytest.mark.parametrize("bits", [SHORT, LONG], ids=["short", "long"])
+@pytest.mark.usefixtures("poisoned")
+def test_rings_and_sections_of_groups_in_any_order(bits, block):
+    size = 32 * max(map(len, bits))
+    tiers = [Tier(transform, each) for each in bits for transform in (False, True)]
+    p = problem((64, size - 3, size, 1), torch.float64, tiers=tiers)
+    ids = torch.arange(64)
+    assert_close(forward(p, ids, 1.0, group_tile=GroupTile(block, 1)), p.plain(ids, *p.factors))
 
 
 @pytest.mark.parametrize("tier", [Tier(False, (4, 8)), Tier(True, (2,))], ids=str)
@@ -100,6 +118,28 @@ def test_the_public_op_and_its_gradients():
     upstream = torch.randn_like(out)
     exact = torch.autograd.grad(p.plain(ids, *leaves), leaves, upstream)
     assert_close(torch.autograd.grad(out, leaves, upstream), exact)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("loss", [False, True], ids=["logits", "cross entropy"])
+def test_heads_decode_with_these_kernels(loss):
+    p = problem((45, 33, 32, 1))
+    leaves = [f.requires_grad_() for f in (torch.randn(6, p.H), *p.factors)]
+    labels = torch.randint(45, (6,))
+
+    def ours(hidden, *factors):
+        if loss:
+            return packed_cross_entropy(hidden, labels, *p.codes, *factors, backend="triton")
+        return packed_logits(hidden, *p.codes, *factors, backend="triton")
+
+    def plain(hidden, *factors):
+        logits = hidden @ p.plain(torch.arange(45), *factors).t()
+        return F.cross_entropy(logits, labels) if loss else logits
+
+    out, expected = ours(*leaves), plain(*leaves)
+    assert_close(out, expected)
+    upstream = torch.randn_like(out)
+    assert_close(torch.autograd.grad(out, leaves, upstream), torch.autograd.grad(expected, leaves, upstream))
 
 
 @pytest.mark.parametrize(("H", "K"), [(33, 32), (97, 96)])
@@ -172,16 +212,15 @@ def test_a_corrupt_directory_reads_nothing(column, value):
 
 
 def test_offsets_beyond_two_to_the_31st():
-    """A record at word 2^30; memory exists only for pages that are accessed."""
-    words = 2**30
+    """Records at word 2^30; memory exists only for pages that are accessed."""
+    words, few = 2**30, torch.tensor([0x6B8A1C35, 0x1D2E93F7], dtype=torch.int32)
     records = torch.empty(0, dtype=torch.int32).set_(torch.UntypedStorage((words + 2) * 4), 0, (words + 2,))
-    records[-2:] = torch.tensor([1, 5])
-    directory = torch.tensor([[words, 0x10, 0, 0, 0]], dtype=torch.int32)
+    records[-2:] = few
     tiers = torch.tensor([[0, 1], [1, 1]], dtype=torch.uint8)
-    levels = torch.arange(512).view(4, 128).to(torch.int16) * 32
-    codes = (records, directory, tiers, levels)
-    basis = torch.eye(32, 3)
-    rows = gather_decode(
-        torch.tensor([0, 1]), *codes, torch.ones(2), basis, embedding_dim=3, backend="triton"
-    )
-    assert torch.equal(rows, torch.tensor([[1.0, 2, 4], [1, 2, 5]]) / 128)
+
+    def rows(records, first):
+        directory = torch.tensor([[first, 0x10, 0, 0, 0]], dtype=torch.int32)
+        codes = (records, directory, tiers, packed_levels(), torch.ones(2), torch.eye(32, 3))
+        return gather_decode(torch.tensor([0, 1]), *codes, embedding_dim=3, backend="triton")
+
+    assert torch.equal(rows(records, words), rows(few, 0))
