@@ -135,8 +135,10 @@ def records_of(codes: Tensor, bits: tuple[int, ...]) -> Tensor:
 
 def _placed(codes: np.ndarray, places: Tensor) -> np.ndarray:
     """Words (n,) of codes (n, k), each shifted to its place."""
-    shifted = codes.astype(np.uint32) << places.numpy().astype(np.uint32)
-    return np.bitwise_or.reduce(shifted, axis=1)
+    words: np.ndarray = np.bitwise_or.reduce(
+        codes.astype(np.uint32) << places.numpy().astype(np.uint32), axis=1
+    )
+    return words
 
 
 # ---- values ------------------------------------------------------------------------------------------
