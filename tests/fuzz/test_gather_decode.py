@@ -80,7 +80,7 @@ def packed(case: Case) -> tuple[dict[str, Tensor | None], torch.Generator]:
         records=torch.randint(-(2**31), 2**31, (words,), generator=generator).to(torch.int32),
         directory=directory_of(tier_of, tiers),
         tiers=torch.tensor(described, dtype=torch.uint8),
-        levels=torch.randint(-(2**15), 2**15, (4, 128), generator=generator).to(torch.int16),
+        levels=torch.randint(-128, 128, (17, 16), generator=generator).to(torch.int8),
     )
     for name, tensor in tensors.items():
         layout = case["layouts"][name]  # these tensors must keep their values

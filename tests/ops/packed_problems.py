@@ -48,7 +48,7 @@ class Problem(NamedTuple):
 
 
 def every_tier(H: int, K: int) -> list[Tier]:
-    """Every width; different widths with an empty group; rows with fewer groups, or none."""
+    """Every width; different widths with an empty group; rows with fewer groups, or none: at most 15."""
     groups, terms = -(-H // 32), K // 32
     tiers = [Tier(False, (bits,) * groups) for bits in range(1, 9)]
     tiers += [
@@ -57,7 +57,7 @@ def every_tier(H: int, K: int) -> list[Tier]:
     ]
     tiers += [Tier(False, (1,)), Tier(False, ())]
     if terms:
-        tiers += [Tier(True, (4, 2, 1)[:terms]), Tier(True, (1,)), Tier(True, (8,) * terms)]
+        tiers += [Tier(True, (4, 2, 1)[:terms]), Tier(True, (8,) * terms)]
         tiers += [Tier(True, ((0, 6) * terms)[:terms])]
     return tiers
 

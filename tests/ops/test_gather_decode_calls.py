@@ -15,7 +15,7 @@ from embkern.ops.gather_decode import decode_rows
 from embkern.ops.packed_format import PackedTensors
 from embkern.tables.packed import TENSORS
 from tests.conftest import compile_counting
-from tests.ops.packed_problems import problem, small
+from tests.ops.packed_problems import problem, random_levels, small
 
 OP = "gather_decode"
 
@@ -135,8 +135,8 @@ def test_the_error_names_the_id(backend, device):
         (dict(tiers=torch.zeros(4, dtype=torch.uint8)), ValueError, r"tiers: expected shape \(T, 1 \+ G\)"),
         (dict(tiers=torch.zeros(17, 2, dtype=torch.uint8)), ValueError, "T up to 16"),
         (dict(tiers=torch.zeros(4, 2, dtype=torch.int32)), TypeError, "tiers: expected dtype torch.uint8"),
-        (dict(levels=torch.zeros(4, 64, dtype=torch.int16)), ValueError, r"levels: expected shape \(4, 128"),
-        (dict(levels=torch.zeros(4, 128)), TypeError, "levels: expected dtype torch.int16"),
+        (dict(levels=torch.zeros(17, 8, dtype=torch.int8)), ValueError, r"levels: expected shape \(17, 16"),
+        (dict(levels=torch.zeros(17, 16)), TypeError, "levels: expected dtype torch.int8"),
         (dict(scales=torch.zeros(40, 1)), ValueError, r"scales: expected shape \(40,\)"),
         (dict(basis=torch.zeros(31, 5)), ValueError, "basis: expected shape .* a multiple of 32"),
         (dict(basis=torch.zeros(32, 6)), ValueError, r"basis: expected shape \(K, 5\)"),
@@ -212,7 +212,7 @@ records = torch.frombuffer(memory, dtype=torch.int32, count=V)  # a word, one gr
 directory = torch.zeros(V // 32, 5, dtype=torch.int32)
 directory[:, 0] = torch.arange(V // 32) * 32
 tiers, ids = torch.tensor([[0, 1]], dtype=torch.uint8), torch.arange(V - 1, -1, -1)
-levels, scales = torch.zeros(4, 128, dtype=torch.int16), torch.ones(V)
+levels, scales = torch.zeros(17, 16, dtype=torch.int8), torch.ones(V)
 changed = [(tiers[0, 1:], 8), (directory[-1], 2**30), (ids[-1:], 2**40)]
 before, done = [part.clone() for part, _ in changed], False
 def write():
@@ -242,21 +242,16 @@ def test_offsets_beyond_two_to_the_31st(native):
     """A record at word 2^30; memory exists only for pages that are accessed."""
     words = 2**30
     records = torch.empty(0, dtype=torch.int32).set_(torch.UntypedStorage((words + 2) * 4), 0, (words + 2,))
-    records[-2:] = torch.tensor([1, 5])
-    directory = torch.tensor([[words, 0, 0, 0, 0]], dtype=torch.int32)
-    levels = (torch.arange(512).view(4, 128) % 8 * 4096).to(torch.int16)
-    tiers = torch.tensor([[0, 1]], dtype=torch.uint8)
-    rows = gather_decode(
-        torch.tensor([0, 1]),
-        records,
-        directory,
-        tiers,
-        levels,
-        torch.ones(2),
-        embedding_dim=3,
-        backend=native,
-    )
-    assert torch.equal(rows, torch.tensor([[1.0, 2, 4], [1, 2, 5]]))
+    last = torch.tensor([123456789, -987654321], dtype=torch.int32)
+    records[-2:] = last
+    tiers, levels = torch.tensor([[0, 1]], dtype=torch.uint8), random_levels()
+
+    def rows(records, start):
+        codes = (records, torch.tensor([[start, 0, 0, 0, 0]], dtype=torch.int32), tiers, levels)
+        ids = torch.tensor([0, 1])
+        return gather_decode(ids, *codes, torch.ones(2), embedding_dim=30, backend=native)
+
+    assert torch.equal(rows(records, words), rows(last, 0))
 
 
 def test_no_dtype_change_under_autocast(backend, device):

@@ -182,7 +182,7 @@ def test_a_damaged_directory_is_refused_and_never_followed(native):
         (dict(scales=torch.ones(0)), ValueError, "scales: expected"),
         (dict(offset=torch.ones(33).double()), TypeError, "offset: expected dtype"),
         (dict(tiers=torch.ones(17, 2, dtype=torch.uint8)), ValueError, "tiers: expected"),
-        (dict(levels=torch.zeros(4, 128)), TypeError, "levels: expected dtype"),
+        (dict(levels=torch.zeros(17, 16)), TypeError, "levels: expected dtype"),
         (dict(hidden=torch.ones(3, 33, device="meta")), ValueError, "hidden: expected device cpu"),
     ],
 )  # fmt: skip

@@ -1,15 +1,15 @@
 // Bit widths as constants.
 
-// Calls body(width) with a constant equal to `bits`, 0 to MOST. Other numbers count as 0.
-template <int MOST, class Body>
+// Calls body(width) with a constant equal to `bits`, 0 to MOST. Other numbers count as MOST.
+template <int MOST, int LEAST = 0, class Body>
 EMBKERN_INLINE void with_bits(int bits, Body body) {
-  if constexpr (MOST == 0) {
-    body(std::integral_constant<int, 0>{});
+  if constexpr (LEAST == MOST) {
+    body(std::integral_constant<int, MOST>{});
   } else {
-    if (bits == MOST)
-      body(std::integral_constant<int, MOST>{});
+    if (bits == LEAST)
+      body(std::integral_constant<int, LEAST>{});
     else
-      with_bits<MOST - 1>(bits, body);
+      with_bits<MOST, LEAST + 1>(bits, body);
   }
 }
 

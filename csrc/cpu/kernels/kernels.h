@@ -98,45 +98,35 @@ struct SoftmaxGradient {
 
 // ---- packed tables ------------------------------------------------------------------------------------------
 
-// The number of states of the trellis of codes of up to four bits.
+// The states of the encoder's trellis of codes of up to four bits.
 constexpr int kStateBits = 7, kTrellisStates = 1 << kStateBits;
 
-// A bit of the index that selects the value of a code: bit `plane` of the code `before` values earlier.
-struct IndexBit {
-  int plane, before;
+constexpr int kTrellisBits = 4;  // codes of up to so many bits are trellis codes, wider ones are uniform
+constexpr int kMostBits = 8;
+constexpr int64_t kLevelTables = 17, kTableEntries = 16;
+
+// Groups of 32 values that follow each other in a row and have as many bits each.
+struct Run {
+  int64_t groups;
+  int bits;
 };
 
-// Up to 4 bits an index has the bits of the trellis state, ordered by plane, and the oldest bit of a plane
-// first: those of one plane are neighbours in it, so that one shift brings all of them to their place. The
-// index of a wider code is the code.
-constexpr IndexBit index_bit(int bits, int bit) {
-  if (bits > 4) return {bit, 0};
-  int plane = 0, first = 0;
-  const auto count = [&] { return (kStateBits - plane + bits - 1) / bits; };
-  while (first + count() <= bit) first += count(), ++plane;
-  return {plane, first + count() - 1 - bit};
-}
+// The parts of a record: the words of its stream of steps, a ring, and of the further bits of codes of 3 and 4
+// bits; the words of its wider codes lie behind them. Each part has its groups in the order of the row.
+struct RecordLayout {
+  const Run *runs, *end;
+  int64_t stream, further;
+};
 
-// The trellis state of an index.
-constexpr int state_of_index(int bits, int index) {
-  int state = 0;
-  for (int bit = 0; bit < kStateBits; ++bit) {
-    const IndexBit from = index_bit(bits, bit);
-    state |= (index >> bit & 1) << (from.before * bits + from.plane);
-  }
-  return state;
-}
-
-// A record of a packed table: per group of 32 values one word for each bit of its codes. Bit i of word p is bit
-// p of the code of value i.
+// A record of a packed table.
 template <class T>
 struct PackedRow {
   const int32_t* words;
-  const uint8_t* bits;  // per group; the groups' words follow each other
-  int64_t groups, width;
-  const int16_t* levels;  // in steps of 2^-12, kTrellisStates each for 1 to 4 bits, by index
+  // By address, since it is loaded at once: of a copy, stores would be under way.
+  const RecordLayout* layout;
+  int64_t width;
+  const int8_t* levels;  // kLevelTables of kTableEntries in steps of 2^-5
   acc_t<T> factor;
-  int64_t equal = 1;  // so many groups at the start, or more, have as many bits as the first one
 };
 
 // A row to be quantized value by value, in units of a spread per column. A code stands for the level nearest to
@@ -203,7 +193,7 @@ struct Kernels {
   double (*row_power)(const T* output, const T* target, int64_t width, double alpha, A* slope);
   void (*row_gradient)(const T* output, const T* target, int64_t width, const RowGradient<A>& coefficients,
                        T* grad);  // may be `output`
-  // to[j] = factor * value[j] + scale * offset[j] for j < width; values beyond the groups are 0.
+  // to[j] = factor * value[j] + scale * offset[j] for j < width; values beyond the runs are 0.
   void (*decode_row)(const PackedRow<T>&, const T* offset, A scale, T* to);
   // to[j] = factor * value[j] in the sums' type, for project_sums; the width is a multiple of 32.
   void (*decode_coefficients)(const PackedRow<T>&, void* to);

@@ -1,43 +1,39 @@
 // Products of a row with vectors. The values of a packed row are multiplied while they are in registers.
 
-// total[n] += values * factors[n] for groups `group` to `last`, all of BITS bits. Returns the words after them.
+// Groups `group` to `last` of a record, all of BITS bits: total[n] += values * factors[n].
 template <int N, int BITS>
-EMBKERN_INLINE const int32_t* add_products(int64_t group, int64_t last, const int32_t* words,
-                                           const int16_t* levels, const float* const* factors,
-                                           Vector<float> (&total)[N]) {
+EMBKERN_INLINE void add_products(RecordReader& record, const int8_t* levels, int64_t group, int64_t last,
+                                 const float* const* factors, Vector<float> (&total)[N]) {
   if constexpr (BITS > 0) {
-    constexpr int kChains = N < 4 ? 2 : 1;  // independent sums, to hide the latency of an addition
-    const GroupDecoder<BITS> decoder(levels);
+    // Independent sums hide the latency of an addition. Each of two groups that are decoded together has its
+    // own.
+    constexpr int kChains = std::clamp(kRegisters / (4 * N), 1, N == 1 ? kRegisters / 8 : 2);
     Vector<float> sum[N][kChains] = {};
-    for (; group < last; ++group, words += BITS) {
-      Vector<float> values[kGroupVectors];
-      decoder.steps(words, values);
-      EMBKERN_UNROLL for (int n = 0; n < N; ++n) {
-        const float* from = factors[n] + group * 32;
-        EMBKERN_UNROLL for (int v = 0; v < kGroupVectors; ++v) sum[n][v % kChains] =
-            sum[n][v % kChains] + values[v] * load(from + v * kLanes<float>);
-      }
-    }
+    decode_groups<BITS>(
+        record, levels, group, last, [&](int64_t each, const Vector<float>* values, auto which) {
+          EMBKERN_UNROLL for (int n = 0; n < N; ++n) {
+            const float* from = factors[n] + each * 32;
+            EMBKERN_UNROLL for (int v = 0; v < kGroupVectors; ++v) {
+              Vector<float>& own = sum[n][(decltype(which)::value * kGroupVectors + v) % kChains];
+              own = own + values[v] * load(from + v * kLanes<float>);
+            }
+          }
+        });
     EMBKERN_UNROLL for (int n = 0; n < N; ++n) {
       EMBKERN_UNROLL for (int chain = 1; chain < kChains; ++chain) sum[n][0] = sum[n][0] + sum[n][chain];
-      total[n] = total[n] + GroupDecoder<BITS>::kStep * sum[n][0];
+      total[n] = total[n] + kStep<BITS> * sum[n][0];
     }
   }
-  return words;
 }
 
 template <class A, int N>
 EMBKERN_INLINE void products_of_row(const PackedRow<A>& row, const A* const* factors, A* out) {
   Vector<A> total[N] = {};
   if constexpr (std::is_same_v<A, float>) {
-    const int32_t* words = row.words;
-    for (int64_t group = 0, last; group < row.groups; group = last) {
-      const int bits = row.bits[group];
-      for (last = group + 1; last < row.groups && row.bits[last] == bits;) ++last;
-      with_bits<8>(bits, [&](auto width) {
-        words = add_products<N, width.value>(group, last, words, row.levels, factors, total);
-      });
-    }
+    RecordReader record(row.words, *row.layout);
+    for_runs(row, [&](auto bits, int64_t group, int64_t last) {
+      add_products<N, decltype(bits)::value>(record, row.levels, group, last, factors, total);
+    });
   } else {
     for_values<A>(row, [&](int64_t first, const Vector<A>* values, A step) {
       for (int v = 0; v < kVectorsOfGroup<A>; ++v)

@@ -1,7 +1,7 @@
 // gather_decode: out[n] = scale * (scales[id] * row + offset); row is the values of a record, or values @ basis
 //
 //   ids (*) int32|int64, records (W,) int32, directory (ceil(V / 32), 5) int32, tiers (T, 1 + G) uint8, levels
-//   (4, 128) int16|int32, scales (V,), basis (K, H) or none, offset (H,) or none -> out (*, H) of scales'
+//   (17, 16) int8, scales (V,), basis (K, H) or none, offset (H,) or none -> out (*, H) of scales'
 //   dtype. docs/packed-format.md describes the format.
 //
 // Two passes. The first one runs over the positions in order. It writes rows of values: H b / 8 bytes read, H
@@ -51,16 +51,14 @@ struct Lookup {
     const int32_t* record;
   };
 
-  PackedRow<T> packed(const Row& row, const uint8_t* bits, int64_t groups, int64_t width, A factor) const {
-    return {row.record, bits, groups, width, table.levels, static_cast<A>(scales[row.id]) * factor};
+  PackedRow<T> packed(const Row& row, const RecordLayout& layout, int64_t width, A factor) const {
+    return {row.record, &layout, width, table.levels, static_cast<A>(scales[row.id]) * factor};
   }
 
   // ---- rows of values ----
 
   void decode(const Row& row, T* to) const {
-    PackedRow<T> record = packed(row, table.bits(row.tier), table.used[row.tier], table.width, scale);
-    record.equal = table.tiers->equal[row.tier];
-    kernel.decode_row(record, offset, scale, to);
+    kernel.decode_row(packed(row, table.tiers->layout(row.tier), table.width, scale), offset, scale, to);
   }
 
   T* place(int64_t position) const { return out + position * table.width; }
@@ -131,36 +129,32 @@ struct Lookup {
 
   // ---- rows of coefficients ----
 
-  // The groups of a tier that have bits, and the rows of the basis that belong to them.
-  struct Terms {
-    std::vector<uint8_t> bits;
-    std::vector<const T*> rows;
-  };
+  // The rows of the basis that belong to groups of a tier that have bits.
+  using Terms = std::vector<const T*>;
 
   void find_terms(int64_t tier, Terms& terms) const {
-    terms.bits.clear(), terms.rows.clear();
+    terms.clear();
     for (int64_t group = 0; group < table.used[tier]; ++group) {
       if (table.bits(tier)[group] == 0) continue;
-      terms.bits.push_back(table.bits(tier)[group]);
-      for (int64_t p = group * kGroup; p < (group + 1) * kGroup; ++p)
-        terms.rows.push_back(basis + p * table.width);
+      for (int64_t p = group * kGroup; p < (group + 1) * kGroup; ++p) terms.push_back(basis + p * table.width);
     }
   }
 
   // Multiplies up to kProductRows rows of a tier with the basis.
   void product(const Row* rows, int64_t m, const Terms& terms) const {
     thread_local Buffer<double> scratch;
-    const int64_t groups = terms.bits.size(), k = groups * kGroup;
+    const RecordLayout& layout = table.tiers->stored_layout(rows->tier);
+    const int64_t k = terms.size();
     const int64_t bytes = k * static_cast<int64_t>(kernel.sums_in_element_type ? sizeof(T) : sizeof(A));
     char* values = reinterpret_cast<char*>(scratch.resize((m * bytes + 7) / 8));
     const void* left[kProductRows];
     T* to[kProductRows];
     for (int64_t i = 0; i < m; ++i, values += bytes) {
-      kernel.decode_coefficients(packed(rows[i], terms.bits.data(), groups, k, 1), values);
+      kernel.decode_coefficients(packed(rows[i], layout, k, 1), values);
       left[i] = values;
       to[i] = place(rows[i].position);
     }
-    kernel.project_sums({m, k, 0, table.width, 0, left, terms.rows.data(), offset, scale, to});
+    kernel.project_sums({m, k, 0, table.width, 0, left, terms.data(), offset, scale, to});
   }
 
   // The products of at most kFewRows rows, which change their order.
@@ -194,7 +188,7 @@ struct Lookup {
       const int64_t last = begin[tier + 1];
       if (begin[tier] == last) continue;
       find_terms(tier, all[tier]);
-      work += (last - begin[tier]) * width * (2 + all[tier].rows.size() / 2);
+      work += (last - begin[tier]) * width * (2 + all[tier].size() / 2);
       for (int64_t i = begin[tier]; i < last; i += share) tasks.push_back({i, std::min(last, i + share), tier});
     }
     std::vector<Row> rows(distinct.count());

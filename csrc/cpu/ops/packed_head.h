@@ -141,8 +141,7 @@ struct Head {
   }
 
   PackedRow<A> packed(const Row& row, A factor) const {
-    const int64_t groups = table.used[row.tier];
-    return {row.record, table.bits(row.tier), groups, groups * kGroup, table.levels, factor};
+    return {row.record, &table.tiers->layout(row.tier), table.used[row.tier] * kGroup, table.levels, factor};
   }
 
   // ---- many hidden states ----

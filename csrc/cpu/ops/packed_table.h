@@ -2,10 +2,12 @@
 // docs/packed-format.md describes the format.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "cpu/common/arguments.h"
@@ -16,7 +18,7 @@
 namespace embkern {
 namespace {  // torch's Tensor is hidden, and so must be what holds one
 
-constexpr int64_t kGroup = 32, kMaxTiers = 16, kLevelBits = 4;
+constexpr int64_t kGroup = 32, kMaxTiers = 16;
 
 // A tensor, or a contiguous copy of it. Copies of a Tensor count references, which is most of the time that the
 // arguments of a small call take.
@@ -42,7 +44,6 @@ struct Tiers {
   std::vector<uint8_t> bytes;
   int64_t count, groups, basis_rows, width;
   std::array<int64_t, kMaxTiers> size{}, used{};  // words and groups of a tier's record
-  std::array<int64_t, kMaxTiers> equal{};         // groups at its start that have as many bits as the first
   std::array<int32_t, 256> pair;                  // words of two records, by the byte with their tiers
 
   Tiers(const uint8_t* all, int64_t count, int64_t groups, int64_t basis_rows, int64_t width)
@@ -56,37 +57,51 @@ struct Tiers {
       const int64_t most = own[0] != 0 ? basis_rows : width + kGroup - 1;
       for (int64_t group = 0; group < groups; ++group) {
         const int64_t bits = own[1 + group];
-        check(bits <= 8 && (bits == 0 || (group + 1) * kGroup <= most / kGroup * kGroup),
+        check(bits <= kMostBits && (bits == 0 || (group + 1) * kGroup <= most / kGroup * kGroup),
               "tiers: expected up to 8 bits in a group of the row, got ", bits, " in group ", group,
               " of tier ", tier);
         size[tier] += bits;
         if (bits) used[tier] = group + 1;
-        if (equal[tier] == group && bits == own[1]) equal[tier] = group + 1;
       }
+      lay_out(tier, own + 1);
     }
     for (size_t i = 0; i < pair.size(); ++i) pair[i] = static_cast<int32_t>(size[i & 15] + size[i >> 4]);
   }
+
+  Tiers(const Tiers&) = delete;
 
   bool from(const uint8_t* all, int64_t count_, int64_t groups_, int64_t basis_rows_, int64_t width_) const {
     return count == count_ && groups == groups_ && basis_rows == basis_rows_ && width == width_ &&
            std::memcmp(bytes.data(), all, bytes.size()) == 0;
   }
-};
 
-// The levels of a table, by index instead of state.
-struct Levels {
-  static constexpr int64_t kCount = kLevelBits * kTrellisStates;
-  std::array<int16_t, kCount> given, by_index;
+  // The layout of a tier's record with the groups up to the last one that has bits, and with only those that
+  // have bits.
+  const RecordLayout& layout(int64_t tier) const { return layouts_[tier]; }
+  const RecordLayout& stored_layout(int64_t tier) const { return stored_layouts_[tier]; }
 
-  explicit Levels(const int16_t* levels) {
-    std::memcpy(given.data(), levels, sizeof(given));
-    for (int bits = 1; bits <= kLevelBits; ++bits) {
-      const int64_t first = kTrellisStates * (bits - 1);
-      for (int i = 0; i < kTrellisStates; ++i) by_index[first + i] = given[first + state_of_index(bits, i)];
+ private:
+  std::array<std::vector<Run>, kMaxTiers> runs_, stored_runs_;
+  std::array<RecordLayout, kMaxTiers> layouts_{}, stored_layouts_{};
+
+  void lay_out(int64_t tier, const uint8_t* bits) {
+    std::vector<Run>&all = runs_[tier], &stored = stored_runs_[tier];
+    int64_t stream = 0, further = 0;
+    for (int64_t group = 0; group < used[tier]; ++group) {
+      append(all, bits[group]);
+      if (bits[group] > 0) append(stored, bits[group]);
+      if (bits[group] == 0 || bits[group] > kTrellisBits) continue;
+      stream += std::min<int64_t>(bits[group], 2);
+      further += std::max<int64_t>(bits[group] - 2, 0);
     }
+    layouts_[tier] = {all.data(), all.data() + all.size(), stream, further};
+    stored_layouts_[tier] = {stored.data(), stored.data() + stored.size(), stream, further};
   }
 
-  bool from(const int16_t* levels) const { return std::memcmp(given.data(), levels, sizeof(given)) == 0; }
+  static void append(std::vector<Run>& to, int bits) {
+    if (to.empty() || to.back().bits != bits) to.push_back({0, bits});
+    ++to.back().groups;
+  }
 };
 
 // What follows from tensors of a call. Each thread keeps that of its latest tables and recognises it by their
@@ -104,25 +119,23 @@ std::shared_ptr<const Derived> derived(From... from) {
   return made;
 }
 
-// The levels of a tensor. Files have int16, modules int32, since gloo and NCCL do not send int16.
-inline std::shared_ptr<const Levels> checked_levels(const Tensor& tensor) {
-  check_tensor("levels", tensor, 2,
-               tensor.scalar_type() == ScalarType::Int ? ScalarType::Int : ScalarType::Short);
-  check_size("levels", tensor, 0, kLevelBits);
-  check_size("levels", tensor, 1, kTrellisStates);
-  if (tensor.scalar_type() == ScalarType::Short)
-    return derived<Levels>(static_cast<const int16_t*>(tensor.const_data_ptr()));
-  const int32_t* wide = static_cast<const int32_t*>(tensor.const_data_ptr());
-  std::array<int16_t, Levels::kCount> narrowed;
-  for (int64_t i = 0; i < Levels::kCount; ++i) narrowed[i] = static_cast<int16_t>(wide[i]);
-  return derived<Levels>(static_cast<const int16_t*>(narrowed.data()));
+inline const int8_t* checked_levels(const Tensor& tensor) {
+  const bool fits = tensor.dim() == 2 && tensor.size(0) == kLevelTables && tensor.size(1) == kTableEntries;
+  if (!fits || tensor.scalar_type() != ScalarType::Char) {
+    std::string shape;
+    for (int64_t dim = 0; dim < tensor.dim(); ++dim)
+      shape += (dim ? ", " : "") + std::to_string(tensor.size(dim));
+    check(false, "levels: expected dtype int8 of shape (", kLevelTables, ", ", kTableEntries, "), got ",
+          torch::headeronly::toString(tensor.scalar_type()), " of shape (", shape, ")");
+  }
+  check_tensor("levels", tensor, 2, ScalarType::Char);
+  return static_cast<const int8_t*>(tensor.const_data_ptr());
 }
 
 // A checked table.
 struct PackedTable {
   const int32_t *records, *directory;
-  const int16_t* levels;  // by index
-  std::shared_ptr<const Levels> all_levels;
+  const int8_t* levels;
   std::shared_ptr<const Tiers> tiers;
   int64_t count, vocabulary, words;  // numbers of tiers, rows, words of the records
   int64_t basis_rows, width;
@@ -184,8 +197,7 @@ inline PackedTable checked_table(const Tensor& records, const Tensor& directory,
   PackedTable table;
   table.records = static_cast<const int32_t*>(records.const_data_ptr());
   table.directory = static_cast<const int32_t*>(directory.const_data_ptr());
-  table.all_levels = checked_levels(levels);
-  table.levels = table.all_levels->by_index.data();
+  table.levels = checked_levels(levels);
   table.count = tiers.size(0), table.vocabulary = scales.size(0);
   table.words = records.size(0), table.width = width, table.basis_rows = 0;
   if (basis) {

@@ -70,7 +70,6 @@ EMBKERN_INLINE Vector<float> spread_quarter(Vector<float> x) {
 }
 
 #include "cpu/simd/lanewise.inl"
-#include "cpu/simd/planes.inl"
 #include "cpu/simd/power.inl"
 
 // x * 2^whole in two factors, so that the result may be subnormal or infinite; |whole| <= 250.
@@ -81,104 +80,152 @@ EMBKERN_INLINE Vector<float> times_power_of_two(Vector<float> x, Vector<float> w
 
 #include "cpu/simd/exponential.inl"
 
-// The indices of the 32 values of a group, a byte each.
-using GroupIndices = __m256i;
+// ---- groups of a packed table -------------------------------------------------------------------------------
 
-// Bytes whose bits from the window of PLANE on are those of the indices; others are arbitrary. Value 8 k + j is
-// byte k of word j, the plane rotated.
-template <int BITS, int PLANE>
-EMBKERN_INLINE __m256i windows(const int32_t* words) {
-  constexpr int kFirst = Window<BITS, PLANE>::kFirst;
-  const __m256i plane = _mm256_set1_epi32(words[PLANE]);
-  const __m256i right =
-      _mm256_setr_epi32(kFirst % 32, (kFirst + 1) % 32, (kFirst + 2) % 32, (kFirst + 3) % 32, (kFirst + 4) % 32,
-                        (kFirst + 5) % 32, (kFirst + 6) % 32, (kFirst + 7) % 32);
-  const __m256i left = _mm256_sub_epi32(_mm256_set1_epi32(32), right);
-  const __m256i own = _mm256_or_si256(_mm256_srlv_epi32(plane, right), _mm256_sllv_epi32(plane, left));
-  if constexpr (PLANE + 1 == BITS) {
-    return own;
-  } else {
-    const __m256i below = _mm256_set1_epi8(Window<BITS, PLANE + 1>::kBelow);
-    return _mm256_or_si256(_mm256_and_si256(below, own),
-                           _mm256_andnot_si256(below, windows<BITS, PLANE + 1>(words)));
-  }
+// The codes of the 32 values of a group of 5 to 8 bits, a byte each.
+using GroupCodes = __m256i;
+
+// Lane by lane, whether each byte has its own one of the 64 bits of 8 bytes: bytes 8 i to 8 i + 7 test byte
+// OWN[i] of `words`.
+template <int... OWN>
+EMBKERN_INLINE __m256i tested_bits(__m256i words) {
+  constexpr int64_t kEach = 0x0101010101010101;
+  const __m256i own_byte = _mm256_setr_epi64x((OWN * kEach)...);
+  const __m256i own_bit = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201ull));
+  return _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(words, own_byte), own_bit), own_bit);
 }
 
-template <int BITS, int COUNT>
-EMBKERN_INLINE GroupIndices group_indices(const int32_t* words) {
-  if constexpr (BITS <= 4) {
-    const __m256i index = _mm256_and_si256(windows<BITS, 0>(words), _mm256_set1_epi8((1 << COUNT) - 1));
-    const __m256i columns = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12,
-                                             1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    return _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(index, columns), order);
-  } else {
-    // Byte i of a plane's word is spread over lanes 8 i to 8 i + 7, each of which tests its own bit.
-    const __m256i own_byte = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2,
-                                              2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
-    const __m256i own_bit = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201ull));
-    __m256i index = _mm256_setzero_si256();
-    for_planes<BITS, COUNT>(words, [&](int bit, uint32_t plane) {
-      const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(plane)), own_byte);
-      const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, own_bit), own_bit);
-      index = _mm256_or_si256(index, _mm256_and_si256(set, _mm256_set1_epi8(static_cast<char>(1 << bit))));
-    });
-    return index;
+template <int BITS>
+EMBKERN_INLINE GroupCodes group_codes(const int32_t* words) {
+  __m256i codes = _mm256_setzero_si256();
+  EMBKERN_UNROLL for (int bit = 0; bit < BITS; ++bit) {
+    const __m256i set = tested_bits<0, 1, 2, 3>(_mm256_set1_epi32(words[bit]));
+    codes = _mm256_or_si256(codes, _mm256_and_si256(set, _mm256_set1_epi8(static_cast<char>(1 << bit))));
   }
+  return codes;
 }
 
-EMBKERN_INLINE void to_floats(const GroupIndices& indices, Vector<float>* values) {
-  const __m128i low = _mm256_castsi256_si128(indices), high = _mm256_extracti128_si256(indices, 1);
+EMBKERN_INLINE void to_floats(const GroupCodes& codes, Vector<float>* values) {
+  const __m128i low = _mm256_castsi256_si128(codes), high = _mm256_extracti128_si256(codes, 1);
   values[0] = (Vector<float>)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(low));
   values[1] = (Vector<float>)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(low, 8)));
   values[2] = (Vector<float>)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(high));
   values[3] = (Vector<float>)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(high, 8)));
 }
 
-// A table of 128 integers. The low and the high bytes of 16 entries are a table of one shuffle each, and bits 4
-// to 6 of an index choose among eight of them: a gather of 32 entries takes twice as long.
-class Table128 {
- public:
-  static constexpr float kUnit = 1;  // of the results
-
-  EMBKERN_INLINE explicit Table128(const int16_t* entries) {
-    EMBKERN_UNROLL for (int i = 0; i < 8; ++i) {
-      const __m256i some = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(entries + 16 * i));
-      low_[i] = both_halves(_mm256_and_si256(some, _mm256_set1_epi16(0xff)));
-      high_[i] = both_halves(_mm256_srli_epi16(some, 8));
-    }
-  }
-
-  EMBKERN_INLINE void look_up(const GroupIndices& indices, Vector<float>* values) const {
-    const __m256i low = bytes(low_, indices), high = bytes(high_, indices);
-    const __m256i even = _mm256_unpacklo_epi8(low, high), odd = _mm256_unpackhi_epi8(low, high);
-    values[0] = to_float(_mm256_castsi256_si128(even));
-    values[1] = to_float(_mm256_castsi256_si128(odd));
-    values[2] = to_float(_mm256_extracti128_si256(even, 1));
-    values[3] = to_float(_mm256_extracti128_si256(odd, 1));
-  }
-
- private:
-  // 16 numbers below 256 to bytes, in both halves.
-  static EMBKERN_INLINE __m256i both_halves(__m256i numbers) {
-    return _mm256_broadcastsi128_si256(
-        _mm_packus_epi16(_mm256_castsi256_si128(numbers), _mm256_extracti128_si256(numbers, 1)));
-  }
-
-  static EMBKERN_INLINE __m256i bytes(const __m256i* tables, __m256i index) {
-    __m256i found[8];
-    EMBKERN_UNROLL for (int i = 0; i < 8; ++i) found[i] = _mm256_shuffle_epi8(tables[i], index);
-    EMBKERN_UNROLL for (int bit = 4; bit < 7; ++bit) {
-      const __m256i chosen = _mm256_slli_epi16(index, 7 - bit);  // the bit becomes the sign of its byte
-      EMBKERN_UNROLL for (int i = 0; i < 1 << (6 - bit); ++i) found[i] =
-          _mm256_blendv_epi8(found[2 * i], found[2 * i + 1], chosen);
-    }
-    return found[0];
-  }
-
-  static EMBKERN_INLINE Vector<float> to_float(__m128i integers) {
-    return (Vector<float>)_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(integers));
-  }
-
-  __m256i low_[8], high_[8];
+// 64 bytes by position, in two halves.
+struct Block {
+  __m256i low, high;
 };
+
+// 16 bytes in each lane.
+struct Table16 {
+  __m256i lanes;
+};
+
+EMBKERN_INLINE __m256i in_both_lanes(const void* from) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(from)));
+}
+
+EMBKERN_INLINE Table16 table_of_16(const int8_t* entries) { return {in_both_lanes(entries)}; }
+
+// 16 bytes in each lane, shifted by twice its number.
+EMBKERN_INLINE Block shifted_by_lane(__m256i lanes) {
+  return {_mm256_srlv_epi64(lanes, _mm256_setr_epi64x(0, 0, 2, 2)),
+          _mm256_srlv_epi64(lanes, _mm256_setr_epi64x(4, 4, 6, 6))};
+}
+
+// The windows of 64 steps of a stream: byte 0 of lane 0 is its first one. `next` are the bytes from byte 8 on.
+EMBKERN_INLINE Block windows_of(__m256i lanes, __m256i next) {
+  const Block own = shifted_by_lane(lanes);
+  return {_mm256_or_si256(own.low, _mm256_sllv_epi64(next, _mm256_setr_epi64x(64, 64, 62, 62))),
+          _mm256_or_si256(own.high, _mm256_sllv_epi64(next, _mm256_setr_epi64x(60, 60, 58, 58)))};
+}
+
+// The windows of 64 steps; 6 words are read.
+EMBKERN_INLINE Block windows(const int32_t* from) {
+  return windows_of(in_both_lanes(from), in_both_lanes(from + 2));
+}
+
+// The same of fewer words, after which `after` follows; windows behind it are arbitrary. No more is read.
+EMBKERN_INLINE Block last_windows(const int32_t* from, int64_t words, int32_t after) {
+  const __m256i place = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i count = _mm256_set1_epi32(static_cast<int>(words));
+  const __m256i some = _mm256_maskload_epi32(from, _mm256_cmpgt_epi32(count, place));
+  const __m256i all = _mm256_blendv_epi8(some, _mm256_set1_epi32(after), _mm256_cmpeq_epi32(count, place));
+  return windows_of(_mm256_permute4x64_epi64(all, 0x44), _mm256_permute4x64_epi64(all, 0x99));
+}
+
+// The byte after each one; `next` is the block after `block`.
+EMBKERN_INLINE Block next_bytes(const Block& block, const Block& next) {
+  return {_mm256_alignr_epi8(next.low, block.low, 1), _mm256_alignr_epi8(next.high, block.high, 1)};
+}
+
+EMBKERN_INLINE Block operator+(const Block& x, const Block& y) {
+  return {_mm256_add_epi8(x.low, y.low), _mm256_add_epi8(x.high, y.high)};
+}
+
+// The lowest four bits are those of every byte, shifted; others are arbitrary.
+template <int COUNT>
+EMBKERN_INLINE Block shifted_right(const Block& x) {
+  return {_mm256_srli_epi16(x.low, COUNT), _mm256_srli_epi16(x.high, COUNT)};
+}
+
+EMBKERN_INLINE Block high_nibbles(const Block& x) {
+  const Block shifted = shifted_right<4>(x);
+  const __m256i nibble = _mm256_set1_epi8(15);
+  return {_mm256_and_si256(shifted.low, nibble), _mm256_and_si256(shifted.high, nibble)};
+}
+
+// (x ^ y) & 15
+EMBKERN_INLINE Block low_nibbles_of_difference(const Block& x, const Block& y) {
+  const __m256i nibble = _mm256_set1_epi8(15);
+  return {_mm256_and_si256(_mm256_xor_si256(x.low, y.low), nibble),
+          _mm256_and_si256(_mm256_xor_si256(x.high, y.high), nibble)};
+}
+
+EMBKERN_INLINE Block look_up(const Table16& table, const Block& index) {
+  return {_mm256_shuffle_epi8(table.lanes, index.low), _mm256_shuffle_epi8(table.lanes, index.high)};
+}
+
+// In table `one` where the further bit of a value is set, else in `zero`: bit i of byte j of a group's word is
+// that of byte i of the group in lane j. One word is read unless `two` groups are there.
+EMBKERN_INLINE Block look_up_either(const Table16& zero, const Table16& one, const Block& index,
+                                    const int32_t* further, bool two) {
+  const __m256i words = two ? _mm256_set1_epi64x(load_as<int64_t>(further)) : _mm256_set1_epi32(*further);
+  const Block zeros = look_up(zero, index), ones = look_up(one, index);
+  return {_mm256_blendv_epi8(zeros.low, ones.low, tested_bits<0, 4, 1, 5>(words)),
+          _mm256_blendv_epi8(zeros.high, ones.high, tested_bits<2, 6, 3, 7>(words))};
+}
+
+// `index` with its two lowest bits replaced by the further bits of every value, bits 2 j and 2 j + 1 of its
+// byte of the two words of a group. Those of one group are read unless `two` are there.
+EMBKERN_INLINE Block with_further_bits(const Block& index, const int32_t* further, bool two) {
+  const Block own =
+      shifted_by_lane(two ? in_both_lanes(further) : _mm256_set1_epi64x(load_as<int64_t>(further)));
+  const __m256i lowest = _mm256_set1_epi8(3);
+  return {_mm256_or_si256(_mm256_and_si256(lowest, own.low), _mm256_andnot_si256(lowest, index.low)),
+          _mm256_or_si256(_mm256_and_si256(lowest, own.high), _mm256_andnot_si256(lowest, index.high))};
+}
+
+// Of each lane, the first two words of x and y in turn, and the last two.
+EMBKERN_INLINE Block interleave_low(const Block& x, const Block& y) {
+  return {_mm256_unpacklo_epi32(x.low, y.low), _mm256_unpacklo_epi32(x.high, y.high)};
+}
+EMBKERN_INLINE Block interleave_high(const Block& x, const Block& y) {
+  return {_mm256_unpackhi_epi32(x.low, y.low), _mm256_unpackhi_epi32(x.high, y.high)};
+}
+
+constexpr float kWidenedUnit = 1.0f / (1 << 24);  // of the floats that `widen` makes
+
+// The 32 signed bytes of group GROUP, 0 or 1, of a block.
+template <int GROUP>
+EMBKERN_INLINE void widen(const Block& block, Vector<float>* values) {
+  const __m256i zero = _mm256_setzero_si256();
+  EMBKERN_UNROLL for (int half = 0; half < 2; ++half) {
+    const __m256i bytes = half ? block.high : block.low;
+    const __m256i words = GROUP ? _mm256_unpackhi_epi8(zero, bytes) : _mm256_unpacklo_epi8(zero, bytes);
+    values[half] = (Vector<float>)_mm256_cvtepi32_ps(_mm256_unpacklo_epi16(zero, words));
+    values[2 + half] = (Vector<float>)_mm256_cvtepi32_ps(_mm256_unpackhi_epi16(zero, words));
+  }
+}

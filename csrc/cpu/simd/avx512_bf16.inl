@@ -62,40 +62,18 @@ struct Product<BFloat16> {
   using S = BFloat16;
 };
 
-// By the bits of an index, the highest of eight first: the plane it comes from and its rotation.
-template <int BITS, int COUNT>
-struct PlaneOrder {
-  alignas(32) int32_t planes[8] = {};
-  alignas(32) int32_t rotations[8] = {};
-  constexpr PlaneOrder() {
-    for (int bit = 0; bit < COUNT; ++bit) {
-      planes[7 - bit] = index_bit(BITS, bit).plane;
-      rotations[7 - bit] = index_bit(BITS, bit).before;
-    }
-  }
-};
-template <int BITS, int COUNT>
-constexpr PlaneOrder<BITS, COUNT> kPlaneOrder{};
-
-// One word per plane of the index, the highest bit first, each rotated as index_plane does it; then the bytes
-// of the same 8 values side by side; then a product over GF(2) transposes 8 x 8 bits.
-template <int BITS, int COUNT>
-EMBKERN_INLINE GroupIndices group_indices(const int32_t* words) {
-  const auto all = [](const int32_t* from) {
-    return _mm256_load_si256(reinterpret_cast<const __m256i*>(from));
-  };
-  const __m256i planes = all(kPlaneOrder<BITS, COUNT>.planes),
-                rotations = all(kPlaneOrder<BITS, COUNT>.rotations);
+// A word per plane; then the bytes of the same 8 values side by side, the highest plane first; then a product
+// over GF(2) transposes 8 x 8 bits.
+template <int BITS>
+EMBKERN_INLINE GroupCodes group_codes(const int32_t* words) {
   // 8 bytes of lane i hold byte i / 2 of every plane, the other 8 hold byte 2 + i / 2; of the 8 values there
   // are, `values` selects the lower or the upper four and makes each a word.
-  const __m512i bytes = _mm512_set_epi32(0x1f1b1713, 0x0f0b0703, 0x1d191511, 0x0d090501, 0x1f1b1713, 0x0f0b0703,
-                                         0x1d191511, 0x0d090501, 0x1e1a1612, 0x0e0a0602, 0x1c181410, 0x0c080400,
-                                         0x1e1a1612, 0x0e0a0602, 0x1c181410, 0x0c080400);
+  const __m512i bytes = _mm512_set_epi32(0x03070b0f, 0x13171b1f, 0x0105090d, 0x1115191d, 0x03070b0f, 0x13171b1f,
+                                         0x0105090d, 0x1115191d, 0x02060a0e, 0x12161a1e, 0x0004080c, 0x1014181c,
+                                         0x02060a0e, 0x12161a1e, 0x0004080c, 0x1014181c);
   constexpr int64_t kLower = 0x0008000400020001, kUpper = 0x0080004000200010;
   const __m512i values = _mm512_set_epi64(kUpper, kUpper, kLower, kLower, kUpper, kUpper, kLower, kLower);
-  const __m256i record = _mm256_maskz_loadu_epi32(static_cast<__mmask8>((1 << BITS) - 1), words);
-  const __mmask8 used = static_cast<__mmask8>(0xff << (8 - COUNT));
-  const __m256i rotated = _mm256_rolv_epi32(_mm256_maskz_permutexvar_epi32(used, planes, record), rotations);
-  const __m512i planes_of_8 = _mm512_permutexvar_epi8(bytes, _mm512_castsi256_si512(rotated));
+  const __m256i planes = _mm256_maskz_loadu_epi32(static_cast<__mmask8>((1 << BITS) - 1), words);
+  const __m512i planes_of_8 = _mm512_permutexvar_epi8(bytes, _mm512_castsi256_si512(planes));
   return {_mm512_gf2p8affine_epi64_epi8(values, planes_of_8, 0)};
 }

@@ -115,7 +115,6 @@ EMBKERN_INLINE Rounded nearest_step(Vector<float> values, float step) {
 
 EMBKERN_INLINE void store_codes(const Rounded& rounded, uint8_t* to) { store_bytes(rounded.code, to); }
 
-#include "cpu/simd/planes.inl"
 #include "cpu/simd/power.inl"
 
 EMBKERN_INLINE Vector<float> times_power_of_two(Vector<float> x, Vector<float> whole) {
@@ -126,37 +125,120 @@ EMBKERN_INLINE Vector<float> times_power_of_two(Vector<float> x, Vector<float> w
 
 // ---- groups of a packed table -------------------------------------------------------------------------------
 
-// The indices of the 32 values of a group, a word each, in the order that two unpacking instructions take: lane
-// i of 128 bits has those of values 4 i to 4 i + 3 and 16 + 4 i to 16 + 4 i + 3. Bits above those of an index
-// that selects one of 128 levels may be set.
-struct GroupIndices {
+// The codes of the 32 values of a group of 5 to 8 bits, a word each, in the order that two unpacking
+// instructions take: lane i of 128 bits has those of values 4 i to 4 i + 3 and 16 + 4 i to 16 + 4 i + 3.
+struct GroupCodes {
   __m512i words;
 };
 
-EMBKERN_INLINE void to_floats(const GroupIndices& indices, Vector<float>* values) {
+EMBKERN_INLINE void to_floats(const GroupCodes& codes, Vector<float>* values) {
   const __m512i zero = _mm512_setzero_si512();
-  values[0] = (Vector<float>)_mm512_cvtepi32_ps(_mm512_unpacklo_epi16(indices.words, zero));
-  values[1] = (Vector<float>)_mm512_cvtepi32_ps(_mm512_unpackhi_epi16(indices.words, zero));
+  values[0] = (Vector<float>)_mm512_cvtepi32_ps(_mm512_unpacklo_epi16(codes.words, zero));
+  values[1] = (Vector<float>)_mm512_cvtepi32_ps(_mm512_unpackhi_epi16(codes.words, zero));
 }
 
-// A table of 128 integers in four registers. Two shuffles of 64 entries each look 32 indices up.
-class Table128 {
- public:
-  static constexpr float kUnit = 1.0f / 65536;  // of the results: an upper half of a word, with its sign
-
-  EMBKERN_INLINE explicit Table128(const int16_t* entries) {
-    EMBKERN_UNROLL for (int i = 0; i < 4; ++i) quarter_[i] = _mm512_loadu_si512(entries + 32 * i);
-  }
-
-  EMBKERN_INLINE void look_up(const GroupIndices& indices, Vector<float>* values) const {
-    const __m512i index = indices.words, zero = _mm512_setzero_si512();
-    const __m512i entries = _mm512_mask_blend_epi16(_mm512_test_epi16_mask(index, _mm512_set1_epi16(64)),
-                                                    _mm512_permutex2var_epi16(quarter_[0], index, quarter_[1]),
-                                                    _mm512_permutex2var_epi16(quarter_[2], index, quarter_[3]));
-    values[0] = (Vector<float>)_mm512_cvtepi32_ps(_mm512_unpacklo_epi16(zero, entries));
-    values[1] = (Vector<float>)_mm512_cvtepi32_ps(_mm512_unpackhi_epi16(zero, entries));
-  }
-
- private:
-  __m512i quarter_[4];
+// 64 bytes by position.
+struct Block {
+  __m512i bytes;
 };
+
+// 16 bytes in each lane.
+struct Table16 {
+  __m512i lanes;
+};
+
+EMBKERN_INLINE __m512i in_each_lane(const void* from) {
+  return _mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(from)));
+}
+
+EMBKERN_INLINE Table16 table_of_16(const int8_t* entries) { return {in_each_lane(entries)}; }
+
+EMBKERN_INLINE __m512i shifted_by_lane(__m512i bytes) {
+  return _mm512_srlv_epi64(bytes, _mm512_set_epi64(6, 6, 4, 4, 2, 2, 0, 0));
+}
+
+// The windows of 64 steps of a stream: byte 0 of lane 0 is its first one. `next` are the bytes from byte 8 on.
+EMBKERN_INLINE Block windows_of(__m512i lanes, __m512i next) {
+  const __m512i left = _mm512_set_epi64(58, 58, 60, 60, 62, 62, 64, 64);
+  return {_mm512_or_si512(shifted_by_lane(lanes), _mm512_sllv_epi64(next, left))};
+}
+
+// The windows of 64 steps; 6 words are read.
+EMBKERN_INLINE Block windows(const int32_t* from) {
+  return windows_of(in_each_lane(from), in_each_lane(from + 2));
+}
+
+// The same of fewer words, after which `after` follows; windows behind it are arbitrary. No more is read.
+EMBKERN_INLINE Block last_windows(const int32_t* from, int64_t words, int32_t after) {
+  const __mmask8 end = static_cast<__mmask8>(words < 0 ? 0 : 1 << words);
+  const __m256i some = _mm256_maskz_loadu_epi32(static_cast<__mmask8>(end - (words < 0 ? 0 : 1)), from);
+  const __m256i all = _mm256_mask_set1_epi32(some, end, after);
+  return windows_of(_mm512_broadcast_i32x4(_mm256_castsi256_si128(all)),
+                    _mm512_broadcast_i32x4(_mm256_castsi256_si128(_mm256_alignr_epi32(all, all, 2))));
+}
+
+// The byte after each one; `next` is the block after `block`.
+EMBKERN_INLINE Block next_bytes(const Block& block, const Block& next) {
+  return {_mm512_alignr_epi8(next.bytes, block.bytes, 1)};
+}
+
+EMBKERN_INLINE Block operator+(const Block& x, const Block& y) { return {_mm512_add_epi8(x.bytes, y.bytes)}; }
+
+// The lowest four bits are those of every byte, shifted; others are arbitrary.
+template <int COUNT>
+EMBKERN_INLINE Block shifted_right(const Block& x) {
+  return {_mm512_srli_epi16(x.bytes, COUNT)};
+}
+
+EMBKERN_INLINE Block high_nibbles(const Block& x) {
+  return {_mm512_and_si512(_mm512_srli_epi16(x.bytes, 4), _mm512_set1_epi8(15))};
+}
+
+// (x ^ y) & 15
+EMBKERN_INLINE Block low_nibbles_of_difference(const Block& x, const Block& y) {
+  return {_mm512_ternarylogic_epi32(x.bytes, y.bytes, _mm512_set1_epi8(15), 0x28)};
+}
+
+EMBKERN_INLINE Block look_up(const Table16& table, const Block& index) {
+  return {_mm512_shuffle_epi8(table.lanes, index.bytes)};
+}
+
+// In table `one` where the further bit of a value is set, else in `zero`: bit i of byte j of a group's word is
+// that of byte i of the group in lane j. One word is read unless `two` groups are there.
+EMBKERN_INLINE Block look_up_either(const Table16& zero, const Table16& one, const Block& index,
+                                    const int32_t* further, bool two) {
+  const __m512i words = two ? _mm512_set1_epi64(load_as<int64_t>(further)) : _mm512_set1_epi32(*further);
+  const __m512i own_byte =
+      _mm512_set_epi64(0x0707070707070707, 0x0303030303030303, 0x0606060606060606, 0x0202020202020202,
+                       0x0505050505050505, 0x0101010101010101, 0x0404040404040404, 0);
+  const __m512i own_bit = _mm512_set1_epi64(static_cast<long long>(0x8040201008040201ull));
+  const __mmask64 set = _mm512_test_epi8_mask(_mm512_shuffle_epi8(words, own_byte), own_bit);
+  return {_mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(zero.lanes, index.bytes), set, one.lanes, index.bytes)};
+}
+
+// `index` with its two lowest bits replaced by the further bits of every value, bits 2 j and 2 j + 1 of its
+// byte of the two words of a group. Those of one group are read unless `two` are there.
+EMBKERN_INLINE Block with_further_bits(const Block& index, const int32_t* further, bool two) {
+  const __m512i words = two ? in_each_lane(further) : _mm512_set1_epi64(load_as<int64_t>(further));
+  return {_mm512_ternarylogic_epi32(_mm512_set1_epi8(3), shifted_by_lane(words), index.bytes, 0xca)};
+}
+
+// Of each lane, the first two words of x and y in turn, and the last two.
+EMBKERN_INLINE Block interleave_low(const Block& x, const Block& y) {
+  return {_mm512_unpacklo_epi32(x.bytes, y.bytes)};
+}
+EMBKERN_INLINE Block interleave_high(const Block& x, const Block& y) {
+  return {_mm512_unpackhi_epi32(x.bytes, y.bytes)};
+}
+
+constexpr float kWidenedUnit = 1.0f / (1 << 24);  // of the floats that `widen` makes
+
+// The 32 signed bytes of group GROUP, 0 or 1, of a block.
+template <int GROUP>
+EMBKERN_INLINE void widen(const Block& block, Vector<float>* values) {
+  const __m512i zero = _mm512_setzero_si512();
+  const __m512i words =
+      GROUP ? _mm512_unpackhi_epi8(zero, block.bytes) : _mm512_unpacklo_epi8(zero, block.bytes);
+  values[0] = (Vector<float>)_mm512_cvtepi32_ps(_mm512_unpacklo_epi16(zero, words));
+  values[1] = (Vector<float>)_mm512_cvtepi32_ps(_mm512_unpackhi_epi16(zero, words));
+}

@@ -55,43 +55,159 @@ EMBKERN_INLINE Vector<float> spread_quarter(Vector<float> x) {
 }
 
 #include "cpu/simd/lanewise.inl"
-#include "cpu/simd/planes.inl"
 
-// The indices of the 32 values of a group.
-struct GroupIndices {
+// ---- groups of a packed table -------------------------------------------------------------------------------
+
+// The codes of the 32 values of a group of 5 to 8 bits.
+struct GroupCodes {
   int32_t value[32];
 };
 
-template <int BITS, int COUNT>
-EMBKERN_INLINE GroupIndices group_indices(const int32_t* words) {
-  GroupIndices indices;
+template <int BITS>
+EMBKERN_INLINE GroupCodes group_codes(const int32_t* words) {
+  GroupCodes codes;
   for (int i = 0; i < 32; ++i) {
-    int index = 0;
-    for_planes<BITS, COUNT>(words, [&](int bit, uint32_t plane) { index |= (plane >> i & 1) << bit; });
-    indices.value[i] = index;
+    int code = 0;
+    for (int bit = 0; bit < BITS; ++bit) code |= (words[bit] >> i & 1) << bit;
+    codes.value[i] = code;
   }
-  return indices;
+  return codes;
 }
 
-EMBKERN_INLINE void to_floats(const GroupIndices& indices, Vector<float>* values) {
+EMBKERN_INLINE void to_floats(const GroupCodes& codes, Vector<float>* values) {
   float line[32];
-  for (int i = 0; i < 32; ++i) line[i] = static_cast<float>(indices.value[i]);
+  for (int i = 0; i < 32; ++i) line[i] = static_cast<float>(codes.value[i]);
   std::memcpy(values, line, sizeof(line));
 }
 
-// A table of 128 integers.
-class Table128 {
- public:
-  static constexpr float kUnit = 1;  // of the results
-
-  EMBKERN_INLINE explicit Table128(const int16_t* entries) : entries_(entries) {}
-
-  EMBKERN_INLINE void look_up(const GroupIndices& indices, Vector<float>* values) const {
-    float line[32];
-    for (int i = 0; i < 32; ++i) line[i] = static_cast<float>(entries_[indices.value[i] % 128]);
-    std::memcpy(values, line, sizeof(line));
-  }
-
- private:
-  const int16_t* entries_;
+// 64 bytes by position, of which word 2 j + g has those of group g in lane j.
+struct Block {
+  uint64_t words[8];
 };
+
+constexpr uint64_t kEachByte = 0x0101010101010101;
+
+// The block of function(lane, group).
+template <class Function>
+EMBKERN_INLINE Block block_of(Function function) {
+  Block block;
+  for (int lane = 0; lane < 4; ++lane)
+    for (int group = 0; group < 2; ++group) block.words[2 * lane + group] = function(lane, group);
+  return block;
+}
+
+struct Table16 {
+  const int8_t* entries;
+};
+
+EMBKERN_INLINE Table16 table_of_16(const int8_t* entries) { return {entries}; }
+
+// The windows of 64 steps of a stream: byte 0 of lane 0 is its first one. 6 words are read.
+EMBKERN_INLINE Block windows(const int32_t* from) {
+  uint64_t stream[3];
+  std::memcpy(stream, from, sizeof(stream));
+  return block_of([&](int lane, int group) {
+    const uint64_t next = stream[group + 1] << 1 << (63 - 2 * lane);
+    return stream[group] >> 2 * lane | next;
+  });
+}
+
+// The same of fewer words, after which `after` follows; windows behind it are arbitrary. No more is read.
+EMBKERN_INLINE Block last_windows(const int32_t* from, int64_t words, int32_t after) {
+  int32_t all[6] = {};
+  for (int64_t i = 0; i <= words; ++i) all[i] = i < words ? from[i] : after;
+  return windows(all);
+}
+
+// The byte after each one; `next` is the block after `block`.
+EMBKERN_INLINE Block next_bytes(const Block& block, const Block& next) {
+  return block_of([&](int lane, int group) {
+    const uint64_t after = group ? next.words[2 * lane] : block.words[2 * lane + 1];
+    return block.words[2 * lane + group] >> 8 | after << 56;
+  });
+}
+
+EMBKERN_INLINE Block operator+(const Block& x, const Block& y) {
+  constexpr uint64_t kSign = 128 * kEachByte;
+  return block_of([&](int lane, int group) {
+    const uint64_t a = x.words[2 * lane + group], b = y.words[2 * lane + group];
+    return ((a & ~kSign) + (b & ~kSign)) ^ ((a ^ b) & kSign);
+  });
+}
+
+// The lowest four bits are those of every byte, shifted; others are arbitrary.
+template <int COUNT>
+EMBKERN_INLINE Block shifted_right(const Block& x) {
+  return block_of([&](int lane, int group) { return x.words[2 * lane + group] >> COUNT; });
+}
+
+EMBKERN_INLINE Block high_nibbles(const Block& x) {
+  return block_of([&](int lane, int group) { return x.words[2 * lane + group] >> 4 & 15 * kEachByte; });
+}
+
+// (x ^ y) & 15
+EMBKERN_INLINE Block low_nibbles_of_difference(const Block& x, const Block& y) {
+  return block_of([&](int lane, int group) {
+    return (x.words[2 * lane + group] ^ y.words[2 * lane + group]) & 15 * kEachByte;
+  });
+}
+
+EMBKERN_INLINE Block look_up(const Table16& table, const Block& index) {
+  return block_of([&](int lane, int group) {
+    const uint64_t all = index.words[2 * lane + group];
+    uint64_t found = 0;
+    for (int shift = 0; shift < 64; shift += 8)
+      found |= static_cast<uint64_t>(static_cast<uint8_t>(table.entries[all >> shift & 15])) << shift;
+    return found;
+  });
+}
+
+// In table `one` where the further bit of a value is set, else in `zero`: bit i of byte j of a group's word is
+// that of byte i of the group in lane j. One word is read unless `two` groups are there.
+EMBKERN_INLINE Block look_up_either(const Table16& zero, const Table16& one, const Block& index,
+                                    const int32_t* further, bool two) {
+  const uint32_t words[2] = {static_cast<uint32_t>(further[0]), two ? static_cast<uint32_t>(further[1]) : 0};
+  const Block zeros = look_up(zero, index), ones = look_up(one, index);
+  return block_of([&](int lane, int group) {
+    // A byte eight times, of which each keeps its own bit; then 255 where that is set.
+    const uint64_t own = (words[group] >> 8 * lane & 255) * kEachByte & 0x8040201008040201;
+    const uint64_t mask = ((own + 127 * kEachByte) >> 7 & kEachByte) * 255;
+    return (ones.words[2 * lane + group] & mask) | (zeros.words[2 * lane + group] & ~mask);
+  });
+}
+
+// `index` with its two lowest bits replaced by the further bits of every value, bits 2 j and 2 j + 1 of its
+// byte of the two words of a group. Those of one group are read unless `two` are there.
+EMBKERN_INLINE Block with_further_bits(const Block& index, const int32_t* further, bool two) {
+  const uint64_t words[2] = {load_as<uint64_t>(further), two ? load_as<uint64_t>(further + 2) : 0};
+  return block_of([&](int lane, int group) {
+    return (words[group] >> 2 * lane & 3 * kEachByte) | (index.words[2 * lane + group] & 12 * kEachByte);
+  });
+}
+
+// Of each lane, the first two words of 32 bits of x and y in turn, and the last two.
+template <int HALF>
+EMBKERN_INLINE Block interleave(const Block& x, const Block& y) {
+  return block_of([&](int lane, int group) {
+    const uint64_t a = x.words[2 * lane + HALF] >> 32 * group, b = y.words[2 * lane + HALF] >> 32 * group;
+    return (a & 0xffffffff) | b << 32;
+  });
+}
+EMBKERN_INLINE Block interleave_low(const Block& x, const Block& y) { return interleave<0>(x, y); }
+EMBKERN_INLINE Block interleave_high(const Block& x, const Block& y) { return interleave<1>(x, y); }
+
+constexpr float kWidenedUnit = 1;  // of the floats that `widen` makes
+
+// The 32 signed bytes of group GROUP, 0 or 1, of a block.
+template <int GROUP>
+EMBKERN_INLINE void widen(const Block& block, Vector<float>* values) {
+  int8_t bytes[32];
+  for (int lane = 0; lane < 4; ++lane)
+    for (int q = 0; q < 2; ++q) {
+      const uint32_t four = static_cast<uint32_t>(block.words[2 * lane + GROUP] >> 32 * q);
+      std::memcpy(bytes + 16 * q + 4 * lane, &four, sizeof(four));
+    }
+  float line[32];
+  for (int i = 0; i < 32; ++i) line[i] = bytes[i];
+  std::memcpy(values, line, sizeof(line));
+}

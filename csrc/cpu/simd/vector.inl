@@ -49,14 +49,34 @@ EMBKERN_INLINE Vector<A> constant(A value) {
   return Vector<A>{} + value;
 }
 
-// The sum of the lanes, added pairwise.
-template <class A>
+// ---- sums of lanes ------------------------------------------------------------------------------------------
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define EMBKERN_HAS_SHUFFLEVECTOR 1
+#endif
+#endif
+
+// Every lane and the one D lanes away, added.
+template <int D, class V, int... LANE>
+EMBKERN_INLINE V added_apart(V x, std::integer_sequence<int, LANE...>) {
+#if defined(EMBKERN_HAS_SHUFFLEVECTOR)
+  return x + __builtin_shufflevector(x, x, (LANE ^ D)...);
+#else
+  V other;
+  ((other[LANE] = x[LANE ^ D]), ...);
+  return x + other;
+#endif
+}
+
+// The sum of the lanes: those half a vector apart are added, then those a quarter apart, and so on.
+template <class A, int D = kLanes<A> / 2>
 EMBKERN_INLINE double sum_of_lanes(Vector<A> vector) {
-  A lane[kLanes<A>];
-  std::memcpy(lane, &vector, sizeof(vector));
-  for (int half = kLanes<A> / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  return lane[0];
+  const Vector<A> sums = added_apart<D>(vector, std::make_integer_sequence<int, kLanes<A>>{});
+  if constexpr (D > 1)
+    return sum_of_lanes<A, D / 2>(sums);
+  else
+    return sums[0];
 }
 
 // The sum of the lanes, added in double in their order.
@@ -141,6 +161,14 @@ EMBKERN_INLINE Halves halves(const uint32_t* words) {
 
 // ---- loads and stores ---------------------------------------------------------------------------------------
 
+// The bytes at an address that need not be aligned, as a T.
+template <class T>
+EMBKERN_INLINE T load_as(const void* from) {
+  T value;
+  std::memcpy(&value, from, sizeof(value));
+  return value;
+}
+
 // Conversion of a vector of 16-bit elements, here lane by lane.
 template <class T>
 struct Elements {
@@ -194,12 +222,6 @@ EMBKERN_INLINE void store(Vector<acc_t<T>> vector, T* to, int64_t count) {
 }
 
 // ---- transposition ------------------------------------------------------------------------------------------
-
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define EMBKERN_HAS_SHUFFLEVECTOR 1
-#endif
-#endif
 
 // Exchanges the off-diagonal quarters of every 2 D x 2 D square of rows a and b, which are D rows apart.
 template <int D, class V, int... LANE>
