@@ -98,9 +98,6 @@ struct SoftmaxGradient {
 
 // ---- packed tables ------------------------------------------------------------------------------------------
 
-// The states of the encoder's trellis of codes of up to four bits.
-constexpr int kStateBits = 7, kTrellisStates = 1 << kStateBits;
-
 constexpr int kTrellisBits = 4;  // codes of up to so many bits are trellis codes, wider ones are uniform
 constexpr int kMostBits = 8;
 constexpr int64_t kLevelTables = 17, kTableEntries = 16;
