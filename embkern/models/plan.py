@@ -30,11 +30,13 @@ class Knowledge(NamedTuple):
 
     Attributes:
         frequencies: how often each row is read, or predicted by a head, (rows,) float64; None for not known.
+        read: which rows a text reads, (rows,) bool; None for not known.
         calibration: what the model's output depends on, in place of the input table's; None without one.
     """
 
     frequencies: Tensor | None
     calibration: Calibration | None
+    read: Tensor | None = None
 
 
 @dataclass
@@ -53,13 +55,16 @@ class TablePlan:
     of_tokens: bool
     calibrated: bool
 
-    def knowledge(self, frequencies: Tensor | None, calibration: Calibration | None) -> Knowledge:
+    def knowledge(
+        self, frequencies: Tensor | None, calibration: Calibration | None, read: Tensor | None = None
+    ) -> Knowledge:
         """Return what token frequencies and a calibration of the model say about this table.
 
         Args:
             frequencies: relative frequencies (V,) of the tokens; None takes those of the calibration, or
                 without one an estimate from the order of the ids.
             calibration: that of the model, or None.
+            read: which tokens (V,) a text has, or None.
         """
         own = calibration if self.calibrated and self.recipe.calibrated else None
         if own is not None and self.table.role == "head":
@@ -73,7 +78,9 @@ class TablePlan:
             frequencies = vocabulary_prior(None, V)
         elif len(frequencies) != V:
             frequencies = normalized(F.pad(frequencies, (0, max(0, V - len(frequencies))))[:V])
-        return Knowledge(frequencies.repeat_interleave(self.table.segments), own)
+        if read is not None:
+            read = F.pad(read, (0, max(0, V - len(read))))[:V].repeat_interleave(self.table.segments)
+        return Knowledge(frequencies.repeat_interleave(self.table.segments), own, read)
 
     def compress(self, known: Knowledge, **run: Any) -> Table:
         """Return the compressed rows of the table.
@@ -90,6 +97,7 @@ class TablePlan:
             return self.recipe.factorize(
                 self.table.rows,
                 known.frequencies,
+                read=known.read,
                 calibration=known.calibration,
                 tied=self.table.tied,
                 **run,

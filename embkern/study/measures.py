@@ -173,13 +173,11 @@ class Measure(NamedTuple):
         of_candidate: measures a compressed table; None if there is no such row.
         parts: functions and classes that the figures follow from, besides the method and those of this module
             and of ``subject``.
-        needs_model: whether only a table that a model can hold has this row.
     """
 
     of_dense: Callable[[Subject], dict[str, Any]] | None = None
     of_candidate: Callable[[Subject, Candidate], dict[str, Any]] | None = None
     parts: tuple[Any, ...] = ()
-    needs_model: bool = False
 
     def code(self) -> str:
         """Return a hash of the modules that measure this, without what they import."""
@@ -191,12 +189,12 @@ MEASURES = {
     "model": Measure(of_dense=describe_model, parts=(model_bytes,)),
     "table": Measure(of_candidate=measure_table, parts=(compare_tables, model_bytes)),
     "neighbors": Measure(functools.partial(measure_neighbors, candidate=None), measure_neighbors),
-    "lookup": Measure(of_candidate=measure_lookup, parts=(layer_of, paired_rounds), needs_model=True),
+    "lookup": Measure(of_candidate=measure_lookup, parts=(layer_of, paired_rounds)),
     "sentences": Measure(of_candidate=measure_sentences, parts=(embed_sentences, TableSwap, layer_of)),
     "perplexity": Measure(
         measure_dense_perplexity,
         measure_perplexity,
         (evaluate_perplexity, SplitModel, Batch, Window, TableSwap, layer_of),
     ),
-    "saved": Measure(of_candidate=save_model, parts=(install, save), needs_model=True),
+    "saved": Measure(of_candidate=save_model, parts=(install, save)),
 }

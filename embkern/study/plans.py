@@ -79,8 +79,6 @@ def plan_rows(options: StudyOptions, subject: Subject) -> list[Plan]:
         plans += [
             plan(name, spec.text, ratio, made_by)
             for name, measure in MEASURES.items()
-            if name in inputs
-            and measure.of_candidate is not None
-            and (spec.installable or not measure.needs_model)
+            if name in inputs and measure.of_candidate is not None
         ]
     return plans

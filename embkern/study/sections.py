@@ -184,7 +184,7 @@ def _bytes(results: _Results) -> Section | None:
         ("compressed model", "result.compressed_model_bytes", ","),
         ("seconds", "result.compress_seconds", ".1f"),
     ]
-    paragraph = "Bytes of tensors as stored, and seconds of the method. A dash: no model can hold the table."
+    paragraph = "Bytes of tensors as stored, and seconds of the method. A dash: a tied head cannot use it."
     return Section("Bytes", [paragraph], tables=[_listed(found, columns)]) if found else None
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..fidelity import embed_sentences
 from ..fidelity.sentences import pooling_of
-from ..methods import METHODS
 from ..models.checkpoint import model_bytes
 from ..models.find_table import UnsupportedModelError, find_table
 from ..models.swap import check_installable
@@ -106,7 +105,7 @@ class Candidate:
 
     Attributes:
         name: method and ratio, as they are shown.
-        table: Factors, a PackedTable, or the result of a baseline that no model can hold.
+        table: the compressed table.
         seconds: time that the method took.
     """
 
@@ -118,15 +117,8 @@ class Candidate:
         self.seconds = time.perf_counter() - started
 
     @property
-    def installable(self) -> bool:
-        """Whether models can hold a table of this kind."""
-        return self.recipe.method in METHODS
-
-    @property
     def fits(self) -> bool:
         """Whether the model can hold the table, also in a tied head."""
-        if not self.installable:
-            return False
         try:
             check_installable(find_table(self.subject.model), self.recipe)
         except UnsupportedModelError:
@@ -137,7 +129,7 @@ class Candidate:
     def live(self) -> Any:
         """The table on the model's device and in the dtype that the model computes in."""
         weight = self.subject.weight
-        return self.table.to(device=weight.device, dtype=weight.dtype) if self.installable else self.table
+        return self.table.to(device=weight.device, dtype=weight.dtype)
 
     @functools.cached_property
     def rows(self) -> Tensor:
