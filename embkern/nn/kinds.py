@@ -33,7 +33,8 @@ class Kind(NamedTuple):
     def code_dtype(self, name: str, shape: tuple[int, ...]) -> torch.dtype | None:
         """Return the dtype of an integer tensor of a table and of files; None for the others."""
         if issubclass(self.table_type, RowTable):
-            return self.table_type.code_dtypes.get(name)
+            found: torch.dtype | None = self.table_type.code_dtypes.get(name)
+            return found
         return self.layer.code_dtype(name, shape)
 
     def held_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:

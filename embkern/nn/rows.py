@@ -129,8 +129,9 @@ class TableEmbedding(RowTableModule, CompressedEmbedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows of ``ids`` (any shape, int32 or int64), times ``scale``: (``*``, H)."""
+        rows = super().forward(ids)
         self.table.check_known(ids)
-        return super().forward(ids)
+        return rows
 
     @classmethod
     def from_table(cls, table: RowTable, **kwargs: Any) -> TableEmbedding:

@@ -23,8 +23,8 @@ from ..models.checkpoint import model_bytes
 from ..models.find_table import find_table
 from ..models.inference import language_kind
 from ..models.quantizer import install
-from ..models.report import tier_uses
 from ..models.saving import save
+from ..models.table_parts import tier_uses
 from ..models.table_swap import TableSwap
 from ..nn import layer_of
 from .subject import Candidate, Subject, nearest_rows

@@ -33,7 +33,7 @@ def resized(table: Any, num_embeddings: int) -> Any:
 
     Raises:
         TypeError: ``table`` is no compressed table.
-        ValueError: a table that cannot hold more rows is to get some: of the first edition, or a tensor train.
+        ValueError: a packed table of the first edition, or a tensor train, is to get new rows.
     """
     raise TypeError(f"table: expected a compressed table, got {type(table).__name__}")
 

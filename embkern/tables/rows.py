@@ -19,7 +19,9 @@ from ..ops.library import check_ids
 from ..ops.reference.numerics import accumulation_dtype, autocast_off
 from .factors import check_floating
 
-PIECE_VALUES = 1 << 21  # values of the rows that are decoded at a time: 8 MB in fp32
+PIECE_VALUES = (
+    1 << 18
+)  # values of the rows that are decoded at a time; each takes up to 50 bytes for a moment
 
 AnyRowTable = TypeVar("AnyRowTable", bound="RowTable")
 
