@@ -25,7 +25,7 @@ from .models.checkpoint import model_bytes
 from .models.find_table import other_tables
 from .models.held_out import held_out_divergence
 from .models.loading import load_model, load_tokenizer
-from .models.plan import NOT_CALIBRATED, calibration_serves, plan_tables, token_rows
+from .models.plan import NOT_CALIBRATED, calibration_serves, plan_tables, token_rows, with_own_tokens
 from .models.quantizer import install
 from .models.report import Report, TableReport, name_of, public_name
 from .models.saving import check_output, save
@@ -94,7 +94,6 @@ def compress(
             ``embkern count``, a ``TokenCounts``, a mapping of ids or tokens to integers, or frequencies (V,),
             which are used as they are. Counts of text are mixed with an estimate from the order of the
             vocabulary (``vocabulary_prior``); without counts, that estimate is used.
-            ``prune`` without a ratio keeps the tokens that were counted.
         count_text: text to count in addition: a file, directory or data set as ``embkern.text.read_texts``
             takes it, or several.
         text: a text file, one sentence per line; the report then compares the embeddings of its first 1000
@@ -157,7 +156,7 @@ def compress(
     V = token_rows(model, plans)
     known_counts = gathered_counts(V, counts, count_text, tokenizer, progress=progress)
     frequencies, counted = frequencies_of(known_counts, V, tokenizer)
-    read = read_tokens(known_counts, V, tokenizer)
+    read = with_own_tokens(read_tokens(known_counts, V, tokenizer), model)
     chosen = Choice(phrase=NOT_CALIBRATED if recipe.calibrated else None)
     if calibration_serves(plans):
         chosen = choose_calibration(

@@ -67,7 +67,7 @@ def prune(
             names the highest that can), or an argument is not usable.
 
     Source: A. Abdaoui et al., Load what you need: smaller versions of multilingual BERT (2020);
-        arXiv 2309.08708, which measures it for the languages in use.
+        M. Williams, N. Aletras, arXiv 2309.08708, which keeps the rows that a data set reads.
     """
     chosen = parse_options(PruneOptions, options, "prune")
     check_table(table)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -154,6 +155,20 @@ def _vocabularies(model: PreTrainedModel) -> set[int]:
     config, own = model.config.get_text_config(), input_or_none(model)
     sizes = {getattr(config, name, None) for name in ("vocab_size", "vocab_size_per_layer_input")}
     return {size for size in (*sizes, getattr(own, "num_embeddings", None)) if size}
+
+
+def with_own_tokens(read: Tensor | None, model: PreTrainedModel) -> Tensor | None:
+    """Return which tokens are read, (V,) bool, with those that a model's config names, as for padding."""
+    config = getattr(model, "config", None)
+    if read is None or config is None:
+        return read
+    text = config.get_text_config()
+    named = [value for name, value in text.to_dict().items() if name.endswith("_token_id")]
+    ids = [each for value in named for each in (value if isinstance(value, list) else [value])]
+    own = torch.tensor(
+        [each for each in ids if type(each) is int and 0 <= each < len(read)], dtype=torch.int64
+    )
+    return read.index_fill(0, own, True)
 
 
 def calibration_serves(plans: list[TablePlan]) -> bool:

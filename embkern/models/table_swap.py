@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Decodable(Protocol):
-    """A table that can be decoded, such as the result of a baseline that no model can hold."""
+    """A table that can be decoded, such as one in a format that embkern has no layer for."""
 
     def to_dense(self) -> Tensor:
         """Return the table (V, H)."""
