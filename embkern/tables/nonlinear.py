@@ -49,7 +49,7 @@ class NonlinearTable(RowTable):
             raise ValueError(f"latents: expected shape ({V}, r), got {tuple(self.latents.shape)}")
         expect_shape("latents", self.latents, (V, self.latents.shape[1]))
         expect_shape("norms", self.norms, (V,))
-        widths = (self.latents.shape[1], *(each.shape[0] for each in (self.shift_1, self.shift_2)), H)
+        widths = (self.latents.shape[1], self.shift_1.numel(), self.shift_2.numel(), H)
         for number in (1, 2, 3):
             layer, shift = getattr(self, f"layer_{number}"), getattr(self, f"shift_{number}")
             expect_shape(f"layer_{number}", layer, (widths[number], widths[number - 1]))

@@ -23,6 +23,8 @@ PIECE_VALUES = (
     1 << 18
 )  # values of the rows that are decoded at a time; each takes up to 50 bytes for a moment
 
+LARGEST = 2**31 - 1  # number of rows, columns and the like: ids that are stored are int32
+
 AnyRowTable = TypeVar("AnyRowTable", bound="RowTable")
 
 
@@ -78,7 +80,7 @@ class RowTable:
         On the meta device only shapes and dtypes are checked.
         """
         for name in ("num_embeddings", "embedding_dim"):
-            expect_integer(name, getattr(self, name), 1)
+            expect_integer(name, getattr(self, name), 1, LARGEST)
         for name, tensor in self.tensors().items():
             expected = self.code_dtypes.get(name, self.dtype)
             if tensor.dtype != expected or not (name in self.code_dtypes or expected.is_floating_point):
@@ -268,11 +270,10 @@ def _decoded_rows(ids: Tensor, table: RowTable) -> Tensor:
     return rows.to(table.dtype).view(*ids.shape, table.embedding_dim)
 
 
-def expect_integer(name: str, value: Any, least: int, most: int | None = None) -> None:
+def expect_integer(name: str, value: Any, least: int, most: int) -> None:
     """Raise ValueError unless a setting is an integer in a range."""
-    if type(value) is not int or value < least or (most is not None and value > most):
-        bounds = f"at least {least}" if most is None else f"{least} to {most}"
-        raise ValueError(f"{name}: expected an integer, {bounds}, got {value!r}")
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{name}: expected an integer, {least} to {most}, got {value!r}")
 
 
 def expect_shape(name: str, tensor: Tensor | None, shape: Sequence[int]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .bit_codes import codes_of_rows, packed_bytes, rows_taken
-from .rows import RowTable, expect_integer, expect_shape
+from .rows import LARGEST, RowTable, expect_integer, expect_shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ class ScalarTable(RowTable):
     def _check_layout(self) -> None:
         V, H = self.num_embeddings, self.embedding_dim
         expect_integer("bits", self.bits, 1, 8)
-        expect_integer("group", self.group, 1)
+        expect_integer("group", self.group, 1, LARGEST)
         expect_shape("packed_codes", self.packed_codes, (packed_bytes(V * H, self.bits),))
         expect_shape("scales", self.scales, (V, -(-H // self.group)))
         expect_shape("minima", self.minima, self.scales.shape)

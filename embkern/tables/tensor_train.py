@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .rows import RowTable, expect_integer, expect_shape
+from .rows import LARGEST, RowTable, expect_integer, expect_shape
 
 _LEFT_VALUES = 1 << 22  # values of the middle core that are gathered at a time
 
@@ -55,7 +55,7 @@ class TensorTrainTable(RowTable):
             if not isinstance(factors, list) or len(factors) != cores:
                 raise ValueError(f"{name}: expected a factor for each of {cores} cores, got {factors!r}")
             for each in factors:
-                expect_integer(name, each, 1, 2**31)
+                expect_integer(name, each, 1, LARGEST)
         if math.prod(self.rows) < V or math.prod(self.columns) != H:
             raise ValueError(
                 f"rows, columns: expected products of at least {V} and of {H}, "

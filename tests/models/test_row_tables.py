@@ -128,7 +128,7 @@ def test_a_damaged_description_is_refused(tmp_path):
     described["format_version"] = 1
     for name, value, message in (
         ("bits", 0, "bits: expected an integer, 1 to 8, got 0"),
-        ("group", "32", "group: expected an integer, at least 1, got '32'"),
+        ("group", "32", "group: expected an integer, 1 to 2147483647, got '32'"),
         ("embedding_dim", 31, "packed_codes: expected shape"),
     ):
         kept = described["table"]["settings"][name]

@@ -118,7 +118,7 @@ def test_casts_keep_codes_and_meta_tables_are_checked_by_shape(name):
     [
         ("scalar", {"bits": 9}, "bits: expected an integer, 1 to 8, got 9"),
         ("scalar", {"bits": True}, "bits: expected an integer, 1 to 8, got True"),
-        ("scalar", {"group": 0}, "group: expected an integer, at least 1, got 0"),
+        ("scalar", {"group": 0}, "group: expected an integer, 1 to 2147483647, got 0"),
         ("scalar", {"num_embeddings": 14}, r"packed_codes: expected shape \(70,\), got \(65,\)"),
         ("scalar", {"minima": torch.zeros(13, 2)}, r"minima: expected shape \(13, 1\)"),
         ("scalar", {"points": torch.zeros(8)}, r"points: expected shape \(32,\), got \(8,\)"),
@@ -130,7 +130,7 @@ def test_casts_keep_codes_and_meta_tables_are_checked_by_shape(name):
         ("product", {"codebooks": torch.zeros(2, 8)}, "packed_codes: expected codes below K = 2"),
         ("product", {"rotation": torch.zeros(8)}, r"rotation: expected shape \(8, 8\), got \(8,\)"),
         ("tensor train", {"rows": [2, 2]}, r"rows: expected a factor for each of 3 cores, got \[2, 2\]"),
-        ("tensor train", {"rows": [2, 0, 4]}, "rows: expected an integer, 1 to 2147483648, got 0"),
+        ("tensor train", {"rows": [2, 0, 4]}, "rows: expected an integer, 1 to 2147483647, got 0"),
         ("tensor train", {"columns": [2, 2, 3]}, "rows, columns: expected products of at least 13"),
         ("tensor train", {"core_3": torch.zeros(3, 8)}, "core_2: expected shape"),
         ("two cores", {"core_1": torch.zeros(8, 2)}, "core_1, core_3: expected one rank"),
