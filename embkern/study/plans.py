@@ -48,6 +48,8 @@ def plan_rows(options: StudyOptions, subject: Subject) -> list[Plan]:
     }
     # What each requested measure depends on besides the model and the method.
     inputs: dict[str, dict[str, Any]] = {"model": {}, "table": {}, "lookup": {}}
+    if subject.tied:
+        inputs["head"] = {}
     inputs["neighbors"] = {"words": subject.words}
     if options.text is not None:
         inputs["sentences"] = {"text": text_fingerprint(options.text)}

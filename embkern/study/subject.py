@@ -62,6 +62,11 @@ class Subject:
         return find_table(self.model).weight.detach()
 
     @functools.cached_property
+    def tied(self) -> bool:
+        """Whether an output head shares the table."""
+        return find_table(self.model).tied
+
+    @functools.cached_property
     def nearest(self) -> list[tuple[list[int], list[float]]]:
         """Ids and cosines of the rows of the dense table nearest to each word."""
         return nearest_rows(self.weight, self.words)

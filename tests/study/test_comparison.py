@@ -44,6 +44,9 @@ def test_rows_agree_with_direct_measurements(models, done):
     assert {len(row["words"]) for row in near.values()} == {6}
     assert all(word["kept"] == 6 for word in near["dense", None]["words"])
     assert len(results(done.rows, "lookup")) == len(results(done.rows, "sentences")) == 6
+    heads = results(done.rows, "head")
+    assert len(heads) == 6
+    assert all(size["compressed_us"] > 0 for row in heads.values() for size in row["sizes"])
 
 
 def test_rows_are_reproducible_for_a_seed_and_differ_for_another(models, done, tmp_path):
@@ -115,7 +118,7 @@ def test_a_killed_study_resumes(models, tmp_path):
     )
     assert rest.measured <= len(rest.rows) - len(before)
     assert all(path.stat().st_mtime_ns == modified for path, modified in before.items())
-    assert len(rest.rows) == 29
+    assert len(rest.rows) == 38
     assert rest.page.exists()
 
 
@@ -158,13 +161,13 @@ def test_a_tied_head_that_cannot_decode_is_a_reason(models, tmp_path):
         models / "masked", output=tmp_path, ratios=[2], methods=["autoencoder:epochs=1,activation=elu"],
         dataset=str(models / "text.txt"), keep_models=True, progress=False,
     )  # fmt: skip
-    (row,) = [row for row in done.rows if row.reason]
-    assert row.measure == "saved"
-    assert "a tied head cannot decode through activation" in row.reason
+    refused = [row for row in done.rows if row.reason]
+    assert [row.measure for row in refused] == ["head", "saved"]
+    assert all("a tied head cannot decode through activation" in row.reason for row in refused)
     found = done.rows[-2].result
     assert found["input_only"]["tokens"] > 0
     assert found["tied"] is None
-    assert results(done.rows, "table")[row.method, 2.0]["compressed_model_bytes"] is None
+    assert results(done.rows, "table")[refused[0].method, 2.0]["compressed_model_bytes"] is None
 
 
 # ---- the command -----------------------------------------------------------------------------------------
