@@ -1,4 +1,4 @@
-"""What `language_models` compares with beyond `embkern.rivals`: GGUF's formats, and errors fed forward.
+"""What `language_models` compares with beyond the methods of embkern: GGUF's formats, and errors fed forward.
 
 The formats are quantised and decoded by their own libraries: the `gguf` package in numpy, and llama.cpp's
 ggml by ctypes, where a package that contains it is installed. The K-quants (Q4_K, Q6_K) have blocks of 256
@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from embkern.methods.quantizer_levels import lloyd_max_levels
-from embkern.rivals.reconstruction import Reconstruction, half, packed_bytes
-from embkern.rivals.rtn import SCALES
+from embkern.methods.scalar import SCALES
+from embkern.tables.bit_codes import packed_bytes
+
+from .reconstruction import Reconstruction
 
 GGML_PACKAGES = ("pywhispercpp", "llama-cpp-python")  # wheels with llama.cpp's library of tensors
 NUMPY_FORMATS = ("Q8_0", "Q5_0", "Q4_0")  # those that the gguf package can quantise to, below 9 bits
@@ -129,7 +131,7 @@ def _best_scale(rows: Tensor, levels: Tensor, edges: Tensor) -> Tensor:
     spread = rows.square().mean(1, keepdim=True).sqrt().clamp_min(1e-8)
     best, least = spread, torch.full_like(spread, torch.inf)
     for factor in SCALES:
-        scale = half(factor * spread)
+        scale = (factor * spread).half().float()
         error = (levels[torch.bucketize(rows / scale, edges)] * scale - rows).square().sum(1, keepdim=True)
         best = torch.where(error < least, scale, best)
         least = torch.minimum(error, least)

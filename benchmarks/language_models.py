@@ -35,12 +35,12 @@ from embkern.evaluate.windows import causal_windows
 from embkern.experiments.dependencies import code_hash, files_fingerprint, frequencies_code, method_code
 from embkern.experiments.engine import Result, key_of, read_result, write_result
 from embkern.io.cache import cache_directory
+from embkern.methods import METHODS as COMPRESSORS
 from embkern.methods import rank_for_ratio
 from embkern.models.calibrate import calibrate
 from embkern.models.find_table import find_table
 from embkern.models.inference import evaluating
 from embkern.models.loading import load_model, load_tokenizer
-from embkern.rivals import ALL_METHODS
 from embkern.text.counts import count_tokens
 from embkern.text.frequencies import COMPRESSION_STRENGTH, expected_frequencies
 from embkern.text.prior import vocabulary_prior
@@ -195,7 +195,7 @@ def _by_ratio(
     method: str, ratios: Sequence[float], counts: str | None = None, label: str | None = None, **given: Any
 ) -> Iterator[Entry]:
     """Yield a method of embkern at every ratio."""
-    each = ALL_METHODS[method]
+    each = COMPRESSORS[method]
     code = ",".join([method_code(method), *([frequencies_code()] if counts else [])])
 
     def build(ratio: float, subject: Subject) -> Any:
@@ -211,11 +211,11 @@ def _by_ratio(
 
 
 def _at_bits(method: str, label: str, settings: Sequence[dict[str, Any]]) -> Iterator[Entry]:
-    """Yield a scalar quantiser of `embkern.rivals` at fixed settings."""
+    """Yield a scalar quantiser of embkern at fixed settings."""
 
     def build(setting: dict[str, Any], subject: Subject) -> Any:
         group = {"group": subject.table.shape[1], **setting}  # the whole row unless a setting has another
-        return ALL_METHODS[method].compress(subject.table, ratio=1.0, **group)
+        return COMPRESSORS[method].compress(subject.table, ratio=1.0, **group)
 
     for setting in settings:
         yield Entry(label, setting, functools.partial(build, setting), method_code(method))
@@ -230,7 +230,7 @@ def _calibrated(ratios: Sequence[float]) -> Iterator[Entry]:
 
     def build(ratio: float, subject: Subject) -> Any:
         options = {"counts": subject.counts, "calibration": calibration(subject)}
-        return ALL_METHODS["allocate"].compress(subject.table, ratio=ratio, **options)
+        return COMPRESSORS["allocate"].compress(subject.table, ratio=ratio, **options)
 
     code = f"{method_code('allocate')},{code_hash('embkern.models.calibrate.on_text')}"
     for ratio in ratios:
@@ -254,7 +254,7 @@ def _fed_forward(settings: Sequence[int]) -> Iterator[Entry]:
     def build(bits: int, subject: Subject) -> Any:
         return feed_forward(subject.table, bits, subject.moment)
 
-    code = code_hash("benchmarks.language_model_rivals", "embkern.rivals.rtn", follow=False)
+    code = code_hash("benchmarks.language_model_rivals", "embkern.methods.scalar", follow=False)
     for bits in settings:
         yield Entry("one rate, errors fed forward", {"bits": bits}, functools.partial(build, bits), code)
 

@@ -26,9 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embkern.fidelity import embed_sentences, read_sentences, sentence_fidelity
-from embkern.methods import Calibration, rank_for_ratio
+from embkern.methods import METHODS, Calibration, rank_for_ratio
 from embkern.models.calibrate import calibrate
-from embkern.rivals import ALL_METHODS
 from embkern.text.counts import count_tokens
 from embkern.text.frequencies import COMPRESSION_STRENGTH, expected_frequencies
 from embkern.text.prior import vocabulary_prior
@@ -70,7 +69,7 @@ def main(arguments: list[str]) -> None:
     options = _parse(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     bench = Quality(options.text, options.other, options.strength)
-    names = options.methods or [*(name for name in ALL_METHODS if name not in SLOW), *VARIANTS]
+    names = options.methods or [*(name for name in METHODS if name not in SLOW), *VARIANTS]
     rows: list[dict[str, Any]] = []
     command = " ".join(["python -m benchmarks quality", *arguments])
     print(table_line("method", {name: name for name in COLUMNS}, COLUMNS))
@@ -101,7 +100,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
     parser.add_argument(
-        "--methods", nargs="+", choices=[*ALL_METHODS, *VARIANTS], help="default: all but slow ones"
+        "--methods", nargs="+", choices=[*METHODS, *VARIANTS], help="default: all but slow ones"
     )
     parser.add_argument("--text", type=Path, help="sentences, one a line: for counts and the same kind")
     parser.add_argument("--other", type=Path, help="sentences of another kind, one a line")
@@ -170,7 +169,7 @@ class Quality:
         except (ValueError, ImportError) as error:
             return {**row, "reason": str(error).splitlines()[0]}
         seconds = time.perf_counter() - start
-        rebuilt = result.to(torch.float32).to_dense() if hasattr(result, "to") else result.to_dense()
+        rebuilt = result.to(torch.float32).to_dense()
         cosine = F.cosine_similarity(self.table, rebuilt.float()).double()
         self.weight.data.copy_(rebuilt)
         fidelity = [
@@ -191,7 +190,7 @@ class Quality:
         }
 
     def _compress(self, name: str, ratio: float) -> Any:
-        method, options = ALL_METHODS["allocate" if name in VARIANTS else name], {**VARIANTS.get(name, {})}
+        method, options = METHODS["allocate" if name in VARIANTS else name], {**VARIANTS.get(name, {})}
         if method.weighted:
             counts = {"mixed": self.counts, "prior": self.prior, "uniform": None}
             options["counts"] = counts[options.get("counts", "mixed")]

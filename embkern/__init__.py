@@ -33,6 +33,8 @@ if TYPE_CHECKING:
         PackedEmbeddingBag,
         PackedHead,
         SegmentedEmbedding,
+        TableEmbedding,
+        TableHead,
     )
     from .recipe import Recipe
     from .tables import Factors, PackedTable
@@ -57,6 +59,8 @@ _PUBLIC = {
     "PackedEmbeddingBag": "nn",
     "PackedHead": "nn",
     "SegmentedEmbedding": "nn",
+    "TableEmbedding": "nn",
+    "TableHead": "nn",
     "TokenCounts": "text",
     "count_tokens": "text",
     "read_texts": "text",
@@ -83,6 +87,8 @@ __all__ = [
     "Recipe",
     "Report",
     "SegmentedEmbedding",
+    "TableEmbedding",
+    "TableHead",
     "TokenCounts",
     "__version__",
     "calibrate",

@@ -25,7 +25,7 @@ from .models.checkpoint import model_bytes
 from .models.find_table import other_tables
 from .models.held_out import held_out_divergence
 from .models.loading import load_model, load_tokenizer
-from .models.plan import NOT_CALIBRATED, calibration_serves, plan_tables, token_rows
+from .models.plan import NOT_CALIBRATED, calibration_serves, plan_tables, token_rows, with_own_tokens
 from .models.quantizer import install
 from .models.report import Report, TableReport, name_of, public_name
 from .models.saving import check_output, save
@@ -41,7 +41,7 @@ from .models.static_embeddings import (
 )
 from .recipe import LMHead, Recipe, Tables
 from .text.counts import CountSummary, count_tokens
-from .text.frequencies import Counts, Source, token_frequencies
+from .text.frequencies import Counts, Source, frequencies_of, gathered_counts, read_tokens
 from .text.reading import read_texts
 from .text.token_names import token_names
 
@@ -81,7 +81,7 @@ def compress(
         model: a model of transformers, a ``SentenceTransformer`` over one or over static embeddings, a
             directory, or a name on the hub.
         ratio: bytes of the table over bytes of everything that replaces it, as stored; at least 1.
-        rank: r, 1 to H, instead of a ratio, for methods that make factors.
+        rank: r, 1 to H, instead of a ratio, for methods that make factors. ``prune`` needs neither.
         method: a name in ``embkern.methods.METHODS``.
         lm_head: ``factorized``, the default, lets a tied head share the compressed table; ``dense`` keeps the
             original table for it, which makes the model larger. Untied heads do not change.
@@ -153,9 +153,10 @@ def compress(
 
     plans = plan_tables(model, recipe)
     bytes_before = model_bytes(model)
-    frequencies, counted = token_frequencies(
-        token_rows(model, plans), counts, count_text, tokenizer, progress=progress
-    )
+    V = token_rows(model, plans)
+    known_counts = gathered_counts(V, counts, count_text, tokenizer, progress=progress)
+    frequencies, counted = frequencies_of(known_counts, V, tokenizer)
+    read = with_own_tokens(read_tokens(known_counts, V, tokenizer), model)
     chosen = Choice(phrase=NOT_CALIBRATED if recipe.calibrated else None)
     if calibration_serves(plans):
         chosen = choose_calibration(
@@ -183,7 +184,7 @@ def compress(
 
     reports, divergence = [], None
     for plan in plans:
-        known = plan.knowledge(frequencies, calibration)
+        known = plan.knowledge(frequencies, calibration, read)
         started = time.perf_counter()
         compressed = plan.compress(known, **run)
         seconds = time.perf_counter() - started

@@ -15,7 +15,8 @@ from .models.checkpoint import model_bytes, stored_table
 from .models.find_table import find_table, input_embeddings, other_tables
 from .models.loading import load_model, load_tokenizer
 from .models.rate_plot import plot_bits
-from .models.report import Comparison, Report, TierUse, read_report, tier_uses
+from .models.report import Comparison, Report, read_report
+from .models.table_parts import TierUse, tensor_bytes, tier_uses
 from .nn.base import CompressedEmbedding, CompressedHead
 from .tables import Table
 from .tables.packed import PackedTable
@@ -43,6 +44,8 @@ class Summary(BaseModel):
     compressed: bool
     rank: int | None = Field(None, description="rank of factors")
     tiers: list[TierUse] = Field(default_factory=list, description="tiers of a packed table")
+    kind: str | None = Field(None, description="kind of a compressed table")
+    parts: dict[str, int] = Field(default_factory=dict, description="bytes of each tensor of other tables")
     table_bytes: int = Field(description="bytes of the table, as stored")
     model_bytes: int = Field(description="bytes of the model, as stored")
     modules: list[str] = Field(description="embedding modules that share the table")
@@ -54,14 +57,15 @@ class Summary(BaseModel):
 
     def facts(self) -> dict[str, str]:
         """Return the rows of the printed table by name."""
-        stored = f"rank {self.rank}" if self.rank else f"{len(self.tiers)} tiers" if self.tiers else "dense"
+        stored = f"rank {self.rank}" if self.rank else f"{len(self.tiers)} tiers" if self.tiers else self.kind
         scaled = {name: scale for name, scale in self.scales.items() if scale != 1.0}
         facts = {
             "architecture": self.architecture,
-            "table": f"{self.num_embeddings} x {self.embedding_dim}, {self.dtype}, {stored}",
+            "table": f"{self.num_embeddings} x {self.embedding_dim}, {self.dtype}, {stored or 'dense'}",
             "bytes": f"{self.table_bytes:,} of the model's {self.model_bytes:,} "
             f"({self.table_bytes / self.model_bytes:.1%})",
             **{f"rows at {tier.name}": f"{tier.rows:,} ({tier.bytes:,} bytes)" for tier in self.tiers},
+            **{f"bytes of {name}": f"{size:,}" for name, size in self.parts.items()},
             "modules": ", ".join(self.modules),
             "tied heads": ", ".join(self.heads) or "none",
             "scale": ", ".join(f"{name}: {scale:g}" for name, scale in scaled.items()) or "1",
@@ -109,6 +113,8 @@ def inspect(name: str | os.PathLike, *, plot: str | os.PathLike | None = None) -
             compressed=True,
             rank=getattr(stored, "rank", None),
             tiers=tier_uses(stored),
+            kind=state.kind,
+            parts=tensor_bytes(stored),
             table_bytes=stored.nbytes,
             modules=[n for n, m in own if isinstance(m, CompressedEmbedding)],
             heads=[n for n, m in own if isinstance(m, CompressedHead)],
@@ -147,7 +153,7 @@ def inspect(name: str | os.PathLike, *, plot: str | os.PathLike | None = None) -
 
 def _plot(table: Table, path: str | os.PathLike) -> None:
     if not isinstance(table, PackedTable):
-        raise ValueError("plot: expected a packed table, got factors, whose rows all have the same bits")
+        raise ValueError("plot: expected a packed table, got another kind, whose rows all have the same bits")
     plot_bits(table, path)
 
 

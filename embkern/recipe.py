@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
-from .methods import METHODS, Method, rank_for_ratio
+from .methods import METHODS, rank_for_ratio
 from .methods.base import Rows, parse_options
 from .methods.calibration import Calibration
 from .tables.factors import check_rank
@@ -25,14 +25,13 @@ class Recipe(BaseModel):
     """How to compress a table: the method, its options, and the size of the result.
 
     Exactly one of ``ratio`` and ``rank`` is given, or a ratio for every one of ``tables``; methods whose size
-    is a number of bytes take a ratio.
+    is a number of bytes take a ratio. ``prune`` needs neither where it knows which tokens are read.
 
     Raises:
         pydantic.ValidationError: a field is unknown or wrong; ``Recipe.parse`` raises a plain ValueError.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    known_methods: ClassVar[Mapping[str, Method]] = METHODS
 
     method: str = Field(DEFAULT_METHOD, description=f"one of {', '.join(METHODS)}")
     ratio: float | None = Field(None, description="bytes of the table over bytes of what replaces it")
@@ -67,8 +66,8 @@ class Recipe(BaseModel):
     @field_validator("method")
     @classmethod
     def _known_method(cls, value: str) -> str:
-        if value not in cls.known_methods:
-            raise ValueError(f"expected one of {', '.join(cls.known_methods)}")
+        if value not in METHODS:
+            raise ValueError(f"expected one of {', '.join(METHODS)}")
         return value
 
     @model_validator(mode="after")
@@ -79,6 +78,8 @@ class Recipe(BaseModel):
         if self.rank is not None and own:
             raise ValueError(f"tables: expected no ratios with a rank, got {own[0]:g}")
         sized = bool(own) and len(own) == len(self.tables or {})
+        method = METHODS[self.method]
+        sized = sized or (method.sizes_itself and self.ratio is None)
         if (self.ratio is None) == (self.rank is None) and not (sized and self.rank is None):
             raise ValueError("expected exactly one of ratio and rank")
         for ratio in (self.ratio, *own):
@@ -86,7 +87,6 @@ class Recipe(BaseModel):
                 raise ValueError(f"ratio: expected at least 1 (bytes before over bytes after), got {ratio}")
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank: expected at least 1, got {self.rank}")
-        method = self.known_methods[self.method]
         if self.rank is not None and method.sized_by == "ratio":
             ranked = ", ".join(name for name, each in METHODS.items() if each.sized_by == "rank")
             raise ValueError(
@@ -150,13 +150,13 @@ class Recipe(BaseModel):
 
     @property
     def makes_packed_tables(self) -> bool:
-        """Whether the method makes packed tables, which take a ratio, instead of factors."""
-        return self.known_methods[self.method].sized_by == "ratio"
+        """Whether the method makes packed tables."""
+        return METHODS[self.method].packed
 
     @property
     def calibrated(self) -> bool:
         """Whether the method takes a calibration."""
-        return self.known_methods[self.method].calibrated
+        return METHODS[self.method].calibrated
 
     def check_calibrated(self, argument: str) -> None:
         """Raise the ValueError of an argument that the method cannot use unless it takes a calibration."""
@@ -178,7 +178,7 @@ class Recipe(BaseModel):
             check_rank(self.rank, embedding_dim)
             return self.rank
         assert self.ratio is not None
-        method = self.known_methods[self.method]
+        method = METHODS[self.method]
         if method.sized_by == "ratio":
             raise ValueError(f"rank: tables of method {self.method!r} have no rank")
         offset = method.has_offset(method.options(**self.options))
@@ -189,6 +189,7 @@ class Recipe(BaseModel):
         table: Rows,
         counts: Tensor | None = None,
         *,
+        read: Tensor | None = None,
         calibration: Calibration | None = None,
         tied: bool = True,
         **run: Any,
@@ -198,18 +199,21 @@ class Recipe(BaseModel):
         Args:
             table: a tensor, or a ``TableFile`` for methods that read one, such as the autoencoder.
             counts: token frequencies (V,), float64; methods without weights ignore them.
+            read: which tokens a text has, (V,) bool, for methods that take it; others ignore it.
             calibration: what the model's output depends on, for methods that take it; others ignore it.
             tied: whether an output head uses the dense table.
             run: further arguments of the method (``progress``, ``checkpoint``, ...).
 
         Returns:
-            Factors or a PackedTable; for a baseline method, its own type of table.
+            Factors, a PackedTable or a RowTable.
         """
-        method = self.known_methods[self.method]
+        method = METHODS[self.method]
         if method.weighted:
             run["counts"] = counts
         if calibration is not None and method.calibrated:
             run.update(calibration=calibration, tied=self.compresses_head(tied))
+        if method.observed:
+            run["read"] = read
         if method.sized_by == "ratio":
             return method.compress(table, ratio=self.ratio, **self.options, **run)
         return method.compress(table, self.rank_for(*table.shape), **self.options, **run)

@@ -24,7 +24,7 @@ PRODUCT = [
     {"models"},
     {"api", "environment", "export", "inspection", "train"},
 ]
-LABORATORY = [{"rivals"}, {"experiments"}, {"evaluate"}, {"study"}]
+LABORATORY = [{"experiments"}, {"evaluate"}, {"study"}]
 COMMANDS = [{"cli"}, {"__main__"}]
 LAYERS = [*PRODUCT, *LABORATORY, *COMMANDS]
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}

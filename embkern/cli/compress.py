@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .console import AsJson, Model, Output, Overwrite, Text, print_comparison, print_json
-from .recipe import recipe_of, tables_of
+from .recipe import options_of, recipe_of, tables_of
 
 
 def compress(
@@ -19,7 +19,11 @@ def compress(
     ] = None,
     rank: Annotated[int | None, typer.Option(help="width of the codes, instead of a ratio")] = None,
     method: Annotated[
-        str | None, typer.Option(help="allocate (default), direction, autoencoder or svd")
+        str | None,
+        typer.Option(
+            help="allocate (default), direction, autoencoder, svd, prune, product_quantization, rtn, "
+            "lloyd_max, tensor_train or nonlinear_autoencoder"
+        ),
     ] = None,
     lm_head: Annotated[
         str | None,
@@ -62,15 +66,23 @@ def compress(
     exponent: Annotated[
         float | None, typer.Option(help="allocate, direction: weight of a row = frequency to this power")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="autoencoder: passes over the table")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="autoencoder: rows per step")] = None,
-    lr: Annotated[float | None, typer.Option(help="autoencoder: Adam's learning rate")] = None,
+    unknown: Annotated[
+        str | None,
+        typer.Option(help="prune: what a token that was not kept gets: mean (default), nearest or error"),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="autoencoders: passes over the table")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="autoencoders: rows per step")] = None,
+    lr: Annotated[float | None, typer.Option(help="autoencoders: Adam's learning rate")] = None,
     init: Annotated[str | None, typer.Option(help="autoencoder: random or svd")] = None,
     activation: Annotated[str | None, typer.Option(help="autoencoder: elu")] = None,
     center: Annotated[
         bool | None, typer.Option("--center", help="svd: PCA with a mean; direction: with an offset")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="random seed of the method")] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="any option of the method, as NAME=VALUE; repeatable", metavar="NAME=VALUE"),
+    ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="autoencoder: file from which a killed run is resumed")
     ] = None,
@@ -84,6 +96,7 @@ def compress(
     flags = {
         "epochs": epochs, "batch_size": batch_size, "lr": lr, "init": init, "activation": activation,
         "center": center, "seed": seed, "floor": floor, "speed": speed, "exponent": exponent,
+        "unknown": unknown, **options_of(option),
     }  # fmt: skip
     fields = {
         "method": method, "ratio": ratio, "rank": rank, "lm_head": lm_head, "calibrate": calibrate,

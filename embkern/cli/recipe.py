@@ -23,6 +23,23 @@ def tables_of(values: list[str] | None) -> dict[str, float | None] | None:
     return found
 
 
+def options_of(values: list[str] | None) -> dict[str, Any]:
+    """Return options of a method from ``NAME=VALUE``, with values as YAML has them."""
+    import yaml
+
+    found: dict[str, Any] = {}
+    for value in values or []:
+        name, given, text = value.partition("=")
+        try:
+            parsed = yaml.safe_load(text)
+        except yaml.YAMLError:
+            parsed = None
+        if not name or not given or parsed is None:
+            raise ValueError(f"option: expected NAME=VALUE, got {value!r}")
+        found[name] = parsed
+    return found
+
+
 def recipe_of(file: Path | None, fields: dict[str, Any], options: dict[str, Any], **defaults: Any) -> Recipe:
     """Return the recipe of a YAML file and of options of the command, which override the file.
 

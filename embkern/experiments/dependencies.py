@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .._version import __version__
-from ..rivals import ALL_METHODS
+from ..methods import METHODS
 from ..text.counts import count_tokens
 from ..text.frequencies import expected_frequencies
 from ..text.prior import vocabulary_prior
@@ -58,7 +58,7 @@ def code_hash(*modules: str, follow: bool = True) -> str:
 
 def method_code(name: str) -> str:
     """Return the hash of a method's module and of the modules that it imports."""
-    return code_hash(ALL_METHODS[name].compress.__module__)
+    return code_hash(METHODS[name].compress.__module__)
 
 
 def frequencies_code() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,6 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from ..methods.base import BLOCK_ROWS
-from ..tables import Factors, PackedTable
 from ..tables.reading import AnyTable, rows_of, shape_of
 from ..text.token_names import Kind, TokenName
 
@@ -77,7 +76,7 @@ def compare_tables(
     Raises:
         ValueError: the shapes differ, or the counts are not (V,) with a positive sum.
     """
-    if not isinstance(reconstruction, (Tensor, Factors, PackedTable)):  # the table of a baseline method
+    if not isinstance(reconstruction, get_args(AnyTable)):
         reconstruction = reconstruction.to_dense()
     if (shape := shape_of(reconstruction)) != tuple(table.shape):
         raise ValueError(f"reconstruction: expected shape {tuple(table.shape)}, got {shape}")

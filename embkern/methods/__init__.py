@@ -1,4 +1,4 @@
-"""Methods map a table (V, H) and a size to a ``PackedTable`` or ``Factors``; ``METHODS`` lists them."""
+"""Methods map a table (V, H) and a size to a compressed table; ``METHODS`` lists them."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -9,8 +9,13 @@ from .base import Options, rank_for_ratio
 from .calibration import Calibration
 from .direction import DirectionOptions, direction
 from .metric_allocation import predicted_divergence
+from .nonlinear import NonlinearAutoencoderOptions, nonlinear_autoencoder
 from .norm_repair import repair_norms
+from .product import ProductQuantizationOptions, product_quantization
+from .pruning import PruneOptions, prune
+from .scalar import LloydMaxOptions, RTNOptions, lloyd_max, rtn
 from .svd import SVDOptions, svd
+from .tensor_train import TensorTrainOptions, tensor_train
 
 
 class Method(NamedTuple):
@@ -23,6 +28,9 @@ class Method(NamedTuple):
         has_offset: whether factors made with these options have an offset, on which the rank for a ratio
             depends.
         sized_by: whether the method takes a rank or a ratio of bytes.
+        packed: whether it makes packed tables.
+        sizes_itself: whether it also works without a size.
+        observed: whether it also takes ``read``, (V,) bool: which tokens a text has.
         weighted: whether it also takes ``counts``, (V,) float64: how often each token is read.
         calibrated: whether it also takes a ``calibration``, and whether the table is ``tied``.
     """
@@ -31,15 +39,30 @@ class Method(NamedTuple):
     options: type[Options]
     has_offset: Callable[[Any], bool] = lambda options: False
     sized_by: Literal["rank", "ratio"] = "rank"
+    packed: bool = False
+    sizes_itself: bool = False
+    observed: bool = False
     weighted: bool = False
     calibrated: bool = False
 
 
 METHODS: dict[str, Method] = {
-    "allocate": Method(allocate, AllocateOptions, sized_by="ratio", weighted=True, calibrated=True),
+    "allocate": Method(
+        allocate, AllocateOptions, sized_by="ratio", packed=True, weighted=True, calibrated=True
+    ),
     "autoencoder": Method(autoencoder, AutoencoderOptions, lambda options: True),
     "direction": Method(direction, DirectionOptions, lambda options: options.center, weighted=True),
+    "lloyd_max": Method(lloyd_max, LloydMaxOptions, sized_by="ratio"),
+    "nonlinear_autoencoder": Method(
+        nonlinear_autoencoder, NonlinearAutoencoderOptions, sized_by="ratio", weighted=True
+    ),
+    "product_quantization": Method(
+        product_quantization, ProductQuantizationOptions, sized_by="ratio", weighted=True
+    ),
+    "prune": Method(prune, PruneOptions, sized_by="ratio", sizes_itself=True, observed=True, weighted=True),
+    "rtn": Method(rtn, RTNOptions, sized_by="ratio"),
     "svd": Method(svd, SVDOptions, lambda options: options.center),
+    "tensor_train": Method(tensor_train, TensorTrainOptions, sized_by="ratio"),
 }
 
 __all__ = [
@@ -48,13 +71,25 @@ __all__ = [
     "AutoencoderOptions",
     "Calibration",
     "DirectionOptions",
+    "LloydMaxOptions",
     "Method",
+    "NonlinearAutoencoderOptions",
+    "ProductQuantizationOptions",
+    "PruneOptions",
+    "RTNOptions",
     "SVDOptions",
+    "TensorTrainOptions",
     "allocate",
     "autoencoder",
     "direction",
+    "lloyd_max",
+    "nonlinear_autoencoder",
     "predicted_divergence",
+    "product_quantization",
+    "prune",
     "rank_for_ratio",
     "repair_norms",
+    "rtn",
     "svd",
+    "tensor_train",
 ]

@@ -189,7 +189,13 @@ def _owner(model: nn.Module, stored: dict[str, Any], root: str, state: TableStat
 
 
 # Dtypes of a table's tensors by their names in safetensors files.
-_STORED_DTYPES = {**FLOAT_DTYPES, "I32": torch.int32, "I16": torch.int16, "U8": torch.uint8}
+_STORED_DTYPES = {
+    **FLOAT_DTYPES,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 
 
 def _stored(path: str) -> dict[str, tuple[list[int], torch.dtype | None]]:

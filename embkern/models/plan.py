@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,11 +31,13 @@ class Knowledge(NamedTuple):
 
     Attributes:
         frequencies: how often each row is read, or predicted by a head, (rows,) float64; None for not known.
+        read: which rows a text reads, (rows,) bool; None for not known.
         calibration: what the model's output depends on, in place of the input table's; None without one.
     """
 
     frequencies: Tensor | None
     calibration: Calibration | None
+    read: Tensor | None = None
 
 
 @dataclass
@@ -53,13 +56,16 @@ class TablePlan:
     of_tokens: bool
     calibrated: bool
 
-    def knowledge(self, frequencies: Tensor | None, calibration: Calibration | None) -> Knowledge:
+    def knowledge(
+        self, frequencies: Tensor | None, calibration: Calibration | None, read: Tensor | None = None
+    ) -> Knowledge:
         """Return what token frequencies and a calibration of the model say about this table.
 
         Args:
             frequencies: relative frequencies (V,) of the tokens; None takes those of the calibration, or
                 without one an estimate from the order of the ids.
             calibration: that of the model, or None.
+            read: which tokens (V,) a text has, or None.
         """
         own = calibration if self.calibrated and self.recipe.calibrated else None
         if own is not None and self.table.role == "head":
@@ -73,7 +79,9 @@ class TablePlan:
             frequencies = vocabulary_prior(None, V)
         elif len(frequencies) != V:
             frequencies = normalized(F.pad(frequencies, (0, max(0, V - len(frequencies))))[:V])
-        return Knowledge(frequencies.repeat_interleave(self.table.segments), own)
+        if read is not None:
+            read = F.pad(read, (0, max(0, V - len(read))))[:V].repeat_interleave(self.table.segments)
+        return Knowledge(frequencies.repeat_interleave(self.table.segments), own, read)
 
     def compress(self, known: Knowledge, **run: Any) -> Table:
         """Return the compressed rows of the table.
@@ -90,6 +98,7 @@ class TablePlan:
             return self.recipe.factorize(
                 self.table.rows,
                 known.frequencies,
+                read=known.read,
                 calibration=known.calibration,
                 tied=self.table.tied,
                 **run,
@@ -146,6 +155,20 @@ def _vocabularies(model: PreTrainedModel) -> set[int]:
     config, own = model.config.get_text_config(), input_or_none(model)
     sizes = {getattr(config, name, None) for name in ("vocab_size", "vocab_size_per_layer_input")}
     return {size for size in (*sizes, getattr(own, "num_embeddings", None)) if size}
+
+
+def with_own_tokens(read: Tensor | None, model: PreTrainedModel) -> Tensor | None:
+    """Return which tokens are read, (V,) bool, with those that a model's config names, as for padding."""
+    config = getattr(model, "config", None)
+    if read is None or config is None:
+        return read
+    text = config.get_text_config()
+    named = [value for name, value in text.to_dict().items() if name.endswith("_token_id")]
+    ids = [each for value in named for each in (value if isinstance(value, list) else [value])]
+    own = torch.tensor(
+        [each for each in ids if type(each) is int and 0 <= each < len(read)], dtype=torch.int64
+    )
+    return read.index_fill(0, own, True)
 
 
 def calibration_serves(plans: list[TablePlan]) -> bool:

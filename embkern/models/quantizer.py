@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
-from ..nn import layer_of
+from ..nn import kind_of
 from ..nn.base import CompressedHead
 from ..nn.table_module import TableModule
 from ..recipe import Recipe
@@ -87,10 +87,10 @@ def install(model: PreTrainedModel, table: ModelTable, compressed: Table, recipe
     quantizer = getattr(model, "hf_quantizer", None) or EmbkernQuantizer(config, pre_quantized=False)
     before = quantizer.quantization_config
     config.table, config.named_tables = before.table, dict(before.named_tables)
-    layer, head = layer_of(compressed), head_kind(table, recipe)
+    kind, head = kind_of(compressed), head_kind(table, recipe)
     scales = {canonical_name(model, name): scale for name, scale in table.scales.items()}
-    settings = layer.settings(compressed)
-    state = TableState(layer.kind, {}, settings, scales, head, "", segments=table.segments)
+    settings = kind.settings(compressed)
+    state = TableState(kind.name, {}, settings, scales, head, "", segments=table.segments)
     state.describe(compressed)
     if name := "" if table.role == "input" else canonical_name(model, table.root):
         config.named_tables[name] = state

@@ -16,35 +16,15 @@ from ..io.checked_json import read_checked_json
 from ..methods.metric_allocation import predicted_divergence
 from ..recipe import Recipe
 from ..tables import Table
-from ..tables.packed import PackedTable
 from ..text.token_names import TokenName
 from .plan import Knowledge, TablePlan
 from .swap import head_kind
+from .table_parts import TierUse, tensor_bytes, tier_uses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 REPORT_NAME = "embkern_report.json"
-
-
-class TierUse(BaseModel):
-    """The rows of one tier of a packed table."""
-
-    name: str = Field(description="bits per value, or bits of each group of coefficients in the basis")
-    rows: int = Field(description="number of rows")
-    bytes: int = Field(description="bytes of their records, without scales and directory")
-
-
-def tier_uses(table: Table) -> list[TierUse]:
-    """Return the tiers of a packed table; factors have none."""
-    if not isinstance(table, PackedTable):
-        return []
-    tiers = table.described_tiers()
-    rows = table.tier_of_rows().bincount(minlength=len(tiers)).tolist()
-    return [
-        TierUse(name=str(tier), rows=count, bytes=4 * tier.words * count)
-        for tier, count in zip(tiers, rows, strict=True)
-    ]
 
 
 class Size(NamedTuple):
@@ -128,6 +108,7 @@ class TableReport(BaseModel):
     segments: int = Field(1, description="parts of a row that are stored as rows, one per layer")
     rank: int | None = Field(None, description="rank of factors")
     tiers: list[TierUse] = Field(default_factory=list, description="tiers of a packed table")
+    parts: dict[str, int] = Field(default_factory=dict, description="bytes of each tensor of other tables")
     dtype: str = Field(description="dtype of the floating-point tensors, as stored")
     counts: str | None = Field(None, description="origin of the token frequencies")
     calibration: str | None = Field(None, description="what the table was calibrated on")
@@ -177,6 +158,7 @@ class TableReport(BaseModel):
             segments=table.segments,
             rank=getattr(compressed, "rank", None),
             tiers=tier_uses(compressed),
+            parts=tensor_bytes(compressed),
             dtype=str(compressed.dtype).removeprefix("torch."),
             predicted_kl=predicted,
             facts=compressed.facts,
@@ -218,6 +200,7 @@ class Report(Comparison):
     embedding_dim: int = Field(description="H")
     rank: int | None = Field(None, description="rank of factors")
     tiers: list[TierUse] = Field(default_factory=list, description="tiers of a packed table")
+    parts: dict[str, int] = Field(default_factory=dict, description="bytes of each tensor of other tables")
     dtype: str = Field(description="dtype of the floating-point tensors, as stored")
     counts: str | None = Field(None, description="origin of the token frequencies")
     calibration: str | None = Field(
@@ -277,9 +260,11 @@ class Report(Comparison):
         return super().sizes()
 
     def tier_rows(self) -> dict[str, str]:
-        """Return the rows and bytes of each tier by name; none of several tables."""
-        tiers = [] if len(self.tables) > 1 else self.tiers
-        return {f"rows at {tier.name}": f"{tier.rows:,} ({tier.bytes:,} bytes)" for tier in tiers}
+        """Return the rows and bytes of each tier, or the bytes of each tensor; none of several tables."""
+        if len(self.tables) > 1:
+            return {}
+        tiers = {f"rows at {tier.name}": f"{tier.rows:,} ({tier.bytes:,} bytes)" for tier in self.tiers}
+        return tiers | {f"{name}, bytes": f"{size:,}" for name, size in self.parts.items()}
 
     def figures(self) -> dict[str, str]:
         """Return everything but sizes and tiers, by name."""
@@ -288,12 +273,13 @@ class Report(Comparison):
             facts = {name: text for each in of_tables for name, text in each.items()}
             compared = {name: text for name, text in super().figures().items() if name.startswith("sentence")}
         else:
-            made = f"rank {self.rank} of {self.embedding_dim}" if self.rank else f"{len(self.tiers)} tiers"
+            made = f"rank {self.rank} of {self.embedding_dim}" if self.rank else ""
+            made = f"{len(self.tiers)} tiers" if self.tiers else made
             facts = {name: f"{x:.6g}" if isinstance(x, float) else str(x) for name, x in self.facts.items()}
             facts |= {} if self.calibration is None else {"calibration": self.calibration}
             compared = {"output head": self.head or "none", **super().figures()}
         return {
-            "method": f"{self.recipe.method}, {made}",
+            "method": f"{self.recipe.method}, {made}".removesuffix(", "),
             **facts,
             "token frequencies": self.counts or "not used",
             **self._divergences(),

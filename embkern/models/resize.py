@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..nn import kind_of
 from ..nn.base import CompressedEmbedding, CompressedHead
 from ..tables.resizing import resized
 from .swap import compressed_embedding, table_modules, table_roots
@@ -23,10 +24,11 @@ def resize_token_embeddings(
     """Change the vocabulary size of a compressed model in place, as ``model.resize_token_embeddings`` does.
 
     New tokens decode to the mean row: exactly in factors, and in a packed table to the nearest row that it
-    can represent. ``unfreeze_table`` makes them trainable as all other rows: of factors freely, of a packed
-    table, whose codes stay fixed, in their length and, through basis and offset, all rows together. A table
-    that is being trained continues to be, with new parameters: make the optimizer after this call. New
-    entries of a head's bias are zero.
+    can represent. In other tables they are copies of the row whose direction is nearest to the mean's; a
+    tensor train holds no more rows. ``unfreeze_table`` makes them trainable as all other rows: of factors
+    freely, of a packed table, whose codes stay fixed, in their length and, through basis and offset, all rows
+    together. A table that is being trained continues to be, with new parameters: make the optimizer after
+    this call. New entries of a head's bias are zero.
 
     Args:
         model: a model compressed by embkern.
@@ -37,8 +39,8 @@ def resize_token_embeddings(
         The model's input embedding.
 
     Raises:
-        ValueError: an argument is not a positive integer, or the model's input table is not compressed by
-            embkern.
+        ValueError: an argument is not a positive integer, the model's input table is not compressed by
+            embkern, or its representation holds no more rows.
     """
     roots = table_roots(model)
     if roots and "" not in roots:
@@ -104,6 +106,7 @@ def _resize_table(model: PreTrainedModel, name: str, num_embeddings: int) -> Non
                 )
     state = quantizer.quantization_config.states[name]
     state.shapes = {tensor: list(each.shape) for tensor, each in table.tensors().items()}
+    state.settings = kind_of(table).settings(table)
     for original in quantizer.originals:
         if original.table.root == next(path for path, each in model.named_modules() if each is root):
             for dense in original.modules.values():  # dequantize puts these modules back

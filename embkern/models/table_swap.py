@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 from torch import Tensor, nn
 
 from ..nn import layer_of
 from ..tables import Table
-from ..tables.factors import Factors
-from ..tables.packed import PackedTable
 from .find_table import ModelTable, find_table
 
 if TYPE_CHECKING:
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Decodable(Protocol):
-    """A table that can be decoded, such as the result of a baseline that no model can hold."""
+    """A table that can be decoded, such as one in a format that embkern has no layer for."""
 
     def to_dense(self) -> Tensor:
         """Return the table (V, H)."""
@@ -54,7 +52,7 @@ class TableSwap:
         self.model = model
         self.embeddings: dict[str, nn.Module] = {}
         self.heads: dict[str, nn.Module] = {}
-        if isinstance(table, (Factors, PackedTable)):
+        if isinstance(table, get_args(Table)):
             _check_shape((table.num_embeddings, table.embedding_dim), found)
             live = table.to(device=found.weight.device, dtype=found.weight.dtype)
             for name in found.embeddings:

@@ -1,21 +1,12 @@
 """Replacements of ``nn.Embedding`` and of a tied ``nn.Linear`` that decode a compressed table."""
 
-from ..tables import Table
 from .bag import PackedEmbeddingBag
 from .base import CompressedEmbedding, CompressedHead
 from .factorized import FactorizedEmbedding, FactorizedHead
+from .kinds import KINDS, Kind, kind_of, layer_of
 from .packed import PackedEmbedding, PackedHead
+from .rows import TableEmbedding, TableHead
 from .segmented import SegmentedEmbedding
-
-KINDS: dict[str, type[CompressedEmbedding]] = {
-    layer.kind: layer for layer in (FactorizedEmbedding, PackedEmbedding)
-}
-
-
-def layer_of(table: Table) -> type[CompressedEmbedding]:
-    """Return the embedding class for the type of ``table``."""
-    return next(layer for layer in KINDS.values() if isinstance(table, layer.table_type))
-
 
 __all__ = [
     "KINDS",
@@ -23,9 +14,13 @@ __all__ = [
     "CompressedHead",
     "FactorizedEmbedding",
     "FactorizedHead",
+    "Kind",
     "PackedEmbedding",
     "PackedEmbeddingBag",
     "PackedHead",
     "SegmentedEmbedding",
+    "TableEmbedding",
+    "TableHead",
+    "kind_of",
     "layer_of",
 ]

@@ -47,7 +47,7 @@ class TableModule(nn.Module):
 
     kind: ClassVar[str]
     table_type: ClassVar[type[Table]]
-    tensor_names: ClassVar[tuple[str, ...]]
+    tensor_names: tuple[str, ...]
     code_names: ClassVar[tuple[str, ...]] = ()
     keeps_stored_dtype: ClassVar[bool] = False
     frozen: bool = False

@@ -184,7 +184,8 @@ def _measure(
                 reason = reason or no_perplexity(subject.model)
             try:
                 result = None if reason else _result(plan, subject, candidate)
-            except UnsupportedModelError as error:  # a tied head cannot decode through an activation
+            # A tied head cannot decode through an activation, or a removed token is refused.
+            except (UnsupportedModelError, IndexError) as error:
                 reason = str(error)
             yield Row(
                 id=plan.id,

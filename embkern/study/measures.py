@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,13 +23,15 @@ from ..models.checkpoint import model_bytes
 from ..models.find_table import find_table
 from ..models.inference import language_kind
 from ..models.quantizer import install
-from ..models.report import tier_uses
 from ..models.saving import save
+from ..models.swap import check_installable
+from ..models.table_parts import tier_uses
 from ..models.table_swap import TableSwap
 from ..nn import layer_of
 from .subject import Candidate, Subject, nearest_rows
 
 LOOKUP_SIZES = (1, 128, 4096)
+HEAD_SIZES = (1, 32)
 LOOKUP_BATCHES = 8  # of distinct ids, in turn, so that no timing is of rows that stay in cache
 LOOKUP_ROUNDS = 31
 
@@ -137,21 +139,41 @@ def measure_lookup(subject: Subject, candidate: Candidate) -> dict[str, Any]:
                 subject.frequencies, LOOKUP_BATCHES * size, replacement=True, generator=generator
             )
             batches = drawn.to(device).view(LOOKUP_BATCHES, size)
-            calls: dict[str, list[Callable[[], Any]]] = {
-                "dense": [functools.partial(F.embedding, ids, subject.weight) for ids in batches],
-                "compressed": [functools.partial(layer, ids) for ids in batches],
-            }
-            samples = {name: sampler(device.type, each)[0] for name, each in calls.items()}
-            times = paired_rounds(samples, repeats=(LOOKUP_ROUNDS, LOOKUP_ROUNDS))
-            sizes.append(
-                {
-                    "ids": size,
-                    "dense_us": quantiles(times["dense"])["median"],
-                    "compressed_us": quantiles(times["compressed"])["median"],
-                    "times_as_fast": paired_ratio(times, "dense", "compressed"),
-                }
-            )
+            dense = [functools.partial(F.embedding, ids, subject.weight) for ids in batches]
+            compressed = [functools.partial(layer, ids) for ids in batches]
+            sizes.append({"ids": size, **_timed(device.type, dense, compressed)})
     return {"rounds": LOOKUP_ROUNDS, "sizes": sizes}
+
+
+def measure_head(subject: Subject, candidate: Candidate) -> dict[str, Any]:
+    """Time the logits of a tied head for normal hidden states, over the dense table and the compressed one.
+
+    Rounds and figures are those of ``measure_lookup``.
+    """
+    check_installable(find_table(subject.model), candidate.recipe)
+    head = layer_of(candidate.live).from_table(candidate.live).head()
+    weight, generator = subject.weight, torch.Generator().manual_seed(subject.seed)
+    sizes = []
+    with torch.inference_mode(), side_stream(weight.device.type):
+        for size in HEAD_SIZES:
+            hidden = torch.randn(size, weight.shape[1], generator=generator).to(weight)
+            dense, compressed = functools.partial(F.linear, hidden, weight), functools.partial(head, hidden)
+            sizes.append({"states": size, **_timed(weight.device.type, [dense], [compressed])})
+    return {"rounds": LOOKUP_ROUNDS, "sizes": sizes}
+
+
+def _timed(
+    device_type: str, dense: Sequence[Callable[[], Any]], compressed: Sequence[Callable[[], Any]]
+) -> dict[str, float]:
+    """Return median microseconds of calls on both tables, and the median of their ratios within a round."""
+    calls = {"dense": list(dense), "compressed": list(compressed)}
+    samples = {name: sampler(device_type, each)[0] for name, each in calls.items()}
+    times = paired_rounds(samples, repeats=(LOOKUP_ROUNDS, LOOKUP_ROUNDS))
+    return {
+        "dense_us": quantiles(times["dense"])["median"],
+        "compressed_us": quantiles(times["compressed"])["median"],
+        "times_as_fast": paired_ratio(times, "dense", "compressed"),
+    }
 
 
 def save_model(subject: Subject, candidate: Candidate) -> dict[str, Any]:
@@ -173,13 +195,11 @@ class Measure(NamedTuple):
         of_candidate: measures a compressed table; None if there is no such row.
         parts: functions and classes that the figures follow from, besides the method and those of this module
             and of ``subject``.
-        needs_model: whether only a table that a model can hold has this row.
     """
 
     of_dense: Callable[[Subject], dict[str, Any]] | None = None
     of_candidate: Callable[[Subject, Candidate], dict[str, Any]] | None = None
     parts: tuple[Any, ...] = ()
-    needs_model: bool = False
 
     def code(self) -> str:
         """Return a hash of the modules that measure this, without what they import."""
@@ -191,12 +211,13 @@ MEASURES = {
     "model": Measure(of_dense=describe_model, parts=(model_bytes,)),
     "table": Measure(of_candidate=measure_table, parts=(compare_tables, model_bytes)),
     "neighbors": Measure(functools.partial(measure_neighbors, candidate=None), measure_neighbors),
-    "lookup": Measure(of_candidate=measure_lookup, parts=(layer_of, paired_rounds), needs_model=True),
+    "lookup": Measure(of_candidate=measure_lookup, parts=(layer_of, paired_rounds)),
+    "head": Measure(of_candidate=measure_head, parts=(layer_of, paired_rounds, check_installable)),
     "sentences": Measure(of_candidate=measure_sentences, parts=(embed_sentences, TableSwap, layer_of)),
     "perplexity": Measure(
         measure_dense_perplexity,
         measure_perplexity,
         (evaluate_perplexity, SplitModel, Batch, Window, TableSwap, layer_of),
     ),
-    "saved": Measure(of_candidate=save_model, parts=(install, save), needs_model=True),
+    "saved": Measure(of_candidate=save_model, parts=(install, save)),
 }

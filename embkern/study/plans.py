@@ -48,6 +48,8 @@ def plan_rows(options: StudyOptions, subject: Subject) -> list[Plan]:
     }
     # What each requested measure depends on besides the model and the method.
     inputs: dict[str, dict[str, Any]] = {"model": {}, "table": {}, "lookup": {}}
+    if subject.tied:
+        inputs["head"] = {}
     inputs["neighbors"] = {"words": subject.words}
     if options.text is not None:
         inputs["sentences"] = {"text": text_fingerprint(options.text)}
@@ -79,8 +81,6 @@ def plan_rows(options: StudyOptions, subject: Subject) -> list[Plan]:
         plans += [
             plan(name, spec.text, ratio, made_by)
             for name, measure in MEASURES.items()
-            if name in inputs
-            and measure.of_candidate is not None
-            and (spec.installable or not measure.needs_model)
+            if name in inputs and measure.of_candidate is not None
         ]
     return plans

@@ -51,7 +51,18 @@ class _Results:
 def sections_of(study: Study) -> list[Section]:
     """Return the sections of a study's report."""
     results = _Results(study)
-    parts = (_model, _direction, _perplexity, _sentences, _bytes, _lookup, _worst, _neighbors, _missing)
+    parts = (
+        _model,
+        _direction,
+        _perplexity,
+        _sentences,
+        _bytes,
+        _lookup,
+        _head,
+        _worst,
+        _neighbors,
+        _missing,
+    )
     sections = [section_of(study), *(part(results) for part in parts)]
     return [section for section in sections if section is not None]
 
@@ -184,25 +195,34 @@ def _bytes(results: _Results) -> Section | None:
         ("compressed model", "result.compressed_model_bytes", ","),
         ("seconds", "result.compress_seconds", ".1f"),
     ]
-    paragraph = "Bytes of tensors as stored, and seconds of the method. A dash: no model can hold the table."
+    paragraph = "Bytes of tensors as stored, and seconds of the method. A dash: a tied head cannot use it."
     return Section("Bytes", [paragraph], tables=[_listed(found, columns)]) if found else None
 
 
 def _lookup(results: _Results) -> Section | None:
-    found = results.of("lookup")
+    what = "lookup of N ids, drawn by their frequencies"
+    return _speed(results, "lookup", "Lookup speed", what, "ids")
+
+
+def _head(results: _Results) -> Section | None:
+    return _speed(results, "head", "Speed of the tied head", "call with N hidden states", "states")
+
+
+def _speed(results: _Results, measure: str, title: str, what: str, unit: str) -> Section | None:
+    found = results.of(measure)
     if not found:
         return None
     columns: list[Column] = []
     for i, size in enumerate(value_at(found[0], "result.sizes")):
         columns += [
-            (f"N = {size['ids']:,}, dense", f"result.sizes.{i}.dense_us", ",.1f"),
+            (f"N = {size[unit]:,}, dense", f"result.sizes.{i}.dense_us", ",.1f"),
             ("compressed", f"result.sizes.{i}.compressed_us", ",.1f"),
             ("×", f"result.sizes.{i}.times_as_fast", ".2f"),
         ]
     return Section(
-        "Lookup speed",
+        title,
         [
-            "Microseconds per lookup of N ids, drawn by their frequencies, in alternating rounds: medians, "
+            f"Microseconds per {what}, in alternating rounds: medians, "
             "and the median of the ratios within a round (×, above 1 where the compressed table is faster). "
             f"{found[0].environment['cpu']}, torch {found[0].environment['torch']}."
         ],

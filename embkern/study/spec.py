@@ -12,9 +12,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..evaluate.language_model import usable_device
+from ..methods import METHODS
 from ..methods.base import parse_options
 from ..recipe import Recipe
-from ..rivals import ALL_METHODS, RIVALS, ComparisonRecipe
 
 
 @dataclass(frozen=True)
@@ -37,23 +37,18 @@ class MethodSpec:
             options = yaml.safe_load(f"{{{listed.replace('=', ': ')}}}")
         except yaml.YAMLError:
             options = None
-        if name not in ALL_METHODS or not isinstance(options, dict) or None in options.values():
+        if name not in METHODS or not isinstance(options, dict) or None in options.values():
             raise ValueError(
                 "methods: expected NAME or NAME:option=value,... with NAME one of "
-                f"{', '.join(ALL_METHODS)}, got {text!r}"
+                f"{', '.join(METHODS)}, got {text!r}"
             )
-        if "seed" in ALL_METHODS[name].options.model_fields:
+        if "seed" in METHODS[name].options.model_fields:
             options.setdefault("seed", seed)
         return cls(text, name, options)
 
-    @property
-    def installable(self) -> bool:
-        """Whether a model can hold the method's result."""
-        return self.name not in RIVALS
-
     def recipe(self, ratio: float) -> Recipe:
         """Return the recipe of this method at a ratio."""
-        return ComparisonRecipe.parse(method=self.name, ratio=ratio, options=self.options)
+        return Recipe.parse(method=self.name, ratio=ratio, options=self.options)
 
 
 class StudyOptions(BaseModel):
@@ -69,7 +64,7 @@ class StudyOptions(BaseModel):
     methods: list[str] = Field(
         ["svd", "autoencoder", "direction", "allocate"],
         min_length=1,
-        description="NAME or NAME:option=value,...; the lookup of those that no model can hold is not timed",
+        description="NAME or NAME:option=value,...",
     )
     dataset: str | None = Field(
         None, description="text to measure the perplexity of a language model on: file, directory or data set"

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..fidelity import embed_sentences
 from ..fidelity.sentences import pooling_of
-from ..methods import METHODS
 from ..models.checkpoint import model_bytes
 from ..models.find_table import UnsupportedModelError, find_table
 from ..models.swap import check_installable
@@ -63,6 +62,11 @@ class Subject:
         return find_table(self.model).weight.detach()
 
     @functools.cached_property
+    def tied(self) -> bool:
+        """Whether an output head shares the table."""
+        return find_table(self.model).tied
+
+    @functools.cached_property
     def nearest(self) -> list[tuple[list[int], list[float]]]:
         """Ids and cosines of the rows of the dense table nearest to each word."""
         return nearest_rows(self.weight, self.words)
@@ -106,7 +110,7 @@ class Candidate:
 
     Attributes:
         name: method and ratio, as they are shown.
-        table: Factors, a PackedTable, or the result of a baseline that no model can hold.
+        table: the compressed table.
         seconds: time that the method took.
     """
 
@@ -118,15 +122,8 @@ class Candidate:
         self.seconds = time.perf_counter() - started
 
     @property
-    def installable(self) -> bool:
-        """Whether models can hold a table of this kind."""
-        return self.recipe.method in METHODS
-
-    @property
     def fits(self) -> bool:
         """Whether the model can hold the table, also in a tied head."""
-        if not self.installable:
-            return False
         try:
             check_installable(find_table(self.subject.model), self.recipe)
         except UnsupportedModelError:
@@ -137,7 +134,7 @@ class Candidate:
     def live(self) -> Any:
         """The table on the model's device and in the dtype that the model computes in."""
         weight = self.subject.weight
-        return self.table.to(device=weight.device, dtype=weight.dtype) if self.installable else self.table
+        return self.table.to(device=weight.device, dtype=weight.dtype)
 
     @functools.cached_property
     def rows(self) -> Tensor:

@@ -78,8 +78,8 @@ class Best:
 
 
 def verdicts_of(study: Study) -> list[Best]:
-    """Return the best method at each ratio, of those whose result a model can hold."""
-    specs = {spec.text: spec for spec in study.options.specs() if spec.installable}
+    """Return the best method at each ratio."""
+    specs = {spec.text: spec for spec in study.options.specs()}
     tables = {(row.method, row.ratio): row for row in _measured(study, "table") if row.method in specs}
     for criterion in CRITERIA:
         found = [
@@ -114,8 +114,8 @@ def section_of(study: Study) -> Section | None:
         return None
     criterion = found[0].criterion
     text = (
-        f"At each ratio the method with the {criterion.phrase}, of those whose result a model can hold, the "
-        "share of the whole model's bytes that it saves, and the command that makes the model."
+        f"At each ratio the method with the {criterion.phrase}, the share of the whole model's bytes that it "
+        "saves, and the command that makes the model."
     )
     if _is_causal(study):
         text += (

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from .factors import Factors
 from .packed import PackedTable
+from .rows import RowTable
 
-AnyTable = Tensor | Factors | PackedTable
+AnyTable = Tensor | Factors | PackedTable | RowTable
 
 
 def shape_of(table: AnyTable) -> tuple[int, int]:

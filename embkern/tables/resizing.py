@@ -16,6 +16,7 @@ from ..ops.packed_format import Tier, directory_of, words_of_rows
 from ..ops.quantize_trellis import quantize_trellis
 from .factors import Factors
 from .packed import PackedTable
+from .rows import RowTable
 
 _SCALES = 64  # scales that are tried for a new row
 _ROWS = 8192  # rows that are decoded at a time
@@ -27,13 +28,14 @@ def resized(table: Any, num_embeddings: int) -> Any:
 
     New rows decode to the mean of all rows: exactly in factors, and in a packed table to the nearest row that
     one of its tiers can represent. The codes of a packed table are frozen: training changes the length of a
-    new row, and its direction only through ``basis`` and ``offset``.
+    new row, and its direction only through ``basis`` and ``offset``. In other tables new rows are copies of
+    the row whose direction is nearest to that of the mean.
 
     Raises:
-        TypeError: ``table`` is neither Factors nor a PackedTable.
-        ValueError: a packed table of the first edition is to get new rows.
+        TypeError: ``table`` is no compressed table.
+        ValueError: a packed table of the first edition, or a tensor train, is to get new rows.
     """
-    raise TypeError(f"table: expected Factors or a PackedTable, got {type(table).__name__}")
+    raise TypeError(f"table: expected a compressed table, got {type(table).__name__}")
 
 
 @resized.register
@@ -63,6 +65,23 @@ def _(table: PackedTable, num_embeddings: int) -> PackedTable:
     directory = directory_of(tier_of, tiers).to(scales.device)
     records = records if len(records) else table.records[:1]  # the format requires at least one word
     return dataclasses.replace(table, records=records, directory=directory, scales=scales, check=False)
+
+
+@resized.register
+def _(table: RowTable, num_embeddings: int) -> RowTable:
+    V = table.num_embeddings
+    ids = torch.arange(min(V, num_embeddings), device=table.device)
+    if added := num_embeddings - V:
+        nearest = _nearest_row(table) if added > 0 else 0
+        ids = torch.cat([ids, ids.new_full((max(0, added),), nearest)])
+    return table.take(ids)
+
+
+def _nearest_row(table: RowTable) -> int:
+    """Return the id of the row whose direction is nearest to that of the mean of all rows."""
+    mean = torch.stack([table.row_range(*at).double().sum(0) for at in table.pieces()]).sum(0, keepdim=True)
+    cosines = [F.cosine_similarity(table.row_range(*at).double(), mean, eps=1e-30) for at in table.pieces()]
+    return int(torch.cat(cosines).argmax())
 
 
 def _mean_row(table: PackedTable) -> Tensor:

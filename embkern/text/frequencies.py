@@ -75,6 +75,8 @@ def token_frequencies(
 ) -> tuple[Tensor, str]:
     """Estimate token frequencies for the weights of rows in a compression, and say where they come from.
 
+    ``frequencies_of(gathered_counts(...), num_embeddings, tokenizer)``
+
     Args:
         num_embeddings: V.
         counts: frequencies, a tensor, an array or a list of V numbers, which are only normalised; or counts
@@ -90,6 +92,23 @@ def token_frequencies(
     Raises:
         ValueError: the counts, the text or the tokenizer belong to another model, or are not usable.
         FileNotFoundError: a file does not exist.
+    """
+    known = gathered_counts(num_embeddings, counts, count_text, tokenizer, progress=progress)
+    return frequencies_of(known, num_embeddings, tokenizer)
+
+
+def gathered_counts(
+    num_embeddings: int,
+    counts: Counts | None,
+    count_text: Source | Sequence[Source] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    progress: bool | None = None,
+) -> TokenCounts | Tensor | None:
+    """Return the counts of text that the arguments of ``token_frequencies`` name, in one.
+
+    Returns:
+        ``TokenCounts``; frequencies (V,) float64 that were given as numbers; or None for no counts.
     """
     if isinstance(counts, (list, tuple, np.ndarray)):
         try:
@@ -107,7 +126,7 @@ def token_frequencies(
                 f"counts: expected {num_embeddings} finite numbers, none negative and not all 0, "
                 f"got shape {tuple(counts.shape)} with values from {wide.min()} to {wide.max()}"
             )
-        return wide / wide.sum(), "as given"
+        return wide / wide.sum()
     if isinstance(counts, (str, os.PathLike)):
         counts = TokenCounts.load(counts)
     elif isinstance(counts, Mapping):
@@ -126,9 +145,29 @@ def token_frequencies(
         texts = itertools.chain.from_iterable(map(read_texts, sources))
         counted = count_tokens(texts, tokenizer, num_embeddings=num_embeddings, progress=progress)
         counts = counted if counts is None else counts + counted
+    return counts
+
+
+def frequencies_of(
+    known: TokenCounts | Tensor | None, num_embeddings: int, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[Tensor, str]:
+    """Return the frequencies (V,) that follow from gathered counts, and a phrase on their origin."""
+    if isinstance(known, Tensor):
+        return known, "as given"
     prior = vocabulary_prior(tokenizer, num_embeddings)
     order = "the order of the vocabulary" if tokenizer is not None else "the order of the ids (no tokenizer)"
-    if counts is not None:
-        read = f" of {counts.texts:,} texts" if counts.texts else ""
-        order = f"{counts.tokens:,} tokens{read}, and {order}"
-    return expected_frequencies(counts, prior, strength=COMPRESSION_STRENGTH), order
+    if known is not None:
+        read = f" of {known.texts:,} texts" if known.texts else ""
+        order = f"{known.tokens:,} tokens{read}, and {order}"
+    return expected_frequencies(known, prior, strength=COMPRESSION_STRENGTH), order
+
+
+def read_tokens(
+    known: TokenCounts | Tensor | None, num_embeddings: int, tokenizer: PreTrainedTokenizerBase | None
+) -> Tensor | None:
+    """Return which tokens occur in gathered counts, and the tokenizer's special ones: (V,) bool, or None."""
+    if known is None:
+        return None
+    read = (known if isinstance(known, Tensor) else known.resized(num_embeddings).counts) > 0
+    special = torch.tensor([] if tokenizer is None else tokenizer.all_special_ids, dtype=torch.int64)
+    return read.index_fill(0, special[special < num_embeddings], True)

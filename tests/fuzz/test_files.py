@@ -29,8 +29,8 @@ from embkern.models.calibrate.sums import read_checkpoint as read_sums
 from embkern.ops.packed_format import Tier
 from embkern.study.plans import Plan
 from embkern.study.rows import Row
+from embkern.tables import ROW_TABLES, RowTable, packed
 from embkern.tables import factors as factors_module
-from embkern.tables import packed
 from embkern.tables.factors import Factors
 from embkern.tables.packed import PackedTable, pack
 from embkern.text import counts
@@ -55,6 +55,7 @@ from tests.fuzz.damage import (
     with_header,
 )
 from tests.fuzz.tensors import same_bits, spoiled, spoiling
+from tests.row_tables import NAMES, row_table
 
 V, H, R = 40, 33, 5
 EPOCHS = 2
@@ -163,6 +164,19 @@ def _check_packed(table: PackedTable) -> None:
     assert len(table.decode(torch.tensor([table.num_embeddings - 1]))) == 1
 
 
+def _row_examples(kind: type[RowTable]) -> list[Path]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tables = [row_table(name) for name in NAMES]
+    return _saved(kind.kind, [table for table in tables if isinstance(table, kind)])
+
+
+def _check_rows(table: RowTable) -> None:
+    ids = torch.arange(0, table.num_embeddings, max(1, table.num_embeddings // 1000))
+    assert table.decode(ids).shape == (len(ids), table.embedding_dim)
+    assert table.row_range(0, 1).shape == (1, table.embedding_dim)
+
+
 def _check_factors(factors: Factors) -> None:
     assert factors.decode(torch.arange(factors.num_embeddings)).shape[-1] == factors.embedding_dim
 
@@ -234,6 +248,13 @@ KINDS: dict[str, Kind] = {
         lambda state: {name: state[name] for name in CHECKPOINT.required},
     ),
 }
+ROW_KINDS = {each.kind: each for each in ROW_TABLES}
+KINDS |= {
+    name: Kind(
+        each.file_format(), functools.partial(_row_examples, each), each.load, _check_rows, each.tensors
+    )
+    for name, each in ROW_KINDS.items()
+}
 
 
 @functools.cache
@@ -244,7 +265,7 @@ def examples(kind: str) -> list[tuple[bytes, Any]]:
 
 def bytes_case(random: Random) -> Case:
     return dict(
-        kind=random.choice(("packed", "factors", "counts", "calibration", "sums", "checkpoint")),
+        kind=random.choice(tuple(KINDS)),
         example=random.randrange(6),
         changes=byte_damage(random),
     )

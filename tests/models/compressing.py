@@ -17,6 +17,13 @@ UNTIED = {"bert-backbone", "llama-untied", "gpt-neox"}
 RECIPES = {
     "factors": {"method": "svd", "rank": 7, "options": {"center": True}},
     "packed": {"method": "quantize", "ratio": 2},
+    "scalar, rounded": {"method": "rtn", "ratio": 2},
+    "scalar, Lloyd-Max": {"method": "lloyd_max", "ratio": 5, "options": {"bits": 4, "group": 10}},
+    "product": {"method": "product_quantization", "ratio": 2, "options": {"iterations": 2}},
+    "tensor train": {"method": "tensor_train", "ratio": 2},
+    "nonlinear": {"method": "nonlinear_autoencoder", "ratio": 2, "options": {"epochs": 1}},
+    "pruned, mean": {"method": "prune", "ratio": 2},
+    "pruned, nearest": {"method": "prune", "ratio": 2, "options": {"unknown": "nearest"}},
 }
 
 

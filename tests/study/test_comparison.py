@@ -19,9 +19,9 @@ for package in REQUIRED:
 from embkern import study
 from embkern.evaluate.perplexity import perplexity
 from embkern.io.checked_json import read_checked_json, to_checked_json
+from embkern.methods import METHODS
 from embkern.models.checkpoint import model_bytes
 from embkern.models.loading import load_model
-from embkern.rivals import ALL_METHODS, RIVALS
 from embkern.study import Row, plans
 from embkern.study.measures import MEASURES, Measure
 from embkern.text.reading import read_texts
@@ -39,11 +39,14 @@ def test_rows_agree_with_direct_measurements(models, done):
         name = method.partition(":")[0]
         assert row["ratio"] == row["table_bytes"] / row["compressed_bytes"] >= ratio
         assert row["model_bytes"] - row["compressed_model_bytes"] == V * H * 4 - row["compressed_bytes"]
-        assert (row["rank"] is None) == (ALL_METHODS[name].sized_by == "ratio")
+        assert (row["rank"] is None) == (METHODS[name].sized_by == "ratio")
     near = results(done.rows, "neighbors")
     assert {len(row["words"]) for row in near.values()} == {6}
     assert all(word["kept"] == 6 for word in near["dense", None]["words"])
     assert len(results(done.rows, "lookup")) == len(results(done.rows, "sentences")) == 6
+    heads = results(done.rows, "head")
+    assert len(heads) == 6
+    assert all(size["compressed_us"] > 0 for row in heads.values() for size in row["sizes"])
 
 
 def test_rows_are_reproducible_for_a_seed_and_differ_for_another(models, done, tmp_path):
@@ -115,7 +118,7 @@ def test_a_killed_study_resumes(models, tmp_path):
     )
     assert rest.measured <= len(rest.rows) - len(before)
     assert all(path.stat().st_mtime_ns == modified for path, modified in before.items())
-    assert len(rest.rows) == 29
+    assert len(rest.rows) == 38
     assert rest.page.exists()
 
 
@@ -123,8 +126,8 @@ def test_unreachable_ratios_and_missing_packages_are_rows_with_a_reason(models, 
     def lacks(*_: object, **__: object) -> None:
         raise ImportError("product_quantization needs faiss")
 
-    lacking = RIVALS["product_quantization"]._replace(compress=lacks)
-    monkeypatch.setitem(RIVALS, "product_quantization", lacking)
+    lacking = METHODS["product_quantization"]._replace(compress=lacks)
+    monkeypatch.setitem(METHODS, "product_quantization", lacking)
     asked = dict(output=tmp_path, ratios=[2, 500], methods=["svd", "product_quantization"], progress=False)
     done = study.compare(models / "encoder", **asked)
     reasons = {(row.method, row.ratio): row.reason for row in done.rows if row.reason}
@@ -137,7 +140,7 @@ def test_unreachable_ratios_and_missing_packages_are_rows_with_a_reason(models, 
     )
 
 
-def test_an_encoder_has_no_perplexity_and_a_baseline_no_model(models, tmp_path):
+def test_an_encoder_has_no_perplexity_and_every_method_a_model(models, tmp_path):
     text = models / "text.txt"
     done = study.compare(
         models / "encoder", output=tmp_path, ratios=[2], methods=["svd", "rtn"], text=text, dataset=str(text),
@@ -145,9 +148,11 @@ def test_an_encoder_has_no_perplexity_and_a_baseline_no_model(models, tmp_path):
     )  # fmt: skip
     (row,) = [row for row in done.rows if row.measure == "perplexity"]
     assert "no language-model head" in row.reason
-    assert {row.measure for row in done.rows if row.method == "rtn"} == {"table", "neighbors", "sentences"}
-    table = results(done.rows, "table")["svd", 2.0]
-    assert model_bytes(load_model(tmp_path / "models" / "svd-2x")) == table["compressed_model_bytes"]
+    measured = {"table", "neighbors", "lookup", "sentences", "saved"}
+    for method in ("svd", "rtn"):
+        assert {row.measure for row in done.rows if row.method == method and row.result} == measured
+        loaded = load_model(tmp_path / "models" / f"{method}-2x")
+        assert model_bytes(loaded) == results(done.rows, "table")[method, 2.0]["compressed_model_bytes"]
     assert "## Perplexity" not in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
@@ -156,13 +161,13 @@ def test_a_tied_head_that_cannot_decode_is_a_reason(models, tmp_path):
         models / "masked", output=tmp_path, ratios=[2], methods=["autoencoder:epochs=1,activation=elu"],
         dataset=str(models / "text.txt"), keep_models=True, progress=False,
     )  # fmt: skip
-    (row,) = [row for row in done.rows if row.reason]
-    assert row.measure == "saved"
-    assert "a tied head cannot decode through activation" in row.reason
+    refused = [row for row in done.rows if row.reason]
+    assert [row.measure for row in refused] == ["head", "saved"]
+    assert all("a tied head cannot decode through activation" in row.reason for row in refused)
     found = done.rows[-2].result
     assert found["input_only"]["tokens"] > 0
     assert found["tied"] is None
-    assert results(done.rows, "table")[row.method, 2.0]["compressed_model_bytes"] is None
+    assert results(done.rows, "table")[refused[0].method, 2.0]["compressed_model_bytes"] is None
 
 
 # ---- the command -----------------------------------------------------------------------------------------

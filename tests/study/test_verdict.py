@@ -43,13 +43,13 @@ def tables(**errors: tuple[float, float]) -> list[Row]:
 
 
 def test_what_the_model_does_comes_before_what_its_table_looks_like():
-    rows = tables(svd=(0.1, 0.2), allocate=(0.2, 0.3), rtn=(0.0, 0.0))
+    rows = tables(svd=(0.1, 0.2), allocate=(0.2, 0.3), rtn=(0.3, 0.4))
     assert [(best.row.method, best.row.ratio) for best in verdicts_of(study_of(*rows))] == [
         ("svd", 4), ("svd", 8)
     ]  # fmt: skip
     sentences = [
         row("sentences", method, ratio, spearman=value)
-        for method, ratio, value in (("svd", 4.0, 0.98), ("allocate", 4.0, 0.99), ("rtn", 4.0, 1.0))
+        for method, ratio, value in (("svd", 4.0, 0.98), ("allocate", 4.0, 0.99), ("rtn", 4.0, 0.9))
     ]
     (best,) = verdicts_of(study_of(*rows, *sentences))
     assert (best.row.method, best.figures) == ("allocate", ("0.9900", "25.0%"))
@@ -66,7 +66,6 @@ def test_what_the_model_does_comes_before_what_its_table_looks_like():
 
 def test_without_a_result_there_is_no_verdict():
     assert verdicts_of(study_of()) == []
-    assert verdicts_of(study_of(*tables(rtn=(0.1, 0.1)))) == []
 
 
 def test_the_report_opens_with_it(done):

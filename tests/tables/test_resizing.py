@@ -66,5 +66,5 @@ def test_facts_are_kept_and_other_tables_refused():
     table = dataclasses.replace(packed_of(torch.randn(4, 8)), facts={"floor": 0.5})
     assert resized(table, 2).facts == {"floor": 0.5}
     assert isinstance(resized(table, 2), PackedTable)
-    with pytest.raises(TypeError, match="table: expected Factors or a PackedTable, got Tensor"):
+    with pytest.raises(TypeError, match="table: expected a compressed table, got Tensor"):
         resized(torch.zeros(3, 4), 2)

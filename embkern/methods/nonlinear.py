@@ -1,4 +1,4 @@
-"""The non-linear autoencoder of arXiv 2302.04045, for comparison."""
+"""The non-linear autoencoder of arXiv 2302.04045."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..methods.base import (
+from ..tables.nonlinear import LAYERS, NonlinearTable, decoded
+from .base import (
     Options,
     blocks,
     byte_budget,
@@ -20,7 +21,7 @@ from ..methods.base import (
     row_weights,
     seeded,
 )
-from .reconstruction import Reconstruction, Storage, storage_dtype
+from .storage import Storage, rounded, storage_dtype
 
 
 class NonlinearAutoencoderOptions(Options):
@@ -40,7 +41,7 @@ class NonlinearAutoencoderOptions(Options):
 
 def nonlinear_autoencoder(
     table: Tensor, *, ratio: float, counts: Tensor | None = None, **options: Any
-) -> Reconstruction:
+) -> NonlinearTable:
     """Codes, norms and a decoder of three layers, trained on cosine and RMSE.
 
     The layers of the encoder have widths 8r, 4r and r, each with a LeakyReLU; those of the decoder have
@@ -78,8 +79,7 @@ def nonlinear_autoencoder(
     with seeded(chosen.seed, table.device):
         trained = _Autoencoder(table.shape[1], width).to(table.device)
         losses = _train(trained, table.detach(), weights, chosen)
-    rows, parts = _stored(trained, table.detach(), dtype)
-    return Reconstruction(rows, parts, {"r": width, "direction_errors": losses})
+    return _stored(trained, table.detach(), dtype, {"r": width, "direction_errors": losses})
 
 
 def _largest_width(table: Tensor, ratio: float, values: int, itemsize: int) -> int:
@@ -108,20 +108,10 @@ class _Autoencoder(nn.Module):
             nn.Linear(4 * r, r),
             nn.LeakyReLU(),
         )
-        self.decoder = nn.Sequential(
-            nn.Linear(r, 2 * r),
-            nn.LeakyReLU(),
-            nn.Linear(2 * r, 4 * r),
-            nn.LeakyReLU(),
-            nn.Linear(4 * r, width),
-            nn.Tanh(),
-        )
-
-    def decode(self, codes: Tensor, norms: Tensor) -> Tensor:
-        return norms * F.normalize(self.decoder(codes), eps=1e-30)
+        self.decoder = nn.ModuleList([nn.Linear(r, 2 * r), nn.Linear(2 * r, 4 * r), nn.Linear(4 * r, width)])
 
     def forward(self, rows: Tensor) -> Tensor:
-        return self.decode(self.encoder(rows), rows.norm(dim=1, keepdim=True))
+        return decoded(self.encoder(rows), rows.norm(dim=1, keepdim=True), list(self.decoder.parameters()))
 
 
 @torch.enable_grad()
@@ -165,14 +155,15 @@ def _direction_error(model: _Autoencoder, table: Tensor, weights: Tensor) -> flo
 
 
 @torch.no_grad()
-def _stored(model: _Autoencoder, table: Tensor, dtype: torch.dtype) -> tuple[Tensor, dict[str, int]]:
-    """Decode the table from codes, norms and decoder rounded to ``dtype``; also return the bytes by name."""
-    for parameter in model.decoder.parameters():
-        parameter.copy_(parameter.to(dtype))
-    rows = []
-    for some in blocks(table):
-        codes, norms = model.encoder(some.float()), some.float().norm(dim=1, keepdim=True)
-        rows.append(model.decode(codes.to(dtype).float(), norms.to(dtype).float()))
-    decoder = sum(parameter.numel() for parameter in model.decoder.parameters())
-    sizes = {"codes": len(table) * codes.shape[1], "norms": len(table), "decoder": decoder}
-    return torch.cat(rows), {name: count * dtype.itemsize for name, count in sizes.items()}
+def _stored(model: _Autoencoder, table: Tensor, dtype: torch.dtype, facts: dict[str, Any]) -> NonlinearTable:
+    """Return codes, norms and decoder, rounded to ``dtype``."""
+    layers = [rounded(parameter.detach(), dtype) for parameter in model.decoder.parameters()]
+    return NonlinearTable(
+        torch.cat([rounded(model.encoder(some.float()), dtype) for some in blocks(table)]),
+        torch.cat([rounded(some.float().norm(dim=1), dtype) for some in blocks(table)]),
+        **dict(zip(LAYERS, layers, strict=True)),
+        num_embeddings=table.shape[0],
+        embedding_dim=table.shape[1],
+        facts=facts,
+        check=False,
+    )

@@ -1,4 +1,4 @@
-"""All rivals: bytes within the budget, reproducible bits, and errors that name the argument."""
+"""Methods that make row tables: bytes within the budget, reproducible bits, errors that name arguments."""
 
 from __future__ import annotations
 
@@ -7,50 +7,52 @@ import math
 import pytest
 import torch
 
+from embkern import Recipe
 from embkern.fidelity import compare_tables
+from embkern.methods import METHODS as LISTED
 from embkern.methods.base import table_checksum
-from embkern.rivals import ALL_METHODS, ComparisonRecipe
-from embkern.rivals.nonlinear import nonlinear_autoencoder
-from embkern.rivals.product import product_quantization
-from embkern.rivals.reconstruction import direction_error
-from embkern.rivals.rtn import lloyd_max, rtn
-from tests.rivals.tables import FAST, RIVALS, USED, embeddings, run
+from embkern.methods.nonlinear import nonlinear_autoencoder
+from embkern.methods.product import product_quantization
+from embkern.methods.scalar import lloyd_max, rtn
+from embkern.methods.storage import direction_error
+from tests.methods.row_tables import FAST, METHODS, USED, dense, embeddings, run
 
 
-@pytest.mark.parametrize("method", RIVALS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_the_budget_is_used_and_never_exceeded(method, dtype):
     table = embeddings(2000, dtype=dtype)
     for ratio in (2, 3.7, 5):
         got = run(method, table, ratio)
-        assert got.nbytes == sum(got.parts.values()) <= table.nbytes / ratio
-        # The codes of these rivals have at most 8 bits per value.
+        assert got.nbytes == sum(each.nbytes for each in got.tensors().values()) <= table.nbytes / ratio
+        # The codes of these methods have at most 8 bits per value.
         most = table.numel() if method in (rtn, lloyd_max, product_quantization) else math.inf
         assert got.nbytes >= USED.get(method, 0.95) * min(table.nbytes / ratio, most)
-        assert got.to_dense().shape == table.shape == (got.num_embeddings, got.embedding_dim)
-        assert got.to_dense().dtype == torch.float32
-        assert torch.isfinite(got.to_dense()).all()
+        assert dense(got).shape == table.shape == (got.num_embeddings, got.embedding_dim)
+        assert dense(got).dtype == torch.float32
+        assert torch.isfinite(dense(got)).all()
 
 
-@pytest.mark.parametrize("method", RIVALS)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_smaller_ratio_has_less_error_and_any_beats_the_mean_row(method):
     table = embeddings()
-    errors = [direction_error(table, run(method, table, ratio).to_dense()) for ratio in (2.5, 4, 8)]
+    errors = [direction_error(table, dense(run(method, table, ratio))) for ratio in (2.5, 4, 8)]
     assert errors == sorted(errors)
     assert errors[-1] < direction_error(table, table.mean(0).expand_as(table))
 
 
-@pytest.mark.parametrize("method", RIVALS)
+@pytest.mark.parametrize("method", METHODS)
 def test_the_same_table_gives_the_same_bits_and_generators_are_left_alone(method):
     table = embeddings(300)
     state = torch.get_rng_state()
     first, second = run(method, table, 3), run(method, table.clone(), 3)
-    assert table_checksum(first.to_dense()) == table_checksum(second.to_dense())
-    assert (first.parts, first.facts) == (second.parts, second.facts)
+    assert table_checksum(dense(first)) == table_checksum(dense(second))
+    assert (first.settings(), first.facts) == (second.settings(), second.facts)
+    assert all(torch.equal(each, second.tensors()[name]) for name, each in first.tensors().items())
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("method", RIVALS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("V", "H"), [(1, 33), (7, 5), (7, 1), (600, 1)], ids=str)
 def test_small_tables_work_or_name_the_highest_ratio(method, V, H):
     table = embeddings(V, H)
@@ -64,11 +66,11 @@ def test_small_tables_work_or_name_the_highest_ratio(method, V, H):
             return
         assert 1 <= float(highest) < 1.5
         got = run(method, table, float(highest))
-    assert got.to_dense().shape == (V, H)
+    assert dense(got).shape == (V, H)
     assert got.nbytes <= table.nbytes
 
 
-@pytest.mark.parametrize("method", RIVALS)
+@pytest.mark.parametrize("method", METHODS)
 def test_the_highest_ratio_that_is_named_is_the_highest(method):
     table = embeddings(500)
     with pytest.raises(
@@ -81,19 +83,19 @@ def test_the_highest_ratio_that_is_named_is_the_highest(method):
         run(method, table, highest + 0.002)
 
 
-@pytest.mark.parametrize("method", RIVALS)
+@pytest.mark.parametrize("method", METHODS)
 def test_rows_of_zeros_and_equal_rows(method):
     table = embeddings(300)
     table[7] = 0
-    assert torch.isfinite(run(method, table, 3).to_dense()).all()
+    assert torch.isfinite(dense(run(method, table, 3))).all()
     equal = torch.linspace(-1, 1, 32).expand(300, 32)
-    assert direction_error(equal, run(method, equal, 2).to_dense()) < 2e-3
+    assert direction_error(equal, dense(run(method, equal, 2))) < 2e-3
     # The non-linear autoencoder normalises its output, which is not zero for a table of zeros.
     if method is not nonlinear_autoencoder:
-        assert not run(method, torch.zeros(300, 8), 2).to_dense().any()
+        assert not dense(run(method, torch.zeros(300, 8), 2)).any()
 
 
-@pytest.mark.parametrize("method", RIVALS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("table", "arguments", "error", "message"),
     [
@@ -112,7 +114,7 @@ def test_bad_arguments_are_named(method, table, arguments, error, message):
 
 @pytest.mark.parametrize(
     "method",
-    [each for each in RIVALS if each.id.startswith(("product", "nonlinear", "vocabulary"))],
+    [each for each in METHODS if each.id.startswith(("product", "nonlinear", "prune"))],
 )
 def test_counts_lower_the_error_of_frequent_rows(method):
     table = embeddings(400, 32)
@@ -122,7 +124,7 @@ def test_counts_lower_the_error_of_frequent_rows(method):
     counts[200:] = 1e4
     # After the 8 epochs of FAST the initial weights dominate; after 20 the counts do, in each of 12 draws.
     longer = {"epochs": 20} if method is nonlinear_autoencoder else {}
-    plain, weighted = (run(method, table, 8, counts=each, **longer).to_dense() for each in (None, counts))
+    plain, weighted = (dense(run(method, table, 8, counts=each, **longer)) for each in (None, counts))
     assert direction_error(table[200:], weighted[200:]) < direction_error(table[200:], plain[200:])
     for bad, message in (
         (counts[1:], r"counts: expected shape \(400,\), .*got \(399,\)"),
@@ -133,19 +135,19 @@ def test_counts_lower_the_error_of_frequent_rows(method):
             run(method, table, 8, counts=bad)
 
 
-@pytest.mark.parametrize("method", RIVALS)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_recipe_runs_it_and_a_comparison_takes_its_result(method):
     table, counts = embeddings(300), torch.arange(1, 301).double()
-    listed = ALL_METHODS[method.__name__]
+    listed = LISTED[method.__name__]
     assert (listed.compress, listed.sized_by) == (method, "ratio")
-    recipe = ComparisonRecipe.parse(method=method.__name__, ratio=3, options=FAST.get(method, {}))
+    recipe = Recipe.parse(method=method.__name__, ratio=3, options=FAST.get(method, {}))
     got = recipe.factorize(table, counts)
     expected = run(method, table, 3, counts=counts)  # methods that are not weighted ignore the counts
-    assert torch.equal(got.to_dense(), expected.to_dense())
-    error = direction_error(table, got.to_dense())
-    assert compare_tables(table, got).direction_error == pytest.approx(error)
+    assert torch.equal(dense(got), dense(expected))
+    error = direction_error(table, dense(got))
+    assert compare_tables(table, got.to(table.dtype)).direction_error == pytest.approx(error)
 
 
 def test_a_table_beyond_fp16_is_refused():
-    with pytest.raises(ValueError, match="table: expected values that fp16 can hold, got "):
+    with pytest.raises(ValueError, match="table: expected values that torch.float16 can hold, got "):
         rtn(torch.randn(300, 8) * 1e8, ratio=2)

@@ -1,4 +1,4 @@
-"""Product quantisation with k-means codebooks by faiss, for comparison."""
+"""Product quantisation with k-means codebooks by faiss."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ..methods.base import Options, byte_budget, check_table, parse_options, ratio_error, row_weights
-from .reconstruction import Reconstruction, half, packed_bytes
+from ..tables.bit_codes import pack_codes, packed_bytes
+from ..tables.product import ProductTable, spans
+from .base import Options, byte_budget, check_table, parse_options, ratio_error, row_weights
+from .storage import narrow_dtype, rounded
 
 TRIAL_ITERATIONS = 4  # of k-means, in the trials that choose rotation, scales and bits
 LEAST_WIDTH = 8  # to which sub-vectors are padded: below 5 faiss takes 8 times as long
@@ -47,28 +49,23 @@ class _Design(NamedTuple):
     bits: int
     subspaces: int = 0
 
-    def parts(self, V: int, H: int) -> dict[str, int]:
-        """Return the bytes by name."""
-        parts = {
-            "codes": packed_bytes(V * self.subspaces, self.bits),
-            "books": 2 * min(2**self.bits, V) * H,
-            "scales": 2 * V * self.scales,
-            "rotation": 2 * H * H * (self.rotation != "none"),
-        }
-        return {name: size for name, size in parts.items() if size}
+    def nbytes(self, V: int, H: int) -> int:
+        """Return the bytes of codes, codebooks, scales and rotation."""
+        floats = min(2**self.bits, V) * H + V * self.scales + H * H * (self.rotation != "none")
+        return packed_bytes(V * self.subspaces, self.bits) + 2 * floats
 
 
 @torch.no_grad()
 def product_quantization(
     table: Tensor, *, ratio: float, counts: Tensor | None = None, **options: Any
-) -> Reconstruction:
+) -> ProductTable:
     """Replace sub-vectors of rows by the nearest of 16 to 256 codewords, with a codebook per subspace.
 
     The columns are split into as many subspaces as the ratio allows, of widths that differ by at most one.
     k-means finds the codewords of each, on rows with weights ``counts ** exponent / (x @ x)``, which makes
-    the squared error one of directions. Codewords, scales and rotation are stored in fp16, and all are
-    counted. The scale of a row is ``(x @ y) / (y @ y)``. Rotation, scales and bits are chosen, one after
-    another, by the direction error of short runs.
+    the squared error one of directions. Codewords, scales and rotation are stored in fp16 (bf16 for
+    a bf16 table), and all are counted. The scale of a row is ``(x @ y) / (y @ y)``. Rotation, scales and bits
+    are chosen, one after another, by the direction error of short runs.
 
     Args:
         table: (V, H).
@@ -96,16 +93,15 @@ def product_quantization(
         [chosen.bits] if chosen.bits else [6, 7, 8, 5, 4],
     ):
         design = _Design(rotation, scales, bits)
-        fixed, smallest = (sum(design._replace(subspaces=n).parts(V, H).values()) for n in (0, 1))
+        fixed, smallest = (design._replace(subspaces=n).nbytes(V, H) for n in (0, 1))
         least.append(smallest)
         if smallest <= budget:
             designs.append(design._replace(subspaces=min(H, (budget - fixed) * 8 // (V * bits))))
     if not designs:
         raise ratio_error(table, ratio, min(least))
-    books = _Codebooks(table.detach().cpu().float(), weights, chosen.seed)
+    books = _Codebooks(table.detach().cpu().float(), weights, chosen.seed, narrow_dtype(table))
     best = _best(designs, books.trial)
-    rows = books.reconstruct(best, chosen.iterations).to(table.device)
-    return Reconstruction(rows, best.parts(V, H), best._asdict())
+    return books.quantized(best, chosen.iterations).to(table.device)
 
 
 def _best(designs: list[_Design], error: Callable[[_Design], float]) -> _Design:
@@ -118,11 +114,23 @@ def _best(designs: list[_Design], error: Callable[[_Design], float]) -> _Design:
     return best
 
 
+class _Found(NamedTuple):
+    """Codes (V,), codebooks (K, d) as stored, and faiss's centroids, of each subspace."""
+
+    codes: list[Tensor]
+    books: list[Tensor]
+    centroids: list[Any]
+
+    def copies(self) -> Tensor:
+        """Return the codewords of all rows, (V, H) fp32."""
+        return torch.cat([book.float()[codes] for book, codes in zip(self.books, self.codes, strict=True)], 1)
+
+
 class _Codebooks:
     """Quantises rows (V, H) with codebooks that k-means finds."""
 
-    def __init__(self, rows: Tensor, weights: Tensor, seed: int) -> None:
-        self.rows, self.seed, self.faiss = rows, seed, _faiss()
+    def __init__(self, rows: Tensor, weights: Tensor, seed: int, dtype: torch.dtype) -> None:
+        self.rows, self.seed, self.dtype, self.faiss = rows, seed, dtype, _faiss()
         norms = rows.double().norm(dim=1, keepdim=True)
         norms[norms == 0] = 1  # a row of zeros is its own direction
         self.directions = (rows / norms).float()
@@ -134,27 +142,38 @@ class _Codebooks:
         """Return the weighted direction error of a short run; opq is tried with its initial rotation."""
         if design.rotation == "opq":
             design = design._replace(rotation="pca")
-        cosine = F.cosine_similarity(self.rows, self.reconstruct(design, TRIAL_ITERATIONS), eps=1e-30)
+        copies = self.quantized(design, TRIAL_ITERATIONS).to(torch.float32).to_dense()
+        cosine = F.cosine_similarity(self.rows, copies, eps=1e-30)
         return float(self.weights[True].double() @ (1 - cosine).double())
 
-    def reconstruct(self, design: _Design, iterations: int) -> Tensor:
-        """Quantise the rows with a design and return them decoded, (V, H) fp32."""
+    def quantized(self, design: _Design, iterations: int) -> ProductTable:
+        """Quantise the rows with a design."""
         target = self.directions if design.scales else self.rows
-        weights = self.weights[design.scales]
-        spans = _spans(target.shape[1], design.subspaces)
-        if design.rotation == "none":
-            copies, _ = self._encode(target, weights, spans, design.bits, iterations)
-        else:
-            rotation = self._rotation(spans)
+        weights, rotation, scales = self.weights[design.scales], None, None
+        bounds = spans(target.shape[1], design.subspaces)
+        if design.rotation != "none":
+            wide = self._rotation(bounds)
             if design.rotation == "opq":
-                rotation = self._optimised_rotation(rotation, target, weights, spans, design.bits)
-            rotation = half(rotation)
-            copies, _ = self._encode(target @ rotation, weights, spans, design.bits, iterations)
-            copies = copies @ rotation.t()
-        if not design.scales:
-            return copies
-        scale = (self.rows * copies).sum(1) / copies.square().sum(1).clamp_min(1e-30)
-        return half(scale).unsqueeze(1) * copies
+                wide = self._optimised_rotation(wide, target, weights, bounds, design.bits)
+            rotation = rounded(wide, self.dtype)
+            target = target @ rotation.float()
+        found = self._encode(target, weights, bounds, design.bits, iterations)
+        if design.scales:
+            copies = found.copies() if rotation is None else found.copies() @ rotation.float().t()
+            scale = (self.rows * copies).sum(1) / copies.square().sum(1).clamp_min(1e-30)
+            scales = rounded(scale, self.dtype)
+        return ProductTable(
+            torch.cat(found.books, 1),
+            pack_codes(torch.stack(found.codes, 1), design.bits),
+            scales,
+            rotation,
+            design.bits,
+            design.subspaces,
+            num_embeddings=len(self.rows),
+            embedding_dim=self.rows.shape[1],
+            facts=design._asdict(),
+            check=False,
+        )
 
     @functools.cached_property
     def _axes(self) -> tuple[list[float], Tensor]:
@@ -163,26 +182,27 @@ class _Codebooks:
         values, vectors = torch.linalg.eigh(wide.t() @ (self.weights[True].double().unsqueeze(1) * wide))
         return values.clamp_min(1e-12 * float(values[-1]) or 1.0).tolist(), vectors
 
-    def _rotation(self, spans: list[tuple[int, int]]) -> Tensor:
+    def _rotation(self, bounds: list[tuple[int, int]]) -> Tensor:
         """Assign the principal axes (H, H) to subspaces so that the products of their variances balance."""
         variances, vectors = self._axes
-        assigned: list[list[int]] = [[] for _ in spans]
-        load = [0.0] * len(spans)
+        assigned: list[list[int]] = [[] for _ in bounds]
+        load = [0.0] * len(bounds)
         for axis in reversed(range(len(variances))):  # in descending order
-            room = [i for i, (first, last) in enumerate(spans) if len(assigned[i]) < last - first]
+            room = [i for i, (first, last) in enumerate(bounds) if len(assigned[i]) < last - first]
             place = min(room, key=load.__getitem__)
             assigned[place].append(axis)
             load[place] += math.log(variances[axis] / variances[0])
         return vectors[:, [axis for axes in assigned for axis in axes]].float()
 
     def _optimised_rotation(
-        self, rotation: Tensor, target: Tensor, weights: Tensor, spans: list[tuple[int, int]], bits: int
+        self, rotation: Tensor, target: Tensor, weights: Tensor, bounds: list[tuple[int, int]], bits: int
     ) -> Tensor:
         """Alternate between codebooks for the rotation and the rotation for the codebooks (OPQ)."""
-        books = None
+        starts = None
         for _ in range(OPQ_ROUNDS):
-            copies, books = self._encode(target @ rotation, weights, spans, bits, OPQ_ITERATIONS, books)
-            left, _, right = torch.linalg.svd(target.t().double() @ (weights.unsqueeze(1) * copies).double())
+            found = self._encode(target @ rotation, weights, bounds, bits, OPQ_ITERATIONS, starts)
+            starts, weighted = found.centroids, weights.unsqueeze(1) * found.copies()
+            left, _, right = torch.linalg.svd(target.t().double() @ weighted.double())
             rotation = (left @ right).float()
         return rotation
 
@@ -190,24 +210,24 @@ class _Codebooks:
         self,
         target: Tensor,
         weights: Tensor,
-        spans: list[tuple[int, int]],
+        bounds: list[tuple[int, int]],
         bits: int,
         iterations: int,
-        books: list[Any] | None = None,
-    ) -> tuple[Tensor, list[Any]]:
-        """Return the target with sub-vectors replaced by their nearest codewords, and the codebooks."""
-        starts = books or [None] * len(spans)
-        found = [
-            self._quantize(target[:, first:last], weights, bits, iterations, start)
-            for (first, last), start in zip(spans, starts, strict=True)
-        ]
-        return torch.cat([copies for copies, _ in found], dim=1), [book for _, book in found]
+        starts: list[Any] | None = None,
+    ) -> _Found:
+        """Return the nearest codewords of the sub-vectors of a target (V, H), of every subspace."""
+        found = _Found([], [], [])
+        for number, (first, last) in enumerate(bounds):
+            start = starts[number] if starts else None
+            self._quantize(target[:, first:last], weights, bits, iterations, start, found)
+        return found
 
     def _quantize(
-        self, part: Tensor, weights: Tensor, bits: int, iterations: int, start: Any = None
-    ) -> tuple[Tensor, Any]:
-        """Return the nearest codewords of sub-vectors (V, d), rounded to fp16, and the whole codebook."""
-        points = F.pad(part, (0, max(0, LEAST_WIDTH - part.shape[1]))).contiguous().numpy()
+        self, part: Tensor, weights: Tensor, bits: int, iterations: int, start: Any, found: _Found
+    ) -> None:
+        """Add the codebook of a subspace and the codes of its sub-vectors (V, d) to what was found."""
+        width = part.shape[1]
+        points = F.pad(part, (0, max(0, LEAST_WIDTH - width))).contiguous().numpy()
         kmeans = self.faiss.Kmeans(
             points.shape[1],
             min(2**bits, len(points)),
@@ -216,14 +236,11 @@ class _Codebooks:
             min_points_per_centroid=1,  # silences the warning for small tables
         )
         kmeans.train(points, weights=weights.numpy(), init_centroids=start)
-        book = half(torch.from_numpy(kmeans.centroids))
-        nearest = self.faiss.knn(points, book.numpy(), 1)[1]
-        return book[torch.from_numpy(nearest).squeeze(1), : part.shape[1]], kmeans.centroids
-
-
-def _spans(width: int, subspaces: int) -> list[tuple[int, int]]:
-    """Return the bounds of the columns of subspaces whose widths differ by at most one."""
-    return list(itertools.pairwise(width * i // subspaces for i in range(subspaces + 1)))
+        book = rounded(torch.from_numpy(kmeans.centroids), self.dtype)
+        nearest = self.faiss.knn(points, book.float().numpy(), 1)[1]
+        found.codes.append(torch.from_numpy(nearest).squeeze(1))
+        found.books.append(book[:, :width])
+        found.centroids.append(kmeans.centroids)
 
 
 def _faiss() -> Any:

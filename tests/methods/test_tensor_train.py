@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from embkern.rivals.tensor_train import tensor_train
+from embkern.methods.tensor_train import tensor_train
+from tests.methods.row_tables import dense
 
 
 @pytest.mark.parametrize("cores", [2, 3])
@@ -20,10 +21,10 @@ def test_a_table_of_rank_one_is_exact(cores):
     for v, h in zip(V, H, strict=True):
         table = torch.kron(table, torch.randn(v, h))
     got = tensor_train(table, ratio=2, cores=cores)
-    assert_close(got.to_dense(), table, rtol=2**-10, atol=1e-6)  # scales are fp16
+    assert_close(dense(got), table, rtol=2**-10, atol=1e-6)  # scales are fp16
     got = tensor_train(table, ratio=4, cores=cores, scales=False)
     assert (tuple(got.facts["rows"]), tuple(got.facts["columns"])) == (V, H)
-    assert_close(got.to_dense(), table, rtol=1e-5, atol=1e-6)
+    assert_close(dense(got), table, rtol=1e-5, atol=1e-6)
 
 
 def test_full_ranks_are_exact_and_two_cores_are_an_svd():
@@ -35,12 +36,12 @@ def test_full_ranks_are_exact_and_two_cores_are_an_svd():
     rank = got.facts["ranks"][0]
     left, values, right = torch.linalg.svd(matrix)
     best = (left[:, :rank] * values[:rank]) @ right[:rank]
-    assert float((got.to_dense() - table).norm()) == pytest.approx(float((best - matrix).norm()), rel=1e-5)
+    assert float((dense(got) - table).norm()) == pytest.approx(float((best - matrix).norm()), rel=1e-5)
     assert got.nbytes == 8 * rank * 24
 
     low = torch.kron(torch.randn(2, 3), torch.randn(3, 2)) + torch.kron(torch.randn(2, 3), torch.randn(3, 2))
     table = torch.kron(low, torch.randn(4, 1))  # ranks 2 and 1
-    assert_close(tensor_train(table, ratio=1.5, scales=False).to_dense(), table, rtol=1e-5, atol=1e-5)
+    assert_close(dense(tensor_train(table, ratio=1.5, scales=False)), table, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_that_do_not_factorise_are_padded():
@@ -48,4 +49,4 @@ def test_rows_that_do_not_factorise_are_padded():
     assert math.prod(got.facts["rows"]) >= 477
     assert math.prod(got.facts["rows"]) <= 1.1 * 477
     assert sorted(got.facts["columns"]) == [1, 1, 13]
-    assert got.to_dense().shape == (477, 13)
+    assert dense(got).shape == (477, 13)

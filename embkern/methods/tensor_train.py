@@ -1,7 +1,8 @@
-"""Tensor-train (matrix product operator) tables, for comparison."""
+"""Tensor-train (matrix product operator) tables."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
@@ -12,8 +13,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ..methods.base import Options, byte_budget, check_table, parse_options, ratio_error
-from .reconstruction import Reconstruction, Storage, half, storage_dtype
+from ..tables.tensor_train import TensorTrainTable
+from .base import Options, byte_budget, check_table, parse_options, ratio_error
+from .storage import Storage, rounded, storage_dtype
 
 
 class TensorTrainOptions(Options):
@@ -21,15 +23,15 @@ class TensorTrainOptions(Options):
 
     cores: Literal[2, 3] = Field(3, description="cores, which is the number of factors of V and of H")
     scales: bool = Field(
-        True, description="factorise directions and store a fp16 scale per row; False: factorise the table"
+        True, description="factorise directions and store a scale per row; False: factorise the table"
     )
-    storage: Storage = Field("table", description="dtype of the cores: the table's, or float16")
+    storage: Storage = Field("table", description="dtype of cores and scales: the table's, or float16")
 
 
 @torch.no_grad()
 def tensor_train(
     table: Tensor, *, ratio: float, counts: Tensor | None = None, **options: Any
-) -> Reconstruction:
+) -> TensorTrainTable:
     """Factorise a table into a chain of small tensors by TT-SVD in fp64.
 
     V, padded with rows of zeros, is ``v1 * v2 * v3`` and H is ``h1 * h2 * h3``, with factors as balanced as
@@ -60,25 +62,37 @@ def tensor_train(
     budget = byte_budget(table, ratio)
     V, H = table.shape
     rows, columns = _padded_factors(V, chosen.cores), _exact_factors(H, chosen.cores)[::-1]
-    parts = {"scales": 2 * V} if chosen.scales else {}
-    least = sum(v * h for v, h in zip(rows, columns, strict=True)) * dtype.itemsize + sum(parts.values())
+    of_scales = dtype.itemsize * V if chosen.scales else 0
+    least = sum(v * h for v, h in zip(rows, columns, strict=True)) * dtype.itemsize + of_scales
     if least > budget:
         raise ratio_error(table, ratio, least)
     target = table.double()
     if chosen.scales:
         target = F.normalize(target, eps=1e-30)
-    values = (budget - sum(parts.values())) // dtype.itemsize
-    cores = [core.to(dtype) for core in _tt_svd(_interleaved(target, rows, columns), values)]
-    copies = cores[0].double()
-    for core in cores[1:]:
-        copies = torch.tensordot(copies, core.double(), dims=1)
-    copies = _deinterleaved(copies, rows, columns)[:V].float()
-    if chosen.scales:
-        scale = (table.float() * copies).sum(1) / copies.square().sum(1).clamp_min(1e-30)
-        copies *= half(scale).unsqueeze(1)
-    parts |= {f"core {i}": core.nbytes for i, core in enumerate(cores, 1)}
-    facts = {"ranks": [len(core) for core in cores[1:]], "rows": rows, "columns": columns}
-    return Reconstruction(copies, parts, facts)
+    values = (budget - of_scales) // dtype.itemsize
+    cores = [rounded(core, dtype) for core in _tt_svd(_interleaved(target, rows, columns), values)]
+    middle = cores[1].flatten(1).contiguous() if len(cores) > 2 else None
+    made = TensorTrainTable(
+        cores[0].contiguous(),
+        cores[-1].contiguous(),
+        middle,
+        rows=rows,
+        columns=columns,
+        num_embeddings=V,
+        embedding_dim=H,
+        facts={"ranks": [len(core) for core in cores[1:]], "rows": rows, "columns": columns},
+        check=False,
+    )
+    return dataclasses.replace(made, scales=_scales(table, made), check=False) if chosen.scales else made
+
+
+def _scales(table: Tensor, made: TensorTrainTable) -> Tensor:
+    """Return the scales (V,) of the rows that are nearest to a table's, in the dtype of the cores."""
+    wide, found = made.to(torch.promote_types(made.dtype, torch.float32)), []
+    for first, last in made.pieces():
+        rows, copies = table[first:last].to(wide.dtype), wide.row_range(first, last)
+        found.append((rows * copies).sum(1) / copies.square().sum(1).clamp_min(1e-30))
+    return rounded(torch.cat(found), made.dtype)
 
 
 def _padded_factors(count: int, cores: int) -> list[int]:
@@ -109,13 +123,6 @@ def _interleaved(table: Tensor, rows: list[int], columns: list[int]) -> Tensor:
     order = [axis for i in range(count) for axis in (i, count + i)]
     modes = [v * h for v, h in zip(rows, columns, strict=True)]
     return padded.view(*rows, *columns).permute(order).reshape(modes)
-
-
-def _deinterleaved(tensor: Tensor, rows: list[int], columns: list[int]) -> Tensor:
-    """Undo ``_interleaved``, except for the padding."""
-    split = tensor.reshape([size for pair in zip(rows, columns, strict=True) for size in pair])
-    order = [*range(0, split.dim(), 2), *range(1, split.dim(), 2)]
-    return split.permute(order).reshape(math.prod(rows), math.prod(columns))
 
 
 def _tt_svd(tensor: Tensor, values: int) -> list[Tensor]:

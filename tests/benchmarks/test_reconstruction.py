@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from embkern.rivals.reconstruction import Reconstruction
+from benchmarks.reconstruction import Reconstruction
 
 
 def test_a_reconstruction_is_fp32():

@@ -1,4 +1,4 @@
-"""A table to compress, and all rivals with options that make them fast."""
+"""A table to compress, and all methods that make row tables, with options that make them fast."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import importlib.util
 import pytest
 import torch
 
-from embkern.rivals.nonlinear import nonlinear_autoencoder
-from embkern.rivals.product import product_quantization
-from embkern.rivals.pruning import vocabulary_pruning
-from embkern.rivals.rtn import lloyd_max, rtn
-from embkern.rivals.tensor_train import tensor_train
+from embkern.methods.nonlinear import nonlinear_autoencoder
+from embkern.methods.product import product_quantization
+from embkern.methods.pruning import prune
+from embkern.methods.scalar import lloyd_max, rtn
+from embkern.methods.tensor_train import tensor_train
 
 needs_faiss = pytest.mark.skipif(not importlib.util.find_spec("faiss"), reason="faiss is not installed")
 
@@ -20,7 +20,7 @@ FAST = {
     product_quantization: {"iterations": 3},
 }
 
-RIVALS = [
+METHODS = [
     pytest.param(method, marks=needs_faiss if method is product_quantization else (), id=method.__name__)
     for method in (
         rtn,
@@ -28,14 +28,19 @@ RIVALS = [
         product_quantization,
         nonlinear_autoencoder,
         tensor_train,
-        vocabulary_pruning,
+        prune,
     )
 ]
 
 
-# The least share of the budget that a rival uses, as bits and ranks are integers. Where b bits per value fit
+# The least share of the budget that a method uses, as bits and ranks are integers. Where b bits per value fit
 # and b + 1 just do not, b / (b + 1) is used; the tests' largest ratio, 5, leaves 3.2 bits of fp16.
 USED = {rtn: 0.7, lloyd_max: 0.7, product_quantization: 0.7, nonlinear_autoencoder: 0.9}
+
+
+def dense(table):
+    """Return the decoded rows (V, H) in fp32, which are not rounded to the dtype of storage."""
+    return table.to(torch.float32).to_dense()
 
 
 def run(method, table, ratio, **options):

@@ -1,20 +1,17 @@
-"""The result of a method for comparison: the decoded table, and the bytes that it would store."""
+"""The result of a format that embkern has no table for: the decoded rows, and the bytes that it stores."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-Storage = Literal["table", "float16"]
 
 
 @dataclass(frozen=True, eq=False)
 class Reconstruction:
-    """A (V, H) table as a rival reconstructs it; no model can hold it.
+    """A (V, H) table as another format reconstructs it; no model can hold it.
 
     The rows are decoded from values that are rounded as they would be stored. ``parts`` counts the bytes of
     all these values, with the bits of each tensor rounded up to whole bytes.
@@ -22,7 +19,7 @@ class Reconstruction:
     Attributes:
         rows: (V, H) fp32.
         parts: bytes by name: codes, scales, books, decoder, ...
-        facts: settings that the method chose for the ratio.
+        facts: settings of the format.
 
     Raises:
         ValueError: the rows are not (V, H) fp32.
@@ -54,30 +51,3 @@ class Reconstruction:
     def to_dense(self) -> Tensor:
         """Return the whole reconstructed table, (V, H) fp32."""
         return self.rows
-
-
-def packed_bytes(count: int, bits: int) -> int:
-    """Return the bytes of ``count`` codes of ``bits`` bits."""
-    return -(-count * bits // 8)
-
-
-def half(values: Tensor) -> Tensor:
-    """Return values in fp32, rounded to fp16 as they would be stored.
-
-    Raises:
-        ValueError: a value exceeds the range of fp16.
-    """
-    rounded = values.half()
-    if not torch.isfinite(rounded).all():
-        raise ValueError(f"table: expected values that fp16 can hold, got {values.abs().max():.3g}")
-    return rounded.float()
-
-
-def storage_dtype(table: Tensor, storage: Storage) -> torch.dtype:
-    """Return the dtype that ``storage`` names."""
-    return torch.float16 if storage == "float16" else table.dtype
-
-
-def direction_error(rows: Tensor, copies: Tensor) -> float:
-    """Return the mean over rows of 1 - cos(row, copy); a row of zeros has an error of 1."""
-    return float((1 - F.cosine_similarity(rows.double(), copies.double(), eps=1e-30)).mean())

@@ -1,0 +1,35 @@
+"""What a compressed table consists of, as reports tell it: tiers of a packed one, tensors of a row table."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, Field
+
+from ..tables import RowTable, Table
+from ..tables.packed import PackedTable
+
+
+class TierUse(BaseModel):
+    """The rows of one tier of a packed table."""
+
+    name: str = Field(description="bits per value, or bits of each group of coefficients in the basis")
+    rows: int = Field(description="number of rows")
+    bytes: int = Field(description="bytes of their records, without scales and directory")
+
+
+def tier_uses(table: Table) -> list[TierUse]:
+    """Return the tiers of a packed table; factors have none."""
+    if not isinstance(table, PackedTable):
+        return []
+    tiers = table.described_tiers()
+    rows = table.tier_of_rows().bincount(minlength=len(tiers)).tolist()
+    return [
+        TierUse(name=str(tier), rows=count, bytes=4 * tier.words * count)
+        for tier, count in zip(tiers, rows, strict=True)
+    ]
+
+
+def tensor_bytes(table: Table) -> dict[str, int]:
+    """Return the bytes of each tensor of a row table, by name; nothing of factors and packed tables."""
+    if not isinstance(table, RowTable):
+        return {}
+    return {name: tensor.nbytes for name, tensor in table.tensors().items()}
