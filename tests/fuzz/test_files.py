@@ -26,6 +26,7 @@ from embkern.methods.calibration import Calibration, CalibrationFacts, Calibrati
 from embkern.models.calibrate.sums import FORMAT as SUMS
 from embkern.models.calibrate.sums import Checkpoint, Sums
 from embkern.models.calibrate.sums import read_checkpoint as read_sums
+from embkern.ops.packed_codes import packed_levels
 from embkern.ops.packed_format import Tier
 from embkern.study.plans import Plan
 from embkern.study.rows import Row
@@ -35,7 +36,7 @@ from embkern.tables.factors import Factors
 from embkern.tables.packed import PackedTable, pack
 from embkern.text import counts
 from embkern.text.counts import TokenCounts
-from tests.example_tables import packed_of, uniform_levels
+from tests.example_tables import packed_of
 from tests.fuzz import Case, fuzz
 from tests.fuzz.damage import (
     HOSTILE,
@@ -79,7 +80,7 @@ def _packed_examples() -> list[Path]:
         packed_of(weight),
         packed_of(weight, torch.float32, offset=False),
         pack(
-            torch.zeros(3).long(), codes, [Tier(False, (8,))], uniform_levels(), torch.ones(3), None, None, 31
+            torch.zeros(3).long(), codes, [Tier(False, (8,))], packed_levels(), torch.ones(3), None, None, 31
         ),
     ]
     return _saved("packed", tables)
