@@ -23,7 +23,8 @@ from embkern.io.checked_json import to_checked_json
 SECONDS, MEMORY = 60, 200 << 20  # upper bounds for reading a file of a few kilobytes
 _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16",
+    torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
     torch.complex64: "C64",
 }  # fmt: skip
 # JSON texts that replace a value. A number n stands for n nested brackets.

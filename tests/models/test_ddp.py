@@ -129,21 +129,3 @@ def test_a_module_holds_no_dtype_that_gloo_and_nccl_do_not_send(tmp_path, kind):
     for each in (model, reload(model, tmp_path)):
         for name, tensor in [*each.named_parameters(), *each.named_buffers()]:
             assert tensor.is_floating_point() or tensor.dtype in sent, name
-
-
-def test_state_dicts_of_another_dtype_of_levels_load(kind):
-    """Those of earlier versions have levels of int16, as files have."""
-    model = compressed(build("llama-tied"), kind)
-    expected, state = outputs(model), model.state_dict()
-    for name, tensor in state.items():
-        if name.endswith(".levels"):
-            state[name] = tensor.to(torch.int16)
-    for assign in (False, True):
-        other = compressed(build("llama-tied"), kind)
-        with torch.no_grad():
-            for tensor in other.get_input_embeddings().tensors().values():
-                tensor.zero_()
-        other.load_state_dict(state, assign=assign)
-        assert torch.equal(outputs(other), expected)
-        for name, tensor in other.get_input_embeddings().tensors().items():
-            assert tensor.dtype == model.get_input_embeddings().tensors()[name].dtype, name

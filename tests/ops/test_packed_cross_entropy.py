@@ -467,7 +467,7 @@ def test_the_definition_never_holds_the_table(monkeypatch):
         held.append(len(ids))
         return reference.gather_decode_forward(ids, *arguments)
 
-    arguments = (task.hidden, task.labels, *task.p.codes, *task.p.factors, task.bias, -100, 0.0, 3.0)
+    arguments = (task.hidden, task.labels, *task.p.codes, *task.p.factors, task.bias, -100, 0.0, 8.0)
     losses, statistics, _ = reference.packed_cross_entropy_forward(*arguments, True, decode=watched)
     options = dict(softcap=8.0, reduction="none")
     expected = results(task.plain(**options), task.leaves, task.upstream, torch.float32)

@@ -23,7 +23,7 @@ CODES = ("records", "directory", "tiers", "levels")
 
 def make(V=70, dtype=torch.float32, basis=True, offset=True, tiers=None) -> PackedTable:
     """A table of random codes."""
-    tiers = tiers or every_tier(H, K if basis else 0)[1:]
+    tiers = tiers or every_tier(H, K if basis else 0)
     terms = (torch.randn(K, H) if basis else None, torch.randn(H) if offset else None)
     return packed(V, H, tiers, dtype, *(t if t is None else t.to(dtype) for t in terms))[0]
 
