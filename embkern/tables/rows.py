@@ -19,10 +19,8 @@ from ..ops.library import check_ids
 from ..ops.reference.numerics import accumulation_dtype, autocast_off
 from .factors import check_floating
 
-PIECE_VALUES = (
-    1 << 18
-)  # values of the rows that are decoded at a time; each takes up to 50 bytes for a moment
-
+# Values of the rows that are decoded at a time; each takes up to 50 bytes for a moment.
+PIECE_VALUES = 1 << 18
 LARGEST = 2**31 - 1  # number of rows, columns and the like: ids that are stored are int32
 
 AnyRowTable = TypeVar("AnyRowTable", bound="RowTable")
