@@ -28,7 +28,7 @@ from embkern.tables.factors import Factors
 
 from .losses import TERMS
 from .machine import peak_bytes
-from .results_file import RESULTS, write_results
+from .results_file import RESULTS, command_line, write_results
 from .training_check import ids_of_steps
 from .training_loops import LR, TABLES, PlainLoop, Table, table_rows
 
@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> None:
             print(f"\n{name} {V} x {H}, r = {rank}{f' ({reason})' if reason else ''}", flush=True)
             rows += [{"table": name, "random": reason is not None or name != "minilm", "V": V, "H": H,
                       "rank": rank, **row} for row in compare(X, rank, options)]  # fmt: skip
-    command = " ".join(["python -m benchmarks direction", *arguments])
+    command = command_line("direction", arguments)
     print("->", write_results(f"direction_{options.device}", command, rows, directory=options.results))
 
 

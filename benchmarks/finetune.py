@@ -16,7 +16,6 @@ import copy
 import math
 import os
 import random
-import shlex
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,7 +30,7 @@ import embkern
 from embkern.models.loading import load_model, load_tokenizer
 from embkern.models.swap import table_modules
 
-from .results_file import write_results
+from .results_file import command_line, write_results
 from .text import docstring_sentences
 from .tools.installed_models import dense_model
 
@@ -79,7 +78,7 @@ def main(arguments: list[str]) -> None:
     """Train every table at every learning rate; print a line each, write a results file per model."""
     options = _parse(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    command = shlex.join(["python", "-m", "benchmarks", "finetune", *arguments])
+    command = command_line("finetune", arguments)
     print(
         f"{'model':9}{'table':19}{'optimizer':10}{'lr':>7}{'first':>10}{'last':>10}{'read':>9}{'unread':>9}"
     )

@@ -8,7 +8,7 @@ import sys
 
 from embkern.experiments.timing import interleaved
 
-from .results_file import write_results
+from .results_file import command_line, write_results
 
 STATEMENTS = [
     "pass",
@@ -38,6 +38,4 @@ def main(arguments: list[str]) -> None:
     rows = [{"statement": name, "us": each} for name, each in times.items()]
     for name, each in times.items():
         print(f"{name:54}{each['median'] / 1e3:9.1f} ms")
-    print(
-        "->", write_results("import_time", " ".join(["python -m benchmarks import_time", *arguments]), rows)
-    )
+    print("->", write_results("import_time", command_line("import_time", arguments), rows))

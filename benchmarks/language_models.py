@@ -46,7 +46,7 @@ from embkern.text.frequencies import COMPRESSION_STRENGTH, expected_frequencies
 from embkern.text.prior import vocabulary_prior
 
 from .language_model_rivals import GGML_FORMATS, NUMPY_FORMATS, feed_forward, gguf_format
-from .results_file import RESULTS, write_results
+from .results_file import RESULTS, command_line, write_results
 from .runner import option_parser, table_line
 from .text import docstrings
 from .tools.installed_models import INSTALLED, dense_model
@@ -104,7 +104,7 @@ def main(arguments: list[str]) -> None:
     """Measure every table of every model; print a line each, write a results file per model."""
     options = _parse(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    command = " ".join(["python -m benchmarks language_models", *arguments])
+    command = command_line("language_models", arguments)
     found = False
     for name in options.models:
         try:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from embkern.fidelity import compare_tables
 from embkern.methods import METHODS
 
-from .results_file import write_results
+from .results_file import command_line, write_results
 
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("SVD", "svd", {}),
@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> None:
                 f"{result.neighbor_overlap:12.3f}{seconds:9.2f}",
                 flush=True,
             )
-    command = " ".join(["python -m benchmarks methods", *arguments])
+    command = command_line("methods", arguments)
     print(
         "->",
         write_results("methods" if options.device == "cpu" else f"methods_{options.device}", command, rows),

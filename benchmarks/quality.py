@@ -32,7 +32,7 @@ from embkern.text.counts import count_tokens
 from embkern.text.frequencies import COMPRESSION_STRENGTH, expected_frequencies
 from embkern.text.prior import vocabulary_prior
 
-from .results_file import RESULTS, write_results
+from .results_file import RESULTS, command_line, write_results
 from .runner import table_line
 from .shapes import SENTENCES
 from .text import docstrings
@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> None:
     bench = Quality(options.text, options.other, options.strength)
     names = options.methods or [*(name for name in METHODS if name not in SLOW), *VARIANTS]
     rows: list[dict[str, Any]] = []
-    command = " ".join(["python -m benchmarks quality", *arguments])
+    command = command_line("quality", arguments)
     print(table_line("method", {name: name for name in COLUMNS}, COLUMNS))
     for name in names:
         for ratio in options.ratios:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,11 @@ from embkern.io.atomic import replacing
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(os.environ.get("EMBKERN_RESULTS") or Path(__file__).parent / "results")
+
+
+def command_line(benchmark: str, arguments: Sequence[str]) -> str:
+    """Return the command of a benchmark, quoted as a shell reads it."""
+    return shlex.join(["python", "-m", "benchmarks", benchmark, *arguments])
 
 
 def write_results(

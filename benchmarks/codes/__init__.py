@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..machine import using_threads
-from ..results_file import RESULTS, write_results
+from ..results_file import RESULTS, command_line, write_results
 from .cycles import measure_decoders
 from .picture import draw
 from .rates import measure_rates
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
                 rows.append(row)
                 _print_rate(row)
     if not options.only:
-        command = " ".join(["python -m benchmarks codes", *arguments])
+        command = command_line("codes", arguments)
         path = write_results("codes_cpu", command, rows, directory=options.output)
         print("->", path)
         print("->", draw(rows, path.with_suffix(".png")))

@@ -23,7 +23,7 @@ import torch
 
 from embkern.experiments.timing import cuda_sampler, paired_rounds
 
-from ..results_file import write_results
+from ..results_file import command_line, write_results
 
 KERNELS = ("forward", "project_grad", "grad_basis")
 # The shape that stands for its class in embkern/triton/tiles.py.
@@ -81,7 +81,7 @@ def main(arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    command = " ".join(["python -m benchmarks tune_gather_project", *arguments])
+    command = command_line("tune_gather_project", arguments)
     return _tune(cases, command, time.monotonic() + options.seconds)
 
 

@@ -20,6 +20,7 @@ import torch
 
 from embkern.io.cache import cache_directory
 
+from ...results_file import command_line
 from .corpus import write_text
 from .kinds import KINDS, MINUTES, Recipe
 from .training import damaged, train
@@ -38,7 +39,7 @@ def main(arguments: list[str]) -> None:
     if wanted and not (root / "text").exists():
         print("collecting text of this installation: a minute or two", flush=True)
         write_text(root / "text")
-    command = " ".join(["python -m benchmarks reference_models", *arguments])
+    command = command_line("reference_models", arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name in wanted:
         steps = options.steps or max(1, round(KINDS[name].steps * options.minutes / MINUTES))
