@@ -137,9 +137,10 @@ def test_heads_decode_with_these_kernels(loss):
         return F.cross_entropy(logits, labels) if loss else logits
 
     out, expected = ours(*leaves), plain(*leaves)
-    assert_close(out, expected)
     upstream = torch.randn_like(out)
-    assert_close(torch.autograd.grad(out, leaves, upstream), torch.autograd.grad(expected, leaves, upstream))
+    got, exact = (torch.autograd.grad(each, leaves, upstream) for each in (out, expected))
+    for each, wanted in zip((out, *got), (expected, *exact), strict=True):  # sums of terms of both signs
+        assert_close(each, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
 
 
 @pytest.mark.parametrize(("H", "K"), [(33, 32), (97, 96)])
