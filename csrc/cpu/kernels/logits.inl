@@ -5,9 +5,17 @@ EMBKERN_INLINE Vector<A> capped_by_tanh(Vector<A> logit, A cap) {
   return cap * hyperbolic_tangent(logit / constant(cap));
 }
 
-// The derivative of capped_by_tanh, from its result.
+// The derivative of capped_by_tanh: with r = 1 - tanh, r (2 - r), where nothing cancels.
 template <class A>
-EMBKERN_INLINE Vector<A> slope_of_cap(Vector<A> capped, A cap) {
+EMBKERN_INLINE Vector<A> slope_of_cap(Vector<A> logit, A cap) {
+  const Vector<A> twice = logit / constant(A(0.5) * cap);
+  const Vector<A> rest = constant(A(2)) / (exponential(larger(twice, A(-1) * twice)) + constant(A(1)));
+  return rest * (constant(A(2)) + A(-1) * rest);
+}
+
+// The same from the result of capped_by_tanh, whose rounding counts where it is near the cap.
+template <class A>
+EMBKERN_INLINE Vector<A> slope_at_capped(Vector<A> capped, A cap) {
   const Vector<A> tangent = capped / constant(cap);
   return (constant(A(1)) + A(-1) * tangent) * (constant(A(1)) + tangent);
 }
@@ -23,14 +31,11 @@ EMBKERN_INLINE void for_states(const LogitBlock<A>& x, Body body) {
   }
 }
 
-template <class CAPPED, class A>
-EMBKERN_INLINE Vector<A> logit_at(const LogitBlock<A>& x, int64_t i, int64_t n, Vector<A> offset, CAPPED) {
+// A logit before its cap.
+template <class A>
+EMBKERN_INLINE Vector<A> logit_at(const LogitBlock<A>& x, int64_t i, int64_t n, Vector<A> offset) {
   const A scale = x.scales ? x.scales[i] : A(1), bias = x.biases ? x.biases[i] : A(0);
-  const Vector<A> logit = (scale * load(x.sums + i * x.stride + n) + offset) + bias;
-  if constexpr (CAPPED::value)
-    return capped_by_tanh<A>(logit, x.cap);
-  else
-    return logit;
+  return (scale * load(x.sums + i * x.stride + n) + offset) + bias;
 }
 
 template <class A>
@@ -39,7 +44,8 @@ void finish_logits(const LogitBlock<A>& x, A* maxima, A* totals) {
     const Vector<A> offset = load(x.offsets + n, left);
     Vector<A> most = constant(-std::numeric_limits<A>::infinity()), total{};
     for (int64_t i = 0; i < x.rows; ++i) {
-      const Vector<A> logit = logit_at(x, i, n, offset, capped);
+      Vector<A> logit = logit_at(x, i, n, offset);
+      if constexpr (decltype(capped)::value) logit = capped_by_tanh<A>(logit, x.cap);
       store(logit, x.sums + i * x.stride + n);
       most = larger(logit, most);
       total = total + logit;
@@ -60,7 +66,7 @@ void sum_exponentials(const LogitBlock<A>& x, const A* shifts, bool keep, A* tot
       total = total + value;
       if (!keep) continue;
       if constexpr (decltype(capped)::value)
-        store(value * slope_of_cap<A>(logit, x.cap), at);
+        store(value * slope_at_capped<A>(logit, x.cap), at);
       else
         store(value, at);
     }
@@ -74,10 +80,13 @@ void logit_gradients(const LogitBlock<A>& x, const SoftmaxGradient<A>& to, A* gr
     const Vector<A> offset = load(x.offsets + n, left), shift = A(-1) * load(to.shifts + n, left);
     const Vector<A> factor = load(to.factors + n, left), uniform = load(to.uniform + n, left);
     for (int64_t i = 0; i < x.rows; ++i) {
-      const Vector<A> logit = logit_at(x, i, n, offset, capped);
-      Vector<A> gradient = factor * exponential(logit + shift) + uniform;
-      if constexpr (decltype(capped)::value) gradient = gradient * slope_of_cap<A>(logit, x.cap);
-      store(gradient, gradients + i * stride + n);
+      const Vector<A> logit = logit_at(x, i, n, offset);
+      if constexpr (decltype(capped)::value) {
+        const Vector<A> value = exponential(capped_by_tanh<A>(logit, x.cap) + shift);
+        store((factor * value + uniform) * slope_of_cap<A>(logit, x.cap), gradients + i * stride + n);
+      } else {
+        store(factor * exponential(logit + shift) + uniform, gradients + i * stride + n);
+      }
     }
   });
 }
