@@ -130,7 +130,7 @@ class TableEmbedding(RowTableModule, CompressedEmbedding):
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows of ``ids`` (any shape, int32 or int64), times ``scale``: (``*``, H)."""
         rows = super().forward(ids)
-        self.table.check_known(ids)
+        self._table_of(self._stored()).check_known(ids)
         return rows
 
     @classmethod

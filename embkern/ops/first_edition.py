@@ -26,9 +26,7 @@ def is_first_edition(levels: Tensor) -> bool:
 
 def op_of(name: str, levels: Tensor) -> str:
     """Return the op that serves tables with these levels: for the first edition, one that has no kernels."""
-    if levels.dtype == torch.int8 or not is_first_edition(levels):
-        return name
-    return f"{name} of tables of the first edition"
+    return f"{name} of tables of the first edition" if is_first_edition(levels) else name
 
 
 def values_of_records(
