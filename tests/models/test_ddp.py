@@ -26,32 +26,38 @@ pytestmark = [
 
 # A step on half of the batch in each process. The second one begins with other buffers and parameters, which
 # DDP replaces by those of the first, and writes to a buffer again, which the next forward replaces.
+# What holds the process group is freed before it ends: a thread of gloo that frees a tensor while Python ends
+# aborts the process.
 WORKER = """
-import sys, torch, embkern
+import gc, sys, torch, embkern
 from torch.distributed import destroy_process_group, init_process_group
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
-source, output = sys.argv[1:]
+def train(source, output):
+    rank = torch.distributed.get_rank()
+    model = AutoModelForCausalLM.from_pretrained(source)
+    embedding = model.get_input_embeddings()
+    embkern.unfreeze_table(model)
+    def damage():
+        if rank:
+            for buffer in embedding.buffers():
+                buffer.zero_()
+    damage()
+    ddp = DistributedDataParallel(model, broadcast_buffers=True)
+    damage()
+    ids = torch.arange(3, 21).reshape(2, 9)[rank : rank + 1]
+    optimizer = torch.optim.SGD(ddp.parameters(), 1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        ddp(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    torch.save({name: tensor for name, tensor in model.state_dict().items()}, f"{output}/{rank}.pt")
+
 init_process_group("gloo")
-rank = torch.distributed.get_rank()
-model = AutoModelForCausalLM.from_pretrained(source)
-embedding = model.get_input_embeddings()
-embkern.unfreeze_table(model)
-def damage():
-    if rank:
-        for buffer in embedding.buffers():
-            buffer.zero_()
-damage()
-ddp = DistributedDataParallel(model, broadcast_buffers=True)
-damage()
-ids = torch.arange(3, 21).reshape(2, 9)[rank : rank + 1]
-optimizer = torch.optim.SGD(ddp.parameters(), 1e-2)
-for _ in range(2):
-    optimizer.zero_grad()
-    ddp(input_ids=ids, labels=ids).loss.backward()
-    optimizer.step()
-torch.save({name: tensor for name, tensor in model.state_dict().items()}, f"{output}/{rank}.pt")
+train(*sys.argv[1:])
+gc.collect()
+torch.distributed.barrier()
 destroy_process_group()
 """
 
@@ -90,7 +96,8 @@ def test_two_processes_train_like_one(tmp_path, kind):
 
 
 TRAINER = """
-import sys, torch, embkern
+import gc, sys, torch, embkern
+from accelerate import PartialState
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 source, output = sys.argv[1:]
@@ -104,6 +111,9 @@ trainer = Trainer(model, arguments, train_dataset=data)
 trainer.train()
 assert trainer.args.world_size == 2
 trainer.save_model(output + "/out")
+del trainer, model
+gc.collect()
+PartialState().destroy_process_group()
 """
 
 
