@@ -28,8 +28,9 @@ from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-# Prefixes of SASS opcodes: tensor cores, ldmatrix, cp.async, 16-byte loads and stores, local memory, atomics.
-INSTRUCTIONS = ("HMMA", "LDSM", "LDGSTS", "LDG.E.128", "STG.E.128", "LDL", "STL", "ATOM", "RED.")
+# Prefixes of SASS opcodes: tensor cores, ldmatrix, cp.async, loads from shared memory, 16-byte loads and
+# stores, local memory, atomics.
+INSTRUCTIONS = ("HMMA", "LDSM", "LDGSTS", "LDS.", "LDG.E.128", "STG.E.128", "LDL", "STL", "ATOM", "RED.")
 
 
 @dataclass

@@ -11,6 +11,13 @@
 #include "cuda/tensors.h"
 
 namespace embkern::cuda {
+
+// For gather_decode.cu, too.
+template void gather_project(const Problem<float>&, const Device&, Stream);
+template void gather_project(const Problem<double>&, const Device&, Stream);
+template void gather_project(const Problem<torch::headeronly::BFloat16>&, const Device&, Stream);
+template void gather_project(const Problem<torch::headeronly::Half>&, const Device&, Stream);
+
 namespace {
 
 using torch::headeronly::BFloat16;
@@ -20,7 +27,7 @@ using torch::headeronly::ScalarType;
 template <class T>
 void run(const Tensor& ids, const Tensor& codes, const Tensor& basis, const std::optional<Tensor>& offset,
          double scale, const Tensor& out) {
-  Problem<T> problem;
+  Problem<T> problem{};
   problem.ids = ids.const_data_ptr();
   problem.wide_ids = ids.scalar_type() == ScalarType::Long;
   problem.count = ids.numel();
@@ -32,9 +39,7 @@ void run(const Tensor& ids, const Tensor& codes, const Tensor& basis, const std:
   problem.offset = offset ? static_cast<const T*>(offset->const_data_ptr()) : nullptr;
   problem.out = static_cast<T*>(out.mutable_data_ptr());
   problem.scale = static_cast<acc_t<T>>(scale);
-  problem.aligned_codes = aligned(problem.codes, problem.rank * sizeof(T));
-  problem.aligned_basis = aligned(problem.basis, problem.width * sizeof(T));
-  problem.aligned_out = aligned(problem.out, problem.width * sizeof(T));
+  set_alignment(problem);
 
   const int device = codes.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);

@@ -91,7 +91,8 @@ EMBKERN_DEVICE void decode(const Problem<T>& problem) {
       Vector<T> vector{};
       if (first_row + row < problem.count) {
         const int64_t id = checked_id(problem, first_row + row);
-        vector = load_vector(problem.codes + id * rank + first + k, size - k, problem.aligned_codes);
+        if (id >= 0)
+          vector = load_vector(problem.codes + id * rank + first + k, size - k, problem.aligned_codes);
       }
 #pragma unroll
       for (int j = 0; j < kVector<T>; j += kVector<A>) {
@@ -132,9 +133,11 @@ EMBKERN_DEVICE void decode(const Problem<T>& problem) {
   for (int i = thread; i < kRows * kStrip<T>; i += kThreads) {
     const int row = first_row + i / kStrip<T>, at = strip + i % kStrip<T>;
     if (row >= problem.count || at >= width) continue;
+    if (problem.factors && checked_id(problem, row) < 0) continue;
     A sum = 0;
 #pragma unroll
     for (int warp = 0; warp < kWarps; ++warp) sum += sums[warp * kRows * kStrip<T> + i];
+    if (problem.factors) sum *= problem.factors[row];
     if (problem.offset) sum += static_cast<A>(problem.offset[at]);
     problem.out[static_cast<int64_t>(row) * width + at] = static_cast<T>(sum * problem.scale);
   }

@@ -80,7 +80,7 @@ struct TensorCoreProduct {
   // Eight rows of a warp at a time go through shared memory, so that a lane stores 16 bytes. The staged vectors
   // are permuted, so that neither writes nor reads have bank conflicts.
   EMBKERN_DEVICE void store(const Problem<T>& problem, int64_t first_row, int first_column,
-                            unsigned char* staging) const {
+                            const int64_t* row_ids, unsigned char* staging) const {
     struct alignas(4) Pair {
       T values[2];
     };
@@ -102,20 +102,23 @@ struct TensorCoreProduct {
     for (int m = 0; m < kM; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
+        const int eight = warp_row() + 16 * m + 8 * half;
+        float factor = 1;
+        if (problem.factors && row_ids[eight + lane / 4] >= 0)
+          factor = problem.factors[first_row + eight + lane / 4];
 #pragma unroll
         for (int n = 0; n < kN; ++n) {
           const float* sum = sums[m][n] + 2 * half;
           *reinterpret_cast<Pair*>(staged_at(lane / 4, n) + lane % 4 * 2) = {
-              static_cast<T>((sum[0] + offset[n][0]) * problem.scale),
-              static_cast<T>((sum[1] + offset[n][1]) * problem.scale)};
+              static_cast<T>((factor * sum[0] + offset[n][0]) * problem.scale),
+              static_cast<T>((factor * sum[1] + offset[n][1]) * problem.scale)};
         }
         ptx::sync_warp();
         if (const int row = lane / kN, vector = lane % kN; row < 8) {
-          const int64_t n = first_row + warp_row() + 16 * m + 8 * half + row;
           const int at = column + vector * kVector<T>;
-          if (n < problem.count)
-            store_vector(problem.out + n * width + at, ptx::load_16<Vector<T>>(staged_at(row, vector)),
-                         width - at, problem.aligned_out);
+          if (row_ids[eight + row] >= 0)
+            store_vector(problem.out + (first_row + eight + row) * width + at,
+                         ptx::load_16<Vector<T>>(staged_at(row, vector)), width - at, problem.aligned_out);
         }
         ptx::sync_warp();
       }
@@ -169,7 +172,7 @@ struct FmaProduct {
   }
 
   EMBKERN_DEVICE void store(const Problem<T>& problem, int64_t first_row, int first_column,
-                            unsigned char*) const {
+                            const int64_t* row_ids, unsigned char*) const {
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
       const int at = first_column + column(n), valid = problem.width - at;
@@ -177,12 +180,14 @@ struct FmaProduct {
           load_vector(problem.offset ? problem.offset + at : nullptr, problem.offset ? valid : 0, false);
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
+        if (row_ids[row(m)] < 0) continue;
+        const T factor = problem.factors ? problem.factors[first_row + row(m)] : T(1);
         Vector<T> vector;
 #pragma unroll
         for (int i = 0; i < kVector<T>; ++i)
-          vector.values[i] = (sums[m][n][i] + offset.values[i]) * problem.scale;
-        if (const int64_t i = first_row + row(m); i < problem.count)
-          store_vector(problem.out + i * problem.width + at, vector, valid, problem.aligned_out);
+          vector.values[i] = (factor * sums[m][n][i] + offset.values[i]) * problem.scale;
+        store_vector(problem.out + (first_row + row(m)) * problem.width + at, vector, valid,
+                     problem.aligned_out);
       }
     }
   }
@@ -232,7 +237,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   T* codes = reinterpret_cast<T*>(memory);  // (kRows, stride)
   T* stages = codes + kRows * stride;       // (kStages, kDepth, kColumns)
   unsigned char* staging = reinterpret_cast<unsigned char*>(stages + kStages * kDepth * kColumns);
-  int64_t* row_ids = reinterpret_cast<int64_t*>(staging + Product::kStagingBytes);  // (kRows,), -1 past the end
+  int64_t* row_ids = reinterpret_cast<int64_t*>(staging + Product::kStagingBytes);  // (kRows,), -1 for no row
 
   const int64_t first_row = static_cast<int64_t>(blockIdx.x / plan.splits) * kRows;
   const int64_t part = blockIdx.x % plan.splits, tiles = ceil_div(width, kColumns);
@@ -286,6 +291,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int i = 0; i < kStages - 1; ++i) load_stage();  // these loads need no ids and overlap with reading them
   for (int row = thread; row < kRows; row += kThreads)
     row_ids[row] = first_row + row < problem.count ? checked_id(problem, first_row + row) : -1;
+  if (problem.factors) {
+    ptx::sync_block();
+    bool any = false;
+    for (int row = 0; row < kRows; ++row) any |= row_ids[row] >= 0;
+    if (!any) return ptx::copy_async_wait<0>();
+  }
 
   Product product;
   product.clear();
@@ -301,7 +312,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int tile = multiplied.tile;
     multiplied.advance(rank);
     if (multiplied.tile != tile) {
-      product.store(problem, first_row, tile * kColumns, staging);
+      product.store(problem, first_row, tile * kColumns, row_ids, staging);
       product.clear();
     }
   }

@@ -16,6 +16,11 @@ Tensor gather_project_forward(const Tensor& ids, const Tensor& codes, const Tens
 void gather_project_out(const Tensor& ids, const Tensor& codes, const Tensor& basis,
                         const std::optional<Tensor>& offset, double scale, Tensor out);
 
+Tensor gather_decode_forward(const Tensor& ids, const Tensor& records, const Tensor& directory,
+                             const Tensor& tiers, const Tensor& levels, const Tensor& scales,
+                             const std::optional<Tensor>& basis, const std::optional<Tensor>& offset,
+                             int64_t embedding_dim, double scale);
+
 std::tuple<Tensor, Tensor, Tensor> cosine_mse_forward(const Tensor& output, const Tensor& target,
                                                       const std::optional<Tensor>& row_weight,
                                                       const std::optional<Tensor>& target_norm,

@@ -28,11 +28,13 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": ("native", "torch"),
     "cuda": ("native", "triton", "torch"),
 }
-# Another order for one regime of one op. This one is by design and not yet measured: a decoding step is one
-# launch of the C++ kernel without the overhead of Triton's launcher; prefill uses the wgmma of Triton.
+# Another order for one regime of one op. These are by design and not yet measured: a decoding step is
+# launched by the C++ kernels without the overhead of Triton's launcher; prefill uses the wgmma of Triton.
 REGIMES: dict[tuple[str, str, str], tuple[str, ...]] = {
     ("gather_project", "cuda", "prefill"): ("triton", "native", "torch"),
+    ("gather_decode", "cuda", "prefill"): ("triton", "native", "torch"),
 }
+DECODE_TOKENS = 64  # Up to this many ids are decoding: launches and reads of the basis bound it.
 
 # The ops that each kernel backend implements, per device type. A new kernel adds its op here.
 KERNELS: dict[tuple[str, str], frozenset[str]] = {
@@ -48,7 +50,7 @@ KERNELS: dict[tuple[str, str], frozenset[str]] = {
             "autoencoder",
         }
     ),
-    ("native", "cuda"): frozenset({"gather_project", "cosine_mse"}),
+    ("native", "cuda"): frozenset({"gather_project", "gather_decode", "cosine_mse"}),
     ("triton", "cuda"): frozenset(
         {
             "gather_project",
@@ -131,6 +133,13 @@ def select(
     if chosen is None:
         chosen = _chosen[key] = _choose(*key)
     return chosen
+
+
+def regime_of(ids: torch.Tensor) -> str | None:
+    """Return the class of the number of ids that chooses between CUDA kernels: ``decode`` or ``prefill``."""
+    if torch.compiler.is_compiling():  # A compiled graph serves every number of ids.
+        return None
+    return "decode" if ids.numel() <= DECODE_TOKENS else "prefill"
 
 
 def select_backward(op: str, device_type: str, dtype: torch.dtype, forward: str) -> str:

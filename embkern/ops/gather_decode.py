@@ -11,7 +11,7 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from . import reference
-from .backends import BACKENDS, Backend, select
+from .backends import BACKENDS, Backend, regime_of, select
 from .first_edition import op_of
 from .library import (
     apply,
@@ -194,18 +194,20 @@ def decode_rows(
 ) -> Tensor:
     """``gather_decode``; without ``check``, of a table that was checked when it was made: only ids are."""
     scales, basis, offset = packed[4], packed[5], packed[6]
-    device_type = "cpu" if scales.is_cpu else scales.device.type  # is_cpu makes no torch.device
-    chosen = select(op_of("gather_decode", packed[3]), device_type, scales.dtype, backend)
+    on_cpu = scales.is_cpu
+    device_type = "cpu" if on_cpu else scales.device.type  # is_cpu makes no torch.device
+    regime = None if on_cpu else regime_of(ids)
+    chosen = select(op_of("gather_decode", packed[3]), device_type, scales.dtype, backend, regime)
     try:
         autograd = needs_autograd(scales, basis, offset)
-        if chosen == "native":  # The native op checks its arguments itself.
+        if chosen == "native" and on_cpu:  # The native CPU op checks its arguments itself.
             if not (autograd or is_compiling()):
                 return _NATIVE(ids, *packed, embedding_dim, scale)
         elif check:
             _check(ids, PackedTensors(*packed), embedding_dim)
         else:
             _check_ids(ids, scales)
-        if chosen == "triton":
+        if chosen == "triton" or (chosen == "native" and not on_cpu):
             ids, packed = ids.contiguous(), PackedTensors(*packed).contiguous()
         if autograd:
             padding = _NO_PADDING if padding_idx is None else padding_idx % len(scales)

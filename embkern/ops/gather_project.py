@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import reference
-from .backends import Backend, select, select_backward
+from .backends import Backend, regime_of, select, select_backward
 from .library import (
     apply,
     check_ids,
@@ -23,8 +23,6 @@ from .library import (
 )
 
 _NO_PADDING = -1
-# Up to this many ids are decoding: the launch and the reads of the basis bound it, not the tensor cores.
-DECODE_TOKENS = 64
 
 
 def _forward_fake(ids: Tensor, codes: Tensor, basis: Tensor, offset: Tensor | None, scale: float) -> Tensor:
@@ -201,7 +199,7 @@ def gather_project(
     Source: arXiv 2106.08181, section 3: at inference a token's row is decoded from its latent code.
     """
     device_type = "cpu" if codes.is_cpu else codes.device.type  # is_cpu makes no torch.device
-    regime = None if codes.is_cpu else _regime(ids)
+    regime = None if codes.is_cpu else regime_of(ids)
     chosen = select("gather_project", device_type, codes.dtype, backend, regime)
     try:
         if chosen != "native" or device_type != "cpu":  # The native CPU op checks its arguments itself.
@@ -229,13 +227,6 @@ def gather_project(
         raise_refusal(_check, ids, codes, basis, offset, out)
         raise_refusal(check_ids, ids, codes.shape[0])
         raise
-
-
-def _regime(ids: Tensor) -> str | None:
-    """Return the class of the number of ids that chooses between CUDA kernels: ``decode`` or ``prefill``."""
-    if torch.compiler.is_compiling():  # A compiled graph serves every number of ids.
-        return None
-    return "decode" if ids.numel() <= DECODE_TOKENS else "prefill"
 
 
 def _check(

@@ -97,6 +97,34 @@ def gather_project_call(
     return struct.pack("<11qd", *map(int, header), scale) + serialised(ids, codes, basis, offset)
 
 
+def gather_decode_call(
+    ids: torch.Tensor,
+    records: torch.Tensor,
+    directory: torch.Tensor,
+    tiers: torch.Tensor,
+    levels: torch.Tensor,
+    scales: torch.Tensor,
+    basis: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    embedding_dim: int,
+    scale: float,
+    *,
+    misaligned: int = 0,
+    multiprocessors: int = HOPPER_MULTIPROCESSORS,
+    shared: int = HOPPER_SHARED,
+    order: str = "ascending",
+) -> bytes:
+    """Return a call of gather_decode in the format of emulator/gather_decode.cpp."""
+    K = 0 if basis is None else len(basis)
+    header = (
+        *(DTYPES[scales.dtype], ids.dtype == torch.int64, ids.numel(), len(scales), len(records)),
+        *(len(tiers), tiers.shape[1] - 1, K, embedding_dim, offset is not None),
+        *(misaligned, multiprocessors, shared, ORDERS[order]),
+    )
+    tensors = serialised(ids, records, directory, tiers, levels, scales, basis, offset)
+    return struct.pack("<14qd", *map(int, header), scale) + tensors
+
+
 def cosine_mse_call(
     output: torch.Tensor,
     target: torch.Tensor,

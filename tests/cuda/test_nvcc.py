@@ -34,7 +34,8 @@ def test_the_expected_instructions(kernels):
         for part, instructions, count in (
             ("TensorCoreProduct", ("HMMA", "LDSM", "LDGSTS", "STG.E.128"), 4),
             ("FmaProduct", ("LDGSTS", "STG.E.128"), 4),
-            ("decode", ("LDG.E.128",), 12),
+            ("gather_project_decode", ("LDG.E.128",), 12),
+            ("gather_decode_rows", ("LDS.",), 4),
             (r"cosine_mse_rows_kernel<\w+, \w+, true>", ("LDG.E.128", "STG.E.128"), 8),
             (r"cosine_mse_rows_kernel<\w+, \w+, false>", (), 8),
             ("cosine_mse_(loss|weights)_kernel", (), 4),

@@ -57,7 +57,7 @@ def _backward(bad: int, codes_basis: tuple[bool, bool]) -> Callable:
     return call
 
 
-def _packed(id: int = 0, column: int | None = None, value: int = 0) -> Callable:
+def _packed(id: int = 0, column: int | None = None, value: int = 0, backend: str = "triton") -> Callable:
     def call(place) -> None:  # type: ignore[no-untyped-def]
         import torch
 
@@ -70,7 +70,7 @@ def _packed(id: int = 0, column: int | None = None, value: int = 0) -> Callable:
         if column is not None:
             tensors[1][0, column] = value
         ids = torch.tensor([0, id], device=place.type)
-        place.op("gather_decode_forward", "triton")(ids, *tensors, 5, 1.0)
+        place.op("gather_decode_forward", backend)(ids, *tensors, 5, 1.0)
 
     return call
 
@@ -86,6 +86,8 @@ ASSERTIONS = (
     Assertion("packed+2^40", "gather_decode", "triton", OUT_OF_RANGE, _packed(2**40)),
     Assertion("packed+place", "gather_decode", "triton", NO_FIT, _packed(0, 0, 2**31 - 1)),
     Assertion("packed+tier", "gather_decode", "triton", NO_FIT, _packed(0, 1, -1)),
+    Assertion("packed C++-1", "gather_decode", "native", NATIVE_OUT_OF_RANGE, _packed(-1, backend="native")),
+    Assertion("packed C++ tier", "gather_decode", "native", NO_FIT, _packed(0, 1, -1, backend="native")),
     Assertion("few-1", "gather_project", "native", NATIVE_OUT_OF_RANGE, _lookup("native", 3, -1)),
     Assertion("few+2^40", "gather_project", "native", NATIVE_OUT_OF_RANGE, _lookup("native", 3, 2**40)),
     Assertion("some+V", "gather_project", "native", NATIVE_OUT_OF_RANGE, _lookup("native", 40, 12)),

@@ -24,7 +24,7 @@ CHECK = """
 import sys, torch
 from embkern.ops import cosine_mse_loss, gather_project
 from embkern.ops.backends import unavailable
-for op in ("gather_project", "cosine_mse"):
+for op in ("gather_project", "gather_decode", "cosine_mse"):
     if reason := unavailable("native", op, "cuda", torch.bfloat16):
         sys.exit(reason)
 ids, codes, basis = torch.tensor([2, 0, 2]).cuda(), torch.randn(3, 16).cuda(), torch.randn(16, 32).cuda()

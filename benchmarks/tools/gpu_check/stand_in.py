@@ -26,7 +26,7 @@ from embkern.ops.library import overload
 from .place import Call, Device
 from .processes import ROOT
 
-PROGRAMS = ("gather_project", "cosine_mse")
+PROGRAMS = ("gather_project", "gather_decode", "cosine_mse")
 
 
 def interpreter_fails() -> str | None:
@@ -74,6 +74,7 @@ class StandIn(Device):
         emulated: dict[str, Callable[..., Any]] = {
             "gather_project_forward": _emulated_gather_project,
             "gather_project_out": _emulated_gather_project_out,
+            "gather_decode_forward": _emulated_gather_decode,
             "cosine_mse_forward": _emulated_cosine_mse,
         }
         return emulated[name]
@@ -162,6 +163,15 @@ def _emulated_gather_project_out(
     ids: Tensor, codes: Tensor, basis: Tensor, offset: Tensor | None, scale: float, out: Tensor
 ) -> None:
     out.copy_(_emulated_gather_project(ids, codes, basis, offset, scale))
+
+
+def _emulated_gather_decode(ids: Tensor, *arguments: Any) -> Tensor:
+    from tests.cuda.emulated import Outputs, gather_decode_call
+
+    scales, embedding_dim = arguments[4], arguments[7]
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = Outputs(program("gather_decode"), [gather_decode_call(ids, *arguments)], Path(folder))
+    return outputs.take(scales.dtype, len(ids), embedding_dim)
 
 
 def _emulated_cosine_mse(

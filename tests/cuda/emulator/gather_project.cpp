@@ -35,9 +35,7 @@ void call(const Header& header) {
   problem.offset = header.has_offset ? offset.read().data() : nullptr;
   problem.out = out.data();
   problem.scale = static_cast<acc_t<T>>(header.scale);
-  problem.aligned_codes = aligned(problem.codes, header.rank * sizeof(T));
-  problem.aligned_basis = aligned(problem.basis, header.width * sizeof(T));
-  problem.aligned_out = aligned(problem.out, header.width * sizeof(T));
+  set_alignment(problem);
   emulator::Machine::instance().order = static_cast<emulator::Order>(header.order);
   const int shared = static_cast<int>(header.shared_per_block);
   emulator::Machine::instance().shared_limit = shared;
