@@ -8,7 +8,7 @@
 #include "checks.h"
 #include "cuda/gather_decode.cuh"
 #include "cuda/ops.h"
-#include "cuda/tensors.h"
+#include "cuda/packed_tensors.h"
 
 namespace embkern::cuda {
 
@@ -61,34 +61,15 @@ Tensor gather_decode_forward(const Tensor& ids, const Tensor& records, const Ten
                              const Tensor& tiers, const Tensor& levels, const Tensor& scales,
                              const std::optional<Tensor>& basis, const std::optional<Tensor>& offset,
                              int64_t embedding_dim, double scale) {
-  for (const Tensor* each : {&ids, &records, &directory, &tiers, &levels, &scales})
-    check(each->is_cuda() && each->is_contiguous(), kDecodeOp, ": expected contiguous CUDA tensors");
-  for (const std::optional<Tensor>* each : {&basis, &offset})
-    check(!*each || ((*each)->is_cuda() && (*each)->is_contiguous()), kDecodeOp,
-          ": expected contiguous CUDA tensors");
-  const int64_t V = scales.numel();
-  check(directory.dim() == 2 && directory.size(0) == ceil_div(V, kGroup) && directory.size(1) == kEntry,
-        kDecodeOp, ": expected directory (ceil(V / 32), 5)");
-  check(tiers.dim() == 2 && tiers.size(0) <= kMostTiers && tiers.size(1) >= 1, kDecodeOp,
-        ": expected tiers (T, 1 + G) with T up to 16");
-  check(levels.numel() == kLevels && levels.scalar_type() == ScalarType::Char, kDecodeOp,
-        ": expected levels (17, 16) int8");
-  check(embedding_dim >= 1 && (!basis || (basis->dim() == 2 && basis->size(1) == embedding_dim)), kDecodeOp,
-        ": expected basis (K, H)");
+  check(ids.is_cuda() && ids.is_contiguous(), kDecodeOp, ": expected ids, a contiguous CUDA tensor");
+  const PackedTable table = packed_table(kDecodeOp, records, directory, tiers, levels, scales);
+  check_floats(kDecodeOp, basis, offset, embedding_dim);
   std::vector<int64_t> shape;
   for (int64_t i = 0; i < ids.dim(); ++i) shape.push_back(ids.size(i));
   shape.push_back(embedding_dim);
   const Tensor out = torch::stable::new_empty(scales, shape);
   if (out.numel() == 0) return out;
   check(ids.numel() <= INT32_MAX, kDecodeOp, ": expected fewer than 2^31 ids, got ", ids.numel());
-  const PackedTable table{static_cast<const int32_t*>(records.const_data_ptr()),
-                          static_cast<const int32_t*>(directory.const_data_ptr()),
-                          static_cast<const uint8_t*>(tiers.const_data_ptr()),
-                          static_cast<const int8_t*>(levels.const_data_ptr()),
-                          records.numel(),
-                          V,
-                          static_cast<int>(tiers.size(0)),
-                          to_int("tiers", tiers.size(1) - 1)};
   switch (scales.scalar_type()) {
     case ScalarType::Float:
       run<float>(ids, table, scales, basis, offset, scale, out);

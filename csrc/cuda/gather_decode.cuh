@@ -58,8 +58,7 @@ __global__ void __launch_bounds__(kThreads) gather_decode_rows_kernel(const Deco
   int8_t* levels = reinterpret_cast<int8_t*>(sizes + kMostTiers);         // (17, 16)
   const PackedTable& table = problem.table;
   const int lane = threadIdx.x % kLanes;
-  load_tier_sizes(table, sizes);
-  for (int i = threadIdx.x; i < kLevels; i += kThreads) levels[i] = table.levels[i];
+  load_tables(table, sizes, levels);
   ptx::sync_block();
 
   const int64_t n = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes;
@@ -93,9 +92,8 @@ __global__ void __launch_bounds__(kThreads) gather_decode_rows_kernel(const Deco
 // Enqueues the forward, without host synchronisation. N, H >= 1.
 template <class T>
 void gather_decode(const DecodeProblem<T>& problem, const Device& device, Stream stream) {
-  constexpr int kShared = kMostTiers * static_cast<int>(sizeof(TierSizes)) + kLevels;
-  launch(kDecodeOp, gather_decode_rows_kernel<T>, ceil_div(problem.count, kWarps), kThreads, kShared, stream,
-         problem);
+  launch(kDecodeOp, gather_decode_rows_kernel<T>, ceil_div(problem.count, kWarps), kThreads, kTablesBytes,
+         stream, problem);
   if (problem.terms == 0) return;
   Problem<T> product{};
   product.ids = problem.places;

@@ -21,6 +21,10 @@ Tensor gather_decode_forward(const Tensor& ids, const Tensor& records, const Ten
                              const std::optional<Tensor>& basis, const std::optional<Tensor>& offset,
                              int64_t embedding_dim, double scale);
 
+Tensor packed_logits_forward(const Tensor& hidden, const Tensor& records, const Tensor& directory,
+                             const Tensor& tiers, const Tensor& levels, const Tensor& scales,
+                             const std::optional<Tensor>& basis, const std::optional<Tensor>& offset);
+
 std::tuple<Tensor, Tensor, Tensor> cosine_mse_forward(const Tensor& output, const Tensor& target,
                                                       const std::optional<Tensor>& row_weight,
                                                       const std::optional<Tensor>& target_norm,

@@ -38,14 +38,18 @@ EMBKERN_DEVICE int warp_sum(int value) {
   return value;
 }
 
-// Writes the sizes of every tier, a warp per tier; the caller synchronises the block.
-EMBKERN_DEVICE void load_tier_sizes(const PackedTable& table, TierSizes* sizes) {
+constexpr int kTablesBytes = kMostTiers * static_cast<int>(sizeof(TierSizes)) + kLevels;
+
+// Writes the sizes of every tier, a warp per tier, and the levels, kTablesBytes together; the caller
+// synchronises the block.
+EMBKERN_DEVICE void load_tables(const PackedTable& table, TierSizes* sizes, int8_t* levels) {
   const int lane = threadIdx.x % kLanes;
+  for (int i = threadIdx.x; i < kLevels; i += kThreads) levels[i] = table.levels[i];
   for (int tier = threadIdx.x / kLanes; tier < table.tier_count; tier += kWarps) {
     TierSizes sum{0, 0, 0};
     for (int group = lane; group < table.groups; group += kLanes) {
       const int bits = table.tiers[tier * (1 + table.groups) + 1 + group];
-      if (bits > kMostBits) ptx::fail("gather_decode: tiers: expected at most 8 bits");
+      if (bits > kMostBits) ptx::fail("tiers: expected at most 8 bits");
       sum.words += bits, sum.ring += ring_words(bits), sum.further += further_words(bits);
     }
     const int words = warp_sum(sum.words), ring = warp_sum(sum.ring), further = warp_sum(sum.further);
@@ -72,7 +76,7 @@ EMBKERN_DEVICE Record find_record(const PackedTable& table, const TierSizes* siz
   const int before = warp_sum(lane < place && other < table.tier_count ? sizes[other].words : 0);
   const int64_t start = static_cast<int64_t>(entry[0]) + before;
   if (tier >= table.tier_count || start < 0 || start + sizes[tier].words > table.words)
-    ptx::fail("gather_decode: the directory does not fit tiers and records");
+    ptx::fail("the directory does not fit tiers and records");
   const uint8_t* described = table.tiers + tier * (1 + table.groups);
   return {table.records + start, described + 1, sizes[tier].ring, sizes[tier].further, described[0] != 0};
 }

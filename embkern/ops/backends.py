@@ -33,8 +33,11 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
 REGIMES: dict[tuple[str, str, str], tuple[str, ...]] = {
     ("gather_project", "cuda", "prefill"): ("triton", "native", "torch"),
     ("gather_decode", "cuda", "prefill"): ("triton", "native", "torch"),
+    ("packed_logits", "cuda", "prefill"): ("triton", "native", "torch"),
 }
-DECODE_TOKENS = 64  # Up to this many ids are decoding: launches and reads of the basis bound it.
+# Up to this many ids are decoding: launches and reads of the basis bound it. And up to this many hidden states,
+# with which the C++ kernel multiplies a row at a time.
+DECODE_TOKENS, DECODE_STATES = 64, 16
 
 # The ops that each kernel backend implements, per device type. A new kernel adds its op here.
 KERNELS: dict[tuple[str, str], frozenset[str]] = {
@@ -50,7 +53,7 @@ KERNELS: dict[tuple[str, str], frozenset[str]] = {
             "autoencoder",
         }
     ),
-    ("native", "cuda"): frozenset({"gather_project", "gather_decode", "cosine_mse"}),
+    ("native", "cuda"): frozenset({"gather_project", "gather_decode", "packed_logits", "cosine_mse"}),
     ("triton", "cuda"): frozenset(
         {
             "gather_project",
@@ -63,7 +66,9 @@ KERNELS: dict[tuple[str, str], frozenset[str]] = {
     ),
 }
 # Kernels without a backward of their own.
-FORWARD_ONLY: frozenset[tuple[str, str, str]] = frozenset({("native", "cuda", "gather_project")})
+FORWARD_ONLY: frozenset[tuple[str, str, str]] = frozenset(
+    {("native", "cuda", "gather_project"), ("native", "cuda", "packed_logits")}
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Kernels that do not take all of these dtypes.
 KERNEL_DTYPES: dict[tuple[str, str, str], tuple[torch.dtype, ...]] = {
@@ -135,11 +140,11 @@ def select(
     return chosen
 
 
-def regime_of(ids: torch.Tensor) -> str | None:
-    """Return the class of the number of ids that chooses between CUDA kernels: ``decode`` or ``prefill``."""
-    if torch.compiler.is_compiling():  # A compiled graph serves every number of ids.
+def regime_of(count: int, most: int = DECODE_TOKENS) -> str | None:
+    """Return the class of a number of rows that chooses between CUDA kernels: ``decode`` or ``prefill``."""
+    if torch.compiler.is_compiling():  # A compiled graph serves every number.
         return None
-    return "decode" if ids.numel() <= DECODE_TOKENS else "prefill"
+    return "decode" if count <= most else "prefill"
 
 
 def select_backward(op: str, device_type: str, dtype: torch.dtype, forward: str) -> str:

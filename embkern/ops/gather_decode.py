@@ -196,7 +196,7 @@ def decode_rows(
     scales, basis, offset = packed[4], packed[5], packed[6]
     on_cpu = scales.is_cpu
     device_type = "cpu" if on_cpu else scales.device.type  # is_cpu makes no torch.device
-    regime = None if on_cpu else regime_of(ids)
+    regime = None if on_cpu else regime_of(ids.numel())
     chosen = select(op_of("gather_decode", packed[3]), device_type, scales.dtype, backend, regime)
     try:
         autograd = needs_autograd(scales, basis, offset)

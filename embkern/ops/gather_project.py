@@ -199,7 +199,7 @@ def gather_project(
     Source: arXiv 2106.08181, section 3: at inference a token's row is decoded from its latent code.
     """
     device_type = "cpu" if codes.is_cpu else codes.device.type  # is_cpu makes no torch.device
-    regime = None if codes.is_cpu else regime_of(ids)
+    regime = None if codes.is_cpu else regime_of(ids.numel())
     chosen = select("gather_project", device_type, codes.dtype, backend, regime)
     try:
         if chosen != "native" or device_type != "cpu":  # The native CPU op checks its arguments itself.

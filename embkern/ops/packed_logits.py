@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import reference
-from .backends import BACKENDS, DTYPES, Backend, select
+from .backends import BACKENDS, DECODE_STATES, DTYPES, Backend, regime_of, select, select_backward
 from .first_edition import op_of
 from .library import (
     apply,
@@ -114,8 +115,9 @@ class PackedLogits(Function):
         hidden, *packed = ctx.saved_tensors
         floats = (hidden, *packed[4:])
         needs = [ctx.needs_input_grad[i] for i in (0, 5, 6, 7)]
+        backend = select_backward("packed_logits", grad.device.type, packed[4].dtype, ctx.backend)
         with torch.no_grad():
-            grads = _BACKWARD[ctx.backend](grad.contiguous(), hidden, *packed, *needs)
+            grads = _BACKWARD[backend](grad.contiguous(), hidden, *packed, *needs)
         wanted = [
             differentiable_once(found.to(each.dtype), grad, *floats) if needed else None
             for found, each, needed in zip(grads, floats, needs, strict=True)
@@ -166,16 +168,22 @@ def packed_logits(
         ValueError: shapes or devices do not fit, or ``backend`` is unknown.
         RuntimeError: the backend asked for cannot serve this call.
     """
-    device_type = "cpu" if scales.is_cpu else scales.device.type
-    chosen = select(op_of("packed_logits", levels), device_type, scales.dtype, backend)
+    on_cpu = scales.is_cpu
+    device_type = "cpu" if on_cpu else scales.device.type
+    regime = None if on_cpu else regime_of(math.prod(hidden.shape[:-1]), DECODE_STATES)
+    chosen = select(op_of("packed_logits", levels), device_type, scales.dtype, backend, regime)
     if hidden.device != scales.device:
         raise ValueError(f"hidden: expected device {scales.device} as in scales, got {hidden.device}")
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     packed: tuple[Optional, ...] = (records, directory, tiers, levels, scales, basis, offset)
-    if chosen != "native" or hidden.dim() == 0:  # The native op checks its arguments itself.
+    if (
+        chosen != "native" or not on_cpu or hidden.dim() == 0
+    ):  # The native CPU op checks its arguments itself.
         _check(hidden, PackedTensors(*packed))  # type: ignore[arg-type]
     flat = hidden.reshape(-1, hidden.shape[-1])
+    if chosen == "native" and not on_cpu:
+        flat, packed = flat.contiguous(), PackedTensors(*packed).contiguous()  # type: ignore[arg-type]
     try:
         if needs_autograd(hidden, scales, basis, offset):
             logits: Tensor = apply(PackedLogits, flat, *packed, chosen)

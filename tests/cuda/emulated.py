@@ -125,6 +125,29 @@ def gather_decode_call(
     return struct.pack("<14qd", *map(int, header), scale) + tensors
 
 
+def packed_logits_call(
+    hidden: torch.Tensor,
+    records: torch.Tensor,
+    directory: torch.Tensor,
+    tiers: torch.Tensor,
+    levels: torch.Tensor,
+    scales: torch.Tensor,
+    basis: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    *,
+    multiprocessors: int = HOPPER_MULTIPROCESSORS,
+    order: str = "ascending",
+) -> bytes:
+    """Return a call of packed_logits in the format of emulator/packed_logits.cpp."""
+    K = 0 if basis is None else len(basis)
+    header = (
+        *(DTYPES[scales.dtype], DTYPES[hidden.dtype], len(hidden), len(scales), len(records), len(tiers)),
+        *(tiers.shape[1] - 1, K, hidden.shape[1], offset is not None, multiprocessors, ORDERS[order]),
+    )
+    tensors = serialised(hidden, records, directory, tiers, levels, scales, basis, offset)
+    return struct.pack("<12q", *map(int, header)) + tensors
+
+
 def cosine_mse_call(
     output: torch.Tensor,
     target: torch.Tensor,

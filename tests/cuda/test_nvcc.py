@@ -36,6 +36,8 @@ def test_the_expected_instructions(kernels):
             ("FmaProduct", ("LDGSTS", "STG.E.128"), 4),
             ("gather_project_decode", ("LDG.E.128",), 12),
             ("gather_decode_rows", ("LDS.",), 4),
+            ("packed_logits_kernel", ("LDS.",), 21),
+            ("packed_logits_states", (), 7),
             (r"cosine_mse_rows_kernel<\w+, \w+, true>", ("LDG.E.128", "STG.E.128"), 8),
             (r"cosine_mse_rows_kernel<\w+, \w+, false>", (), 8),
             ("cosine_mse_(loss|weights)_kernel", (), 4),
