@@ -35,8 +35,8 @@ REGIMES: dict[tuple[str, str, str], tuple[str, ...]] = {
     ("gather_decode", "cuda", "prefill"): ("triton", "native", "torch"),
     ("packed_logits", "cuda", "prefill"): ("triton", "native", "torch"),
 }
-# Up to this many ids are decoding: launches and reads of the basis bound it. And up to this many hidden states,
-# with which the C++ kernel multiplies a row at a time.
+# Up to this many ids are decoding: launches and reads of the basis bound it. So are up to this many hidden
+# states, which the C++ kernel multiplies with a row at a time.
 DECODE_TOKENS, DECODE_STATES = 64, 16
 
 # The ops that each kernel backend implements, per device type. A new kernel adds its op here.
