@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from embkern import PackedEmbedding, PackedEmbeddingBag
 from embkern.io.tensor_format import checksum
 from embkern.ops.packed_format import Tier, packed_bytes
 from embkern.tables.packed import FORMAT, TENSORS, PackedTable, pack
@@ -329,3 +332,23 @@ def test_edited_files_are_refused(tmp_path, change, message):
     save_file(tensors, path, metadata)
     with pytest.raises(ValueError, match=message):
         PackedTable.load(path)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
+def test_a_loaded_table_is_mapped(tmp_path):
+    """Processes that load a file share its pages: the codes are not copied, nor by a module over them."""
+    path = tmp_path / "table.safetensors"
+    make().save(path)
+    loaded = PackedTable.load(path)
+    for records in (loaded.records, PackedEmbedding(loaded).records, PackedEmbeddingBag(loaded).records):
+        assert mapped_file(records) == str(path)
+
+
+def mapped_file(tensor: torch.Tensor) -> str:
+    """The file that the memory of a tensor is mapped from, empty for none."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        fields = line.split(maxsplit=5)
+        first, last = (int(each, 16) for each in fields[0].split("-"))
+        if first <= tensor.data_ptr() < last:
+            return fields[5] if len(fields) > 5 else ""
+    return ""
