@@ -13,7 +13,7 @@ from embkern.ops import gather_decode, packed_logits
 from embkern.ops.packed_codes import GROUP, packed_levels, records_of
 from embkern.ops.packed_format import Tier, directory_of
 from embkern.tables import PackedTable
-from tests.lazy_memory import lazy_words
+from tests.mapped_memory import lazy_words
 
 FEW = torch.tensor([0x6B8A1C35, 0x1D2E93F7], dtype=torch.int32)
 TIERS = torch.tensor([[0, 1], [1, 1]], dtype=torch.uint8)  # a row of values and one of coefficients

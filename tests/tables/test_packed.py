@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from embkern import PackedEmbedding, PackedEmbeddingBag
 from embkern.io.tensor_format import checksum
 from embkern.ops.packed_format import Tier, packed_bytes
 from embkern.tables.packed import FORMAT, TENSORS, PackedTable, pack
+from tests.mapped_memory import mapped_file
 from tests.ops.packed_problems import every_tier, packed
 
 H, K = 45, 32
@@ -342,13 +342,3 @@ def test_a_loaded_table_is_mapped(tmp_path):
     loaded = PackedTable.load(path)
     for records in (loaded.records, PackedEmbedding(loaded).records, PackedEmbeddingBag(loaded).records):
         assert mapped_file(records) == str(path)
-
-
-def mapped_file(tensor: torch.Tensor) -> str:
-    """The file that the memory of a tensor is mapped from, empty for none."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        fields = line.split(maxsplit=5)
-        first, last = (int(each, 16) for each in fields[0].split("-"))
-        if first <= tensor.data_ptr() < last:
-            return fields[5] if len(fields) > 5 else ""
-    return ""

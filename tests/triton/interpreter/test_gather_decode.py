@@ -15,7 +15,7 @@ from embkern.triton import gather_decode as gd
 from embkern.triton.launch import Launch
 from embkern.triton.tiles import GroupTile, Tile
 from tests.conftest import assert_no_worse_than
-from tests.lazy_memory import lazy_words
+from tests.mapped_memory import lazy_words
 from tests.ops.packed_problems import every_tier, guarded, problem, small
 
 # (V, H, K, N): groups that fill the blocks; a basis that is not a power of two, odd rows; rows within one
