@@ -17,6 +17,7 @@ from ..nn.base import CompressedHead
 from ..nn.table_module import ADJUSTMENT, GUARD, TableModule
 from ..ops.backends import DTYPES
 from ..tables import Table
+from .body_config import plain_parts
 from .config import TableState
 from .static_embeddings import is_static
 from .swap import canonical_name, compressed_embedding, table_modules, table_roots
@@ -30,8 +31,13 @@ def model_bytes(model: PreTrainedModel) -> int:
     tables = stored_tables(model)
     own = {id(each) for module in table_modules(model) for each in module.parameters()}
     own -= {id(getattr(module, "bias", None)) for module in table_modules(model)}
-    others = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in own)
-    return others + sum(table.nbytes for table in tables.values())
+    others = (
+        each
+        for parameter in model.parameters()
+        if id(parameter) not in own
+        for each in plain_parts(parameter)
+    )
+    return sum(each.nbytes for each in others) + sum(table.nbytes for table in tables.values())
 
 
 def stored_tables(model: PreTrainedModel) -> dict[str, Table]:

@@ -19,11 +19,12 @@ from ..nn import KINDS
 from ..ops.backends import DTYPES
 from ..recipe import DEFAULT_METHOD, LMHead, Recipe, Tables
 from ..tables import Table
+from .body_config import QUANT_METHOD, body_as_json, parse_body
 
-QUANT_METHOD = "embkern"  # also in embkern._registration, which imports nothing
-FORMAT_VERSION = 3
-_READABLE_VERSIONS = (1, 2, 3)
+FORMAT_VERSION = 4  # the version of models whose body another library quantises
+_READABLE_VERSIONS = (1, 2, 3, 4)
 _ONE_TABLE = 2  # the version of models whose input table alone is compressed; version 1 has no checksum
+_TABLES = 3  # that of models with other compressed tables
 
 
 @dataclass
@@ -88,12 +89,16 @@ class EmbkernConfig(QuantizationConfigMixin):
         recipe: how the tables are compressed.
         table: description of the input table, or None if it is dense.
         named_tables: descriptions of the other compressed tables, by the name of their first module.
+        body: how another library quantises the linear layers, or None if they are dense.
+        quantizes_body: whether it does so while the model is loaded; False for a body that is stored so.
 
     Args:
         method, ratio, rank, lm_head, options, calibrate, tables: as in ``embkern.Recipe``. While a model is
             loaded there is no tokenizer and no text. A causal language model is calibrated on samples of its
             own; for others the frequencies of tokens are estimated from the order of the ids.
             ``embkern.compress`` can read text.
+        body: a config of transformers for the linear layers, such as ``TorchAoConfig`` or
+            ``BitsAndBytesConfig``; None leaves them dense.
         table, named_tables, checksum, format_version, quant_method: written by embkern when a model is saved;
             not for callers.
 
@@ -110,6 +115,7 @@ class EmbkernConfig(QuantizationConfigMixin):
         options: dict[str, Any] | None = None,
         calibrate: bool | None = None,
         tables: Tables | None = None,
+        body: QuantizationConfigMixin | dict[str, Any] | None = None,
         table: dict[str, Any] | None = None,
         named_tables: dict[str, dict[str, Any]] | None = None,
         quant_method: str = QUANT_METHOD,
@@ -131,6 +137,8 @@ class EmbkernConfig(QuantizationConfigMixin):
             method=method, ratio=ratio, rank=rank, lm_head=lm_head, options=options or {},
             calibrate=calibrate, tables=tables,
         )  # fmt: skip
+        self.body = parse_body(body)
+        self.quantizes_body = body is not None and body is self.body
         self.table = None if table is None else _parse_state(table)
         if not isinstance(named_tables, (dict, NoneType)):
             raise ValueError(f"quantization_config.named_tables: expected a mapping, got {named_tables!r}")
@@ -143,6 +151,7 @@ class EmbkernConfig(QuantizationConfigMixin):
                 "lm_head": lm_head,
                 "options": options,
                 **_given(calibrate=calibrate, tables=tables, named_tables=named_tables),
+                **_given(body=None if self.quantizes_body else body),
             }
             if (got := _checksum_of({**described, "table": table})) != checksum:
                 raise ValueError(
@@ -158,7 +167,9 @@ class EmbkernConfig(QuantizationConfigMixin):
     @property
     def format_version(self) -> int:
         """The version in which the model will be saved: the oldest that describes it."""
-        return FORMAT_VERSION if self.recipe.tables or self.named_tables else _ONE_TABLE
+        if self.body is not None:
+            return FORMAT_VERSION
+        return _TABLES if self.recipe.tables or self.named_tables else _ONE_TABLE
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as in ``config.json``."""
@@ -166,6 +177,7 @@ class EmbkernConfig(QuantizationConfigMixin):
         described = {
             **self.recipe.model_dump(exclude={"calibrate", "tables"}),
             **_given(calibrate=self.recipe.calibrate, tables=self.recipe.tables, named_tables=named or None),
+            **_given(body=body_as_json(self.body)),
             "table": None if self.table is None else self.table.as_json(),
         }
         form = {"quant_method": self.quant_method, "format_version": self.format_version, **described}

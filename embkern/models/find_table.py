@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.base import CompressedEmbedding
+from .body_config import BODIES, body_of, method_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,6 +99,11 @@ def table_at(model: PreTrainedModel, name: str) -> ModelTable:
         raise UnsupportedModelError(
             f"the embedding's weight is shared by modules that cannot be replaced: {kinds}"
         )
+    if hasattr(module.weight, "__tensor_flatten__"):
+        raise UnsupportedModelError(
+            f"{name}: its table is quantised already ({type(module.weight).__name__}); load the model with "
+            "dense embeddings (TorchAoConfig: include_input_output_embeddings=False)"
+        )
     for each in embeddings:
         _check_embedding(each, sharing[each])
     own, head = input_or_none(model), output_or_none(model)
@@ -131,10 +137,11 @@ def check_model(model: PreTrainedModel) -> None:
             f"model: expected a transformers PreTrainedModel, got {type(model).__name__}; unwrap it first "
             "(PEFT: merge_and_unload, torch.compile: the original module)"
         )
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and quantizer.quantization_config.quant_method != "embkern":
+    body = body_of(model)
+    if body is not None and method_of(body.quantization_config) not in BODIES:
         raise UnsupportedModelError(
-            f"model: it is already quantised by {type(quantizer).__name__}; compress the dense model instead"
+            f"model: it is already quantised by {type(body).__name__}; compress the dense model instead, or "
+            f"one whose linear layers are quantised by {' or '.join(BODIES)}"
         )
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         raise UnsupportedModelError(

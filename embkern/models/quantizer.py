@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from transformers.quantizers.base import HfQuantizer
 
 from ..nn import kind_of
 from ..nn.base import CompressedHead
 from ..nn.table_module import TableModule
 from ..recipe import Recipe
 from ..tables import Table
+from .body_config import QUANT_METHOD, body_of
 from .calibrate.choice import choose_calibration
 from .checkpoint import (
     check_files,
@@ -37,9 +37,10 @@ from .checkpoint import (
     without_adjustments,
     zero_missing_biases,
 )
-from .config import QUANT_METHOD, EmbkernConfig, TableState, dtype_name
+from .config import EmbkernConfig, TableState, dtype_name
 from .find_table import ModelTable, find_table
 from .plan import calibration_serves, plan_tables
+from .quantized_body import BodyQuantizer
 from .select_tables import table_named
 from .static_embeddings import install_bag
 from .swap import (
@@ -83,8 +84,11 @@ def install(model: PreTrainedModel, table: ModelTable, compressed: Table, recipe
         install_bag(model, compressed)
         return
     own_config(model)
-    config = EmbkernConfig(**recipe.model_dump())
-    quantizer = getattr(model, "hf_quantizer", None) or EmbkernQuantizer(config, pre_quantized=False)
+    config, body = EmbkernConfig(**recipe.model_dump()), body_of(model)
+    config.body = None if body is None else body.quantization_config
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not isinstance(quantizer, EmbkernQuantizer):
+        quantizer = EmbkernQuantizer(config, pre_quantized=False, body=body)
     before = quantizer.quantization_config
     config.table, config.named_tables = before.table, dict(before.named_tables)
     kind, head = kind_of(compressed), head_kind(table, recipe)
@@ -116,13 +120,11 @@ def adopt(model: PreTrainedModel, quantizer: EmbkernQuantizer) -> None:
     """Attach the quantizer to the model and to nested models, which may be saved alone."""
     for module in compressed_models(model):
         module.hf_quantizer = quantizer
-        module.quantization_method = quantizer.quantization_config.quant_method
         module.config.quantization_config = quantizer.quantization_config
-        # While this is True, transformers refuses .half(), .float() and Trainer, which all work here.
-        module.is_quantized = False
+        quantizer.mark(module)
 
 
-class EmbkernQuantizer(HfQuantizer):
+class EmbkernQuantizer(BodyQuantizer):
     """Builds the modules of a saved model, or compresses a dense one after its weights are loaded.
 
     Attributes:
@@ -146,9 +148,16 @@ class EmbkernQuantizer(HfQuantizer):
         checkpoint_files: list[str] | None = None,
         dtype: Any = None,
         device_map: Any = None,
-        **_: Any,
+        **others: Any,
     ) -> PreTrainedModel:
-        if not self.pre_quantized:
+        of_loading = {
+            "checkpoint_files": checkpoint_files,
+            "dtype": dtype,
+            "device_map": device_map,
+            **others,
+        }
+        self.prepare_body(model, **of_loading)
+        if not self.stored:
             return model
         states = self.quantization_config.states
         if not states:
@@ -214,9 +223,10 @@ class EmbkernQuantizer(HfQuantizer):
         _check_places(device_map, sharing)
         self.originals.append(swap(model, table, skeleton, state.head != "dense", name))
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **others: Any) -> PreTrainedModel:
         config = self.quantization_config
-        if self.pre_quantized:
+        self.finish_body(model, **others)
+        if self.stored:
             roots = table_roots(model)
             for root in roots.values():
                 root.cast_to_held()
@@ -242,21 +252,22 @@ class EmbkernQuantizer(HfQuantizer):
         """Update the description of the tables, which may have been trained, and return tensors to save.
 
         Returns:
-            A state dict, which has each table with its changes in the stored dtype, and no metadata.
+            A state dict, which has each table with its changes in the stored dtype, and the metadata of the
+            body's tensors.
         """
         roots, states = table_roots(model), self.quantization_config.states
         if "" in roots:
             keep_tie(model, states[""])
         state_dict = with_guards(model.state_dict(), model)
         if self.keeps_adjustment:
-            return without_adjustments(state_dict, model, keep=roots.values()), {}
+            return self.with_body(without_adjustments(state_dict, model, keep=roots.values()), model)
         saved = {name: _saved_tensors(root, states[name]) for name, root in roots.items()}
         for path, module in model.named_modules(remove_duplicate=False):
             if isinstance(module, TableModule):
                 for tensor, value in saved[module.table_name].items():
                     if getattr(module, tensor) is getattr(roots[module.table_name], tensor):  # tied
                         state_dict[f"{path}.{tensor}"] = value
-        return without_adjustments(state_dict, model), {}
+        return self.with_body(without_adjustments(state_dict, model), model)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Put the dense modules back with the decoded tables, in the dtype of the live ones.
@@ -305,25 +316,6 @@ class EmbkernQuantizer(HfQuantizer):
             keep_tie(model, state)
         if table.tied and state.head == "dense":
             untie_heads(model, table)
-
-    def is_serializable(self, *_: Any, **__: Any) -> bool:
-        """Return True: the table's tensors are ordinary parameters and buffers."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """True: the model is trainable, and its tables after ``unfreeze_table``."""
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        """True: Trainer may train the compressed model without an adapter."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        """True: torch.compile traces the lookup without graph breaks."""
-        return True
 
 
 def _saved_tensors(root: TableModule, state: TableState) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ from .packed_codes import (
 MAX_TIERS = 16
 ENTRY_WORDS = 5  # An entry of the directory has the place of its first record and four words of tiers.
 _TIERS_PER_WORD = 8
+_LARGEST_WORD = 2**32 - 1
 # Dtypes in which the ops take the integers; the first one is that of files.
 CODE_DTYPES = {
     "records": (torch.int32,),
@@ -107,6 +108,7 @@ def lay_out(
         codes: parts of the rows: a tier, ids (n,) of some of its rows, and their codes (n, 32 groups) uint8.
         tiers: up to 16.
     """
+    directory = directory_of(tier_of, tiers)
     words = words_of_rows(tier_of, tiers)
     starts = words.cumsum(0) - words
     records = torch.zeros(max(1, int(words.sum())), dtype=torch.int32)
@@ -115,7 +117,7 @@ def lay_out(
         records[places.flatten()] = records_of(some, tiers[index].bits).flatten()
     groups = _groups(tiers)
     described = [[int(t.transform), *t.bits, *[0] * (groups - len(t.bits))] for t in tiers]
-    return records, directory_of(tier_of, tiers), torch.tensor(described, dtype=torch.uint8)
+    return records, directory, torch.tensor(described, dtype=torch.uint8)
 
 
 def _groups(tiers: list[Tier]) -> int:
@@ -131,9 +133,24 @@ def directory_of(tier_of: Tensor, tiers: list[Tier]) -> Tensor:
     """Directory (ceil(V / 32), 5) of the rows' tiers (V,): where 32 records begin, then 4 bits a row."""
     words = words_of_rows(tier_of, tiers)
     starts = (words.cumsum(0) - words)[::GROUP]
+    _check_place(int(starts[-1]) if len(starts) else 0)
     nibbles = F.pad(tier_of, (0, -len(tier_of) % GROUP)).view(-1, ENTRY_WORDS - 1, _TIERS_PER_WORD)
     nibbles = nibbles << torch.arange(0, 32, 4)
     return _wrapped(torch.cat([starts.unsqueeze(1), nibbles.sum(2)], 1))
+
+
+def _check_place(last: int) -> None:
+    """Raise ValueError unless the place of the last entry of a directory fits into its word."""
+    if last > _LARGEST_WORD:
+        raise ValueError(
+            f"records: expected at most 2^32 words (16 GiB) before the last 32 rows, got {last}; pack parts "
+            "of the rows as tables of their own"
+        )
+
+
+def first_words(directory: Tensor) -> Tensor:
+    """Where the records of each entry of a directory begin, int64; the words have no sign."""
+    return directory[:, 0].long() & _LARGEST_WORD
 
 
 def tiers_of_rows(directory: Tensor) -> Tensor:
@@ -172,7 +189,7 @@ def packed_values(
     lanes = torch.arange(GROUP, device=ids.device)
     before = torch.where(lanes < lane.unsqueeze(1), taken(sizes, tier_of), 0).sum(1)
     tier = tier_of.gather(1, lane.unsqueeze(1)).squeeze(1)
-    start = entry[:, 0].long() + before
+    start = first_words(entry) + before
     values_of = values_of_records if levels.dtype == torch.int8 else first_edition.values_of_records
     return taken(tiers[:, 0], tier).bool(), values_of(records, start, tier, bits, levels, shift_right)
 
@@ -260,7 +277,7 @@ def _check_values(packed: PackedTensors, embedding_dim: int) -> None:
         raise ValueError(f"directory: expected tiers below {len(tiers)}, got {int(tier_of.max())}")
     words = words_of_rows(tier_of, tiers)
     starts = words.cumsum(0) - words
-    if not torch.equal(packed.directory[:, 0].long(), starts[::GROUP]):
+    if not torch.equal(first_words(packed.directory), starts[::GROUP]):
         raise ValueError("directory: the places of the records do not follow from the rows' tiers")
     if (expected := max(1, int(words.sum()))) != len(packed.records):
         raise ValueError(f"records: expected {expected} words, got {len(packed.records)}")

@@ -218,7 +218,7 @@ def _rows_kernel(
     entry = directory_ptr + (row_id // _GROUP) * 5
     lane = (row_id % _GROUP).to(tl.int32)
     tier = (tl.load(entry + 1 + lane // 8, mask=known, other=0) >> (lane % 8 * 4)) & 15
-    start = tl.load(entry, mask=known, other=0).to(tl.int64)
+    start = tl.load(entry, mask=known, other=0).to(tl.uint32, bitcast=True).to(tl.int64)
     start += _words_before(entry, lane, known, tiers_ptr, T, G, BLOCK_T, BLOCK_BITS)
 
     described = tiers_ptr + tier * (1 + G)

@@ -68,7 +68,7 @@ def test_models_that_cannot_be_compressed_say_why():
     ):
         find_table(torch.compile(build("gpt2")))
     model = build("gpt2")
-    model.hf_quantizer = type("Other", (), {"quantization_config": T.BitsAndBytesConfig()})()
+    model.hf_quantizer = type("Other", (), {"quantization_config": T.GPTQConfig(bits=4)})()
     with pytest.raises(UnsupportedModelError, match="already quantised by Other"):
         find_table(model)
     with pytest.raises(UnsupportedModelError, match="compressed already"):

@@ -22,6 +22,7 @@ from embkern.models.report import read_report
 from embkern.models.static_embeddings import _module_classes
 from tests.conftest import seed_of
 from tests.example_models import H, tiny_bert, word_tokenizer
+from tests.mapped_memory import mapped_file
 
 TEXTS = ["red green", "blue blue red", "", "green blue red green"]
 WORDS = 7
@@ -188,6 +189,14 @@ def test_an_encoder_is_compressed_in_place_and_saved_whole(encoder, tmp_path):
     assert isinstance(loaded[0].auto_model.get_input_embeddings(), PackedEmbedding)
     np.testing.assert_allclose(loaded.encode(texts), after, atol=1e-6)
     assert T.AutoModel.from_pretrained(tmp_path / "small").get_input_embeddings().embedding_dim == H
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
+def test_a_loaded_bag_is_mapped(static, tmp_path):
+    """Processes share the file's pages: the records are not copied."""
+    embkern.compress(static, ratio=4, output=tmp_path / "small")
+    bag = sentence_transformers.SentenceTransformer(str(tmp_path / "small"))[0].embedding
+    assert mapped_file(bag.records).startswith(str(tmp_path / "small"))
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,9 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from embkern import PackedEmbedding, PackedEmbeddingBag
 from embkern.io.tensor_format import checksum
 from embkern.ops.packed_format import Tier, packed_bytes
 from embkern.tables.packed import FORMAT, TENSORS, PackedTable, pack
+from tests.mapped_memory import mapped_file
 from tests.ops.packed_problems import every_tier, packed
 
 H, K = 45, 32
@@ -329,3 +332,13 @@ def test_edited_files_are_refused(tmp_path, change, message):
     save_file(tensors, path, metadata)
     with pytest.raises(ValueError, match=message):
         PackedTable.load(path)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
+def test_a_loaded_table_is_mapped(tmp_path):
+    """Processes that load a file share its pages: the codes are not copied, nor by a module over them."""
+    path = tmp_path / "table.safetensors"
+    make().save(path)
+    loaded = PackedTable.load(path)
+    for records in (loaded.records, PackedEmbedding(loaded).records, PackedEmbeddingBag(loaded).records):
+        assert mapped_file(records) == str(path)

@@ -121,7 +121,7 @@ struct Head {
     for (int64_t block = first_block; block < last_block; ++block) {
       std::array<int32_t, 5> entry;
       std::memcpy(entry.data(), table.directory + block * 5, sizeof(entry));
-      int64_t start = entry[0];
+      int64_t start = first_word(entry.data());
       const int64_t rows = std::min(kGroup, table.vocabulary - block * kGroup);
       for (int64_t lane = 0; lane < rows; ++lane) {
         const int64_t tier = static_cast<uint32_t>(entry[1 + lane / 8]) >> 4 * (lane % 8) & 15;

@@ -132,6 +132,9 @@ inline const int8_t* checked_levels(const Tensor& tensor) {
   return static_cast<const int8_t*>(tensor.const_data_ptr());
 }
 
+// Where the first record of an entry of the directory begins; the word has no sign.
+EMBKERN_INLINE int64_t first_word(const int32_t* entry) { return static_cast<uint32_t>(entry[0]); }
+
 // A checked table.
 struct PackedTable {
   const int32_t *records, *directory;
@@ -161,7 +164,7 @@ struct PackedTable {
     const uint64_t low = tiers_of[0] & (before < 8 ? mask : ~uint64_t(0)),
                    high = before < 8 ? 0 : tiers_of[1] & mask;
     const int32_t* pair = tiers->pair.data();
-    int64_t start = entry[0] - (kGroup / 2 - before) * pair[0];
+    int64_t start = first_word(entry) - (kGroup / 2 - before) * pair[0];
     EMBKERN_UNROLL for (int i = 0; i < 64; i += 8) start += pair[low >> i & 255];
     EMBKERN_UNROLL for (int i = 0; i < 64; i += 8) start += pair[high >> i & 255];
     if (lane % 2) start += size[own & 15];

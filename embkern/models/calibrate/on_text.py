@@ -13,6 +13,7 @@ import torch
 from ...fidelity.sentences import Pooling, pooling_of
 from ...methods.calibration import Calibration, CalibrationFacts, CalibrationRun
 from ...text.counts import fingerprint
+from ..body_config import plain_parts
 from ..find_table import find_table
 from ..inference import longest_input
 from .kinds import kind_of
@@ -192,7 +193,7 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
     """
     found = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters(), key=lambda each: each[0]):
-        flat = parameter.detach().flatten()
+        flat = plain_parts(parameter.detach())[0].flatten()
         some = flat[:: max(1, flat.numel() // _HASHED_VALUES)].to(torch.bfloat16).cpu()
         found.update(f"{name} {tuple(parameter.shape)}".encode() + some.view(torch.int16).numpy().tobytes())
     return f"sha256:{found.hexdigest()[:32]}"

@@ -15,6 +15,7 @@ from embkern.triton import gather_decode as gd
 from embkern.triton.launch import Launch
 from embkern.triton.tiles import GroupTile, Tile
 from tests.conftest import assert_no_worse_than
+from tests.mapped_memory import lazy_words
 from tests.ops.packed_problems import every_tier, guarded, problem, small
 
 # (V, H, K, N): groups that fill the blocks; a basis that is not a power of two, odd rows; rows within one
@@ -212,15 +213,16 @@ def test_a_corrupt_directory_reads_nothing(column, value):
     assert torch.equal(rows[1:], p.offset.expand(2, -1))
 
 
-def test_offsets_beyond_two_to_the_31st():
-    """Records at word 2^30; memory exists only for pages that are accessed."""
-    words, few = 2**30, torch.tensor([0x6B8A1C35, 0x1D2E93F7], dtype=torch.int32)
-    records = torch.empty(0, dtype=torch.int32).set_(torch.UntypedStorage((words + 2) * 4), 0, (words + 2,))
+@pytest.mark.parametrize("words", [2**30, 2**31, 2**32 - 2])
+def test_offsets_beyond_two_to_the_31st(words):
+    """Records beyond 2^31 bytes and words; memory exists only for pages that are accessed."""
+    few = torch.tensor([0x6B8A1C35, 0x1D2E93F7], dtype=torch.int32)
+    records = lazy_words(words + 2)
     records[-2:] = few
     tiers = torch.tensor([[0, 1], [1, 1]], dtype=torch.uint8)
 
     def rows(records, first):
-        directory = torch.tensor([[first, 0x10, 0, 0, 0]], dtype=torch.int32)
+        directory = torch.tensor([[first - 2**32 if first >= 2**31 else first, 0x10, 0, 0, 0]]).int()
         codes = (records, directory, tiers, packed_levels(), torch.ones(2), torch.eye(32, 3))
         return gather_decode(torch.tensor([0, 1]), *codes, embedding_dim=3, backend="triton")
 
