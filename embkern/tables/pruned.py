@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -153,9 +153,10 @@ class PrunedPackedTable(KeptRowsTable):
     def take(self, ids: Tensor) -> PrunedPackedTable:
         """Return the table of the rows ids (n,) int64, in their order, which may repeat."""
         taken = self._taken(ids)
+        packed: dict[str, Any] = self.packed.take(taken.rows).tensors()
         return dataclasses.replace(
             self,
-            **self.packed.take(taken.rows).tensors(),
+            **packed,
             kept_ids=taken.kept_ids,
             nearest_kept=taken.nearest_kept,
             num_embeddings=len(ids),

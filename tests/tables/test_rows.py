@@ -156,7 +156,11 @@ def test_casts_keep_codes_and_meta_tables_are_checked_by_shape(name):
         ("pruned packed, mean", {"mean_row": None}, "mean_row: expected with unknown='mean' only"),
         ("pruned packed, mean", {"mean_row": torch.ones(7)}, r"mean_row: expected shape \(8,\), got \(7,\)"),
         ("pruned packed, mean", {"records": torch.zeros(1).int()}, "records: expected .* words, got 1"),
-        ("pruned packed, nearest", {"unknown": "error"}, "nearest_kept: expected with unknown='nearest' only"),
+        (
+            "pruned packed, nearest",
+            {"unknown": "error"},
+            "nearest_kept: expected with unknown='nearest' only",
+        ),
     ],
 )
 def test_contradictions_are_named(name, changes, message):
