@@ -14,9 +14,11 @@ The lookup is that of 512 ids of the corpus, timed for all tables in turn.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,7 +95,9 @@ def main(arguments: list[str]) -> None:
     layers = {name: layer_of(each).from_table(each) for name, each in tables.items()}
     ids = corpus[:512]
     with torch.no_grad():
-        calls = {name: lambda layer=layer: layer(ids) for name, layer in layers.items()}
+        calls: dict[str, Callable[[], Any]] = {
+            name: functools.partial(layer, ids) for name, layer in layers.items()
+        }
         times = interleaved(calls, repeats=200, warmup=20)
     for row in rows:
         row["lookup_us"] = times[row["method"]]["median"]
