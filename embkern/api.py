@@ -180,7 +180,8 @@ def compress(
     elif calibration is not None or calibrate_text is not None or recipe.calibrate:
         raise ValueError(f"calibration: expected none: {NOT_CALIBRATED}")
     calibration = chosen.calibration
-    read = tokens_read(read_tokens(known_counts, V, tokenizer), calibration, model)
+    seen = calibration.inputs if known_counts is None and calibration is not None else known_counts
+    read = tokens_read(read_tokens(seen, V, tokenizer), calibration, model)
     if calibration is not None and counts is None and count_text is None:
         frequencies, counted = input_frequencies(calibration), "those of the calibration"
     embed = before = None

@@ -100,6 +100,12 @@ def test_a_calibration_says_what_is_read_while_a_model_is_loaded(tmp_path):
     table = load(tmp_path, quantization_config=config).get_input_embeddings().table
     if isinstance(table, PrunedPackedTable):  # samples of the model need not lack a token
         assert {0, 1, 2} <= set(table.kept_ids.tolist())
+    model, special = build("llama-tied"), word_tokenizer()
+    special.add_special_tokens({"sep_token": "green"})
+    options = {"calibrate": True, "tokenizer": special, "ratio": 2.5}
+    table = embkern.compress(model, unseen="mean", **options).model.get_input_embeddings().table
+    if isinstance(table, PrunedPackedTable):
+        assert {0, 1, 2, 3, 5} <= set(table.kept_ids.tolist())
     message = "unseen: expected counts of text .* or a calibration with 'mean', .* got neither"
     with pytest.raises(ValueError, match=message):
         load(
