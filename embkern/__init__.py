@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .models.report import Report
     from .models.resize import resize_token_embeddings
     from .models.training import freeze_table, unfreeze_table
+    from .models.unseen_rows import restore_rows
     from .nn import (
         FactorizedEmbedding,
         FactorizedHead,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         TableHead,
     )
     from .recipe import Recipe
+    from .restoring import restore
     from .tables import Factors, PackedTable
     from .text import TokenCounts, count_tokens, read_texts
 
@@ -70,6 +72,8 @@ _PUBLIC = {
     "enable_fused_loss": "models.fused_loss",
     "enable_lora": "models.lora",
     "resize_token_embeddings": "models.resize",
+    "restore": "restoring",
+    "restore_rows": "models.unseen_rows",
     "freeze_table": "models.training",
     "unfreeze_table": "models.training",
 }
@@ -104,6 +108,8 @@ __all__ = [
     "freeze_table",
     "read_texts",
     "resize_token_embeddings",
+    "restore",
+    "restore_rows",
     "self_calibrate",
     "unfreeze_table",
 ]

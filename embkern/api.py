@@ -25,7 +25,7 @@ from .models.checkpoint import model_bytes
 from .models.find_table import other_tables
 from .models.held_out import held_out_divergence
 from .models.loading import load_model, load_tokenizer
-from .models.plan import NOT_CALIBRATED, calibration_serves, plan_tables, token_rows, with_own_tokens
+from .models.plan import NOT_CALIBRATED, calibration_serves, plan_tables, token_rows, tokens_read
 from .models.quantizer import install
 from .models.report import Report, TableReport, name_of, public_name
 from .models.saving import check_output, save
@@ -39,6 +39,7 @@ from .models.static_embeddings import (
     load_static,
     tokenizer_of,
 )
+from .models.unseen_rows import check_keeps_unseen, keep_unseen_rows
 from .recipe import LMHead, Recipe, Tables
 from .text.counts import CountSummary, count_tokens
 from .text.frequencies import Counts, Source, frequencies_of, gathered_counts, read_tokens
@@ -67,6 +68,7 @@ def compress(
     calibrate: bool | None = None,
     tokenizer: PreTrainedTokenizerBase | str | os.PathLike | None = None,
     output: str | os.PathLike | None = None,
+    keep_unseen: str | os.PathLike | None = None,
     overwrite: bool = False,
     progress: bool | None = None,
     checkpoint: str | os.PathLike | None = None,
@@ -107,7 +109,10 @@ def compress(
             worst rows; that of a model given by name is loaded.
         output: directory to save to: model, tokenizer, report and model card. It is complete or does not
             exist.
-        overwrite: whether to replace ``output`` if all of its files were written by embkern.
+        keep_unseen: file for the dense rows that ``prune``, or ``allocate`` with ``unseen``, does not store;
+            ``embkern.restore`` puts them back.
+        overwrite: whether to replace ``output`` if all of its files were written by embkern, and
+            ``keep_unseen``.
         progress: whether to show a progress bar on stderr; None shows it on a terminal.
         checkpoint: file from which a killed run of the autoencoder is resumed.
         log: file of JSON lines, one per epoch of the autoencoder.
@@ -120,10 +125,13 @@ def compress(
     Raises:
         ValueError: an argument is wrong, or the model's embedding cannot be replaced; the message names it.
         FileNotFoundError: the model, the text or the counts do not exist.
-        FileExistsError: ``output`` exists and may not be replaced.
-        OSError: ``output`` cannot be written.
+        FileExistsError: ``output`` or ``keep_unseen`` exists and may not be replaced.
+        OSError: ``output`` or ``keep_unseen`` cannot be written.
     """
-    recipe = _recipe(recipe, method, ratio, rank, lm_head, calibrate, tables, options)
+    recipe = Recipe.of_arguments(
+        recipe, method=method, ratio=ratio, rank=rank, lm_head=lm_head, calibrate=calibrate, tables=tables,
+        options=options or None,
+    )  # fmt: skip
     run: dict[str, Any] = {}
     if recipe.method == "autoencoder":
         run = {"progress": progress, "checkpoint": checkpoint, "log": log}
@@ -152,11 +160,12 @@ def compress(
         raise ValueError("text: expected a tokenizer with it (the model has none)")
 
     plans = plan_tables(model, recipe)
+    if keep_unseen is not None:
+        check_keeps_unseen(keep_unseen, recipe, plans, overwrite)
     bytes_before = model_bytes(model)
     V = token_rows(model, plans)
     known_counts = gathered_counts(V, counts, count_text, tokenizer, progress=progress)
     frequencies, counted = frequencies_of(known_counts, V, tokenizer)
-    read = with_own_tokens(read_tokens(known_counts, V, tokenizer), model)
     chosen = Choice(phrase=NOT_CALIBRATED if recipe.calibrated else None)
     if calibration_serves(plans):
         chosen = choose_calibration(
@@ -171,6 +180,8 @@ def compress(
     elif calibration is not None or calibrate_text is not None or recipe.calibrate:
         raise ValueError(f"calibration: expected none: {NOT_CALIBRATED}")
     calibration = chosen.calibration
+    seen = calibration.inputs if known_counts is None and calibration is not None else known_counts
+    read = tokens_read(read_tokens(seen, V, tokenizer), calibration, model)
     if calibration is not None and counts is None and count_text is None:
         frequencies, counted = input_frequencies(calibration), "those of the calibration"
     embed = before = None
@@ -202,7 +213,8 @@ def compress(
         if chosen.held_out is not None:
             head = recipe.compresses_head(plan.table.tied)
             divergence = held_out_divergence(model, plan.table, compressed, chosen.held_out, head=head)
-        install(model, plan.table, compressed, recipe)  # frees the dense table
+        apart = None if keep_unseen is None else keep_unseen_rows(keep_unseen, plan.table, compressed)
+        install(model, plan.table, compressed, recipe, source=apart)  # frees the dense table
         del compressed
     report = Report.of_tables(
         reports,
@@ -293,34 +305,6 @@ def count_files(
     counts = count_tokens(texts, tokenizer, progress=progress)
     counts.save(path)
     return counts.summary(tokenizer)
-
-
-def _recipe(
-    recipe: Recipe | None,
-    method: str | None,
-    ratio: float | None,
-    rank: int | None,
-    lm_head: LMHead | None,
-    calibrate: bool | None,
-    tables: Tables | None,
-    options: dict[str, Any],
-) -> Recipe:
-    """Return ``recipe``, or one of the other arguments; raise ValueError if both are given."""
-    fields = {
-        "method": method,
-        "ratio": ratio,
-        "rank": rank,
-        "lm_head": lm_head,
-        "calibrate": calibrate,
-        "tables": tables,
-        "options": options or None,
-    }
-    given = {name: value for name, value in fields.items() if value is not None}
-    if recipe is None:
-        return Recipe.parse(**given)
-    if given:
-        raise ValueError(f"recipe: expected either a recipe or {', '.join(given)}, got both")
-    return recipe
 
 
 def calibrate_files(

@@ -16,7 +16,7 @@ from .models.find_table import find_table, input_embeddings, other_tables
 from .models.loading import load_model, load_tokenizer
 from .models.rate_plot import plot_bits
 from .models.report import Comparison, Report, read_report
-from .models.table_parts import TierUse, tensor_bytes, tier_uses
+from .models.table_parts import TierUse, rows_kept, tensor_bytes, tier_uses
 from .nn.base import CompressedEmbedding, CompressedHead
 from .tables import Table
 from .tables.packed import PackedTable
@@ -44,6 +44,7 @@ class Summary(BaseModel):
     compressed: bool
     rank: int | None = Field(None, description="rank of factors")
     tiers: list[TierUse] = Field(default_factory=list, description="tiers of a packed table")
+    kept: int | None = Field(None, description="number of rows that are stored, if some are not")
     kind: str | None = Field(None, description="kind of a compressed table")
     parts: dict[str, int] = Field(default_factory=dict, description="bytes of each tensor of other tables")
     table_bytes: int = Field(description="bytes of the table, as stored")
@@ -64,6 +65,7 @@ class Summary(BaseModel):
             "table": f"{self.num_embeddings} x {self.embedding_dim}, {self.dtype}, {stored or 'dense'}",
             "bytes": f"{self.table_bytes:,} of the model's {self.model_bytes:,} "
             f"({self.table_bytes / self.model_bytes:.1%})",
+            **({} if self.kept is None else {"rows kept": self._kept()}),
             **{f"rows at {tier.name}": f"{tier.rows:,} ({tier.bytes:,} bytes)" for tier in self.tiers},
             **{f"bytes of {name}": f"{size:,}" for name, size in self.parts.items()},
             "modules": ", ".join(self.modules),
@@ -75,6 +77,10 @@ class Summary(BaseModel):
                 f"{n} ({b:,} B)" for n, b in self.other_tables.items()
             )
         return facts
+
+    def _kept(self) -> str:
+        unseen = self.num_embeddings - (self.kept or 0)
+        return f"{self.kept:,} of {self.num_embeddings:,}; {unseen:,} unseen ones take no codes"
 
 
 def inspect(name: str | os.PathLike, *, plot: str | os.PathLike | None = None) -> Summary:
@@ -113,6 +119,7 @@ def inspect(name: str | os.PathLike, *, plot: str | os.PathLike | None = None) -
             compressed=True,
             rank=getattr(stored, "rank", None),
             tiers=tier_uses(stored),
+            kept=rows_kept(stored),
             kind=state.kind,
             parts=tensor_bytes(stored),
             table_bytes=stored.nbytes,

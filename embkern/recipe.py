@@ -144,14 +144,38 @@ class Recipe(BaseModel):
         overrides["options"] = {**options, **overrides.get("options", {})}
         return cls.parse(**{**(defaults or {}), **fields, **overrides})
 
+    @classmethod
+    def of_arguments(cls, recipe: Recipe | None, **fields: Any) -> Recipe:
+        """Return ``recipe``, or one of other arguments that are not None.
+
+        Raises:
+            ValueError: both are given, or a field is wrong.
+        """
+        given = {name: value for name, value in fields.items() if value is not None}
+        if recipe is None:
+            return cls.parse(**given)
+        if given:
+            raise ValueError(f"recipe: expected either a recipe or {', '.join(given)}, got both")
+        return recipe
+
+    def for_all_rows(self) -> Recipe:
+        """Return the recipe for a table of which it is not known which rows are read."""
+        options = {name: value for name, value in self.options.items() if name != "unseen"}
+        return self.model_copy(update={"options": options})
+
     def with_ratio(self, ratio: float | None) -> Recipe:
         """Return the recipe with another ratio; itself for None."""
         return self if ratio is None else self.model_copy(update={"ratio": ratio})
 
     @property
     def makes_packed_tables(self) -> bool:
-        """Whether the method makes packed tables."""
-        return METHODS[self.method].packed
+        """Whether the method makes packed tables, of all rows."""
+        return METHODS[self.method].packed and not self.leaves_rows_out
+
+    @property
+    def leaves_rows_out(self) -> bool:
+        """Whether the method is to quantise the rows that are read, and not to store the others."""
+        return self.options.get("unseen", "allocate") != "allocate"
 
     @property
     def calibrated(self) -> bool:

@@ -9,16 +9,18 @@ import torch
 from embkern.tables import (
     NonlinearTable,
     ProductTable,
+    PrunedPackedTable,
     PrunedTable,
     RowTable,
     ScalarTable,
     TensorTrainTable,
 )
 from embkern.tables.bit_codes import pack_codes
+from tests.example_tables import packed_of
 
 NAMES = [
     "scalar", "scalar with points", "product", "product, plain", "tensor train", "two cores", "nonlinear",
-    "pruned, mean", "pruned, nearest", "pruned, error",
+    "pruned, mean", "pruned, nearest", "pruned, error", "pruned packed, mean", "pruned packed, nearest",
 ]  # fmt: skip
 
 
@@ -59,5 +61,11 @@ def row_table(name: str, V: int = 13, H: int = 8) -> RowTable:
     unknown = name.partition(", ")[2]
     ids = torch.arange(0, V, 3, dtype=torch.int32)
     nearest = torch.randint(len(ids), (V - len(ids),), dtype=torch.int32) if unknown == "nearest" else None
+    if "packed" in name:
+        packed = packed_of(torch.randn(len(ids), H), torch.float32)
+        mean = torch.randn(H) if unknown == "mean" else None
+        return PrunedPackedTable(
+            **packed.tensors(), kept_ids=ids, nearest_kept=nearest, mean_row=mean, unknown=unknown, **sizes
+        )
     rows = torch.randn(len(ids) + (unknown == "mean"), H)
     return PrunedTable(rows, ids, nearest, unknown, **sizes)

@@ -66,6 +66,17 @@ def compress(
     exponent: Annotated[
         float | None, typer.Option(help="allocate, direction: weight of a row = frequency to this power")
     ] = None,
+    unseen: Annotated[
+        str | None,
+        typer.Option(
+            help="allocate: what tokens get that the counted text lacks: allocate (default), a rate as all "
+            "others; mean or nearest, no bytes and the mean row or the nearest row that is stored"
+        ),
+    ] = None,
+    keep_unseen: Annotated[
+        Path | None,
+        typer.Option(help="allocate --unseen, prune: file for the rows that are not stored, for restore"),
+    ] = None,
     unknown: Annotated[
         str | None,
         typer.Option(help="prune: what a token that was not kept gets: mean (default), nearest or error"),
@@ -96,7 +107,7 @@ def compress(
     flags = {
         "epochs": epochs, "batch_size": batch_size, "lr": lr, "init": init, "activation": activation,
         "center": center, "seed": seed, "floor": floor, "speed": speed, "exponent": exponent,
-        "unknown": unknown, **options_of(option),
+        "unknown": unknown, "unseen": unseen, **options_of(option),
     }  # fmt: skip
     fields = {
         "method": method, "ratio": ratio, "rank": rank, "lm_head": lm_head, "calibrate": calibrate,
@@ -106,7 +117,7 @@ def compress(
     report = api.compress(
         model, recipe=parsed, counts=counts, count_text=count_text, text=text,
         calibration=calibration, calibrate_text=calibrate_text,
-        output=output, overwrite=overwrite, checkpoint=checkpoint, log=log,
+        output=output, keep_unseen=keep_unseen, overwrite=overwrite, checkpoint=checkpoint, log=log,
     )  # fmt: skip
     if as_json:
         print_json(report)

@@ -18,6 +18,7 @@ from .demo import demo
 from .evaluate import app as evaluate_app
 from .export import export
 from .inspect import env, inspect
+from .restore import restore
 from .train import train
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ app.command()(inspect)
 app.add_typer(evaluate_app, name="evaluate")
 app.command(cls=ManyValues)(compare)
 app.command()(export)
+app.command()(restore)
 app.command()(env)
 app.command()(demo)
 

@@ -48,7 +48,13 @@ class Method(NamedTuple):
 
 METHODS: dict[str, Method] = {
     "allocate": Method(
-        allocate, AllocateOptions, sized_by="ratio", packed=True, weighted=True, calibrated=True
+        allocate,
+        AllocateOptions,
+        sized_by="ratio",
+        packed=True,
+        observed=True,
+        weighted=True,
+        calibrated=True,
     ),
     "autoencoder": Method(autoencoder, AutoencoderOptions, lambda options: True),
     "direction": Method(direction, DirectionOptions, lambda options: options.center, weighted=True),

@@ -26,9 +26,10 @@ that the row has the length of its projection.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from pydantic import Field
@@ -36,6 +37,7 @@ from torch import Tensor
 
 from ..ops.packed_codes import GROUP
 from ..tables.packed import PackedTable
+from ..tables.pruned import PrunedPackedTable
 from .allocation import ROW_BITS, Allocation, DirectionAllocation, float_dtype, groups_of
 from .base import (
     Options,
@@ -52,6 +54,9 @@ from .metric_allocation import MetricAllocation, forms_of, input_frequencies
 from .rate_search import RateSearch
 from .row_floor import RowFloor
 from .table_rows import TableRows
+from .unseen import ReadRows, is_read
+
+Unseen = Literal["allocate", "mean", "nearest"]
 
 
 class AllocateOptions(Options):
@@ -65,11 +70,28 @@ class AllocateOptions(Options):
     speed: float = Field(
         0.0, ge=0, le=1, description="least share of the lookups that read rows of values, without a product"
     )
+    unseen: Unseen = Field(
+        "allocate",
+        description="what rows get that are never read: allocate, a rate as all others; mean, their mean; "
+        "nearest, the read row of the most similar direction; the last two store none of them",
+    )
 
 
 BASIS_SHARE = 0.05  # of the budget, for the basis without a calibration
 LARGE_BASIS = 0.12  # share of the budget from which smaller bases are tried with a calibration
 DIRECTION_TIERS, METRIC_TIERS = 6, 12  # by default
+
+
+@overload
+def allocate(
+    table: Rows, *, ratio: float, unseen: Literal["allocate"] = "allocate", **options: Any
+) -> PackedTable: ...
+
+
+@overload
+def allocate(
+    table: Rows, *, ratio: float, unseen: Literal["mean", "nearest"], **options: Any
+) -> PackedTable | PrunedPackedTable: ...
 
 
 @torch.no_grad()
@@ -80,8 +102,9 @@ def allocate(
     counts: Tensor | None = None,
     calibration: Calibration | None = None,
     tied: bool = True,
+    read: Tensor | None = None,
     **options: Any,
-) -> PackedTable:
+) -> PackedTable | PrunedPackedTable:
     """Quantise every row at its own rate so that the weighted error is least for the ratio.
 
     Without a calibration the objective is the direction error: ``(w * (1 - F.cosine_similarity(x,
@@ -96,6 +119,8 @@ def allocate(
             takes the counts of the calibration.
         calibration: what a model's output depends on, from ``embkern.calibrate``.
         tied: with a calibration, whether an output head uses the table as well.
+        read: (V,) bool, which rows are read, for ``unseen``; None takes those whose count, or without counts
+            the calibration's, is not zero.
         options: the fields of ``AllocateOptions``.
 
     The table is read in blocks of rows, a few times. Beside it and the result, memory holds some hundred
@@ -103,12 +128,14 @@ def allocate(
 
     Returns:
         A packed table on the CPU with fp16 scales and basis (bf16 for a bf16 table, fp32 where the range of
-        fp16 does not suffice).
+        fp16 does not suffice). With ``unseen`` and rows that are not read, a ``PrunedPackedTable``: what this
+        method makes of the rows that are read, in the bytes that the map of the ids leaves.
 
     Raises:
         ValueError, TypeError: the ratio cannot be reached, with the floor if one is given (the message names
             the highest that can), the calibration is that of another table, rows are too long or too short
-            for fp32, or an argument is not usable.
+            for fp32, it is not known which rows are read though ``unseen`` asks for it, or an argument is
+            not usable.
 
     Source: reverse water-filling (Cover and Thomas, Elements of Information Theory, section 10.3); Lagrangian
     allocation after Shoham and Gersho (1988); trellis codes: Marcellin and Fischer (1990); errors weighed by
@@ -117,7 +144,40 @@ def allocate(
     """
     chosen = parse_options(AllocateOptions, options, "allocate")
     check_table(table)
-    budget = byte_budget(table, ratio)
+    budget, refusal = byte_budget(table, ratio), functools.partial(ratio_error, table, ratio)
+    if calibration is not None:
+        calibration.check_table(table.shape)
+    read = None if chosen.unseen == "allocate" else is_read(len(table), read, counts, calibration)
+    if calibration is not None and counts is None:
+        counts = input_frequencies(calibration)
+    if chosen.unseen == "allocate" or read is None or read.all():
+        return _packed(table, budget, counts, calibration, tied, chosen, refusal)
+    rows = ReadRows(table, read, chosen.unseen)
+    packed = _packed(
+        rows.table,
+        max(0, budget - rows.nbytes),
+        None if counts is None else counts[rows.kept],
+        None if calibration is None else calibration.of_rows(rows.kept),
+        tied,
+        chosen,
+        lambda least, condition: refusal(least + rows.nbytes, condition),
+    )
+    return rows.pruned(packed, counts)
+
+
+def _packed(
+    table: Rows,
+    budget: int,
+    counts: Tensor | None,
+    calibration: Calibration | None,
+    tied: bool,
+    chosen: AllocateOptions,
+    refusal: Callable[[float, str], ValueError],
+) -> PackedTable:
+    """Return the packed table of all rows in ``budget`` bytes.
+
+    ``refusal(least, condition)`` is the error of a budget below the fewest bytes that are possible.
+    """
     tiers = chosen.tiers or (DIRECTION_TIERS if calibration is None else METRIC_TIERS)
     exponents = extreme_exponents(table, alike=calibration is not None)
     rows = TableRows(table, exponents)
@@ -130,8 +190,6 @@ def allocate(
         groups = min(most_groups, round(BASIS_SHARE * budget / row_bytes))
         candidates = iter([DirectionAllocation(rows, weights, dtype, groups)])
     else:
-        calibration.check_table(table.shape)
-        counts = input_frequencies(calibration) if counts is None else counts
         forms = forms_of(calibration, counts, tied=tied, exponent=chosen.exponent)
         sizes = _basis_sizes(most_groups, row_bytes / max(1, budget))
         candidates = (MetricAllocation(rows, forms, dtype, size) for size in sizes)
@@ -158,7 +216,7 @@ def allocate(
         given = [f"{name} {value:g}" for name, value in conditions.items() if value is not None]
         condition = f" with {' and '.join(given)}" if given else ""
         least = min(_least_bytes(*each) for each in searches)
-        raise ratio_error(table, ratio, least, condition)
+        raise refusal(least, condition)
     packed = best.allocation.refitted(best.allocation.packed(best.kept, best.choice), chosen.floor)
     return packed if exponents is None else multiplied(packed, exponents)
 

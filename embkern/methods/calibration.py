@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from dataclasses import dataclass
@@ -154,6 +155,11 @@ class Calibration:
             _sum(self.head_moment, other.head_moment),
             facts,
         )
+
+    def of_rows(self, ids: Tensor) -> Calibration:
+        """Return the calibration of a table of some of the rows, ids (n,) int64, alone."""
+        predictions = None if self.predictions is None else self.predictions[ids]
+        return dataclasses.replace(self, inputs=self.inputs[ids], predictions=predictions)
 
     def check_table(self, shape: tuple[int, ...]) -> None:
         """Raise ValueError unless this is a calibration of a table of this shape (V, H)."""

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ..tables.pruned import PrunedTable, Unknown
+from ..tables.kept_rows import Unknown
+from ..tables.pruned import PrunedTable
 from .base import (
     Options,
+    Rows,
     block_rows,
     blocks,
     byte_budget,
@@ -23,7 +25,7 @@ from .base import (
 )
 from .storage import Storage, rounded, storage_dtype
 
-_ID_BYTES = 4  # of an id that is kept, and of the number of a nearest row
+ID_BYTES = 4  # of an id that is kept, and of the number of a nearest row
 
 
 class PruneOptions(Options):
@@ -84,11 +86,10 @@ def prune(
     others = removed.nonzero().flatten()
     rows, nearest = rounded(table[kept], dtype), None
     if chosen.unknown == "mean":
-        share = weights[others] if weights[others].any() else torch.ones_like(weights[others])
-        mean = _weighted_sum(table, others, share / share.sum())
+        mean = weighted_mean(table, others, weights[others])
         rows = torch.cat([rows, rounded(mean, dtype).unsqueeze(0)])
     if chosen.unknown == "nearest":
-        nearest = _nearest(table, kept, others)
+        nearest = nearest_rows(table, kept, others)
     return PrunedTable(
         rows,
         kept.int(),
@@ -123,26 +124,28 @@ def _most_that_fit(table: Tensor, ratio: float, dtype: torch.dtype, unknown: Unk
     budget, row = byte_budget(table, ratio), H * dtype.itemsize
 
     def nbytes(kept: int) -> int:
-        others = {"mean": row, "nearest": _ID_BYTES * max(1, V - kept), "error": 0}
-        return kept * (row + _ID_BYTES) + others[unknown]
+        others = {"mean": row, "nearest": ID_BYTES * max(1, V - kept), "error": 0}
+        return kept * (row + ID_BYTES) + others[unknown]
 
     if nbytes(1) > budget:
         raise ratio_error(table, ratio, nbytes(1))
     if nbytes(V) <= budget:
         return V
-    return min(V - 1, 1 + (budget - nbytes(1)) // (row + _ID_BYTES * (unknown != "nearest")))
+    return min(V - 1, 1 + (budget - nbytes(1)) // (row + ID_BYTES * (unknown != "nearest")))
 
 
-def _weighted_sum(table: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """Return the sum of rows ids (n,) with weights (n,) float64, (H,) float64."""
+def weighted_mean(table: Rows, ids: Tensor, weights: Tensor) -> Tensor:
+    """Return the mean of rows ids (n,) with weights (n,) float64, (H,) float64; equal ones if all are 0."""
+    share = weights if weights.any() else torch.ones_like(weights)
+    share = share / share.sum()
     total = torch.zeros(table.shape[1], dtype=torch.float64, device=table.device)
     size = block_rows(table)
-    for some, weight in zip(ids.split(size), weights.split(size), strict=True):
-        total += weight @ table[some].double()
+    for some, weight in zip(ids.split(size), share.split(size), strict=True):
+        total += weight @ take_rows(table, some).double()
     return total
 
 
-def _nearest(table: Tensor, kept: Tensor, others: Tensor) -> Tensor:
+def nearest_rows(table: Rows, kept: Tensor, others: Tensor) -> Tensor:
     """Return for each of the other rows the number of the kept row of the largest cosine, int32."""
     known = F.normalize(take_rows(table, kept), eps=1e-30)
     found = []

@@ -40,6 +40,7 @@ class TableState:
         dtype: dtype of the stored floating-point tensors.
         checksums: checksums of the stored tensors, by name.
         segments: number of rows of the table that are a row of the embedding, as in ``SegmentedEmbedding``.
+        source: checksum of the dense table, if rows that are not stored were kept in a file; else None.
     """
 
     kind: str
@@ -50,6 +51,7 @@ class TableState:
     dtype: str
     checksums: dict[str, str] = field(default_factory=dict)
     segments: int = 1
+    source: str | None = None
 
     def describe(self, table: Table) -> None:
         """Set shapes, dtype and checksums to those of a table as it is stored."""
@@ -63,9 +65,9 @@ class TableState:
         return getattr(torch, self.dtype)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the fields as in ``config.json``, which has no segments of tables without them."""
-        fields = asdict(self)
-        return fields if self.segments > 1 else {n: value for n, value in fields.items() if n != "segments"}
+        """Return the fields as in ``config.json``, without segments and source where there are none."""
+        lacking = {"segments": 1, "source": None}
+        return {n: value for n, value in asdict(self).items() if n not in lacking or value != lacking[n]}
 
     def skeleton(self, dtype: torch.dtype) -> Table:
         """Return a table of these shapes on the meta device; it is not validated."""
@@ -237,6 +239,8 @@ def _parse_state(table: dict[str, Any]) -> TableState:
             raise ValueError(
                 f"checksums: expected those of {', '.join(state.shapes)}, got {state.checksums!r}"
             )
+        if type(state.source) not in (str, NoneType):
+            raise ValueError(f"source: expected a checksum or null, got {state.source!r}")
         skeleton = state.skeleton(dtype)
         skeleton.validate()
         if type(state.segments) is not int or state.segments < 1 or skeleton.num_embeddings % state.segments:

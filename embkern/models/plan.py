@@ -66,21 +66,31 @@ class TablePlan:
                 without one an estimate from the order of the ids.
             calibration: that of the model, or None.
             read: which tokens (V,) a text has, or None.
+
+        Raises:
+            ValueError: the recipe leaves out rows that are not read, and nothing tells which these are.
         """
+        if self.of_tokens and read is None and self.recipe.leaves_rows_out:
+            raise ValueError(
+                f"unseen: expected counts of text (count_text, counts) or a calibration with "
+                f"{self.recipe.options['unseen']!r}, from which rows follow that are not read, got neither"
+            )
+        V = len(self.table.weight)
+        if read is not None:
+            read = F.pad(read, (0, max(0, V - len(read))))[:V].repeat_interleave(self.table.segments)
         own = calibration if self.calibrated and self.recipe.calibrated else None
         if own is not None and self.table.role == "head":
             if own.head_moment is not None:
-                return Knowledge(*calibration_of_head(own, frequencies))
+                return Knowledge(*calibration_of_head(own, frequencies), read)
             own = None
-        if not self.of_tokens or (frequencies is None and own is not None):
+        if not self.of_tokens:
             return Knowledge(None, own)
-        V = len(self.table.weight)
+        if frequencies is None and own is not None:
+            return Knowledge(None, own, read)
         if frequencies is None:
             frequencies = vocabulary_prior(None, V)
         elif len(frequencies) != V:
             frequencies = normalized(F.pad(frequencies, (0, max(0, V - len(frequencies))))[:V])
-        if read is not None:
-            read = F.pad(read, (0, max(0, V - len(read))))[:V].repeat_interleave(self.table.segments)
         return Knowledge(frequencies.repeat_interleave(self.table.segments), own, read)
 
     def compress(self, known: Knowledge, **run: Any) -> Table:
@@ -146,6 +156,8 @@ def plan_tables(model: PreTrainedModel, recipe: Recipe) -> list[TablePlan]:
             for plan in plans:
                 plan.table.segments = 1
     for plan in plans:
+        if not plan.of_tokens:
+            plan.recipe = plan.recipe.for_all_rows()
         plan.check()
     return plans
 
@@ -157,8 +169,21 @@ def _vocabularies(model: PreTrainedModel) -> set[int]:
     return {size for size in (*sizes, getattr(own, "num_embeddings", None)) if size}
 
 
-def with_own_tokens(read: Tensor | None, model: PreTrainedModel) -> Tensor | None:
-    """Return which tokens are read, (V,) bool, with those that a model's config names, as for padding."""
+def tokens_read(
+    read: Tensor | None, calibration: Calibration | None, model: PreTrainedModel
+) -> Tensor | None:
+    """Return which tokens are read, (V,) bool, with those that a model's config names, as for padding.
+
+    Args:
+        read: those that a text has, (V,) bool; None takes those that the calibration read.
+        calibration: what was read to measure the model; None without one.
+        model: the model.
+
+    Returns:
+        None if nothing tells which tokens are read.
+    """
+    if read is None and calibration is not None:
+        read = calibration.inputs > 0
     config = getattr(model, "config", None)
     if read is None or config is None:
         return read

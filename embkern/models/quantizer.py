@@ -39,7 +39,7 @@ from .checkpoint import (
 )
 from .config import EmbkernConfig, TableState, dtype_name
 from .find_table import ModelTable, find_table
-from .plan import calibration_serves, plan_tables
+from .plan import calibration_serves, plan_tables, tokens_read
 from .quantized_body import BodyQuantizer
 from .select_tables import table_named
 from .static_embeddings import install_bag
@@ -64,7 +64,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def install(model: PreTrainedModel, table: ModelTable, compressed: Table, recipe: Recipe) -> None:
+def install(
+    model: PreTrainedModel,
+    table: ModelTable,
+    compressed: Table,
+    recipe: Recipe,
+    *,
+    source: str | None = None,
+) -> None:
     """Replace a live model's table by a compressed one, in place, so that it is saved with the model.
 
     Floating-point tensors are cast to the dtype of the model; a packed table is saved in its own dtype.
@@ -75,6 +82,7 @@ def install(model: PreTrainedModel, table: ModelTable, compressed: Table, recipe
         table: what ``find_table``, ``find_tables`` or ``find_bag`` returned for it.
         compressed: the compressed rows of the table.
         recipe: the recipe of the model's compression.
+        source: checksum of the dense table, if rows that the compressed one lacks were kept in a file.
 
     Raises:
         UnsupportedModelError: a head cannot decode through the table's activation. The model is unchanged.
@@ -94,7 +102,7 @@ def install(model: PreTrainedModel, table: ModelTable, compressed: Table, recipe
     kind, head = kind_of(compressed), head_kind(table, recipe)
     scales = {canonical_name(model, name): scale for name, scale in table.scales.items()}
     settings = kind.settings(compressed)
-    state = TableState(kind.name, {}, settings, scales, head, "", segments=table.segments)
+    state = TableState(kind.name, {}, settings, scales, head, "", segments=table.segments, source=source)
     state.describe(compressed)
     if name := "" if table.role == "input" else canonical_name(model, table.root):
         config.named_tables[name] = state
@@ -244,7 +252,8 @@ class EmbkernQuantizer(BodyQuantizer):
             serves = calibration_serves(plans)
             calibration = choose_calibration(model, config.recipe).calibration if serves else None
             for plan in plans:
-                compressed = plan.compress(plan.knowledge(None, calibration))
+                read = tokens_read(None, calibration, model)
+                compressed = plan.compress(plan.knowledge(None, calibration, read))
                 install(model, plan.table, compressed, config.recipe)
         return model
 

@@ -140,6 +140,10 @@ def find_bag(model: SentenceTransformer) -> ModelTable:
 
 def check_bag(recipe: Recipe) -> None:
     """Raise ValueError unless a recipe makes packed tables of the one table of static embeddings."""
+    if recipe.leaves_rows_out:
+        raise ValueError(
+            f"unseen: expected 'allocate' for static embeddings, got {recipe.options['unseen']!r}"
+        )
     if not recipe.makes_packed_tables:
         raise ValueError(
             f"method: expected one that makes packed tables for static embeddings, got {recipe.method!r}"

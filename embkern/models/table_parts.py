@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, Field
 
-from ..tables import RowTable, Table
+from ..tables import PrunedPackedTable, RowTable, Table
+from ..tables.kept_rows import KeptRowsTable
 from ..tables.packed import PackedTable
 
 
@@ -17,7 +18,9 @@ class TierUse(BaseModel):
 
 
 def tier_uses(table: Table) -> list[TierUse]:
-    """Return the tiers of a packed table; factors have none."""
+    """Return the tiers of a packed table, of all rows or of some; others have none."""
+    if isinstance(table, PrunedPackedTable):
+        table = table.packed
     if not isinstance(table, PackedTable):
         return []
     tiers = table.described_tiers()
@@ -33,3 +36,8 @@ def tensor_bytes(table: Table) -> dict[str, int]:
     if not isinstance(table, RowTable):
         return {}
     return {name: tensor.nbytes for name, tensor in table.tensors().items()}
+
+
+def rows_kept(table: Table) -> int | None:
+    """Return how many rows a table stores that leaves some out; None of others."""
+    return table.kept if isinstance(table, KeptRowsTable) else None

@@ -90,8 +90,9 @@ class RowTableModule(TableModule):
         sizes = dict.fromkeys(leaves, torch.zeros((), device=table.device, dtype=rows.dtype))
         if owned:
             grads = torch.autograd.grad((rows * signs).sum(), [leaves[n] for n in owned], retain_graph=True)
+            parts = table.parts_of(ids)
             for name, grad in zip(owned, grads, strict=True):
-                sizes[name] = grad[ids].reshape(len(ids), -1).square().sum(1).sqrt().mean()
+                sizes[name] = grad[parts].reshape(len(ids), -1).square().sum(1).sqrt().mean()
         entries = [row[number * 7 % len(row)] for number, row in enumerate(rows.unbind())] if common else []
         shared = [leaves[name] for name in common]
         found = [

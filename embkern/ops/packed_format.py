@@ -158,6 +158,19 @@ def tiers_of_rows(directory: Tensor) -> Tensor:
     return _nibbles(directory[:, 1:]).flatten().long()
 
 
+def rows_taken(packed: PackedTensors, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Records and directory of the rows ids (n,) int64, in their order, which may repeat."""
+    tiers, device = described_tiers(packed.tiers), packed.records.device
+    tier_of, ids = tiers_of_rows(packed.directory).cpu(), ids.cpu()
+    words = words_of_rows(tier_of, tiers)
+    own = words[ids]
+    ends = own.cumsum(0)
+    moved = (words.cumsum(0) - words)[ids] - (ends - own)  # from the new place of a record to the old one
+    places = moved.repeat_interleave(own) + torch.arange(int(own.sum()))
+    records = packed.records[places.to(device)] if len(places) else torch.zeros_like(packed.records[:1])
+    return records, directory_of(tier_of[ids], tiers).to(device)
+
+
 def _nibbles(words: Tensor) -> Tensor:
     """The eight tiers (N, 4, 8) in each of some words (N, 4)."""
     shifts = torch.arange(0, 32, 4, device=words.device, dtype=torch.int32)

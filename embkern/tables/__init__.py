@@ -4,7 +4,7 @@ from .factors import Factors
 from .nonlinear import NonlinearTable
 from .packed import PackedTable
 from .product import ProductTable
-from .pruned import PrunedTable
+from .pruned import PrunedPackedTable, PrunedTable
 from .rows import RowTable
 from .scalar import ScalarTable
 from .tensor_train import TensorTrainTable
@@ -13,6 +13,7 @@ Table = Factors | PackedTable | RowTable
 ROW_TABLES: tuple[type[RowTable], ...] = (
     NonlinearTable,
     ProductTable,
+    PrunedPackedTable,
     PrunedTable,
     ScalarTable,
     TensorTrainTable,
@@ -24,6 +25,7 @@ __all__ = [
     "NonlinearTable",
     "PackedTable",
     "ProductTable",
+    "PrunedPackedTable",
     "PrunedTable",
     "RowTable",
     "ScalarTable",

@@ -20,6 +20,7 @@ from ..ops.packed_format import (
     check_table,
     described_tiers,
     lay_out,
+    rows_taken,
     tiers_of_rows,
 )
 from .factors import check_floating
@@ -146,6 +147,11 @@ class PackedTable:
         """Return the whole reconstructed table, (V, H)."""
         ids = torch.arange(self.num_embeddings, device=self.scales.device)
         return torch.cat([self.decode(some) for some in ids.split(_DECODED_ROWS)])
+
+    def take(self, ids: Tensor) -> PackedTable:
+        """Return the table of the rows ids (n,) int64, n of at least 1, in their order, which may repeat."""
+        records, directory = rows_taken(self.packed_tensors(), ids)
+        return replace(self, records=records, directory=directory, scales=self.scales[ids], check=False)
 
     def to(self, *args: Any, **kwargs: Any) -> PackedTable:
         """Return the table moved, and its floating-point tensors cast, as ``Tensor.to`` does.

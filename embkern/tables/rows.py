@@ -39,7 +39,7 @@ class RowTable:
         required, optional: names of the tensors, of which the first is floating-point.
         setting_names: names of the fields that are integers, lists of integers or names.
         code_dtypes: dtypes of the tensors that are integers.
-        per_row: names of the floating-point tensors with one part per row of the table.
+        per_row: names of the floating-point tensors with one part per row that is stored.
 
     Attributes:
         num_embeddings: V.
@@ -133,6 +133,10 @@ class RowTable:
 
     def check_known(self, ids: Tensor) -> None:
         """Raise IndexError for an id that a layer must not look up, although it is below V."""
+
+    def parts_of(self, ids: Tensor) -> Tensor:
+        """Return the numbers of the parts that rows ids (n,) int64 have in the tensors ``per_row``."""
+        return ids
 
     def row_range(self, first: int, last: int) -> Tensor:
         """Return the rows ``first`` to ``last - 1``: (last - first, H)."""

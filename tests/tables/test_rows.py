@@ -82,6 +82,9 @@ def test_pieces_are_the_rows_and_order_is_taken(name, monkeypatch):
     first.validate()
     assert_close(first.to_dense(), dense[:5])
     assert first.nbytes <= table.nbytes
+    if name.startswith("pruned") and "nearest" not in name:
+        with pytest.raises(ValueError, match="ids: expected some that are kept, got none among 2"):
+            table.take(torch.tensor([1, 2]))
     ids = torch.tensor([12, 0, 4, 4, 7])
     if isinstance(table, TensorTrainTable):
         with pytest.raises(ValueError, match="num_embeddings: a tensor train cannot hold new rows"):
@@ -148,6 +151,15 @@ def test_casts_keep_codes_and_meta_tables_are_checked_by_shape(name):
             "pruned, nearest",
             {"nearest_kept": torch.full((8,), 5).int()},
             "nearest_kept: expected 0 to 4, got 5 to 5",
+        ),
+        ("pruned packed, mean", {"scales": torch.ones(6)}, r"scales: expected shape \(5,\), got \(6,\)"),
+        ("pruned packed, mean", {"mean_row": None}, "mean_row: expected with unknown='mean' only"),
+        ("pruned packed, mean", {"mean_row": torch.ones(7)}, r"mean_row: expected shape \(8,\), got \(7,\)"),
+        ("pruned packed, mean", {"records": torch.zeros(1).int()}, "records: expected .* words, got 1"),
+        (
+            "pruned packed, nearest",
+            {"unknown": "error"},
+            "nearest_kept: expected with unknown='nearest' only",
         ),
     ],
 )
