@@ -81,7 +81,7 @@ def tfwsvd(table: Tensor, rank: int, *, fisher: Tensor | None = None, **options:
     is a relative change.
 
     A step reads the table and its weights once and costs three products of (V, H, r). Memory beyond these
-    two: some ten times the factors, and blocks of rows.
+    two: a scaled copy of the table for the start, then some ten times the factors, and blocks of rows.
 
     Args:
         table: (V, H). The search runs in fp32 (float64 for a float64 table) on its device.
@@ -136,7 +136,7 @@ def _check_weights(fisher: Tensor | None, table: Tensor, method: str, *, dims: t
     if fisher is None:
         raise ValueError(
             f"fisher: method {method!r} expected weights {shapes}, got none; `embkern fisher` or "
-            "embkern.models.fisher.fisher_weights measures them"
+            "embkern.fisher_weights measures them"
         )
     if not isinstance(fisher, Tensor):
         raise TypeError(f"fisher: expected a tensor {shapes}, got {type(fisher).__name__}")
