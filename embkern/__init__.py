@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .methods.calibration import Calibration
     from .models.calibrate import calibrate, self_calibrate
     from .models.config import EmbkernConfig
+    from .models.fisher import fisher_weights
+    from .models.fisher_file import fisher_files
     from .models.fused_loss import enable_fused_loss
     from .models.lora import enable_lora
     from .models.report import Report
@@ -69,6 +71,8 @@ _PUBLIC = {
     "Recipe": "recipe",
     "Report": "models.report",
     "EmbkernConfig": "models.config",
+    "fisher_weights": "models.fisher",
+    "fisher_files": "models.fisher_file",
     "enable_fused_loss": "models.fused_loss",
     "enable_lora": "models.lora",
     "resize_token_embeddings": "models.resize",
@@ -105,6 +109,8 @@ __all__ = [
     "export_dense",
     "export_gguf",
     "export_onnx",
+    "fisher_files",
+    "fisher_weights",
     "freeze_table",
     "read_texts",
     "resize_token_embeddings",

@@ -23,6 +23,7 @@ from .models.calibrate import calibrate, check_calibration, self_calibrate
 from .models.calibrate.choice import Choice, choose_calibration
 from .models.checkpoint import model_bytes
 from .models.find_table import other_tables
+from .models.fisher_file import load_fisher
 from .models.held_out import held_out_divergence
 from .models.loading import load_model, load_tokenizer
 from .models.plan import NOT_CALIBRATED, calibration_serves, plan_tables, token_rows, tokens_read
@@ -66,6 +67,7 @@ def compress(
     calibration: Calibration | str | os.PathLike | None = None,
     calibrate_text: Source | Sequence[Source] | None = None,
     calibrate: bool | None = None,
+    fisher: torch.Tensor | str | os.PathLike | None = None,
     tokenizer: PreTrainedTokenizerBase | str | os.PathLike | None = None,
     output: str | os.PathLike | None = None,
     keep_unseen: str | os.PathLike | None = None,
@@ -105,6 +107,7 @@ def compress(
         calibrate_text: text to calibrate on instead, as ``count_text``.
         calibrate: without these two, whether to calibrate on samples of the model itself. None does so for
             causal language models, unless it would take more than ten minutes; False changes nothing.
+        fisher: weights (V, H) of the input table for methods that take them, or a file of ``embkern fisher``.
         tokenizer: the tokenizer of a model object, or its directory or name, for texts and the names of the
             worst rows; that of a model given by name is loaded.
         output: directory to save to: model, tokenizer, report and model card. It is complete or does not
@@ -137,6 +140,9 @@ def compress(
         run = {"progress": progress, "checkpoint": checkpoint, "log": log}
     elif checkpoint is not None or log is not None:
         raise ValueError(f"checkpoint, log: expected with method 'autoencoder' only, got {recipe.method!r}")
+    if fisher is not None:
+        recipe.check_fisher()
+        run["fisher"] = fisher if isinstance(fisher, torch.Tensor) else load_fisher(fisher)
     if output is not None:
         check_output(output, overwrite, source=model)
     sentences = None if text is None else read_sentences(text)
@@ -169,14 +175,9 @@ def compress(
     chosen = Choice(phrase=NOT_CALIBRATED if recipe.calibrated else None)
     if calibration_serves(plans):
         chosen = choose_calibration(
-            model,
-            recipe,
-            calibration=calibration,
-            text=calibrate_text,
-            tokenizer=tokenizer,
-            progress=progress,
-            hold_out=[plan.table.role for plan in plans] == ["input"],
-        )
+            model, recipe, calibration=calibration, text=calibrate_text, tokenizer=tokenizer,
+            progress=progress, hold_out=[plan.table.role for plan in plans] == ["input"],
+        )  # fmt: skip
     elif calibration is not None or calibrate_text is not None or recipe.calibrate:
         raise ValueError(f"calibration: expected none: {NOT_CALIBRATED}")
     calibration = chosen.calibration

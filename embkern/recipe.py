@@ -188,6 +188,14 @@ class Recipe(BaseModel):
             usable = ", ".join(name for name, each in METHODS.items() if each.calibrated)
             raise ValueError(f"{argument}: expected with method {usable} only, got method {self.method!r}")
 
+    def check_fisher(self) -> None:
+        """Raise ValueError unless the method takes Fisher weights, and the table is that of the input."""
+        if METHODS[self.method].of_fisher is None:
+            usable = ", ".join(name for name, each in METHODS.items() if each.of_fisher)
+            raise ValueError(f"fisher: expected with method {usable} only, got method {self.method!r}")
+        if self.tables is not None and set(self.tables) != {"input"}:
+            raise ValueError(f"fisher: expected the input table only, got {', '.join(self.tables)}")
+
     def compresses_head(self, tied: bool) -> bool:
         """Return whether an output head will use the compressed table, if it is tied to the dense one."""
         return tied and self.lm_head == "factorized"
@@ -216,6 +224,7 @@ class Recipe(BaseModel):
         read: Tensor | None = None,
         calibration: Calibration | None = None,
         tied: bool = True,
+        fisher: Tensor | None = None,
         **run: Any,
     ) -> Any:
         """Compress a table (V, H) with the method.
@@ -226,13 +235,16 @@ class Recipe(BaseModel):
             read: which tokens a text has, (V,) bool, for methods that take it; others ignore it.
             calibration: what the model's output depends on, for methods that take it; others ignore it.
             tied: whether an output head uses the dense table.
+            fisher: Fisher weights (V, H), for methods that take them; others ignore them.
             run: further arguments of the method (``progress``, ``checkpoint``, ...).
 
         Returns:
             Factors, a PackedTable or a RowTable.
         """
         method = METHODS[self.method]
-        if method.weighted:
+        if fisher is not None and method.of_fisher is not None:
+            run.update(method.of_fisher(method.options(**self.options), fisher))
+        if method.weighted and "row_weight" not in run:
             run["counts"] = counts
         if calibration is not None and method.calibrated:
             run.update(calibration=calibration, tied=self.compresses_head(tied))

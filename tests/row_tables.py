@@ -57,7 +57,7 @@ def row_table(name: str, V: int = 13, H: int = 8) -> RowTable:
     if name == "nonlinear":
         shapes = [(4, 2), (4,), (8, 4), (8,), (H, 8), (H,)]
         layers = [0.5 * torch.randn(shape) for shape in shapes]
-        return NonlinearTable(torch.randn(V, 2), torch.rand(V) + 0.5, *layers, **sizes)
+        return NonlinearTable(torch.randn(V, 2), *layers, norms=torch.rand(V) + 0.5, **sizes)
     unknown = name.partition(", ")[2]
     ids = torch.arange(0, V, 3, dtype=torch.int32)
     nearest = torch.randint(len(ids), (V - len(ids),), dtype=torch.int32) if unknown == "nearest" else None

@@ -48,6 +48,12 @@ def compare(
     count_text: Annotated[
         list[str] | None, typer.Option(help="text to count token frequencies in: file, directory or data set")
     ] = None,
+    fisher: Annotated[
+        Path | None,
+        typer.Option(
+            help="fwsvd, tfwsvd, nonlinear_autoencoder: weights, a file that `embkern fisher` wrote"
+        ),
+    ] = None,
     words: Annotated[
         list[str] | None, typer.Option(help="words whose nearest neighbours the report lists")
     ] = None,
@@ -69,8 +75,8 @@ def compare(
     given = {
         "ratios": ratios, "methods": methods, "dataset": dataset, "max_tokens": max_tokens,
         "max_length": max_length, "stride": stride, "separator": separator, "line_filter": line_filter,
-        "text": text, "counts": counts, "count_text": count_text, "words": words, "device": device,
-        "seed": seed, "keep_models": keep_models,
+        "text": text, "counts": counts, "count_text": count_text, "fisher": fisher, "words": words,
+        "device": device, "seed": seed, "keep_models": keep_models,
     }  # fmt: skip
     options: dict[str, Any] = {name: value for name, value in given.items() if value not in (None, [])}
     if row is not None:

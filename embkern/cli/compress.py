@@ -21,8 +21,8 @@ def compress(
     method: Annotated[
         str | None,
         typer.Option(
-            help="allocate (default), direction, autoencoder, svd, prune, product_quantization, rtn, "
-            "lloyd_max, tensor_train or nonlinear_autoencoder"
+            help="allocate (default), direction, autoencoder, svd, fwsvd, tfwsvd, prune, "
+            "product_quantization, rtn, lloyd_max, tensor_train or nonlinear_autoencoder"
         ),
     ] = None,
     lm_head: Annotated[
@@ -57,6 +57,12 @@ def compress(
         typer.Option(
             help="allocate: calibrate on samples of the model itself; default: for causal language models, "
             "if it takes less than ten minutes"
+        ),
+    ] = None,
+    fisher: Annotated[
+        Path | None,
+        typer.Option(
+            help="fwsvd, tfwsvd, nonlinear_autoencoder: weights, a file that `embkern fisher` wrote"
         ),
     ] = None,
     floor: Annotated[float | None, typer.Option(help="allocate: least cosine of any row")] = None,
@@ -116,7 +122,7 @@ def compress(
     parsed = recipe_of(recipe, fields, flags)
     report = api.compress(
         model, recipe=parsed, counts=counts, count_text=count_text, text=text,
-        calibration=calibration, calibrate_text=calibrate_text,
+        calibration=calibration, calibrate_text=calibrate_text, fisher=fisher,
         output=output, keep_unseen=keep_unseen, overwrite=overwrite, checkpoint=checkpoint, log=log,
     )  # fmt: skip
     if as_json:

@@ -17,6 +17,7 @@ from .count import count
 from .demo import demo
 from .evaluate import app as evaluate_app
 from .export import export
+from .fisher import fisher
 from .inspect import env, inspect
 from .restore import restore
 from .train import train
@@ -30,6 +31,7 @@ app.command()(compress)
 app.command()(train)
 app.command()(count)
 app.command(cls=ManyValues)(calibrate)
+app.command(cls=ManyValues)(fisher)
 app.command()(inspect)
 app.add_typer(evaluate_app, name="evaluate")
 app.command(cls=ManyValues)(compare)

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+from torch import Tensor
+
 from .allocate import AllocateOptions, allocate
 from .autoencoder import AutoencoderOptions, autoencoder
 from .base import Options, rank_for_ratio
@@ -16,6 +18,7 @@ from .pruning import PruneOptions, prune
 from .scalar import LloydMaxOptions, RTNOptions, lloyd_max, rtn
 from .svd import SVDOptions, svd
 from .tensor_train import TensorTrainOptions, tensor_train
+from .weighted_svd import FWSVDOptions, TFWSVDOptions, fwsvd, row_fisher, tfwsvd
 
 
 class Method(NamedTuple):
@@ -33,6 +36,8 @@ class Method(NamedTuple):
         observed: whether it also takes ``read``, (V,) bool: which tokens a text has.
         weighted: whether it also takes ``counts``, (V,) float64: how often each token is read.
         calibrated: whether it also takes a ``calibration``, and whether the table is ``tied``.
+        of_fisher: the arguments that follow from the options and Fisher weights (V, H); None of methods that
+            take none.
     """
 
     compress: Callable[..., Any]
@@ -44,6 +49,16 @@ class Method(NamedTuple):
     observed: bool = False
     weighted: bool = False
     calibrated: bool = False
+    of_fisher: Callable[[Any, Tensor], dict[str, Any]] | None = None
+
+
+def _entries(options: Any, fisher: Tensor) -> dict[str, Any]:
+    return {"fisher": fisher}
+
+
+def _rows_if_asked(options: Any, fisher: Tensor) -> dict[str, Any]:
+    """Return the square roots of the Fisher information of the rows, as the authors weigh them."""
+    return {"row_weight": row_fisher(fisher).sqrt()} if options.weights == "fisher" else {}
 
 
 METHODS: dict[str, Method] = {
@@ -58,9 +73,14 @@ METHODS: dict[str, Method] = {
     ),
     "autoencoder": Method(autoencoder, AutoencoderOptions, lambda options: True),
     "direction": Method(direction, DirectionOptions, lambda options: options.center, weighted=True),
+    "fwsvd": Method(fwsvd, FWSVDOptions, of_fisher=_entries),
     "lloyd_max": Method(lloyd_max, LloydMaxOptions, sized_by="ratio"),
     "nonlinear_autoencoder": Method(
-        nonlinear_autoencoder, NonlinearAutoencoderOptions, sized_by="ratio", weighted=True
+        nonlinear_autoencoder,
+        NonlinearAutoencoderOptions,
+        sized_by="ratio",
+        weighted=True,
+        of_fisher=_rows_if_asked,
     ),
     "product_quantization": Method(
         product_quantization, ProductQuantizationOptions, sized_by="ratio", weighted=True
@@ -69,6 +89,7 @@ METHODS: dict[str, Method] = {
     "rtn": Method(rtn, RTNOptions, sized_by="ratio"),
     "svd": Method(svd, SVDOptions, lambda options: options.center),
     "tensor_train": Method(tensor_train, TensorTrainOptions, sized_by="ratio"),
+    "tfwsvd": Method(tfwsvd, TFWSVDOptions, of_fisher=_entries),
 }
 
 __all__ = [
@@ -77,6 +98,7 @@ __all__ = [
     "AutoencoderOptions",
     "Calibration",
     "DirectionOptions",
+    "FWSVDOptions",
     "LloydMaxOptions",
     "Method",
     "NonlinearAutoencoderOptions",
@@ -84,10 +106,12 @@ __all__ = [
     "PruneOptions",
     "RTNOptions",
     "SVDOptions",
+    "TFWSVDOptions",
     "TensorTrainOptions",
     "allocate",
     "autoencoder",
     "direction",
+    "fwsvd",
     "lloyd_max",
     "nonlinear_autoencoder",
     "predicted_divergence",
@@ -98,4 +122,5 @@ __all__ = [
     "rtn",
     "svd",
     "tensor_train",
+    "tfwsvd",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,13 +34,25 @@ class NonlinearAutoencoderOptions(Options):
     lr_gamma: float = Field(0.8, gt=0, le=1, description="factor of each step of the learning rate")
     batch_size: int = Field(16, ge=1, description="rows per step")
     epochs: int = Field(30, ge=1, description="passes over the table")
+    norms: Literal["original", "fitted", "none"] = Field(
+        "original",
+        description="lengths that are stored: those of the rows, those of the least squared error, or none",
+    )
+    weights: Literal["counts", "fisher"] = Field(
+        "counts", description="rows weigh by token counts, or by given weights such as Fisher information"
+    )
     exponent: float = Field(0.75, ge=0, description="rows weigh as their counts to this power")
     storage: Storage = Field("table", description="dtype of all stored values: the table's, or float16")
     seed: int = Field(1, ge=0, lt=2**32, description="seed of the initial weights and the order of rows")
 
 
 def nonlinear_autoencoder(
-    table: Tensor, *, ratio: float, counts: Tensor | None = None, **options: Any
+    table: Tensor,
+    *,
+    ratio: float,
+    counts: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    **options: Any,
 ) -> NonlinearTable:
     """Codes, norms and a decoder of three layers, trained on cosine and RMSE.
 
@@ -50,6 +62,10 @@ def nonlinear_autoencoder(
 
         cosine_weight * (1 - F.cosine_similarity(x, y)).mean() + rmse_weight * F.mse_loss(y, x).sqrt()
 
+    With ``norms="fitted"`` the lengths that are stored are ``<x, F.normalize(decoder(encoder(x)))>`` after
+    training, which have the least squared error. ``norms="none"`` stores none, so that codes may be wider:
+    y is the decoder's output, whose values lie between -1 and 1. The authors' code has a switch for it.
+
     r is the largest whose codes, norms and decoder fit the ratio. After training with Adam the epoch with the
     least direction error is kept; the authors keep the one with the least perplexity. Training runs in plain
     torch and is slow on a CPU: a step takes one to two milliseconds, and 30 epochs of 30522 rows are 57,000
@@ -58,8 +74,12 @@ def nonlinear_autoencoder(
     Args:
         table: (V, H). Training runs in fp32 on its device.
         ratio: bytes of the table as stored over bytes of codes, norms and decoder.
-        counts: (V,), how often each token is read; both means become weighted means. The authors use the
-            Fisher information of each row, with ``exponent=1``. None weighs all rows equally.
+        counts: (V,), how often each token is read; both means become weighted means. None weighs all rows
+            equally.
+        row_weight: (V,), weights of the rows in place of counts; ``weights="fisher"`` demands them. The
+            authors use the square root of the Fisher information, ``fisher_row_weights(...).sqrt()``; rows
+            that no text has read need a constant that is added before. Recipes and commands do both with
+            the weights of ``fisher_weights``.
         options: the fields of ``NonlinearAutoencoderOptions``.
 
     Raises:
@@ -73,21 +93,36 @@ def nonlinear_autoencoder(
     check_table(table)
     budget = byte_budget(table, ratio)
     dtype = storage_dtype(table, chosen.storage)
-    width = _largest_width(table, ratio, budget // dtype.itemsize, dtype.itemsize)
-    weights = len(table) * row_weights(counts, len(table), chosen.exponent)  # with a mean of 1
+    width = _largest_width(table, ratio, budget // dtype.itemsize, dtype.itemsize, chosen.norms != "none")
+    weights = len(table) * _weights(counts, row_weight, chosen, len(table))  # with a mean of 1
     weights = weights.to(table.device, torch.float32)
     with seeded(chosen.seed, table.device):
-        trained = _Autoencoder(table.shape[1], width).to(table.device)
+        trained = _Autoencoder(table.shape[1], width, chosen.norms != "none").to(table.device)
         losses = _train(trained, table.detach(), weights, chosen)
-    return _stored(trained, table.detach(), dtype, {"r": width, "direction_errors": losses})
+    return _stored(trained, table.detach(), dtype, chosen.norms, {"r": width, "direction_errors": losses})
 
 
-def _largest_width(table: Tensor, ratio: float, values: int, itemsize: int) -> int:
+def _weights(
+    counts: Tensor | None, row_weight: Tensor | None, options: NonlinearAutoencoderOptions, V: int
+) -> Tensor:
+    """Return row weights (V,) float64 with a sum of 1."""
+    if row_weight is None:
+        if options.weights == "fisher":
+            raise ValueError(
+                "weights: expected with 'fisher' a file of `embkern fisher`, or row_weight, got none"
+            )
+        return row_weights(counts, V, options.exponent)
+    if counts is not None:
+        raise ValueError("counts, row_weight: expected at most one of them, got both")
+    return row_weights(row_weight, V, name="row_weight")
+
+
+def _largest_width(table: Tensor, ratio: float, values: int, itemsize: int, norms: bool) -> int:
     """Return the largest r, at most H, whose stored values are at most ``values``."""
     V, H = table.shape
 
     def size(r: int) -> int:
-        return V * (r + 1) + 2 * r * (r + 1) + 4 * r * (2 * r + 1) + H * (4 * r + 1)
+        return V * (r + norms) + 2 * r * (r + 1) + 4 * r * (2 * r + 1) + H * (4 * r + 1)
 
     if size(1) > values:
         raise ratio_error(table, ratio, size(1) * itemsize)
@@ -98,8 +133,9 @@ def _largest_width(table: Tensor, ratio: float, values: int, itemsize: int) -> i
 
 
 class _Autoencoder(nn.Module):
-    def __init__(self, width: int, r: int) -> None:
+    def __init__(self, width: int, r: int, norms: bool) -> None:
         super().__init__()
+        self.norms = norms
         self.encoder = nn.Sequential(
             nn.Linear(width, 8 * r),
             nn.LeakyReLU(),
@@ -111,7 +147,8 @@ class _Autoencoder(nn.Module):
         self.decoder = nn.ModuleList([nn.Linear(r, 2 * r), nn.Linear(2 * r, 4 * r), nn.Linear(4 * r, width)])
 
     def forward(self, rows: Tensor) -> Tensor:
-        return decoded(self.encoder(rows), rows.norm(dim=1, keepdim=True), list(self.decoder.parameters()))
+        norms = rows.norm(dim=1, keepdim=True) if self.norms else None
+        return decoded(self.encoder(rows), norms, list(self.decoder.parameters()))
 
 
 @torch.enable_grad()
@@ -155,13 +192,21 @@ def _direction_error(model: _Autoencoder, table: Tensor, weights: Tensor) -> flo
 
 
 @torch.no_grad()
-def _stored(model: _Autoencoder, table: Tensor, dtype: torch.dtype, facts: dict[str, Any]) -> NonlinearTable:
+def _stored(
+    model: _Autoencoder, table: Tensor, dtype: torch.dtype, norms: str, facts: dict[str, Any]
+) -> NonlinearTable:
     """Return codes, norms and decoder, rounded to ``dtype``."""
+
+    def lengths(rows: Tensor) -> Tensor:
+        own = rows.norm(dim=1)
+        return own if norms == "original" else own * F.cosine_similarity(rows, model(rows), eps=1e-30)
+
     layers = [rounded(parameter.detach(), dtype) for parameter in model.decoder.parameters()]
+    parts = [] if norms == "none" else [rounded(lengths(some.float()), dtype) for some in blocks(table)]
     return NonlinearTable(
         torch.cat([rounded(model.encoder(some.float()), dtype) for some in blocks(table)]),
-        torch.cat([rounded(some.float().norm(dim=1), dtype) for some in blocks(table)]),
         **dict(zip(LAYERS, layers, strict=True)),
+        norms=torch.cat(parts) if parts else None,
         num_embeddings=table.shape[0],
         embedding_dim=table.shape[1],
         facts=facts,

@@ -18,6 +18,7 @@ from ..fidelity import read_sentences
 from ..io.atomic import check_writable_directory, replacing
 from ..methods.base import check_table
 from ..models.find_table import UnsupportedModelError, find_table
+from ..models.fisher_file import load_fisher
 from ..models.loading import load_model, load_tokenizer
 from ..models.report import public_name
 from ..text.frequencies import token_frequencies
@@ -158,6 +159,7 @@ def _load_subject(options: StudyOptions, progress: bool | None) -> Subject:
         dataset=options.dataset,
         protocol=options.protocol,
         models=options.output / "models" if options.keep_models else None,
+        fisher=None if options.fisher is None else load_fisher(options.fisher),
         seed=options.seed,
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 from ..evaluate.language_model import no_perplexity
 from ..experiments.dependencies import frequencies_code, method_code, model_fingerprint, text_fingerprint
 from ..experiments.engine import key_of
+from ..methods import METHODS
 from .measures import MEASURES
 from .rows import DENSE
 from .spec import StudyOptions
@@ -72,12 +73,14 @@ def plan_rows(options: StudyOptions, subject: Subject) -> list[Plan]:
     if no_perplexity(subject.model):
         inputs.pop("perplexity", None)  # the dense model's row gives the reason
     for spec, ratio in itertools.product(options.specs(), options.ratios):
-        made_by = {
+        made_by: dict[str, Any] = {
             "method": spec.name,
             "options": spec.options,
             "ratio": ratio,
             "code_of_method": method_code(spec.name),
         }
+        if options.fisher is not None and METHODS[spec.name].of_fisher is not None:
+            made_by["fisher"] = text_fingerprint(options.fisher)
         plans += [
             plan(name, spec.text, ratio, made_by)
             for name, measure in MEASURES.items()

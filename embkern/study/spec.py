@@ -81,6 +81,7 @@ class StudyOptions(BaseModel):
     text: Path | None = Field(None, description="sentences, one per line, to compare the embeddings of")
     counts: Path | None = Field(None, description="token frequencies, a file of `embkern count`")
     count_text: list[str] = Field([], description="text to count token frequencies in, see embkern.compress")
+    fisher: Path | None = Field(None, description="Fisher weights, a file of `embkern fisher`")
     words: list[str] = Field(
         [], description="words whose nearest neighbours are listed; default: some frequent and some rare ones"
     )

@@ -41,6 +41,7 @@ class Subject:
         dataset: text to measure perplexity on, as ``embkern.text.read_texts`` takes it, if any.
         protocol: settings of ``evaluate_perplexity``.
         models: directory for the compressed models, if they are saved.
+        fisher: Fisher weights (V, H) for the methods that take them, if any.
         seed: random seed of every sample.
     """
 
@@ -54,6 +55,7 @@ class Subject:
     dataset: str | None = None
     protocol: dict[str, Any] = field(default_factory=dict)
     models: Path | None = None
+    fisher: Tensor | None = None
     seed: int = 0
 
     @functools.cached_property
@@ -118,7 +120,9 @@ class Candidate:
         self.subject, self.recipe, self.name = subject, recipe, name
         started = time.perf_counter()
         quiet: dict[str, Any] = {"progress": False} if recipe.method == "autoencoder" else {}
-        self.table: Any = recipe.factorize(subject.weight, subject.frequencies, **quiet)
+        self.table: Any = recipe.factorize(
+            subject.weight, subject.frequencies, fisher=subject.fisher, **quiet
+        )
         self.seconds = time.perf_counter() - started
 
     @property

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ..methods import METHODS
 from .document import Cell, Section, Table, names_of, number, value_at
 from .result import Study
 from .rows import DENSE, Row
@@ -134,11 +135,13 @@ def command_of(options: StudyOptions, spec: MethodSpec, ratio: float, *, causal:
     """Return the command, or the call in Python, that makes the model of a method at a ratio."""
     output = f"{spec.name}-{ratio:g}x"
     calibrates = causal and spec.name == "allocate"
+    fisher = options.fisher if METHODS[spec.name].of_fisher else None
     if spec.options.keys() <= FLAGS:
         flags = [word for name, value in spec.options.items() for word in _flag(name, value)]
         parts = ["embkern", "compress", options.model, "--ratio", f"{ratio:g}", "--method", spec.name, *flags]
         parts += [] if options.counts is None else ["--counts", str(options.counts)]
         parts += [word for source in options.count_text for word in ("--count-text", source)]
+        parts += [] if fisher is None else ["--fisher", str(fisher)]
         parts += ["--no-calibrate"] if calibrates else []
         return " ".join(map(quoted, [*parts, "-o", output]))
     given: dict[str, Any] = {"ratio": ratio, "method": spec.name, **spec.options}
@@ -146,6 +149,8 @@ def command_of(options: StudyOptions, spec: MethodSpec, ratio: float, *, causal:
         given["counts"] = str(options.counts)
     if options.count_text:
         given["count_text"] = options.count_text
+    if fisher is not None:
+        given["fisher"] = str(fisher)
     if calibrates:
         given["calibrate"] = False
     return f"embkern.compress({options.model!r}, {_keywords({**given, 'output': output})})"

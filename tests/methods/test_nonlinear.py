@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from embkern.methods.nonlinear import nonlinear_autoencoder
 from embkern.methods.storage import direction_error
+from embkern.tables.nonlinear import NonlinearTable
 from tests.methods.row_tables import dense, embeddings
 
 
@@ -50,3 +51,51 @@ def test_the_best_epoch_is_kept():
     assert direction_error(table, dense(got)) == pytest.approx(min(errors), rel=1e-4)
     with torch.no_grad():
         assert nonlinear_autoencoder(table, ratio=2, epochs=1).facts["r"] == got.facts["r"]
+
+
+def test_lengths_are_those_of_the_rows_those_of_the_least_error_or_none():
+    table = embeddings(400, 16)
+    made = {
+        norms: nonlinear_autoencoder(table, ratio=2, epochs=3, batch_size=64, norms=norms)
+        for norms in ("original", "fitted", "none")
+    }
+    original, fitted = dense(made["original"]), dense(made["fitted"])
+    length = table.norm(dim=1)
+    assert_close(original.norm(dim=1), length)
+    # The same direction, up to a sign, in the length of the projection.
+    cosine = torch.nn.functional.cosine_similarity(table, original)
+    assert_close(fitted, original * cosine.unsqueeze(1), rtol=1e-4, atol=1e-5)
+    assert (table - fitted).square().sum() < (table - original).square().sum()
+    without = made["none"]
+    assert without.norms is None
+    assert without.facts["r"] >= made["original"].facts["r"]
+    assert without.nbytes <= table.nbytes / 2
+    assert float(dense(without).abs().max()) <= 1
+    again = without.take(torch.tensor([3, 3]))
+    assert_close(dense(again), dense(without)[[3, 3]])
+
+
+def test_a_table_without_lengths_is_saved_and_read(tmp_path):
+    got = nonlinear_autoencoder(embeddings(200, 8), ratio=2, epochs=1, norms="none")
+    got.save(tmp_path / "table.safetensors")
+    again = NonlinearTable.load(tmp_path / "table.safetensors")
+    assert again.norms is None
+    assert torch.equal(dense(again), dense(got))
+
+
+def test_given_weights_weigh_the_rows():
+    table, weight = embeddings(300, 8), torch.rand(300) + 0.01
+    fits = {"ratio": 3, "epochs": 3, "batch_size": 64}
+    got = nonlinear_autoencoder(table, **fits, row_weight=weight)
+    missed = 1 - torch.nn.functional.cosine_similarity(table, dense(got))
+    weighted = float((weight * missed).sum() / weight.sum())
+    assert min(got.facts["direction_errors"]) == pytest.approx(weighted, rel=1e-4)
+    same = nonlinear_autoencoder(table, **fits, counts=weight, exponent=1.0)
+    assert torch.equal(dense(got), dense(same))
+    assert not torch.equal(dense(got), dense(nonlinear_autoencoder(table, **fits)))
+    with pytest.raises(ValueError, match="counts, row_weight: expected at most one of them, got both"):
+        nonlinear_autoencoder(table, ratio=3, counts=weight, row_weight=weight)
+    with pytest.raises(ValueError, match="weights: expected with 'fisher' .*, got none"):
+        nonlinear_autoencoder(table, ratio=3, weights="fisher")
+    with pytest.raises(ValueError, match=r"row_weight: expected shape \(300,\)"):
+        nonlinear_autoencoder(table, ratio=3, row_weight=weight[1:])

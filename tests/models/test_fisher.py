@@ -10,7 +10,7 @@ import transformers as T
 from torch.testing import assert_close
 
 from embkern.methods.direction import direction
-from embkern.models.fisher import fisher_row_weights
+from embkern.models.fisher import fisher_row_weights, fisher_weights
 from tests.example_models import MODELS, V, word_tokenizer
 
 TEXTS = ["red green green blue", "blue red", "green blue blue red"]
@@ -88,3 +88,57 @@ def test_texts_without_a_loss_and_foreign_tokenizers_are_refused(tokenizer):
     ):
         fisher_row_weights(model, tokenizer, [f"word{V - 1}"], progress=False)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def entries_by_autograd(model, tokenizer):
+    """Weights of the entries of a table from its whole gradient."""
+    weight = model.get_input_embeddings().weight
+    total = torch.zeros(weight.shape, dtype=torch.float64)
+    for text in TEXTS:
+        batch = tokenizer(text, return_tensors="pt")
+        (gradient,) = torch.autograd.grad(model(**batch, labels=batch["input_ids"]).loss, weight)
+        total += gradient.double().square()
+    return total / len(TEXTS)
+
+
+def test_entries_are_the_mean_square_of_the_gradient_and_add_up_to_rows(tokenizer):
+    model = MODELS["llama-untied"]()
+    weight = fisher_weights(model, tokenizer, TEXTS, progress=False)
+    assert weight.dtype == torch.float32
+    assert_close(weight.double(), entries_by_autograd(model, tokenizer), rtol=1e-4, atol=1e-10)
+    rows = fisher_row_weights(model, tokenizer, TEXTS, progress=False)
+    assert_close(weight.sum(1, dtype=torch.float64), rows, rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "gemma3"])
+def test_the_gradient_through_a_tied_head_counts_if_asked(name, tokenizer):
+    model = MODELS[name]()
+    trained = model.get_input_embeddings().weight.requires_grad
+    weight = fisher_weights(model, tokenizer, TEXTS, head=True, progress=False)
+    whole = entries_by_autograd(model, tokenizer)
+    assert_close(weight.double(), whole, rtol=1e-3, atol=1e-9)
+    assert (weight.sum(1) > 0).all()
+    lookups = fisher_weights(model, tokenizer, TEXTS, progress=False)
+    assert (lookups.sum(1) == 0).any()
+    assert model.get_input_embeddings().weight.requires_grad == trained
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_text_is_read_until_the_tokens_suffice(tokenizer):
+    model, read = MODELS["llama-untied"](), []
+
+    def texts():
+        for text in TEXTS:
+            read.append(text)
+            yield text
+
+    some = fisher_weights(model, tokenizer, texts(), tokens=5, progress=False)
+    assert read == TEXTS[:2]
+    assert torch.equal(some, fisher_weights(model, tokenizer, TEXTS[:2], progress=False))
+    assert not any(module._forward_hooks for module in model.modules())
+    with pytest.raises(ValueError, match="tokens: expected at least 1, got 0"):
+        fisher_weights(model, tokenizer, TEXTS, tokens=0)
+    with pytest.raises(ValueError, match="head: expected a model whose output head shares the table"):
+        fisher_weights(model, tokenizer, TEXTS, head=True)
+    with pytest.raises(ValueError, match="texts: expected at least one with a token"):
+        fisher_weights(model, tokenizer, ["red"], progress=False)
