@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from .models.config import EmbkernConfig
     from .models.fused_loss import enable_fused_loss
     from .models.lora import enable_lora
+    from .models.ngrammer import disable_ngrammer, enable_ngrammer
     from .models.report import Report
     from .models.resize import resize_token_embeddings
     from .models.training import freeze_table, unfreeze_table
     from .nn import (
         FactorizedEmbedding,
         FactorizedHead,
+        NGrammer,
         PackedEmbedding,
         PackedEmbeddingBag,
         PackedHead,
@@ -55,6 +57,7 @@ _PUBLIC = {
     "PackedTable": "tables",
     "FactorizedEmbedding": "nn",
     "FactorizedHead": "nn",
+    "NGrammer": "nn",
     "PackedEmbedding": "nn",
     "PackedEmbeddingBag": "nn",
     "PackedHead": "nn",
@@ -69,6 +72,8 @@ _PUBLIC = {
     "EmbkernConfig": "models.config",
     "enable_fused_loss": "models.fused_loss",
     "enable_lora": "models.lora",
+    "disable_ngrammer": "models.ngrammer",
+    "enable_ngrammer": "models.ngrammer",
     "resize_token_embeddings": "models.resize",
     "freeze_table": "models.training",
     "unfreeze_table": "models.training",
@@ -80,6 +85,7 @@ __all__ = [
     "FactorizedEmbedding",
     "FactorizedHead",
     "Factors",
+    "NGrammer",
     "PackedEmbedding",
     "PackedEmbeddingBag",
     "PackedHead",
@@ -96,8 +102,10 @@ __all__ = [
     "compress",
     "count_files",
     "count_tokens",
+    "disable_ngrammer",
     "enable_fused_loss",
     "enable_lora",
+    "enable_ngrammer",
     "export_dense",
     "export_gguf",
     "export_onnx",

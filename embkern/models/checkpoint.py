@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..io.mapped_table import DTYPES as FLOAT_DTYPES
 from ..io.tensor_format import verify_checksums
-from ..nn import KINDS
+from ..nn import KINDS, NGrammer
 from ..nn.base import CompressedHead
 from ..nn.table_module import ADJUSTMENT, GUARD, TableModule
 from ..ops.backends import DTYPES
@@ -30,6 +30,9 @@ def model_bytes(model: PreTrainedModel) -> int:
     tables = stored_tables(model)
     own = {id(each) for module in table_modules(model) for each in module.parameters()}
     own -= {id(getattr(module, "bias", None)) for module in table_modules(model)}
+    own -= {
+        id(each) for module in model.modules() if isinstance(module, NGrammer) for each in module.parameters()
+    }
     others = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in own)
     return others + sum(table.nbytes for table in tables.values())
 
@@ -138,7 +141,7 @@ def check_files(model: nn.Module, files: list[str], root: str, state: TableState
             random), or differ from the description in shape or dtype.
     """
     layer, found = KINDS[state.kind], dict[str, list[int]]()
-    stored = {key: each for path in files for key, each in _stored(path).items()}
+    stored = {key: each for path in files for key, each in stored_tensors(path).items()}
     owner = _owner(model, stored, root, state)
     for key, (shape, dtype) in stored.items():
         for name in layer.tensor_names:
@@ -198,7 +201,7 @@ _STORED_DTYPES = {
 }
 
 
-def _stored(path: str) -> dict[str, tuple[list[int], torch.dtype | None]]:
+def stored_tensors(path: str) -> dict[str, tuple[list[int], torch.dtype | None]]:
     """Return shape and dtype of the tensors in a checkpoint file, by name."""
     if not path.endswith(".safetensors"):
         tensors = torch.load(path, map_location="meta", weights_only=True)

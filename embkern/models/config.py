@@ -15,14 +15,15 @@ import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..io.tensor_format import checksum
-from ..nn import KINDS
+from ..nn import KINDS, NGrammer
 from ..ops.backends import DTYPES
 from ..recipe import DEFAULT_METHOD, LMHead, Recipe, Tables
 from ..tables import Table
 
 QUANT_METHOD = "embkern"  # also in embkern._registration, which imports nothing
-FORMAT_VERSION = 3
-_READABLE_VERSIONS = (1, 2, 3)
+FORMAT_VERSION = 4
+_READABLE_VERSIONS = (1, 2, 3, 4)
+_NAMED_TABLES = 3  # the version of models with several tables or a choice of them, but no N-Grammer
 _ONE_TABLE = 2  # the version of models whose input table alone is compressed; version 1 has no checksum
 
 
@@ -88,14 +89,15 @@ class EmbkernConfig(QuantizationConfigMixin):
         recipe: how the tables are compressed.
         table: description of the input table, or None if it is dense.
         named_tables: descriptions of the other compressed tables, by the name of their first module.
+        ngrammer: description of the N-Grammer at the input embedding, or None.
 
     Args:
         method, ratio, rank, lm_head, options, calibrate, tables: as in ``embkern.Recipe``. While a model is
             loaded there is no tokenizer and no text. A causal language model is calibrated on samples of its
             own; for others the frequencies of tokens are estimated from the order of the ids.
             ``embkern.compress`` can read text.
-        table, named_tables, checksum, format_version, quant_method: written by embkern when a model is saved;
-            not for callers.
+        table, named_tables, ngrammer, checksum, format_version, quant_method: written by embkern when a model
+            is saved; not for callers.
 
     Raises:
         ValueError: a field is unknown, out of range, or damaged.
@@ -112,6 +114,7 @@ class EmbkernConfig(QuantizationConfigMixin):
         tables: Tables | None = None,
         table: dict[str, Any] | None = None,
         named_tables: dict[str, dict[str, Any]] | None = None,
+        ngrammer: dict[str, Any] | None = None,
         quant_method: str = QUANT_METHOD,
         format_version: int = FORMAT_VERSION,
         checksum: str | None = None,
@@ -135,14 +138,17 @@ class EmbkernConfig(QuantizationConfigMixin):
         if not isinstance(named_tables, (dict, NoneType)):
             raise ValueError(f"quantization_config.named_tables: expected a mapping, got {named_tables!r}")
         self.named_tables = {name: _parse_state(each) for name, each in (named_tables or {}).items()}
-        if self.states and (checksum is not None or format_version > 1):
+        self.ngrammer = ngrammer
+        if ngrammer is not None:
+            NGrammer.from_description(ngrammer, device="meta")
+        if (self.states or ngrammer) and (checksum is not None or format_version > 1):
             described = {
                 "method": method,
                 "ratio": ratio,
                 "rank": rank,
                 "lm_head": lm_head,
                 "options": options,
-                **_given(calibrate=calibrate, tables=tables, named_tables=named_tables),
+                **_given(calibrate=calibrate, tables=tables, named_tables=named_tables, ngrammer=ngrammer),
             }
             if (got := _checksum_of({**described, "table": table})) != checksum:
                 raise ValueError(
@@ -158,7 +164,9 @@ class EmbkernConfig(QuantizationConfigMixin):
     @property
     def format_version(self) -> int:
         """The version in which the model will be saved: the oldest that describes it."""
-        return FORMAT_VERSION if self.recipe.tables or self.named_tables else _ONE_TABLE
+        if self.ngrammer:
+            return FORMAT_VERSION
+        return _NAMED_TABLES if self.recipe.tables or self.named_tables else _ONE_TABLE
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as in ``config.json``."""
@@ -166,10 +174,11 @@ class EmbkernConfig(QuantizationConfigMixin):
         described = {
             **self.recipe.model_dump(exclude={"calibrate", "tables"}),
             **_given(calibrate=self.recipe.calibrate, tables=self.recipe.tables, named_tables=named or None),
+            **_given(ngrammer=self.ngrammer),
             "table": None if self.table is None else self.table.as_json(),
         }
         form = {"quant_method": self.quant_method, "format_version": self.format_version, **described}
-        return {**form, "checksum": _checksum_of(described)} if self.states else form
+        return {**form, "checksum": _checksum_of(described)} if self.states or self.ngrammer else form
 
 
 def _given(**fields: Any) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from .checkpoint import (
 )
 from .config import QUANT_METHOD, EmbkernConfig, TableState, dtype_name
 from .find_table import ModelTable, find_table
+from .ngrammer_hooks import build_ngrammer, ngrammer_of, verify_ngrammer
 from .plan import calibration_serves, plan_tables
 from .select_tables import table_named
 from .static_embeddings import install_bag
@@ -87,6 +88,7 @@ def install(model: PreTrainedModel, table: ModelTable, compressed: Table, recipe
     quantizer = getattr(model, "hf_quantizer", None) or EmbkernQuantizer(config, pre_quantized=False)
     before = quantizer.quantization_config
     config.table, config.named_tables = before.table, dict(before.named_tables)
+    config.ngrammer = before.ngrammer
     kind, head = kind_of(compressed), head_kind(table, recipe)
     scales = {canonical_name(model, name): scale for name, scale in table.scales.items()}
     settings = kind.settings(compressed)
@@ -100,6 +102,19 @@ def install(model: PreTrainedModel, table: ModelTable, compressed: Table, recipe
     live = compressed.to(device=table.weight.device, dtype=table.weight.dtype)
     quantizer.originals.append(swap(model, table, live, bool(compressed_heads(table, recipe)), name))
     adopt(model, quantizer)
+
+
+def describe_ngrammer(model: PreTrainedModel, described: dict[str, Any] | None) -> None:
+    """Note in a model's config that it has an N-Grammer, or none, so that it is saved and loaded with it."""
+    own_config(model)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None:  # a recipe has a size, also that of a model whose tables are dense
+        quantizer = EmbkernQuantizer(EmbkernConfig(ratio=1.0), pre_quantized=False)
+    quantizer.quantization_config.ngrammer = described
+    if described is None and not quantizer.quantization_config.states:
+        part_from(model)
+    else:
+        adopt(model, quantizer)
 
 
 def own_config(model: PreTrainedModel) -> None:
@@ -120,6 +135,18 @@ def adopt(model: PreTrainedModel, quantizer: EmbkernQuantizer) -> None:
         module.config.quantization_config = quantizer.quantization_config
         # While this is True, transformers refuses .half(), .float() and Trainer, which all work here.
         module.is_quantized = False
+
+
+def part_from(model: PreTrainedModel, *, but: PreTrainedModel | None = None) -> None:
+    """Detach the quantizer from the model and from nested models, except one."""
+    for module in model.modules():
+        if module is not but and hasattr(module, "all_tied_weights_keys"):
+            for owner, attribute in (
+                (module, "hf_quantizer"),
+                (module, "quantization_method"),
+                (module.config, "quantization_config"),
+            ):
+                owner.__dict__.pop(attribute, None)
 
 
 class EmbkernQuantizer(HfQuantizer):
@@ -150,8 +177,8 @@ class EmbkernQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         if not self.pre_quantized:
             return model
-        states = self.quantization_config.states
-        if not states:
+        states, ngrammer = self.quantization_config.states, self.quantization_config.ngrammer
+        if not states and ngrammer is None:
             raise ValueError("quantization_config.table: expected what embkern saved, got nothing")
         for name, state in states.items():
             self._build(model, name, state, checkpoint_files, device_map)
@@ -159,6 +186,8 @@ class EmbkernQuantizer(HfQuantizer):
         for module in table_modules(model):
             if module is not roots[module.table_name]:
                 module.drop_codes()
+        if ngrammer is not None:
+            build_ngrammer(model, ngrammer, checkpoint_files)
         return model
 
     def _build(
@@ -227,6 +256,8 @@ class EmbkernQuantizer(HfQuantizer):
             if self.checkpoint_keys is not None:
                 zero_missing_biases(model, self.checkpoint_keys)
                 self.checkpoint_keys = None
+            if config.ngrammer is not None:
+                verify_ngrammer(model, config.ngrammer)
             adopt(model, self)
         else:
             plans = plan_tables(model, config.recipe)
@@ -245,6 +276,8 @@ class EmbkernQuantizer(HfQuantizer):
             A state dict, which has each table with its changes in the stored dtype, and no metadata.
         """
         roots, states = table_roots(model), self.quantization_config.states
+        if (layer := ngrammer_of(model)) is not None:
+            self.quantization_config.ngrammer = layer.description()
         if "" in roots:
             keep_tie(model, states[""])
         state_dict = with_guards(model.state_dict(), model)
@@ -263,20 +296,17 @@ class EmbkernQuantizer(HfQuantizer):
 
         ``dtype`` is the config's, which may be out of date, and is ignored.
         """
+        if self.quantization_config.ngrammer is not None:
+            raise ValueError(
+                "model: its N-Grammer has no place in a dense model; disable_ngrammer(model) removes it"
+            )
         assert self.originals, "the quantizer is attached to models whose modules it replaced"
         for root in table_roots(model).values():
             if any(tensor.is_meta for tensor in root.tensors().values()):
                 raise ValueError(
                     "model: its table is offloaded; load it without a device_map to dequantize it"
                 )
-        for nested in compressed_models(model):
-            if nested is not model:  # transformers removes them from the model itself
-                for owner, attribute in (
-                    (nested, "hf_quantizer"),
-                    (nested, "quantization_method"),
-                    (nested.config, "quantization_config"),
-                ):
-                    owner.__dict__.pop(attribute, None)
+        part_from(model, but=model)  # transformers detaches it from the model itself
         for original in reversed(self.originals):
             self._put_back(model, original)
         self.originals = []

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..nn import KINDS, SegmentedEmbedding, layer_of
+from ..nn import KINDS, NGrammer, SegmentedEmbedding, layer_of
 from ..nn.base import CompressedEmbedding
 from ..nn.table_module import TableModule
 from ..recipe import LMHead, Recipe
@@ -270,11 +270,12 @@ def tables_of(model: nn.Module) -> dict[str, list[Any]]:
 
 
 def compressed_models(model: PreTrainedModel) -> list[Any]:
-    """Return the model and its nested models that have a compressed table."""
+    """Return the model and its nested models that have a compressed table or an N-Grammer."""
     return [
         module
         for module in model.modules()
-        if hasattr(module, "all_tied_weights_keys") and table_modules(module)
+        if hasattr(module, "all_tied_weights_keys")
+        and any(isinstance(each, (TableModule, NGrammer)) for each in module.modules())
     ]
 
 

@@ -47,7 +47,7 @@ pytestmark = pytest.mark.usefixtures("quantizing")
         (of_table(checksums=None), "quantization_config.table is damaged"),
         (lambda c: c.pop("table"), "quantization_config.table: expected what embkern saved"),
         (lambda c: c.update(surprise=1), "unknown field.s. surprise"),
-        (lambda c: c.update(format_version=4), "format_version: expected 1 or 2 or 3, got 4"),
+        (lambda c: c.update(format_version=5), "format_version: expected 1 or 2 or 3 or 4, got 5"),
         (
             lambda c: c.update(format_version=2),
             "quantization_config was changed after it was saved .expected None",
