@@ -25,7 +25,7 @@ import torch
 from embkern.io.cache import cache_directory
 
 from ...results_file import command_line
-from .corpus import write_text
+from .corpus import TRAIN_CHARS, write_text
 from .kinds import KINDS, MINUTES, Recipe
 from .training import damaged, directory_of, train
 
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
                 raise ValueError(f"{places[name]} is damaged: {reason}; --overwrite trains it again")
     if wanted and not (root / "text").exists():
         print("collecting text of this installation: a minute or two", flush=True)
-        write_text(root / "text")
+        write_text(root / "text", train_chars=options.characters)
     command = command_line("reference_models", arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name in wanted:
@@ -70,6 +70,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--models", nargs="+", choices=list(KINDS), help="default: all; with --ngrammer, gpt")
     add("--minutes", type=float, default=MINUTES, help="about, per model on two cores: sets the steps")
     add("--steps", type=int, help="per model, instead of --minutes")
+    add(
+        "--characters", type=int, default=TRAIN_CHARS, help="of the text to learn from, where it is collected"
+    )
     add("--seed", type=int, default=0)
     add("--cache", type=Path, help="directory; default: embkern's cache")
     add("--overwrite", action="store_true", help="train again, on the same text unless that is removed")
