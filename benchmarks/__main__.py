@@ -18,6 +18,7 @@ BENCHMARKS = {
     "train": "the autoencoder's steps beside plain loops: time, share of the GEMM floor, peak memory",
     "direction": "the direction solver beside a Gram matrix, SVD and the paper's recipe: time, quality, gap",
     "methods": "SVD, PCA and the paper's autoencoder on a real table: quality and seconds",
+    "tensor_trains": "tensor trains beside an SVD of equal bytes, and a core that two tables share: errors",
     "finetune": "training dense and compressed tables at the same learning rates: loss, movement of rows",
     "import_time": "what `import embkern` costs beyond torch",
     "plots": "pictures of the figures of gather_project, language_models and train",

@@ -14,6 +14,7 @@ from .norm_repair import repair_norms
 from .product import ProductQuantizationOptions, product_quantization
 from .pruning import PruneOptions, prune
 from .scalar import LloydMaxOptions, RTNOptions, lloyd_max, rtn
+from .shared_core import joint_bytes, shared_tensor_trains
 from .svd import SVDOptions, svd
 from .tensor_train import TensorTrainOptions, tensor_train
 
@@ -82,6 +83,7 @@ __all__ = [
     "allocate",
     "autoencoder",
     "direction",
+    "joint_bytes",
     "lloyd_max",
     "nonlinear_autoencoder",
     "predicted_divergence",
@@ -90,6 +92,7 @@ __all__ = [
     "rank_for_ratio",
     "repair_norms",
     "rtn",
+    "shared_tensor_trains",
     "svd",
     "tensor_train",
 ]
