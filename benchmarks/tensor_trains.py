@@ -38,7 +38,8 @@ def main(arguments: list[str]) -> None:
     rows: list[dict[str, Any]] = []
     print(f"{'method':36}{'ratio':>8}{'bytes':>12}{'squared':>10}{'1 - cos':>10}{'positions':>11}")
     for ratio in options.ratios:
-        rank = rank_for_ratio(*tokens.shape, ratio, offset=False)
+        V, H = tokens.shape
+        rank = rank_for_ratio(V, H, ratio, offset=False)
         factors = METHODS["svd"].compress(tokens, rank)
         rows.append(_row("SVD", ratio, factors.nbytes, [(tokens, factors.to_dense())]))
         for label, settings in CASES:

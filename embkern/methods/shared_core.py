@@ -42,8 +42,9 @@ def shared_tensor_trains(
     rows of the largest table, ``h2`` that of its columns, or the largest smaller one that divides all widths.
 
     The cores begin as those of TT-SVD: C as that of the table with the largest sum of squares, at the ranks
-    with the least error of it that fit the bytes of all. Alternating least squares then lowers the sum of the squared errors, with
-    ``scales`` those of the rows' directions, so that a table counts as its number of rows.
+    with the least error of it that fit the bytes of all. Alternating least squares then lowers the sum of the
+    squared errors, with ``scales`` those of the rows' directions, so that each table counts as many times as
+    it has rows.
 
     Args:
         tables: (V, H) each, of one dtype.
@@ -116,7 +117,8 @@ def joint_bytes(tables: Sequence[TensorTrainTable]) -> int:
 def _shapes(tables: Sequence[Tensor], chosen: TensorTrainOptions) -> list[tuple[list[int], list[int]]]:
     """Return the factors of the rows and of the columns of each table, of which the middle ones are equal."""
     largest = max(tables, key=lambda each: each.numel())
-    (_, v2, _), (_, h2, _) = shape_of(*largest.shape, chosen)
+    V, H = largest.shape
+    (_, v2, _), (_, h2, _) = shape_of(V, H, chosen)
     common = math.gcd(*(table.shape[1] for table in tables))
     if common % h2:
         h2 = max(each for each in range(1, h2 + 1) if common % each == 0)

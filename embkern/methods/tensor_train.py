@@ -26,6 +26,9 @@ class TensorTrainOptions(Options):
         True, description="factorise directions and store a scale per row; False: factorise the table"
     )
     storage: Storage = Field("table", description="dtype of cores and scales: the table's, or float16")
+    share_core: bool = Field(
+        False, description="tables that a recipe names together share one central core, which is stored once"
+    )
     rows: list[int] | None = Field(
         None, description="factors of the rows, one per core, with a product of at least V; None: balanced"
     )

@@ -34,7 +34,19 @@ def model_bytes(model: PreTrainedModel) -> int:
         id(each) for module in model.modules() if isinstance(module, NGrammer) for each in module.parameters()
     }
     others = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in own)
-    return others + sum(table.nbytes for table in tables.values())
+    return others + sum(table.nbytes for table in tables.values()) - _shared_bytes(model, tables)
+
+
+def _shared_bytes(model: PreTrainedModel, tables: dict[str, Table]) -> int:
+    """Return the bytes of tensors of tables that are those of another table."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    states = {} if quantizer is None else quantizer.quantization_config.states
+    return sum(
+        tables[name].tensors()[each].nbytes
+        for name, state in states.items()
+        if name in tables
+        for each in state.shares
+    )
 
 
 def stored_tables(model: PreTrainedModel) -> dict[str, Table]:
@@ -156,7 +168,7 @@ def check_files(model: nn.Module, files: list[str], root: str, state: TableState
                     "the checkpoint does not hold the compressed table its config describes: expected "
                     f"{expected or 'a floating-point dtype'} for {key}, got {dtype or 'an unknown dtype'}"
                 )
-    if found != state.shapes:
+    if found != {name: shape for name, shape in state.shapes.items() if name not in state.shares}:
         raise ValueError(
             f"the checkpoint does not hold the compressed table its config describes: expected "
             f"{root.rpartition('.')[2]} with shapes {state.shapes}, found {found or 'none'}"

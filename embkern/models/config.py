@@ -23,7 +23,7 @@ from ..tables import Table
 QUANT_METHOD = "embkern"  # also in embkern._registration, which imports nothing
 FORMAT_VERSION = 4
 _READABLE_VERSIONS = (1, 2, 3, 4)
-_NAMED_TABLES = 3  # the version of models with several tables or a choice of them, but no N-Grammer
+_NAMED_TABLES = 3  # the version of models with named tables, but no N-Grammer or shared tensors
 _ONE_TABLE = 2  # the version of models whose input table alone is compressed; version 1 has no checksum
 
 
@@ -40,6 +40,7 @@ class TableState:
         dtype: dtype of the stored floating-point tensors.
         checksums: checksums of the stored tensors, by name.
         segments: number of rows of the table that are a row of the embedding, as in ``SegmentedEmbedding``.
+        shares: names of tensors that are those of another table, and the name of that table.
     """
 
     kind: str
@@ -50,6 +51,7 @@ class TableState:
     dtype: str
     checksums: dict[str, str] = field(default_factory=dict)
     segments: int = 1
+    shares: dict[str, str] = field(default_factory=dict)
 
     def describe(self, table: Table) -> None:
         """Set shapes, dtype and checksums to those of a table as it is stored."""
@@ -63,9 +65,10 @@ class TableState:
         return getattr(torch, self.dtype)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the fields as in ``config.json``, which has no segments of tables without them."""
-        fields = asdict(self)
-        return fields if self.segments > 1 else {n: value for n, value in fields.items() if n != "segments"}
+        """Return the fields as in ``config.json``, without segments and shares where there are none."""
+        missing = {"segments"} if self.segments == 1 else set()
+        missing |= set() if self.shares else {"shares"}
+        return {name: value for name, value in asdict(self).items() if name not in missing}
 
     def skeleton(self, dtype: torch.dtype) -> Table:
         """Return a table of these shapes on the meta device; it is not validated."""
@@ -164,7 +167,7 @@ class EmbkernConfig(QuantizationConfigMixin):
     @property
     def format_version(self) -> int:
         """The version in which the model will be saved: the oldest that describes it."""
-        if self.ngrammer:
+        if self.ngrammer or any(state.shares for state in self.states.values()):
             return FORMAT_VERSION
         return _NAMED_TABLES if self.recipe.tables or self.named_tables else _ONE_TABLE
 
@@ -234,6 +237,9 @@ def _parse_state(table: dict[str, Any]) -> TableState:
             raise ValueError(
                 f"checksums: expected those of {', '.join(state.shapes)}, got {state.checksums!r}"
             )
+        owners = all(type(value) is str for value in state.shares.values())
+        if not set(state.shares) <= set(state.shapes) or not owners:
+            raise ValueError(f"shares: expected those of {', '.join(state.shapes)}, got {state.shares!r}")
         skeleton = state.skeleton(dtype)
         skeleton.validate()
         if type(state.segments) is not int or state.segments < 1 or skeleton.num_embeddings % state.segments:

@@ -42,6 +42,7 @@ from .find_table import ModelTable, find_table
 from .ngrammer_hooks import build_ngrammer, ngrammer_of, verify_ngrammer
 from .plan import calibration_serves, plan_tables
 from .select_tables import table_named
+from .shared_tensors import link, of_owners, without_shared_changes
 from .static_embeddings import install_bag
 from .swap import (
     DenseModules,
@@ -59,6 +60,7 @@ from .swap import (
     take_place,
     untie_heads,
 )
+from .table_parts import CORE_OF
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,6 +103,9 @@ def install(model: PreTrainedModel, table: ModelTable, compressed: Table, recipe
     quantizer.quantization_config = config
     live = compressed.to(device=table.weight.device, dtype=table.weight.dtype)
     quantizer.originals.append(swap(model, table, live, bool(compressed_heads(table, recipe)), name))
+    if (owner := compressed.facts.get(CORE_OF)) is not None:
+        state.shares = {"core_2": model.get_submodule(owner).table_name}
+        link(model, config.states)
     adopt(model, quantizer)
 
 
@@ -182,6 +187,7 @@ class EmbkernQuantizer(HfQuantizer):
             raise ValueError("quantization_config.table: expected what embkern saved, got nothing")
         for name, state in states.items():
             self._build(model, name, state, checkpoint_files, device_map)
+        link(model, states)
         roots = table_roots(model)
         for module in table_modules(model):
             if module is not roots[module.table_name]:
@@ -246,6 +252,7 @@ class EmbkernQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         config = self.quantization_config
         if self.pre_quantized:
+            link(model, config.states)
             roots = table_roots(model)
             for root in roots.values():
                 root.cast_to_held()
@@ -282,8 +289,9 @@ class EmbkernQuantizer(HfQuantizer):
             keep_tie(model, states[""])
         state_dict = with_guards(model.state_dict(), model)
         if self.keeps_adjustment:
-            return without_adjustments(state_dict, model, keep=roots.values()), {}
-        saved = {name: _saved_tensors(root, states[name]) for name, root in roots.items()}
+            kept = without_adjustments(state_dict, model, keep=roots.values())
+            return without_shared_changes(kept, model), {}
+        saved = of_owners({n: _saved_tensors(root, states[n]) for n, root in roots.items()}, states)
         for path, module in model.named_modules(remove_duplicate=False):
             if isinstance(module, TableModule):
                 for tensor, value in saved[module.table_name].items():
