@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..methods import METHODS
 from ..methods.base import check_table
 from ..methods.calibration import Calibration
 from ..methods.metric_allocation import calibration_of_head
@@ -157,9 +158,10 @@ def plan_tables(model: PreTrainedModel, recipe: Recipe) -> list[TablePlan]:
         if not plans[0].recipe.makes_packed_tables:
             for plan in plans:
                 plan.table.segments = 1
+    options = METHODS[recipe.method].options(**recipe.options)
     for plan in plans:
         plan.check()
-        if len(plans) > 1 and recipe.options.get("share_core"):
+        if len(plans) > 1 and getattr(options, "share_core", False):
             plan.partners = plans
     return plans
 
