@@ -19,6 +19,7 @@ BENCHMARKS = {
     "direction": "the direction solver beside a Gram matrix, SVD and the paper's recipe: time, quality, gap",
     "methods": "SVD, PCA and the paper's autoencoder on a real table: quality and seconds",
     "vocabulary": "a multilingual table cut to two languages: bytes, errors of rows that are read or not",
+    "tensor_trains": "tensor trains beside an SVD of equal bytes, and a core that two tables share: errors",
     "finetune": "training dense and compressed tables at the same learning rates: loss, movement of rows",
     "import_time": "what `import embkern` costs beyond torch",
     "plots": "pictures of the figures of gather_project, language_models and train",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .models.fisher_file import fisher_files
     from .models.fused_loss import enable_fused_loss
     from .models.lora import enable_lora
+    from .models.ngrammer import disable_ngrammer, enable_ngrammer
     from .models.report import Report
     from .models.resize import resize_token_embeddings
     from .models.training import freeze_table, unfreeze_table
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .nn import (
         FactorizedEmbedding,
         FactorizedHead,
+        NGrammer,
         PackedEmbedding,
         PackedEmbeddingBag,
         PackedHead,
@@ -59,6 +61,7 @@ _PUBLIC = {
     "PackedTable": "tables",
     "FactorizedEmbedding": "nn",
     "FactorizedHead": "nn",
+    "NGrammer": "nn",
     "PackedEmbedding": "nn",
     "PackedEmbeddingBag": "nn",
     "PackedHead": "nn",
@@ -75,6 +78,8 @@ _PUBLIC = {
     "fisher_files": "models.fisher_file",
     "enable_fused_loss": "models.fused_loss",
     "enable_lora": "models.lora",
+    "disable_ngrammer": "models.ngrammer",
+    "enable_ngrammer": "models.ngrammer",
     "resize_token_embeddings": "models.resize",
     "restore": "restoring",
     "restore_rows": "models.unseen_rows",
@@ -88,6 +93,7 @@ __all__ = [
     "FactorizedEmbedding",
     "FactorizedHead",
     "Factors",
+    "NGrammer",
     "PackedEmbedding",
     "PackedEmbeddingBag",
     "PackedHead",
@@ -104,8 +110,10 @@ __all__ = [
     "compress",
     "count_files",
     "count_tokens",
+    "disable_ngrammer",
     "enable_fused_loss",
     "enable_lora",
+    "enable_ngrammer",
     "export_dense",
     "export_gguf",
     "export_onnx",

@@ -16,6 +16,7 @@ from .norm_repair import repair_norms
 from .product import ProductQuantizationOptions, product_quantization
 from .pruning import PruneOptions, prune
 from .scalar import LloydMaxOptions, RTNOptions, lloyd_max, rtn
+from .shared_core import joint_bytes, shared_tensor_trains
 from .svd import SVDOptions, svd
 from .tensor_train import TensorTrainOptions, tensor_train
 from .weighted_svd import FWSVDOptions, TFWSVDOptions, fwsvd, row_fisher, tfwsvd
@@ -112,6 +113,7 @@ __all__ = [
     "autoencoder",
     "direction",
     "fwsvd",
+    "joint_bytes",
     "lloyd_max",
     "nonlinear_autoencoder",
     "predicted_divergence",
@@ -120,6 +122,7 @@ __all__ = [
     "rank_for_ratio",
     "repair_norms",
     "rtn",
+    "shared_tensor_trains",
     "svd",
     "tensor_train",
     "tfwsvd",

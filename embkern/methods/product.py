@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..tables.bit_codes import pack_codes, packed_bytes
 from ..tables.product import ProductTable, spans
+from ..tables.rows import expect_integer
 from .base import Options, byte_budget, check_table, parse_options, ratio_error, row_weights
 from .storage import narrow_dtype, rounded
 
@@ -102,6 +103,38 @@ def product_quantization(
     books = _Codebooks(table.detach().cpu().float(), weights, chosen.seed, narrow_dtype(table))
     best = _best(designs, books.trial)
     return books.quantized(best, chosen.iterations).to(table.device)
+
+
+@torch.no_grad()
+def product_codes(
+    table: Tensor, *, subspaces: int, bits: int = 8, iterations: int = 25, seed: int = 0
+) -> ProductTable:
+    """Quantise the sub-vectors of a table with a codebook per subspace, at a given number of codes.
+
+    As ``product_quantization``, without a ratio: k-means on the squared errors of the sub-vectors, all rows
+    weighing alike, no scales and no rotation. The codes are the latent ids of ``embkern.nn.NGrammer``.
+
+    Args:
+        table: (V, H).
+        subspaces: 1 to H.
+        bits: 4 to 8, of a code.
+        iterations: of k-means.
+        seed: of k-means.
+
+    Raises:
+        ImportError: faiss is not installed.
+        ValueError, TypeError: an argument is not usable.
+    """
+    options = {"bits": bits, "iterations": iterations, "seed": seed, "scales": False, "rotation": "none"}
+    chosen = parse_options(ProductQuantizationOptions, options, "product_codes")
+    check_table(table)
+    expect_integer("subspaces", subspaces, 1, table.shape[1])
+    books = _Codebooks(
+        table.detach().cpu().float(), row_weights(None, len(table)) * len(table), chosen.seed, torch.float32
+    )
+    books.weights[False] = torch.ones(len(table))
+    design = _Design("none", False, bits, subspaces)
+    return books.quantized(design, chosen.iterations).to(table.device)
 
 
 def _best(designs: list[_Design], error: Callable[[_Design], float]) -> _Design:

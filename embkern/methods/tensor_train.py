@@ -26,6 +26,13 @@ class TensorTrainOptions(Options):
         True, description="factorise directions and store a scale per row; False: factorise the table"
     )
     storage: Storage = Field("table", description="dtype of cores and scales: the table's, or float16")
+    share_core: bool = Field(
+        False, description="tables that a recipe names together share one central core, which is stored once"
+    )
+    rows: list[int] | None = Field(
+        None, description="factors of the rows, one per core, with a product of at least V; None: balanced"
+    )
+    columns: list[int] | None = Field(None, description="factors of H, one per core; None: balanced")
 
 
 @torch.no_grad()
@@ -34,9 +41,11 @@ def tensor_train(
 ) -> TensorTrainTable:
     """Factorise a table into a chain of small tensors by TT-SVD in fp64.
 
-    V, padded with rows of zeros, is ``v1 * v2 * v3`` and H is ``h1 * h2 * h3``, with factors as balanced as
-    possible. With the cores ``G1`` (v1, h1, r1), ``G2`` (r1, v2, h2, r2) and ``G3`` (r2, v3, h3), the value
-    in row ``(i1, i2, i3)`` and column ``(j1, j2, j3)`` is::
+    V, padded with rows of zeros, is ``v1 * v2 * v3`` and H is ``h1 * h2 * h3``. By default the factors of V
+    are those with the least ``(v1 + v2 + v3) * v1 * v2 * v3``, which are balanced and pad little: 29, 31, 34
+    for 30522 rows, 63, 63, 63 for 250002. Those of H are the most balanced ones: 8, 8, 6 for 384. With the
+    cores ``G1`` (v1, h1, r1), ``G2`` (r1, v2, h2, r2) and ``G3`` (r2, v3, h3), the value in row ``(i1, i2,
+    i3)`` and column ``(j1, j2, j3)`` is::
 
         y = G1[i1, j1] @ G2[:, i2, j2] @ G3[:, i3, j3]
 
@@ -61,7 +70,7 @@ def tensor_train(
     dtype = storage_dtype(table, chosen.storage)
     budget = byte_budget(table, ratio)
     V, H = table.shape
-    rows, columns = _padded_factors(V, chosen.cores), _exact_factors(H, chosen.cores)[::-1]
+    rows, columns = shape_of(V, H, chosen)
     of_scales = dtype.itemsize * V if chosen.scales else 0
     least = sum(v * h for v, h in zip(rows, columns, strict=True)) * dtype.itemsize + of_scales
     if least > budget:
@@ -70,20 +79,44 @@ def tensor_train(
     if chosen.scales:
         target = F.normalize(target, eps=1e-30)
     values = (budget - of_scales) // dtype.itemsize
-    cores = [rounded(core, dtype) for core in _tt_svd(_interleaved(target, rows, columns), values)]
-    middle = cores[1].flatten(1).contiguous() if len(cores) > 2 else None
+    cores = [rounded(core, dtype) for core in tt_svd(interleaved(target, rows, columns), values)]
+    return table_of_cores(table, cores, rows, columns, scales=chosen.scales)
+
+
+def table_of_cores(
+    table: Tensor, cores: list[Tensor], rows: list[int], columns: list[int], *, scales: bool
+) -> TensorTrainTable:
+    """Return the table of two or three cores that were found for ``table``, with its scales if asked."""
     made = TensorTrainTable(
         cores[0].contiguous(),
         cores[-1].contiguous(),
-        middle,
+        cores[1].flatten(1) if len(cores) > 2 else None,
         rows=rows,
         columns=columns,
-        num_embeddings=V,
-        embedding_dim=H,
+        num_embeddings=table.shape[0],
+        embedding_dim=table.shape[1],
         facts={"ranks": [len(core) for core in cores[1:]], "rows": rows, "columns": columns},
         check=False,
     )
-    return dataclasses.replace(made, scales=_scales(table, made), check=False) if chosen.scales else made
+    return dataclasses.replace(made, scales=_scales(table, made), check=False) if scales else made
+
+
+def shape_of(V: int, H: int, chosen: TensorTrainOptions) -> tuple[list[int], list[int]]:
+    """Return the factors of the rows and of the columns that the options give, or balanced ones.
+
+    Raises:
+        ValueError: the given ones are not one per core, or have other products.
+    """
+    for name, factors in (("rows", chosen.rows), ("columns", chosen.columns)):
+        if factors is not None and (len(factors) != chosen.cores or min(factors) < 1):
+            raise ValueError(f"{name}: expected {chosen.cores} factors, one per core, got {factors}")
+    rows = chosen.rows or padded_factors(V, chosen.cores)
+    columns = chosen.columns or exact_factors(H, chosen.cores)[::-1]
+    if math.prod(rows) < V:
+        raise ValueError(f"rows: expected a product of at least V = {V}, got {rows}")
+    if math.prod(columns) != H:
+        raise ValueError(f"columns: expected a product of H = {H}, got {columns}")
+    return rows, columns
 
 
 def _scales(table: Tensor, made: TensorTrainTable) -> Tensor:
@@ -95,12 +128,12 @@ def _scales(table: Tensor, made: TensorTrainTable) -> Tensor:
     return rounded(torch.cat(found), made.dtype)
 
 
-def _padded_factors(count: int, cores: int) -> list[int]:
+def padded_factors(count: int, cores: int) -> list[int]:
     """Return ascending factors whose product is at least ``count``, with the least sum times product."""
     return min(_factors(count, cores), key=lambda each: (sum(each) * math.prod(each), each))
 
 
-def _exact_factors(count: int, cores: int) -> list[int]:
+def exact_factors(count: int, cores: int) -> list[int]:
     """Return the most balanced ascending factors of ``count``."""
     exact = (each for each in _factors(count, cores) if math.prod(each) == count)
     return min(exact, key=lambda each: (sum(each), each))
@@ -115,7 +148,7 @@ def _factors(count: int, cores: int) -> Iterator[list[int]]:
             yield [*first, last]
 
 
-def _interleaved(table: Tensor, rows: list[int], columns: list[int]) -> Tensor:
+def interleaved(table: Tensor, rows: list[int], columns: list[int]) -> Tensor:
     """Pad a table (V, H) and reshape it to (v1 * h1, v2 * h2, ...)."""
     padded = table.new_zeros(math.prod(rows), table.shape[1])
     padded[: len(table)] = table
@@ -125,9 +158,13 @@ def _interleaved(table: Tensor, rows: list[int], columns: list[int]) -> Tensor:
     return padded.view(*rows, *columns).permute(order).reshape(modes)
 
 
-def _tt_svd(tensor: Tensor, values: int) -> list[Tensor]:
-    """Return cores (n1, r1), (r1, n2, r2), (r2, n3), or two, with the least error for at most ``values``."""
+def tt_svd(tensor: Tensor, values: int, ends: tuple[int, int] | None = None) -> list[Tensor]:
+    """Return cores (n1, r1), (r1, n2, r2), (r2, n3), or two, with the least error for at most ``values``.
+
+    ``ends`` are the values that a rank costs in the first and in the last core: n1 and n3 by default.
+    """
     modes = tensor.shape
+    of_first, of_last = ends or (modes[0], modes[-1])
     unfolded = tensor.reshape(modes[0], -1)
     left = _left_vectors(unfolded)
     rest = left.t() @ unfolded
@@ -138,7 +175,7 @@ def _tt_svd(tensor: Tensor, values: int) -> list[Tensor]:
     most, gram = -1.0, tensor.new_zeros(modes[2], modes[2])
     best = (1, tensor.new_zeros(modes[2], 1))
     for first, part in enumerate(rest, 1):
-        second = min((values - modes[0] * first) // (modes[1] * first + modes[2]), modes[1] * first, modes[2])
+        second = min((values - of_first * first) // (modes[1] * first + of_last), modes[1] * first, modes[2])
         if second < 1:
             break
         gram += part.t() @ part  # Gram matrix of the remainder after the first cut

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..io.mapped_table import DTYPES as FLOAT_DTYPES
 from ..io.tensor_format import verify_checksums
-from ..nn import KINDS
+from ..nn import KINDS, NGrammer
 from ..nn.base import CompressedHead
 from ..nn.table_module import ADJUSTMENT, GUARD, TableModule
 from ..ops.backends import DTYPES
@@ -31,13 +31,29 @@ def model_bytes(model: PreTrainedModel) -> int:
     tables = stored_tables(model)
     own = {id(each) for module in table_modules(model) for each in module.parameters()}
     own -= {id(getattr(module, "bias", None)) for module in table_modules(model)}
+    own -= {
+        id(each) for module in model.modules() if isinstance(module, NGrammer) for each in module.parameters()
+    }
     others = (
         each
         for parameter in model.parameters()
         if id(parameter) not in own
         for each in plain_parts(parameter)
     )
-    return sum(each.nbytes for each in others) + sum(table.nbytes for table in tables.values())
+    of_tables = sum(table.nbytes for table in tables.values()) - _shared_bytes(model, tables)
+    return sum(each.nbytes for each in others) + of_tables
+
+
+def _shared_bytes(model: PreTrainedModel, tables: dict[str, Table]) -> int:
+    """Return the bytes of tensors of tables that are those of another table."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    states = {} if quantizer is None else quantizer.quantization_config.states
+    return sum(
+        tables[name].tensors()[each].nbytes
+        for name, state in states.items()
+        if name in tables
+        for each in state.shares
+    )
 
 
 def stored_tables(model: PreTrainedModel) -> dict[str, Table]:
@@ -144,7 +160,7 @@ def check_files(model: nn.Module, files: list[str], root: str, state: TableState
             random), or differ from the description in shape or dtype.
     """
     layer, found = KINDS[state.kind], dict[str, list[int]]()
-    stored = {key: each for path in files for key, each in _stored(path).items()}
+    stored = {key: each for path in files for key, each in stored_tensors(path).items()}
     owner = _owner(model, stored, root, state)
     for key, (shape, dtype) in stored.items():
         for name in layer.tensor_names:
@@ -159,7 +175,7 @@ def check_files(model: nn.Module, files: list[str], root: str, state: TableState
                     "the checkpoint does not hold the compressed table its config describes: expected "
                     f"{expected or 'a floating-point dtype'} for {key}, got {dtype or 'an unknown dtype'}"
                 )
-    if found != state.shapes:
+    if found != {name: shape for name, shape in state.shapes.items() if name not in state.shares}:
         raise ValueError(
             f"the checkpoint does not hold the compressed table its config describes: expected "
             f"{root.rpartition('.')[2]} with shapes {state.shapes}, found {found or 'none'}"
@@ -204,7 +220,7 @@ _STORED_DTYPES = {
 }
 
 
-def _stored(path: str) -> dict[str, tuple[list[int], torch.dtype | None]]:
+def stored_tensors(path: str) -> dict[str, tuple[list[int], torch.dtype | None]]:
     """Return shape and dtype of the tensors in a checkpoint file, by name."""
     if not path.endswith(".safetensors"):
         tensors = torch.load(path, map_location="meta", weights_only=True)

@@ -15,13 +15,15 @@ import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..io.tensor_format import checksum
-from ..nn import KINDS
+from ..nn import KINDS, NGrammer
 from ..ops.backends import DTYPES
 from ..recipe import DEFAULT_METHOD, LMHead, Recipe, Tables
 from ..tables import Table
 from .body_config import QUANT_METHOD, body_as_json, parse_body
 
-FORMAT_VERSION = 4  # the version of models whose body another library quantises
+FORMAT_VERSION = (
+    4  # that of models with an N-Grammer, shared tensors, or a body that another library quantises
+)
 _READABLE_VERSIONS = (1, 2, 3, 4)
 _ONE_TABLE = 2  # the version of models whose input table alone is compressed; version 1 has no checksum
 _TABLES = 3  # that of models with other compressed tables
@@ -41,6 +43,7 @@ class TableState:
         checksums: checksums of the stored tensors, by name.
         segments: number of rows of the table that are a row of the embedding, as in ``SegmentedEmbedding``.
         source: checksum of the dense table, if rows that are not stored were kept in a file; else None.
+        shares: names of tensors that are those of another table, and the name of that table.
     """
 
     kind: str
@@ -52,6 +55,7 @@ class TableState:
     checksums: dict[str, str] = field(default_factory=dict)
     segments: int = 1
     source: str | None = None
+    shares: dict[str, str] = field(default_factory=dict)
 
     def describe(self, table: Table) -> None:
         """Set shapes, dtype and checksums to those of a table as it is stored."""
@@ -65,8 +69,8 @@ class TableState:
         return getattr(torch, self.dtype)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the fields as in ``config.json``, without segments and source where there are none."""
-        lacking = {"segments": 1, "source": None}
+        """Return the fields as in ``config.json``, without those of the last three that say nothing."""
+        lacking = {"segments": 1, "source": None, "shares": {}}
         return {n: value for n, value in asdict(self).items() if n not in lacking or value != lacking[n]}
 
     def skeleton(self, dtype: torch.dtype) -> Table:
@@ -93,6 +97,7 @@ class EmbkernConfig(QuantizationConfigMixin):
         named_tables: descriptions of the other compressed tables, by the name of their first module.
         body: how another library quantises the linear layers, or None if they are dense.
         quantizes_body: whether it does so while the model is loaded; False for a body that is stored so.
+        ngrammer: description of the N-Grammer at the input embedding, or None.
 
     Args:
         method, ratio, rank, lm_head, options, calibrate, tables: as in ``embkern.Recipe``. While a model is
@@ -101,8 +106,8 @@ class EmbkernConfig(QuantizationConfigMixin):
             ``embkern.compress`` can read text.
         body: a config of transformers for the linear layers, such as ``TorchAoConfig`` or
             ``BitsAndBytesConfig``; None leaves them dense.
-        table, named_tables, checksum, format_version, quant_method: written by embkern when a model is saved;
-            not for callers.
+        table, named_tables, ngrammer, checksum, format_version, quant_method: written by embkern when a model
+            is saved; not for callers.
 
     Raises:
         ValueError: a field is unknown, out of range, or damaged.
@@ -120,6 +125,7 @@ class EmbkernConfig(QuantizationConfigMixin):
         body: QuantizationConfigMixin | dict[str, Any] | None = None,
         table: dict[str, Any] | None = None,
         named_tables: dict[str, dict[str, Any]] | None = None,
+        ngrammer: dict[str, Any] | None = None,
         quant_method: str = QUANT_METHOD,
         format_version: int = FORMAT_VERSION,
         checksum: str | None = None,
@@ -145,14 +151,17 @@ class EmbkernConfig(QuantizationConfigMixin):
         if not isinstance(named_tables, (dict, NoneType)):
             raise ValueError(f"quantization_config.named_tables: expected a mapping, got {named_tables!r}")
         self.named_tables = {name: _parse_state(each) for name, each in (named_tables or {}).items()}
-        if self.states and (checksum is not None or format_version > 1):
+        self.ngrammer = ngrammer
+        if ngrammer is not None:
+            NGrammer.from_description(ngrammer, device="meta")
+        if (self.states or ngrammer) and (checksum is not None or format_version > 1):
             described = {
                 "method": method,
                 "ratio": ratio,
                 "rank": rank,
                 "lm_head": lm_head,
                 "options": options,
-                **_given(calibrate=calibrate, tables=tables, named_tables=named_tables),
+                **_given(calibrate=calibrate, tables=tables, named_tables=named_tables, ngrammer=ngrammer),
                 **_given(body=None if self.quantizes_body else body),
             }
             if (got := _checksum_of({**described, "table": table})) != checksum:
@@ -169,7 +178,7 @@ class EmbkernConfig(QuantizationConfigMixin):
     @property
     def format_version(self) -> int:
         """The version in which the model will be saved: the oldest that describes it."""
-        if self.body is not None:
+        if self.body is not None or self.ngrammer or any(state.shares for state in self.states.values()):
             return FORMAT_VERSION
         return _TABLES if self.recipe.tables or self.named_tables else _ONE_TABLE
 
@@ -179,11 +188,11 @@ class EmbkernConfig(QuantizationConfigMixin):
         described = {
             **self.recipe.model_dump(exclude={"calibrate", "tables"}),
             **_given(calibrate=self.recipe.calibrate, tables=self.recipe.tables, named_tables=named or None),
-            **_given(body=body_as_json(self.body)),
+            **_given(ngrammer=self.ngrammer, body=body_as_json(self.body)),
             "table": None if self.table is None else self.table.as_json(),
         }
         form = {"quant_method": self.quant_method, "format_version": self.format_version, **described}
-        return {**form, "checksum": _checksum_of(described)} if self.states else form
+        return {**form, "checksum": _checksum_of(described)} if self.states or self.ngrammer else form
 
 
 def _given(**fields: Any) -> dict[str, Any]:
@@ -241,6 +250,9 @@ def _parse_state(table: dict[str, Any]) -> TableState:
             )
         if type(state.source) not in (str, NoneType):
             raise ValueError(f"source: expected a checksum or null, got {state.source!r}")
+        owners = all(type(value) is str for value in state.shares.values())
+        if not set(state.shares) <= set(state.shapes) or not owners:
+            raise ValueError(f"shares: expected those of {', '.join(state.shapes)}, got {state.shares!r}")
         skeleton = state.skeleton(dtype)
         skeleton.validate()
         if type(state.segments) is not int or state.segments < 1 or skeleton.num_embeddings % state.segments:

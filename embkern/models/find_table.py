@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..nn import NGrammer
 from ..nn.base import CompressedEmbedding
 from .body_config import BODIES, body_of, method_of
 
@@ -153,6 +154,10 @@ def check_model(model: PreTrainedModel) -> None:
 def _check_embedding(name: str, module: nn.Module) -> None:
     """Raise UnsupportedModelError if an embedding does more than looking up rows."""
     extra = [key for key, _ in module.named_parameters() if key != "weight"]
+    if any(isinstance(each, NGrammer) for each in module.children()):
+        raise UnsupportedModelError(
+            f"{name} has an N-Grammer; compress the table first, and call enable_ngrammer then"
+        )
     if extra:
         raise UnsupportedModelError(
             f"{name} ({type(module).__name__}) has parameters besides its table ({', '.join(extra)}) "

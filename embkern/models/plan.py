@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..methods import METHODS
 from ..methods.base import check_table
 from ..methods.calibration import Calibration
 from ..methods.metric_allocation import calibration_of_head
+from ..methods.shared_core import shared_tensor_trains
 from ..recipe import Recipe
 from ..tables import Table
 from ..text.prior import normalized, vocabulary_prior
@@ -19,6 +22,7 @@ from .find_table import ModelTable, find_table, input_or_none
 from .select_tables import find_tables
 from .static_embeddings import check_bag, find_bag, is_static
 from .swap import check_installable
+from .table_parts import CORE_OF
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,12 +53,15 @@ class TablePlan:
         recipe: the recipe with the ratio of this table.
         of_tokens: whether the table has a row per token, as those of positions do not.
         calibrated: whether a calibration of the model measures this table.
+        partners: the plans of all tables that share a central core, this one among them.
     """
 
     table: ModelTable
     recipe: Recipe
     of_tokens: bool
     calibrated: bool
+    partners: list[TablePlan] = field(default_factory=list)
+    made: Table | None = None  # with the partners, before it is asked for
 
     def knowledge(
         self, frequencies: Tensor | None, calibration: Calibration | None, read: Tensor | None = None
@@ -104,6 +111,12 @@ class TablePlan:
             ValueError: the ratio cannot be reached, or an option is wrong; the message names the table unless
                 it is that of the input.
         """
+        if self.partners:
+            if self.made is None:
+                compress_together(self.partners)
+            made, self.made = self.made, None
+            assert made is not None
+            return made
         try:
             return self.recipe.factorize(
                 self.table.rows,
@@ -155,11 +168,25 @@ def plan_tables(model: PreTrainedModel, recipe: Recipe) -> list[TablePlan]:
         if not plans[0].recipe.makes_packed_tables:
             for plan in plans:
                 plan.table.segments = 1
+    options = METHODS[recipe.method].options(**recipe.options)
     for plan in plans:
         if not plan.of_tokens:
             plan.recipe = plan.recipe.for_all_rows()
         plan.check()
+        if len(plans) > 1 and getattr(options, "share_core", False):
+            plan.partners = plans
     return plans
+
+
+def compress_together(plans: list[TablePlan]) -> None:
+    """Compress tables with one central core; each plan then has its table, and all but one name its owner."""
+    ratios = [float(plan.recipe.ratio or 1) for plan in plans]
+    tables = shared_tensor_trains(
+        [plan.table.rows for plan in plans], ratio=ratios, **plans[0].recipe.options
+    )
+    for plan, table in zip(plans, tables, strict=True):
+        owned = {} if plan is plans[0] else {CORE_OF: plans[0].table.root}
+        plan.made = dataclasses.replace(table, facts={**table.facts, **owned}, check=False)
 
 
 def _vocabularies(model: PreTrainedModel) -> set[int]:

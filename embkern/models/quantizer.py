@@ -39,14 +39,17 @@ from .checkpoint import (
 )
 from .config import EmbkernConfig, TableState, dtype_name
 from .find_table import ModelTable, find_table
+from .ngrammer_hooks import build_ngrammer, ngrammer_of, verify_ngrammer
 from .plan import calibration_serves, plan_tables, tokens_read
 from .quantized_body import BodyQuantizer
 from .select_tables import table_named
+from .shared_tensors import link, of_owners, without_shared_changes
 from .static_embeddings import install_bag
 from .swap import (
     DenseModules,
     canonical_name,
     check_installable,
+    check_places,
     compressed_heads,
     compressed_models,
     head_kind,
@@ -59,6 +62,7 @@ from .swap import (
     take_place,
     untie_heads,
 )
+from .table_parts import CORE_OF
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,13 +96,11 @@ def install(
         install_bag(model, compressed)
         return
     own_config(model)
-    config, body = EmbkernConfig(**recipe.model_dump()), body_of(model)
-    config.body = None if body is None else body.quantization_config
-    quantizer = getattr(model, "hf_quantizer", None)
-    if not isinstance(quantizer, EmbkernQuantizer):
-        quantizer = EmbkernQuantizer(config, pre_quantized=False, body=body)
+    config = EmbkernConfig(**recipe.model_dump())
+    quantizer = _quantizer_of(model, config)
     before = quantizer.quantization_config
     config.table, config.named_tables = before.table, dict(before.named_tables)
+    config.ngrammer = before.ngrammer
     kind, head = kind_of(compressed), head_kind(table, recipe)
     scales = {canonical_name(model, name): scale for name, scale in table.scales.items()}
     settings = kind.settings(compressed)
@@ -111,7 +113,31 @@ def install(
     quantizer.quantization_config = config
     live = compressed.to(device=table.weight.device, dtype=table.weight.dtype)
     quantizer.originals.append(swap(model, table, live, bool(compressed_heads(table, recipe)), name))
+    if (owner := compressed.facts.get(CORE_OF)) is not None:
+        state.shares = {"core_2": model.get_submodule(owner).table_name}
+        link(model, config.states)
     adopt(model, quantizer)
+
+
+def describe_ngrammer(model: PreTrainedModel, described: dict[str, Any] | None) -> None:
+    """Note in a model's config that it has an N-Grammer, or none, so that it is saved and loaded with it."""
+    own_config(model)
+    # A recipe has a size, also that of a model whose tables are dense.
+    quantizer = _quantizer_of(model, EmbkernConfig(ratio=1.0))
+    quantizer.quantization_config.ngrammer = described
+    if described is None and not quantizer.quantization_config.states:
+        part_from(model)
+    else:
+        adopt(model, quantizer)
+
+
+def _quantizer_of(model: PreTrainedModel, config: EmbkernConfig) -> EmbkernQuantizer:
+    """Return the quantizer of a model, or a new one with ``config``, which gets the quantised body."""
+    body, quantizer = body_of(model), getattr(model, "hf_quantizer", None)
+    config.body = None if body is None else body.quantization_config
+    if isinstance(quantizer, EmbkernQuantizer):
+        return quantizer
+    return EmbkernQuantizer(config, pre_quantized=False, body=body)
 
 
 def own_config(model: PreTrainedModel) -> None:
@@ -130,6 +156,18 @@ def adopt(model: PreTrainedModel, quantizer: EmbkernQuantizer) -> None:
         module.hf_quantizer = quantizer
         module.config.quantization_config = quantizer.quantization_config
         quantizer.mark(module)
+
+
+def part_from(model: PreTrainedModel, *, but: PreTrainedModel | None = None) -> None:
+    """Detach the quantizer from the model and from nested models, except one."""
+    for module in model.modules():
+        if module is not but and hasattr(module, "all_tied_weights_keys"):
+            for owner, attribute in (
+                (module, "hf_quantizer"),
+                (module, "quantization_method"),
+                (module.config, "quantization_config"),
+            ):
+                owner.__dict__.pop(attribute, None)
 
 
 class EmbkernQuantizer(BodyQuantizer):
@@ -167,15 +205,18 @@ class EmbkernQuantizer(BodyQuantizer):
         self.prepare_body(model, **of_loading)
         if not self.stored:
             return model
-        states = self.quantization_config.states
-        if not states:
+        states, ngrammer = self.quantization_config.states, self.quantization_config.ngrammer
+        if not states and ngrammer is None:
             raise ValueError("quantization_config.table: expected what embkern saved, got nothing")
         for name, state in states.items():
             self._build(model, name, state, checkpoint_files, device_map)
+        link(model, states)
         roots = table_roots(model)
         for module in table_modules(model):
             if module is not roots[module.table_name]:
                 module.drop_codes()
+        if ngrammer is not None:
+            build_ngrammer(model, ngrammer, checkpoint_files)
         return model
 
     def _build(
@@ -228,13 +269,14 @@ class EmbkernQuantizer(BodyQuantizer):
             self.checkpoint_keys = keys
         table.scales = {name: scale_of(state, canonical_name(model, name)) for name in table.embeddings}
         sharing = table.embeddings if state.head == "dense" else [*table.embeddings, *table.heads]
-        _check_places(device_map, sharing)
+        check_places(device_map, sharing)
         self.originals.append(swap(model, table, skeleton, state.head != "dense", name))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **others: Any) -> PreTrainedModel:
         config = self.quantization_config
         self.finish_body(model, **others)
         if self.stored:
+            link(model, config.states)
             roots = table_roots(model)
             for root in roots.values():
                 root.cast_to_held()
@@ -245,6 +287,8 @@ class EmbkernQuantizer(BodyQuantizer):
             if self.checkpoint_keys is not None:
                 zero_missing_biases(model, self.checkpoint_keys)
                 self.checkpoint_keys = None
+            if config.ngrammer is not None:
+                verify_ngrammer(model, config.ngrammer)
             adopt(model, self)
         else:
             plans = plan_tables(model, config.recipe)
@@ -265,12 +309,15 @@ class EmbkernQuantizer(BodyQuantizer):
             body's tensors.
         """
         roots, states = table_roots(model), self.quantization_config.states
+        if (layer := ngrammer_of(model)) is not None:
+            self.quantization_config.ngrammer = layer.description()
         if "" in roots:
             keep_tie(model, states[""])
         state_dict = with_guards(model.state_dict(), model)
         if self.keeps_adjustment:
-            return self.with_body(without_adjustments(state_dict, model, keep=roots.values()), model)
-        saved = {name: _saved_tensors(root, states[name]) for name, root in roots.items()}
+            kept = without_adjustments(state_dict, model, keep=roots.values())
+            return self.with_body(without_shared_changes(kept, model), model)
+        saved = of_owners({n: _saved_tensors(root, states[n]) for n, root in roots.items()}, states)
         for path, module in model.named_modules(remove_duplicate=False):
             if isinstance(module, TableModule):
                 for tensor, value in saved[module.table_name].items():
@@ -283,20 +330,17 @@ class EmbkernQuantizer(BodyQuantizer):
 
         ``dtype`` is the config's, which may be out of date, and is ignored.
         """
+        if self.quantization_config.ngrammer is not None:
+            raise ValueError(
+                "model: its N-Grammer has no place in a dense model; disable_ngrammer(model) removes it"
+            )
         assert self.originals, "the quantizer is attached to models whose modules it replaced"
         for root in table_roots(model).values():
             if any(tensor.is_meta for tensor in root.tensors().values()):
                 raise ValueError(
                     "model: its table is offloaded; load it without a device_map to dequantize it"
                 )
-        for nested in compressed_models(model):
-            if nested is not model:  # transformers removes them from the model itself
-                for owner, attribute in (
-                    (nested, "hf_quantizer"),
-                    (nested, "quantization_method"),
-                    (nested.config, "quantization_config"),
-                ):
-                    owner.__dict__.pop(attribute, None)
+        part_from(model, but=model)  # transformers detaches it from the model itself
         for original in reversed(self.originals):
             self._put_back(model, original)
         self.originals = []
@@ -336,26 +380,6 @@ def _saved_tensors(root: TableModule, state: TableState) -> dict[str, Tensor]:
     # Offloaded or sharded tensors have no checksums, and are not verified when they are loaded.
     state.dtype, state.checksums = dtype_name(storage_dtype(root, state)), {}
     return root.tensors()
-
-
-def _check_places(device_map: Any, sharing: list[str]) -> None:
-    """Raise ValueError if modules that share the table are to be on the disk and elsewhere.
-
-    accelerate reads a tensor from the disk for one module, and finds none for another that shares it.
-    """
-    if not isinstance(device_map, dict):
-        return
-    places = {}
-    for name in sharing:
-        known = [key for key in device_map if f"{name}.".startswith(f"{key}." if key else "")]
-        if known:
-            places[name] = str(device_map[max(known, key=len)])
-    if "disk" in places.values() and len(set(places.values())) > 1:
-        listed = ", ".join(f"{name!r}: {place!r}" for name, place in places.items())
-        raise ValueError(
-            f"device_map: expected one place for the modules that share the compressed table, got {listed}; "
-            "put all of them on the disk, or none"
-        )
 
 
 # These replace what the registration at the import of embkern or torch left for them.

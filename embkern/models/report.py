@@ -19,7 +19,7 @@ from ..tables import Table
 from ..text.token_names import TokenName
 from .plan import Knowledge, TablePlan
 from .swap import head_kind
-from .table_parts import TierUse, tensor_bytes, tier_uses
+from .table_parts import TierUse, stored_bytes, tensor_bytes, tier_uses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -164,8 +164,8 @@ class TableReport(BaseModel):
             facts=compressed.facts,
             head=head_kind(table, plan.recipe),
             table_bytes=rows.nbytes,
-            compressed_bytes=compressed.nbytes,
-            ratio=rows.nbytes / compressed.nbytes,
+            compressed_bytes=stored_bytes(compressed),
+            ratio=rows.nbytes / stored_bytes(compressed),
             table=comparison,
             **described,
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..nn import KINDS, SegmentedEmbedding, layer_of
+from ..nn import KINDS, NGrammer, SegmentedEmbedding, layer_of
 from ..nn.base import CompressedEmbedding
 from ..nn.table_module import TableModule
 from ..recipe import LMHead, Recipe
@@ -270,14 +270,35 @@ def tables_of(model: nn.Module) -> dict[str, list[Any]]:
 
 
 def compressed_models(model: PreTrainedModel) -> list[Any]:
-    """Return the model and its nested models that have a compressed table."""
+    """Return the model and its nested models that have a compressed table or an N-Grammer."""
     return [
         module
         for module in model.modules()
-        if hasattr(module, "all_tied_weights_keys") and table_modules(module)
+        if hasattr(module, "all_tied_weights_keys")
+        and any(isinstance(each, (TableModule, NGrammer)) for each in module.modules())
     ]
 
 
 def canonical_name(model: PreTrainedModel, name: str) -> str:
     """Return a module's name without the base model's prefix, so that it is the same in the backbone."""
     return name.removeprefix(f"{model.base_model_prefix}.") if model.base_model_prefix else name
+
+
+def check_places(device_map: Any, sharing: list[str]) -> None:
+    """Raise ValueError if modules that share the table are to be on the disk and elsewhere.
+
+    accelerate reads a tensor from the disk for one module, and finds none for another that shares it.
+    """
+    if not isinstance(device_map, dict):
+        return
+    places = {}
+    for name in sharing:
+        known = [key for key in device_map if f"{name}.".startswith(f"{key}." if key else "")]
+        if known:
+            places[name] = str(device_map[max(known, key=len)])
+    if "disk" in places.values() and len(set(places.values())) > 1:
+        listed = ", ".join(f"{name!r}: {place!r}" for name, place in places.items())
+        raise ValueError(
+            f"device_map: expected one place for the modules that share the compressed table, got {listed}; "
+            "put all of them on the disk, or none"
+        )

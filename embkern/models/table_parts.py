@@ -8,6 +8,8 @@ from ..tables import PrunedPackedTable, RowTable, Table
 from ..tables.kept_rows import KeptRowsTable
 from ..tables.packed import PackedTable
 
+CORE_OF = "core_of"  # the fact that names the table whose central core another one shares
+
 
 class TierUse(BaseModel):
     """The rows of one tier of a packed table."""
@@ -35,7 +37,13 @@ def tensor_bytes(table: Table) -> dict[str, int]:
     """Return the bytes of each tensor of a row table, by name; nothing of factors and packed tables."""
     if not isinstance(table, RowTable):
         return {}
-    return {name: tensor.nbytes for name, tensor in table.tensors().items()}
+    shared = ("core_2",) if CORE_OF in table.facts else ()
+    return {name: tensor.nbytes for name, tensor in table.tensors().items() if name not in shared}
+
+
+def stored_bytes(table: Table) -> int:
+    """Return the bytes that a table adds to a model: without a central core that another one stores."""
+    return sum(tensor_bytes(table).values()) if isinstance(table, RowTable) else table.nbytes
 
 
 def rows_kept(table: Table) -> int | None:

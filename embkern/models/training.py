@@ -48,7 +48,13 @@ def unfreeze_table(
             raise ValueError(
                 f"model: its table {name} is offloaded; load it without a device_map to train it"
             )
-    return {name: unfreeze(modules) for name, modules in selected.items()}
+    found = {name: unfreeze(modules) for name, modules in selected.items()}
+    owners: dict[int, Adjustment] = {}
+    for name, modules in selected.items():
+        for tensor, stored in _continuous(modules).items():
+            if (owner := owners.setdefault(id(stored), found[name])) is not found[name]:
+                found[name].share(tensor, owner)
+    return found
 
 
 def freeze_table(model: PreTrainedModel | SentenceTransformer, table: str | None = None) -> None:
@@ -93,12 +99,23 @@ def _selected(model: Any, table: str | None) -> dict[str, list[Any]]:
         for name, modules in tables.items()
         if any(matches(table, names[id(module)], _role(module)) for module in modules)
     }
+    chosen = {id(each) for modules in selected.values() for each in _continuous(modules).values()}
+    for name, modules in tables.items():
+        if name not in selected and any(id(each) in chosen for each in _continuous(modules).values()):
+            raise ValueError(
+                f"table: expected all tables that share a central core, or None, got {table!r} without {name}"
+            )
     if not selected:
         raise ValueError(
             "table: expected the name or a pattern of a compressed table, "
             f"got {table!r}, which selects none of {', '.join(tables)}"
         )
     return selected
+
+
+def _continuous(modules: list[Any]) -> dict[str, Any]:
+    """Return the floating-point tensors of a table that modules share."""
+    return {name: each for name, each in modules[0]._stored().items() if each.is_floating_point()}
 
 
 def _role(module: Any) -> Role:

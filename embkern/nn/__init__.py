@@ -4,6 +4,7 @@ from .bag import PackedEmbeddingBag
 from .base import CompressedEmbedding, CompressedHead
 from .factorized import FactorizedEmbedding, FactorizedHead
 from .kinds import KINDS, Kind, kind_of, layer_of
+from .ngrammer import NGrammer
 from .packed import PackedEmbedding, PackedHead
 from .rows import TableEmbedding, TableHead
 from .segmented import SegmentedEmbedding
@@ -15,6 +16,7 @@ __all__ = [
     "FactorizedEmbedding",
     "FactorizedHead",
     "Kind",
+    "NGrammer",
     "PackedEmbedding",
     "PackedEmbeddingBag",
     "PackedHead",

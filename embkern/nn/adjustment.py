@@ -37,6 +37,11 @@ class Adjustment(nn.Module):
         unit: Tensor = getattr(self, _unit(name))
         return stored.detach().to(change.dtype) + unit * change
 
+    def share(self, name: str, other: Adjustment) -> None:
+        """Train the change of a tensor that another table holds, too, together with that of the other."""
+        self.register_parameter(name, getattr(other, name))
+        self.register_buffer(_unit(name), getattr(other, _unit(name)))
+
     @torch.no_grad()
     def reset(self) -> None:
         """Set all changes to zero."""

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from embkern.nn.ngrammer import Combine
+
 VOCABULARY = 8192
 LENGTH = 128  # tokens of a block, and the limit of the models
 MASKED, AS_MASK, AS_RANDOM = 0.15, 0.8, 0.1  # BERT's shares: of tokens, and of the masked ones
@@ -37,6 +39,9 @@ class Recipe:
     warmup: float = 0.06  # of the steps; the rate then falls to zero in a straight line
     weight_decay: float = 0.1
     seed: int = 0
+    ngrammer: Combine | None = (
+        None  # how n-gram embeddings enter those of the tokens: add or concat; None: not
+    )
 
 
 def bert_tokenizer(texts: Sequence[str], vocabulary: int) -> Any:

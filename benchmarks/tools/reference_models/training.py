@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from embkern.io.atomic import file_checksum, replacing, replacing_directory
 from embkern.io.checked_json import read_checked_json, to_checked_json
+from embkern.models.ngrammer import enable_ngrammer
 
 from .corpus import blocks_of, first_texts, read_lines
 from .kinds import KINDS, LENGTH, Kind, Losses, Recipe
@@ -69,6 +70,8 @@ class Training:
         self.bfloat16 = has_bfloat16(device)
         torch.manual_seed(recipe.seed)
         self.model: Any = kind.model(recipe, tokenizer).to(device).train()
+        if recipe.ngrammer is not None:
+            enable_ngrammer(self.model, combine=recipe.ngrammer, seed=recipe.seed)
         # Muon learns more in a step, but its products are of bfloat16: very slow without instructions for it.
         self.optimizers = optimizers_of(self.model, recipe, muon=self.bfloat16)
         self.progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "cpu_seconds": 0.0, "valid_losses": []}
@@ -146,10 +149,15 @@ def unigram_loss(counted: Tensor, targets: Tensor, vocabulary: int) -> float:
     return float(-(counts / counts.sum()).log()[targets].mean())
 
 
-def train(name: str, root: Path, recipe: Recipe, *, device: str = "cpu", command: str = "") -> dict[str, Any]:
-    """Train the model ``name`` on ``root/text``, write it to ``root/name`` and return its facts.
+def directory_of(name: str, ngrammer: str | None) -> str:
+    """Return the name of a model's directory."""
+    return name if ngrammer is None else f"{name}-ngrammer-{ngrammer}"
 
-    An interrupted run leaves ``root/name.checkpoint``, which the next one with the same recipe and text
+
+def train(name: str, root: Path, recipe: Recipe, *, device: str = "cpu", command: str = "") -> dict[str, Any]:
+    """Train the model ``name`` on ``root/text``, write it to its directory in ``root`` and return its facts.
+
+    An interrupted run leaves a ``.checkpoint`` beside it, which the next one with the same recipe and text
     continues: the weights are those of a run without interruption.
 
     Args:
@@ -159,7 +167,8 @@ def train(name: str, root: Path, recipe: Recipe, *, device: str = "cpu", command
         device: ``cpu`` or ``cuda``.
         command: to be noted among the facts.
     """
-    kind, text, checkpoint = KINDS[name], root / "text", root / f"{name}.checkpoint"
+    kind, text, directory = KINDS[name], root / "text", root / directory_of(name, recipe.ngrammer)
+    checkpoint = root / f"{directory.name}.checkpoint"
     of_text = read_checked_json(text / "text.json")
     lines, valid_lines = (
         read_lines(text / f"{each}.txt", of_text[each].get("checksum")) for each in ("train", "valid")
@@ -173,7 +182,9 @@ def train(name: str, root: Path, recipe: Recipe, *, device: str = "cpu", command
     training.resume(checkpoint, asked)
     progress, every = training.progress, max(1, recipe.steps // CHECKPOINTS)
     begun = time.monotonic() - progress["seconds"], time.process_time() - progress["cpu_seconds"]
-    with tqdm(total=recipe.steps, initial=progress["step"], desc=name, unit="step", disable=None) as bar:
+    with tqdm(
+        total=recipe.steps, initial=progress["step"], desc=directory.name, unit="step", disable=None
+    ) as bar:
         while progress["step"] < recipe.steps:
             training.advance(blocks)
             bar.update()
@@ -198,7 +209,7 @@ def train(name: str, root: Path, recipe: Recipe, *, device: str = "cpu", command
         "command": command,
         "environment": _environment(device),
     }
-    with replacing_directory(root / name) as temporary:
+    with replacing_directory(directory) as temporary:
         training.model.cpu().save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         facts["files"] = {path.name: file_checksum(path) for path in sorted(temporary.iterdir())}

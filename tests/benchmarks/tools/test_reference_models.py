@@ -206,3 +206,19 @@ def test_the_command_trains_what_is_not_there(root, capsys, monkeypatch):
         reference_models.main(arguments)
     reference_models.main([*arguments, "--overwrite"])
     assert (root / "reference" / "gpt" / "reference.json").read_text() != written
+
+
+def test_an_ngrammer_is_trained_beside_the_model_without(root, capsys, monkeypatch):
+    pytest.importorskip("faiss")
+    (root / "reference").mkdir()
+    (root / "text").rename(root / "reference" / "text")
+    monkeypatch.setattr(reference_models, "Recipe", lambda steps, **_: dataclasses.replace(TINY, steps=steps))
+    reference_models.main(["--ngrammer", "--steps", "3", "--cache", str(root)])
+    assert "gpt: validation perplexity" in capsys.readouterr().out
+    place = root / "reference" / "gpt-ngrammer-concat"
+    assert read_checked_json(place / "reference.json")["recipe"]["ngrammer"] == "concat"
+    model, loading = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True)
+    assert not any(loading.values())
+    assert model.get_input_embeddings().ngrammer.combine == "concat"
+    with pytest.raises(SystemExit):
+        reference_models.main(["--ngrammer", "--models", "bert", "--cache", str(root)])
