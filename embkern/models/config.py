@@ -70,7 +70,7 @@ class TableState:
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields as in ``config.json``, without those of the last three that say nothing."""
-        lacking = {"segments": 1, "source": None, "shares": {}}
+        lacking: dict[str, Any] = {"segments": 1, "source": None, "shares": {}}
         return {n: value for n, value in asdict(self).items() if n not in lacking or value != lacking[n]}
 
     def skeleton(self, dtype: torch.dtype) -> Table:
