@@ -73,7 +73,7 @@ def _fold_kernel(
         bias = None
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + first + v, mask=v < count, other=0.0).to(accumulator)[None, :]
-        logits = capped_logits(logits, constant, bias, cap, inverse_cap, element, CAPPED)
+        logits, _ = capped_logits(logits, constant, bias, cap, inverse_cap, element, CAPPED)
         if totals_ptr is not None:
             total += tl.sum(tl.where((v < count)[None, :], logits, 0.0), 1)
         logits = tl.where((v < count)[None, :], logits, -INFINITY)

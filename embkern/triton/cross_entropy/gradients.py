@@ -100,11 +100,10 @@ def _gradients(
     bias = None
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + first + v, mask=v < count, other=0.0).to(sums.dtype)
-    logits = capped_logits(sums, constant, bias, cap, inverse_cap, element, CAPPED)
+    logits, tangent = capped_logits(sums, constant, bias, cap, inverse_cap, element, CAPPED)
     gradients = factor * exponential(logits - shift, element) - uniform
     gradients = tl.where(place - first == v, of_label, gradients)
     if CAPPED:
-        tangent = logits * inverse_cap
         gradients *= (1.0 - tangent) * (1.0 + tangent)
     # An ignored state may have logits of any size.
     return tl.where((place >= 0) & (v < count), gradients, 0.0)

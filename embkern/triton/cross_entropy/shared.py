@@ -91,14 +91,16 @@ def hyperbolic_tangent(x, element: tl.constexpr):
 
 @triton.jit
 def capped_logits(sums, constant, bias, cap, inverse_cap, element: tl.constexpr, CAPPED: tl.constexpr):
-    """Logits of products; constant and bias are None or broadcast against them."""
+    """Logits of products, and over the cap if there is one; constant and bias are None or broadcast."""
     if constant is not None:
         sums += constant
     if bias is not None:
         sums += bias
+    tangent = sums
     if CAPPED:
-        sums = cap * hyperbolic_tangent(sums * inverse_cap, element)
-    return sums
+        tangent = hyperbolic_tangent(sums * inverse_cap, element)
+        sums = cap * tangent
+    return sums, tangent
 
 
 def label_places(head: Head) -> Tensor:

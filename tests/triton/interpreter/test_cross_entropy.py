@@ -84,7 +84,8 @@ def test_the_raw_op_has_the_gradient_of_hidden_with_the_losses():
     task.labels[::3] = -100
     arguments = (task.hidden, task.labels, *task.p.codes, *task.p.factors, task.bias, -100, 0.0, 3.0, True)
     forward = torch.ops.embkern.packed_cross_entropy_forward
-    assert_close(forward.triton(*arguments), forward.torch(*arguments), rtol=1e-4, atol=1e-5)
+    for got, wanted in zip(forward.triton(*arguments), forward.torch(*arguments), strict=True):
+        assert_close(got, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
 
 
 def test_labels_reductions_and_empty_batches():
