@@ -294,7 +294,7 @@ class LossTile(NamedTuple):
 LOSS_TILES: dict[tuple[str, int], LossTile] = {
     ("fold", 2): LossTile(128, 64, 128, 8, 2),
     ("fold", 4): LossTile(64, 64, 16, 8, 3),
-    ("fold", 8): LossTile(32, 32, 16, 8, 2),
+    ("fold", 8): LossTile(16, 32, 16, 4, 2),
     ("logit_gradients", 2): LossTile(128, 64, 64, 8, 3),
     ("logit_gradients", 4): LossTile(64, 64, 16, 8, 3),
     ("logit_gradients", 8): LossTile(32, 32, 16, 4, 2),
