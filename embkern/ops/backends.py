@@ -58,6 +58,7 @@ KERNELS: dict[tuple[str, str], frozenset[str]] = {
         {
             "gather_project",
             "gather_decode",
+            "low_rank_cross_entropy",
             "packed_cross_entropy",
             "packed_logits",
             "cosine_mse",

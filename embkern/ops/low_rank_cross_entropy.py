@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,14 +12,63 @@ from torch.autograd import Function
 from . import reference
 from .backends import Backend, select
 from .cross_entropy import Reduction, as_cap, check_arguments, check_options, reduced
-from .library import apply, differentiable_once, needs_autograd
+from .library import apply, define, differentiable_once, needs_autograd, overload
+from .reference import accumulation_dtype
+from .reference.cross_entropy import STATISTICS
+
+
+def _forward_fake(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    states, dtype = hidden.shape[0], accumulation_dtype(hidden.dtype)
+    return hidden.new_empty(states, dtype=dtype), hidden.new_empty(states, STATISTICS, dtype=dtype)
+
+
+def _backward_fake(grad: Tensor, statistics: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, _, codes, *_, needs_codes, needs_bias = rest
+    return (
+        statistics.new_empty(statistics.shape[0], codes.shape[1]),
+        statistics.new_empty(statistics.shape[0]),
+        codes.new_empty(codes.shape if needs_codes else (0,)),
+        statistics.new_empty(codes.shape[0] if needs_bias else 0),
+    )
+
+
+_ARGUMENTS = (
+    "Tensor hidden, Tensor labels, Tensor codes, Tensor basis, Tensor? offset, Tensor? bias, "
+    "int ignore_index, float label_smoothing, float softcap"
+)
+define(
+    "low_rank_cross_entropy_forward",
+    f"({_ARGUMENTS}) -> (Tensor, Tensor)",
+    backends=("triton",),
+    fake=_forward_fake,
+)
+define(
+    "low_rank_cross_entropy_backward",
+    f"(Tensor grad, Tensor statistics, {_ARGUMENTS}, bool needs_codes, bool needs_bias) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    backends=("triton",),
+    fake=_backward_fake,
+)
+_TRITON_FORWARD: Callable[..., tuple[Tensor, Tensor]] = overload("low_rank_cross_entropy_forward", "triton")
+_BACKWARD: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = {
+    "triton": overload("low_rank_cross_entropy_backward", "triton"),
+    "torch": reference.low_rank_cross_entropy_backward,
+}
+
+
+def _forward(backend: str, *arguments: Any, frozen: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses, statistics and, if frozen, what the definition returns beside them; else empty tensors."""
+    if backend == "torch":
+        return reference.low_rank_cross_entropy_forward(*arguments, frozen)
+    losses, statistics = _TRITON_FORWARD(*arguments)
+    return losses, statistics, losses.new_empty(0), losses.new_empty(0)
 
 
 class LowRankCrossEntropy(Function):
     """Autograd of low_rank_cross_entropy: losses, and what the backward reads.
 
-    Where codes and bias need no gradient, the forward computes that of ``hidden @ basis.T`` with the losses,
-    and the backward scales it. Otherwise the backward computes the logits again.
+    With ``frozen`` the forward computes the gradient of ``hidden @ basis.T`` with the losses, and the
+    backward scales it. Otherwise the backward computes the logits again.
     """
 
     @staticmethod
@@ -31,16 +81,15 @@ class LowRankCrossEntropy(Function):
         bias: Tensor | None,
         options: tuple[int, float, float],
         frozen: bool,
+        backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Fold the logits of one piece of the codes after the other."""
-        return reference.low_rank_cross_entropy_forward(
-            hidden, labels, codes, basis, offset, bias, *options, frozen
-        )
+        """Run the backend's forward."""
+        return _forward(backend, hidden, labels, codes, basis, offset, bias, *options, frozen=frozen)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Keep what the backward reads."""
-        *tensors, ctx.options, ctx.frozen = inputs
+        *tensors, ctx.options, ctx.frozen, ctx.backend = inputs
         _, statistics, *sums = output
         ctx.mark_non_differentiable(statistics, *sums)
         ctx.set_materialize_grads(False)
@@ -50,7 +99,7 @@ class LowRankCrossEntropy(Function):
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         """Return the gradients of hidden, codes, basis, offset and bias that are needed."""
         if grad is None:
-            return (None,) * 8
+            return (None,) * 9
         first, second, hidden, labels, codes, basis, offset, bias = ctx.saved_tensors
         needs = ctx.needs_input_grad
         of_codes = of_bias = None
@@ -58,7 +107,7 @@ class LowRankCrossEntropy(Function):
             if ctx.frozen:
                 of_projected, of_constant = first * grad.to(first.dtype).unsqueeze(1), second * grad
             else:
-                of_projected, of_constant, of_codes, of_bias = reference.low_rank_cross_entropy_backward(
+                of_projected, of_constant, of_codes, of_bias = _BACKWARD[ctx.backend](
                     grad, first, hidden, labels, codes, basis, offset, bias, *ctx.options, needs[2], needs[5]
                 )
             of_hidden, of_basis, of_offset = reference.low_rank_gradients(
@@ -70,7 +119,7 @@ class LowRankCrossEntropy(Function):
             differentiable_once(each.to(tensor.dtype), grad, *floats) if needed else None
             for each, tensor, needed in zip(found, floats, (needs[0], *needs[2:6]), strict=True)
         ]
-        return wanted[0], None, *wanted[1:], None, None
+        return wanted[0], None, *wanted[1:], None, None, None
 
 
 def low_rank_cross_entropy(
@@ -92,15 +141,16 @@ def low_rank_cross_entropy(
     ``F.cross_entropy(capped(F.linear(hidden, codes @ basis + offset, bias)), labels, ignore_index=...,
     label_smoothing=..., reduction=...)`` with ``capped(z) = softcap * tanh(z / softcap)``
 
-    ``hidden @ basis.T`` meets the codes a piece at a time, with no more than 16 million logits (2 million on
-    CPU) unless that were fewer than 256 rows, and the logits are folded into the maximum and the sum of
-    exponentials of each hidden state. Sums run in fp32 (float64 for float64); products run in the dtype of
-    hidden, on CPU in that of sums. Loss and gradient of a prediction that is nearly certain are computed
-    without cancellation.
+    ``hidden @ basis.T`` meets the codes a piece at a time, and the logits are folded into the maximum and the
+    sum of exponentials of each hidden state. In Triton's kernels logits stay in registers, and so do their
+    gradients for 16-bit hidden states and r of up to 256; all else, and plain torch, has no more than 16
+    million of them (2 million on CPU) in memory unless that were fewer than 256 rows. Sums run in fp32
+    (float64 for float64); products run in the dtype of hidden, those of plain torch on CPU in that of sums.
+    Loss and gradient of a prediction that is nearly certain are computed without cancellation.
 
-    Gradients flow to hidden, codes, basis, offset and bias, once (no double backward). If codes and bias are
-    frozen, and without label smoothing, they are computed with the loss; otherwise the backward computes the
-    logits again. Under autocast hidden is cast as ``F.linear`` casts it.
+    Gradients flow to hidden, codes, basis, offset and bias, once (no double backward). In plain torch, if
+    codes and bias are frozen, and without label smoothing, they are computed with the loss; otherwise the
+    backward computes the logits again. Under autocast hidden is cast as ``F.linear`` casts it.
 
     Args:
         hidden: (``*``, H), of any floating-point dtype.
@@ -113,7 +163,7 @@ def low_rank_cross_entropy(
         label_smoothing: 0 to 1, the share of the uniform distribution in the target.
         softcap: the bound of the logits, or None.
         reduction: ``mean`` over the states that are not ignored, ``sum`` or ``none``.
-        backend: ``torch`` or None; there is no kernel of this op, whose products are those of torch.
+        backend: ``triton`` or ``torch``; None takes the best for the device.
 
     Returns:
         A scalar, or (``*``) for ``none``: float32 (float64 for float64 hidden). The mean is NaN if all states
@@ -128,7 +178,7 @@ def low_rank_cross_entropy(
     Source: the loss without logits is that of arXiv 2411.09009.
     """
     check_options(label_smoothing, softcap, reduction)
-    select("low_rank_cross_entropy", codes.device.type, codes.dtype, backend)
+    chosen = select("low_rank_cross_entropy", codes.device.type, codes.dtype, backend)
     _check_factors(hidden, codes, basis, offset)
     check_arguments(hidden, labels, bias, len(codes), ignore_index)
     if torch.is_autocast_enabled(hidden.device.type):
@@ -136,10 +186,10 @@ def low_rank_cross_entropy(
     options = (ignore_index, float(label_smoothing), as_cap(softcap))
     tensors = (hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1), codes, basis, offset, bias)
     if needs_autograd(hidden, codes, basis, offset, bias):
-        frozen = not label_smoothing and not needs_autograd(codes, bias)
-        losses: Tensor = apply(LowRankCrossEntropy, *tensors, options, frozen)[0]
+        frozen = chosen == "torch" and not label_smoothing and not needs_autograd(codes, bias)
+        losses: Tensor = apply(LowRankCrossEntropy, *tensors, options, frozen, chosen)[0]
     else:
-        losses = reference.low_rank_cross_entropy_forward(*tensors, *options, False)[0]
+        losses = _forward(chosen, *tensors, *options, frozen=False)[0]
     return reduced(losses, labels, ignore_index, reduction)
 
 

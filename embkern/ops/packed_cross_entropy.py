@@ -23,7 +23,7 @@ from .library import (
     reraise_native,
 )
 from .packed_format import PackedTensors, check_packed
-from .packed_logits import _PACKED_SCHEMA, Optional, by_pieces
+from .packed_logits import _PACKED_SCHEMA, Optional
 from .reference import sums_dtype
 from .reference.cross_entropy import STATISTICS
 
@@ -59,17 +59,17 @@ _ARGUMENTS += "float label_smoothing, float softcap"
 define(
     "packed_cross_entropy_forward",
     f"({_ARGUMENTS}, bool needs_hidden) -> (Tensor, Tensor, Tensor)",
-    backends=("native",),
+    backends=("native", "triton"),
     fake=_forward_fake,
-    python=by_pieces(reference.packed_cross_entropy_forward),
+    python={"torch": reference.packed_cross_entropy_forward},
 )
 define(
     "packed_cross_entropy_backward",
     f"(Tensor grad, Tensor statistics, {_ARGUMENTS}, bool needs_hidden, bool needs_scales, bool needs_basis, "
     "bool needs_offset, bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    backends=("native",),
+    backends=("native", "triton"),
     fake=_backward_fake,
-    python=by_pieces(reference.packed_cross_entropy_backward),
+    python={"torch": reference.packed_cross_entropy_backward},
 )
 
 _FORWARD: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
@@ -83,8 +83,8 @@ _BACKWARD: dict[str, Callable[..., tuple[Tensor, ...]]] = {
 class PackedCrossEntropy(Function):
     """Autograd of packed_cross_entropy: losses, statistics for the backward, the unit gradient of hidden.
 
-    Where only hidden needs a gradient, the forward computes it with the losses, in one pass over the table,
-    and the backward scales it. Otherwise the backward computes the logits again.
+    With ``only_hidden`` the forward computes the gradient of hidden with the losses, in one pass over the
+    table, and the backward scales it. Otherwise the backward computes the logits again.
     """
 
     @staticmethod
@@ -166,11 +166,13 @@ def packed_cross_entropy(
     Logits are computed a block of rows at a time and folded into the maximum and the sum of exponentials of
     each hidden state. Sums run in fp32, or in float64 if hidden or scales are of float64. Loss and gradient
     of a prediction that is nearly certain are computed without cancellation. The native backend drops ignored
-    states at once, and its bits do not depend on the number of threads.
+    states at once, and its bits do not depend on the number of threads. In Triton's kernels the logits of
+    decoded rows stay in registers; their gradients are in memory a piece at a time.
 
     Gradients flow to hidden, scales, basis, offset and bias, once (no double backward); the codes are frozen.
-    If only hidden needs one, and without label smoothing, it is computed with the loss, in one pass.
-    Otherwise the backward computes the logits again. Under autocast hidden is cast as ``F.linear`` casts it.
+    If only hidden needs one, and without label smoothing, the native backend and plain torch compute it with
+    the loss, in one pass. Otherwise the backward computes the logits again. Under autocast hidden is cast as
+    ``F.linear`` casts it.
 
     Args:
         hidden: (``*``, H), of any floating-point dtype.
@@ -215,7 +217,8 @@ def packed_cross_entropy(
     tensors = (hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1), *packed, bias)
     try:
         if needs_autograd(hidden, scales, basis, offset, bias):
-            only_hidden = not label_smoothing and not needs_autograd(scales, basis, offset, bias)
+            frozen = not needs_autograd(scales, basis, offset, bias)
+            only_hidden = chosen != "triton" and not label_smoothing and frozen
             losses: Tensor = apply(PackedCrossEntropy, *tensors, options, only_hidden, chosen)[0]
         else:
             losses = _FORWARD[chosen](*tensors, *options, False)[0]

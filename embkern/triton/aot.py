@@ -35,6 +35,7 @@ from . import cosine_mse as cm
 from . import gather_decode as gd
 from .autoencoder import gram_form, row_form
 from .autoencoder.shared import Options, finish_launch
+from .cross_entropy.shapes import HEAD_SHAPES, HeadShape, head_launches
 from .gather_project.forward import forward_launch
 from .gather_project.grad_basis import grad_basis_launches
 from .gather_project.grad_codes import project_grad_launch, segment_launches
@@ -169,7 +170,7 @@ PACKED_SHAPES = (
     PackedShape(16384, 128, 768, torch.float64),
     PackedShape(16384, 0, 768, torch.bfloat16),
 )
-AnyShape: TypeAlias = Shape | LossShape | AutoencoderShape | PackedShape
+AnyShape: TypeAlias = Shape | LossShape | AutoencoderShape | PackedShape | HeadShape
 
 
 @dataclass(frozen=True)
@@ -285,6 +286,9 @@ def launches(shape: AnyShape, device: Device) -> Iterator[Launch]:
     if isinstance(shape, PackedShape):
         yield from packed_launches(shape, device)
         return
+    if isinstance(shape, HeadShape):
+        yield from head_launches(shape, device)
+        return
 
     def tensor(*size: int, dtype: torch.dtype = shape.dtype) -> Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
@@ -357,7 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
-    shapes: tuple[AnyShape, ...] = (*SHAPES, *LOSS_SHAPES, *AUTOENCODER_SHAPES, *PACKED_SHAPES)
+    shapes: tuple[AnyShape, ...] = (*SHAPES, *LOSS_SHAPES, *AUTOENCODER_SHAPES, *PACKED_SHAPES, *HEAD_SHAPES)
     rows = reports((capability, shape) for capability in options.capability for shape in shapes)
     print(
         f"{'kernel':24}{'cc':>4}  {'shape':32}{'tile':52}{'regs':>5}{'spills':>7}{'shared':>8}  tensor core"

@@ -275,6 +275,47 @@ def group_tile_of(N: int, groups: int) -> GroupTile:
     return GroupTile(block, max(1, block // 8))
 
 
+class LossTile(NamedTuple):
+    """Tile of a kernel of the cross-entropy: BLOCK_N states by BLOCK_V rows, BLOCK_K columns at a time."""
+
+    BLOCK_N: int
+    BLOCK_V: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+    def blocks(self) -> dict[str, int]:
+        """Return the block sizes that every kernel takes."""
+        return dict(BLOCK_N=self.BLOCK_N, BLOCK_V=self.BLOCK_V, BLOCK_K=self.BLOCK_K)
+
+
+# (kernel, bytes per element) -> a tile, for every capability; chosen by the compiler's report. States of up
+# to BLOCK_K columns are loaded once; the gradients of states and rows take no wider ones.
+LOSS_TILES: dict[tuple[str, int], LossTile] = {
+    ("fold", 2): LossTile(128, 64, 128, 8, 2),
+    ("fold", 4): LossTile(64, 64, 16, 8, 3),
+    ("fold", 8): LossTile(16, 32, 16, 4, 2),
+    ("logit_gradients", 2): LossTile(128, 64, 64, 8, 3),
+    ("logit_gradients", 4): LossTile(64, 64, 16, 8, 3),
+    ("logit_gradients", 8): LossTile(32, 32, 16, 4, 2),
+    ("state_gradient", 2): LossTile(64, 64, 256, 8, 2),
+    ("row_gradient", 2): LossTile(32, 64, 256, 8, 2),
+}
+
+
+def loss_tile_of(kernel: str, device: Device, dtype: torch.dtype, N: int, K: int) -> LossTile:
+    """Return the tile of a kernel of the cross-entropy for N states of K columns."""
+    tile = LOSS_TILES[kernel, dtype.itemsize]
+    # Rows that do not start on 16 bytes are loaded element by element; greater blocks spilled registers.
+    bound = tile.BLOCK_N if K * dtype.itemsize % 16 == 0 else 32
+    states = min(tile.BLOCK_N, bound, max(16, triton.next_power_of_2(N)))
+    columns = max(16, triton.next_power_of_2(K))
+    if columns > tile.BLOCK_K:  # in steps, for which mma.sync needs more registers than wgmma
+        columns = min(tile.BLOCK_K, 64)
+        states = min(states, 128 if device.capability >= 90 else 64)
+    return tile._replace(BLOCK_N=states, BLOCK_K=columns)
+
+
 @functools.cache
 def _device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)

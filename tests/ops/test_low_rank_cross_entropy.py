@@ -52,7 +52,7 @@ class Task:
         return function
 
 
-def assert_contract(shape, states, dtype, device, trained, **options):
+def assert_contract(shape, states, dtype, device, backend, trained, **options):
     options["reduction"] = "none"
     if not options.get("softcap"):  # The exact gradient of the offset is 0.
         trained = [each for each in trained if each != 3]
@@ -62,7 +62,7 @@ def assert_contract(shape, states, dtype, device, trained, **options):
         if "ignore_index" in options:
             task.labels[::5] = options["ignore_index"]
         arguments = (task.leaves, task.upstream)
-        ours = results(task.ours(**options), *arguments, dtype, trained)
+        ours = results(task.ours(backend=backend, **options), *arguments, dtype, trained)
         assert ours[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         native = results(task.plain(**options), *arguments, dtype, trained)
         return ours, native, results(task.plain(**options), *arguments, torch.float64, trained)
@@ -83,7 +83,7 @@ def pieces(request, monkeypatch):
 @pytest.mark.usefixtures("poisoned", "pieces")
 def test_losses_and_gradients_are_no_worse_than_plain_torch(backend, device, dtype, options, trained):
     for shape in SHAPES:
-        assert_contract(shape, 40, dtype, device, trained, **options)
+        assert_contract(shape, 40, dtype, device, backend, trained, **options)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -101,15 +101,15 @@ def test_ignored_labels_empty_batches_and_reductions(device, backend, trained):
     task.labels[::2] = -100
     for reduction in ("mean", "sum"):
         options, one = dict(reduction=reduction), torch.ones(())
-        got = results(task.ours(**options), task.leaves, one, torch.float32, trained)
+        got = results(task.ours(backend=backend, **options), task.leaves, one, torch.float32, trained)
         exact = results(task.plain(**options), task.leaves, one, torch.float64, trained)
         for each, wanted in zip(got, exact, strict=True):
             assert_close(each.double(), wanted, rtol=1e-4, atol=1e-5)
     task.labels[:] = -100
-    assert task.ours()(*task.leaves).isnan()
+    assert task.ours(backend=backend)(*task.leaves).isnan()
     empty = Task((40, 7, 4), 0, device=device)
-    assert empty.ours()(*empty.leaves).isnan()
-    assert float(empty.ours(reduction="sum")(*empty.leaves)) == 0
+    assert empty.ours(backend=backend)(*empty.leaves).isnan()
+    assert float(empty.ours(backend=backend, reduction="sum")(*empty.leaves)) == 0
 
 
 @pytest.mark.parametrize("gap", [1.0, 40.0, 3e4])
@@ -117,7 +117,8 @@ def test_a_certain_prediction_has_an_exact_loss(device, backend, gap):
     bias = torch.tensor([0.0, -gap], device=device)
     zeros = [torch.zeros(shape, device=device) for shape in ((2, 3), (2, 1), (1, 3))]
     labels = torch.tensor([0, 1], device=device)
-    got = low_rank_cross_entropy(zeros[0], labels, *zeros[1:], bias=bias, reduction="none")
+    options = dict(bias=bias, reduction="none", backend=backend)
+    got = low_rank_cross_entropy(zeros[0], labels, *zeros[1:], **options)
     assert_close(got.cpu(), torch.tensor([math.log1p(math.exp(-gap)), gap + math.log1p(math.exp(-gap))]))
 
 

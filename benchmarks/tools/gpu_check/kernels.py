@@ -12,6 +12,7 @@ import torch
 from embkern.ops.reference import NONE
 
 from ...runner import DTYPES
+from .head_problems import low_rank_loss, packed_loss
 from .place import Device
 from .problems import (
     ALL_TERMS,
@@ -41,6 +42,14 @@ ROWS = {"aligned": (Shape(30522, 768), Shape(16, 64)), "odd": (Shape(4099, 385),
 TABLES = {
     "aligned": (Shape(30522, 768, 64), Shape(16, 64, 16)),
     "odd": (Shape(4099, 777, 63), Shape(19, 45, 13)),
+}
+FACTOR_HEADS = {
+    "aligned": (Shape(2048, 2048, 128, 32000), Shape(40, 64, 16, 64)),
+    "odd": (Shape(1003, 769, 75, 5003), Shape(37, 45, 31, 53)),
+}
+PACKED_HEADS = {
+    "aligned": (Shape(1024, 768, 128, 30522), Shape(40, 64, 32, 16)),
+    "odd": (Shape(1003, 97, 96, 3001), Shape(37, 33, 32, 13)),
 }
 Shapes = dict[str, tuple[Shape, Shape]]
 
@@ -130,6 +139,8 @@ KERNELS = (
     Kernel(
         "autoencoder both", "autoencoder", "triton", autoencoder, TABLES, dict(by_gram=True, autograd=True)
     ),
+    Kernel("low_rank_cross_entropy both", "low_rank_cross_entropy", "triton", low_rank_loss, FACTOR_HEADS),
+    Kernel("packed_cross_entropy both", "packed_cross_entropy", "triton", packed_loss, PACKED_HEADS),
     Kernel("gather_project", "gather_project", "native", lookup, LOOKUPS, dict(what="forward")),
     Kernel(
         "gather_project out", "gather_project", "native", lookup, _without(LOOKUPS, "few"), dict(what="out")

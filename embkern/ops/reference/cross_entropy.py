@@ -115,6 +115,26 @@ def fold(
         )
         slope_sum = slope_sum * factor + values.sum(1)
         label_rows = torch.where(here, piece[place.squeeze(1)].to(dtype), label_rows)
+    losses, statistics, rest, label = finished(head, shift, rest, label_logit, total)
+    of_constant = sums.new_empty(0)
+    if needs_sums:
+        ignored = head.ignored()
+        label_slope = head.slopes(label_logit)
+        of_label = -rest / (rest + label) * (1 if label_slope is None else label_slope)
+        of_constant = (slope_sum / (rest + label) + of_label).masked_fill(ignored, 0)
+        sums = sums / (rest + label).unsqueeze(1) + of_label.unsqueeze(1) * label_rows
+        sums = sums.masked_fill(ignored.unsqueeze(1), 0)
+    return losses, statistics, sums, of_constant
+
+
+def finished(
+    head: Head, shift: Tensor, rest: Tensor, label_logit: Tensor, total: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses (N,), statistics (N, 3), ``rest`` and ``exp(label_logit - shift)`` of states after all rows.
+
+    All arguments are (N,): the largest logit, the sum of ``exp(logit - shift)`` without the label's, the
+    label's logit, and the sum of the logits, which is read for label smoothing.
+    """
     rest = torch.where(shift == -math.inf, math.nan, rest)  # All logits are -inf.
     label, below = (label_logit - shift).exp(), shift - label_logit
     log_sum = (rest + label).log()
@@ -124,14 +144,7 @@ def fold(
         losses = (1 - smoothing) * losses + smoothing * (shift + log_sum - total / head.vocabulary)
     ignored = head.ignored()
     statistics = torch.stack([shift, log_sum, surprise], 1).masked_fill(ignored.unsqueeze(1), 0)
-    of_constant = sums.new_empty(0)
-    if needs_sums:
-        label_slope = head.slopes(label_logit)
-        of_label = -rest / (rest + label) * (1 if label_slope is None else label_slope)
-        of_constant = (slope_sum / (rest + label) + of_label).masked_fill(ignored, 0)
-        sums = sums / (rest + label).unsqueeze(1) + of_label.unsqueeze(1) * label_rows
-        sums = sums.masked_fill(ignored.unsqueeze(1), 0)
-    return losses.masked_fill(ignored, 0), statistics, sums, of_constant
+    return losses.masked_fill(ignored, 0), statistics, rest, label
 
 
 def logit_gradients(head: Head, piece: Tensor, first: int, grad: Tensor, statistics: Tensor) -> Tensor:

@@ -113,17 +113,23 @@ class PackedGradients:
         rows = len(packed.scales)
         self.in_basis = tiers[:, 0].bool()[tiers_of_rows(packed.directory)[:rows].long()]
 
-    def add(self, ids: Tensor, columns: Tensor) -> None:
-        """Add the gradient (N, ids) of the logits of some rows; products are in the dtype of hidden."""
+    def add(
+        self, ids: Tensor, columns: Tensor, rows: Tensor | None = None, totals: Tensor | None = None
+    ) -> None:
+        """Add the gradient (N, ids) of the logits of some rows; products are in the dtype of hidden.
+
+        ``rows`` are the decoded rows and ``totals`` (N,) the sums of the gradient by state, where known.
+        """
         records, directory, tiers, levels, scales, basis, offset = self.packed
         codes, H, sums = (records, directory, tiers, levels), self.hidden.shape[1], self.sums
         needs_hidden, needs_scales, needs_basis, needs_offset = self.needs
         narrow = columns.to(self.hidden.dtype)
         if needs_hidden:
-            rows = self.decode(ids, *codes, scales, basis, offset, H, 1.0)
+            rows = self.decode(ids, *codes, scales, basis, offset, H, 1.0) if rows is None else rows
             sums[0] += narrow @ rows.to(narrow.dtype)
         if needs_offset:  # The gradients of a state may cancel, and so are summed first.
-            sums[3] += columns.sum(1, dtype=sums[3].dtype) @ self.hidden.to(sums[3].dtype)
+            totals = columns.sum(1, dtype=sums[3].dtype) if totals is None else totals.to(sums[3].dtype)
+            sums[3] += totals @ self.hidden.to(sums[3].dtype)
         if not (needs_scales or needs_basis):
             return
         upstream = (narrow.t() @ self.hidden).to(self.wide_scales.dtype)  # The gradient of the rows.
