@@ -11,7 +11,7 @@ from ..tables.packed import PackedTable
 from ..tables.pruned import PrunedPackedTable
 from .base import Rows, row_weights, take_rows
 from .calibration import Calibration
-from .pruning import ID_BYTES, nearest_rows, weighted_mean
+from .left_out_rows import ID_BYTES, nearest_rows, weighted_mean
 from .storage import rounded
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,3 +82,27 @@ def test_a_device_that_is_too_old_is_named(monkeypatch, name):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
         reason = unavailable(name, "cosine_mse", "cuda", torch.bfloat16)
         assert reason is None if expected is None else expected in reason
+
+
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+WITHOUT_GRADIENT = {"quantize_rows", "quantize_trellis"}  # of codes, which are whole numbers
+
+
+def test_contributing_lists_every_kernel_with_direction_and_dtype():
+    lines = ["| op | C++, CPU | C++, CUDA | Triton, CUDA |", "|---|---|---|---|"]
+    for op in sorted(set().union(*backends.KERNELS.values())):
+        cells = [f"`{op}`"]
+        for backend, device_type in (("native", "cpu"), ("native", "cuda"), ("triton", "cuda")):
+            kernel, dtypes = (
+                (backend, device_type, op),
+                backends.KERNEL_DTYPES.get((backend, device_type, op)),
+            )
+            if op not in backends.KERNELS[backend, device_type]:
+                cells.append("")
+                continue
+            forward_only = kernel in backends.FORWARD_ONLY or op in WITHOUT_GRADIENT
+            cell = "forward" if forward_only else "forward, backward"
+            cells.append(cell if dtypes is None else f"{cell}: {', '.join(NAMES[each] for each in dtypes)}")
+        lines.append("| " + " | ".join(cells) + " |")
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert "\n".join(lines).replace("|  |", "| |").replace("|  |", "| |") in text

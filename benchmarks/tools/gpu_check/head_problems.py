@@ -1,4 +1,4 @@
-"""Problems of the cross-entropies of heads: losses and gradients, with every option."""
+"""Problems of heads: logits of few hidden states; cross-entropies with gradients and every option."""
 
 from __future__ import annotations
 
@@ -101,3 +101,25 @@ def packed_loss(
     products = 3 * N * V * H
     least_bytes = 3 * sum(each.nbytes for each in leaves) + labels.nbytes + 2 * codes[0].nbytes
     return Problem(call, plain, [labels, *leaves, upstream], least_bytes, 2.0 * products)
+
+
+def packed_states(
+    backend: Any, shape: Shape, dtype: torch.dtype, place: Device, generator: torch.Generator
+) -> Problem:
+    """packed_logits: the forward."""
+    N, H, K, V = shape.N, shape.H, shape.r, shape.V
+    table = _packed_table(V, H, K, dtype, place.type)
+    codes = [getattr(table, name) for name in TENSORS[:4]]
+    floats = [getattr(table, name).clone() for name in TENSORS[4:]]
+    hidden = _normal(generator, N, H).to(dtype)
+
+    def plain(cast: torch.dtype) -> tuple[Tensor, ...]:
+        wide: list[Any] = [each.to(cast) for each in floats]
+        ids = torch.arange(V, device=hidden.device)
+        return (F.linear(hidden.to(cast), reference.gather_decode_forward(ids, *codes, *wide, H, 1.0)),)
+
+    def call() -> tuple[Tensor, ...]:
+        return (place.op("packed_logits_forward", backend)(hidden, *codes, *floats),)
+
+    least_bytes = sum(each.nbytes for each in (*codes, *floats, hidden)) + N * V * dtype.itemsize
+    return Problem(call, plain, [hidden], least_bytes, 2.0 * N * V * K)

@@ -12,7 +12,7 @@ import torch
 from embkern.ops.reference import NONE
 
 from ...runner import DTYPES
-from .head_problems import low_rank_loss, packed_loss
+from .head_problems import low_rank_loss, packed_loss, packed_states
 from .place import Device
 from .problems import (
     ALL_TERMS,
@@ -50,6 +50,10 @@ FACTOR_HEADS = {
 PACKED_HEADS = {
     "aligned": (Shape(1024, 768, 128, 30522), Shape(40, 64, 32, 16)),
     "odd": (Shape(1003, 97, 96, 3001), Shape(37, 33, 32, 13)),
+}
+PACKED_STATES = {
+    "aligned": (Shape(1, 2048, 256, 128256), Shape(1, 64, 32, 64)),
+    "odd": (Shape(13, 97, 96, 3001), Shape(5, 33, 32, 40)),
 }
 Shapes = dict[str, tuple[Shape, Shape]]
 
@@ -164,6 +168,7 @@ KERNELS = (
         dict(what="autograd"),
         device_only=True,
     ),
+    Kernel("packed_logits", "packed_logits", "native", packed_states, PACKED_STATES),
     Kernel("cosine_mse", "cosine_mse", "native", loss_of_rows, ROWS, dict(terms=TWO_TERMS)),
     Kernel("cosine_mse root", "cosine_mse", "native", loss_of_rows, ROWS, dict(terms=ROOT_TERMS)),
     Kernel("cosine_mse everything", "cosine_mse", "native", loss_of_rows, ROWS, _EVERYTHING),

@@ -26,7 +26,7 @@ from embkern.ops.library import overload
 from .place import Call, Device
 from .processes import ROOT
 
-PROGRAMS = ("gather_project", "gather_decode", "cosine_mse")
+PROGRAMS = ("gather_project", "gather_decode", "packed_logits", "cosine_mse")
 
 
 def interpreter_fails() -> str | None:
@@ -75,6 +75,7 @@ class StandIn(Device):
             "gather_project_forward": _emulated_gather_project,
             "gather_project_out": _emulated_gather_project_out,
             "gather_decode_forward": _emulated_gather_decode,
+            "packed_logits_forward": _emulated_packed_logits,
             "cosine_mse_forward": _emulated_cosine_mse,
         }
         return emulated[name]
@@ -172,6 +173,14 @@ def _emulated_gather_decode(ids: Tensor, *arguments: Any) -> Tensor:
     with tempfile.TemporaryDirectory() as folder:
         outputs = Outputs(program("gather_decode"), [gather_decode_call(ids, *arguments)], Path(folder))
     return outputs.take(scales.dtype, len(ids), embedding_dim)
+
+
+def _emulated_packed_logits(hidden: Tensor, *packed: Any) -> Tensor:
+    from tests.cuda.emulated import Outputs, packed_logits_call
+
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = Outputs(program("packed_logits"), [packed_logits_call(hidden, *packed)], Path(folder))
+    return outputs.take(hidden.dtype, len(hidden), len(packed[4]))
 
 
 def _emulated_cosine_mse(
