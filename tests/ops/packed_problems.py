@@ -72,34 +72,38 @@ def random_codes(rows: int, tier: Tier) -> Tensor:
     return (torch.rand(rows, len(most)) * most).to(torch.uint8)
 
 
+_VALUE = torch.arange(32)  # of a group
+
+
 def values_of(codes: Tensor, tier: Tier, levels: Tensor) -> Tensor:
-    """The values of codes (n, 32 G), by a plain loop over the definition."""
-    values, stream, at = (
-        torch.zeros(codes.shape, dtype=torch.float64),
+    """The values of codes (n, 32 G), all windows of the stream at once."""
+    values = torch.zeros(codes.shape, dtype=torch.float64)
+    stream, at = (
+        [torch.zeros(len(codes), 0, dtype=torch.int64)],
         [],
-        [],
-    )  # at: column, step, bits, further
-    table = levels.long()
+    )  # at: column, step, bits, half of the group
     for group, bits in enumerate(tier.bits):
         own = codes[:, 32 * group : 32 * group + 32].long()
         if bits > 4:
             values[:, 32 * group : 32 * group + 32] = own - (2**bits - 1) / 2
         elif bits:
+            q, j, m = _VALUE // 16, _VALUE // 4 % 4, _VALUE % 4
+            step = 4 * m + j if bits == 1 else 16 * q + 4 * m + j
             steps = torch.zeros(len(own), 16 if bits == 1 else 32, dtype=torch.int64)
-            for i in range(32):
-                q, j, m = i // 16, i // 4 % 4, i % 4
-                step = 4 * m + j if bits == 1 else 16 * q + 4 * m + j
-                steps[:, step] += own[:, i] << q if bits == 1 else own[:, i] & 3
-                at.append((32 * group + i, len(stream) + step, bits, q if bits == 1 else own[:, i] >> 2))
-            stream += list(steps.t())
-    for column, step, bits, e in at:
-        w = sum(stream[(step + k) % len(stream)] << 2 * k for k in range(6))
-        i0, i1, i2 = w >> 4 & 15, (w ^ w >> 8) & 15, (w >> 3 ^ w >> 8) & 15
-        first = {1: 0, 2: 6, 3: 9, 4: 13}[bits] + (3 * e if bits == 1 else 0)
-        level = table[first, i0] + table[first + 1, i1] + table[first + 2 + (e if bits == 3 else 0), i2]
-        if bits == 4:
-            level = level + table[16, e + (i1 & 12)]
-        values[:, column] = ((level + 128) % 256 - 128) / 32
+            steps.index_add_(1, step, own << q if bits == 1 else own & 3)
+            begin = sum(each.shape[1] for each in stream)
+            at.append(torch.stack([32 * group + _VALUE, begin + step, torch.full_like(q, bits), q]))
+            stream.append(steps)
+    if not at:
+        return values
+    ring, (column, step, bits, q) = torch.cat(stream, 1), torch.cat(at, 1)
+    w = sum(ring.roll(-k, 1) << 2 * k for k in range(6))[:, step]
+    i0, i1, i2 = w >> 4 & 15, (w ^ w >> 8) & 15, (w >> 3 ^ w >> 8) & 15
+    e = torch.where(bits == 1, 0, codes[:, column].long() >> 2)
+    table, first = levels.long(), torch.tensor([0, 0, 6, 9, 13])[bits] + torch.where(bits == 1, 3 * q, 0)
+    level = table[first, i0] + table[first + 1, i1] + table[first + 2 + torch.where(bits == 3, e, 0), i2]
+    level += torch.where(bits == 4, table[16, torch.where(bits == 4, e, 0) + (i1 & 12)], 0)
+    values[:, column] = ((level + 128) % 256 - 128).double() / 32
     return values
 
 
