@@ -16,7 +16,7 @@ import torch
 from ._version import __version__
 from .fidelity import embed_sentences, read_sentences, sentence_fidelity
 from .fidelity.sentences import pooling_of
-from .io.atomic import check_writable
+from .io.atomic import new_file
 from .methods.calibration import Calibration, CalibrationSummary
 from .methods.metric_allocation import input_frequencies
 from .models.calibrate import calibrate, check_calibration, self_calibrate
@@ -25,7 +25,7 @@ from .models.checkpoint import model_bytes
 from .models.find_table import other_tables
 from .models.fisher_file import load_fisher
 from .models.held_out import held_out_divergence
-from .models.loading import load_model, load_tokenizer
+from .models.loading import load_model, load_tokenizer, required_tokenizer
 from .models.plan import NOT_CALIBRATED, calibration_serves, plan_tables, token_rows, tokens_read
 from .models.quantizer import install
 from .models.report import Report, TableReport, name_of, public_name
@@ -291,17 +291,8 @@ def count_files(
         FileExistsError: ``output`` exists and ``overwrite`` is False, or it is one of the sources.
         OSError: ``output`` cannot be written.
     """
-    sources, path = list(sources), Path(output).resolve()
-    if any(path == Path(source).resolve() for source in sources):
-        raise FileExistsError(f"output: {output} is the text to read; choose another name")
-    check_writable(output, "output")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"output: {output} exists; choose another name, or pass --overwrite")
-    tokenizer = load_tokenizer(model)
-    if tokenizer is None:
-        raise FileNotFoundError(
-            f"tokenizer: expected a directory with one, or a name on the hub, found none at {model}"
-        )
+    sources = list(sources)
+    path, tokenizer = new_file(output, sources, overwrite), required_tokenizer(model)
     texts = itertools.chain.from_iterable(read_texts(source, errors=errors) for source in sources)
     counts = count_tokens(texts, tokenizer, progress=progress)
     counts.save(path)
@@ -347,22 +338,14 @@ def calibrate_files(
         FileExistsError: ``output`` exists and ``overwrite`` is False, or it is one of the sources.
         OSError: ``output`` cannot be written.
     """
-    sources, parts, path = list(sources), list(add), Path(output).resolve()
+    sources, parts = list(sources), list(add)
     if own_samples and sources:
         raise ValueError("text: expected none with samples of the model itself, got both")
     if not (own_samples or sources or parts):
         raise ValueError("text: expected a source of text, samples of the model (--self), or files to add")
-    if any(path == Path(source).resolve() for source in sources):
-        raise FileExistsError(f"output: {output} is the text to read; choose another name")
-    check_writable(output, "output")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"output: {output} exists; choose another name, or pass --overwrite")
+    path = new_file(output, sources, overwrite)
     found: list[Calibration] = [Calibration.load(each) for each in parts]
-    tokenizer = load_tokenizer(model)
-    if tokenizer is None and sources:
-        raise FileNotFoundError(
-            f"tokenizer: expected a directory with one, or a name on the hub, found none at {model}"
-        )
+    tokenizer = required_tokenizer(model) if sources else load_tokenizer(model)
     loaded = load_model(model)
     for each in found:
         check_calibration(each, loaded, tokenizer)

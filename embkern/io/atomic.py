@@ -13,7 +13,7 @@ import secrets
 import shutil
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 try:
@@ -104,6 +104,29 @@ def check_writable(path: str | os.PathLike, argument: str) -> None:
     if os.path.ismount(resolved):
         raise OSError(errno.EBUSY, f"{argument}: a mount point cannot be replaced", str(path))
     _try_to_create(resolved, path, argument)
+
+
+def new_file(
+    output: str | os.PathLike, sources: Iterable[str | os.PathLike], overwrite: bool = False
+) -> Path:
+    """Return the path of a file to make of texts; for use before the work whose result it will hold.
+
+    Args:
+        output: where the file will be written.
+        sources: the texts, none of which it may replace.
+        overwrite: whether it may replace another file.
+
+    Raises:
+        FileExistsError: ``output`` exists and ``overwrite`` is False, or it is one of the sources.
+        FileNotFoundError, IsADirectoryError, OSError: as ``check_writable``.
+    """
+    path = Path(output).resolve()
+    if any(path == Path(source).resolve() for source in sources):
+        raise FileExistsError(f"output: {output} is the text to read; choose another name")
+    check_writable(output, "output")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"output: {output} exists; choose another name, or pass --overwrite")
+    return path
 
 
 def check_writable_directory(path: str | os.PathLike, argument: str) -> None:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from ..io.atomic import check_writable
+from ..io.atomic import new_file
 from ..io.tensor_format import TensorFormat
 from ..text.reading import read_texts
 from .fisher import fisher_weights
-from .loading import load_model, load_tokenizer
+from .loading import load_model, required_tokenizer
 
 FORMAT = TensorFormat("embkern.fisher/1", "Fisher weights", required=("weights",), settings=("facts",))
 
@@ -72,17 +71,8 @@ def fisher_files(
         FileExistsError: ``output`` exists and ``overwrite`` is False, or it is one of the sources.
         OSError: ``output`` cannot be written.
     """
-    sources, path = list(sources), Path(output).resolve()
-    if any(path == Path(source).resolve() for source in sources):
-        raise FileExistsError(f"output: {output} is the text to read; choose another name")
-    check_writable(output, "output")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"output: {output} exists; choose another name, or pass --overwrite")
-    tokenizer = load_tokenizer(model)
-    if tokenizer is None:
-        raise FileNotFoundError(
-            f"tokenizer: expected a directory with one, or a name on the hub, found none at {model}"
-        )
+    sources = list(sources)
+    path, tokenizer = new_file(output, sources, overwrite), required_tokenizer(model)
     texts = itertools.chain.from_iterable(read_texts(source, errors=errors) for source in sources)
     settings: dict[str, Any] = {"tokens": tokens, "head": head, "max_length": length, "seed": seed}
     weights = fisher_weights(load_model(model), tokenizer, texts, progress=progress, **settings)

@@ -62,6 +62,16 @@ def _check_loaded(model: PreTrainedModel, missing: set[str]) -> None:
         raise ValueError(f"the checkpoint does not hold {', '.join(lost)}")
 
 
+def required_tokenizer(name: str | os.PathLike) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model as ``load_tokenizer`` does; raise FileNotFoundError if there is none."""
+    tokenizer = load_tokenizer(name)
+    if tokenizer is None:
+        raise FileNotFoundError(
+            f"tokenizer: expected a directory with one, or a name on the hub, found none at {name}"
+        )
+    return tokenizer
+
+
 def load_tokenizer(name: str | os.PathLike) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer of a model; return None if there is none.
 
