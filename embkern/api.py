@@ -19,6 +19,7 @@ from .fidelity.sentences import pooling_of
 from .io.atomic import new_file
 from .methods.calibration import Calibration, CalibrationSummary
 from .methods.metric_allocation import input_frequencies
+from .models.body_config import is_compressed
 from .models.calibrate import calibrate, check_calibration, self_calibrate
 from .models.calibrate.choice import Choice, choose_calibration
 from .models.checkpoint import model_bytes
@@ -261,7 +262,7 @@ def export_dense(directory: str | os.PathLike, output: str | os.PathLike, *, ove
         save(decode_bag(load_static(directory)), output)
         return
     model = load_model(directory)
-    if getattr(model, "hf_quantizer", None) is None:
+    if not is_compressed(model):
         raise ValueError(f"model: expected one compressed by embkern, got a dense one: {directory}")
     save(model.dequantize(), output, source=os.fspath(directory), tokenizer=load_tokenizer(directory))
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from .fidelity import compare_tables, embed_sentences, read_sentences, sentence_fidelity
 from .fidelity.sentences import pooling_of
 from .io.atomic import check_writable
+from .models.body_config import is_compressed
 from .models.checkpoint import model_bytes, stored_table
 from .models.find_table import find_table, input_embeddings, other_tables
 from .models.loading import load_model, load_tokenizer
@@ -182,7 +183,7 @@ def evaluate(
     compressed, dense = load_model(directory), load_model(against)
     embedding, table = input_embeddings(compressed), find_table(dense).weight.detach()
     if not isinstance(embedding, CompressedEmbedding):
-        found = "a dense one" if getattr(compressed, "hf_quantizer", None) is None else "a dense input table"
+        found = "a dense input table" if is_compressed(compressed) else "a dense one"
         raise ValueError(f"model: expected one compressed by embkern, got {found}: {directory}")
     if tuple(table.shape) != (embedding.num_embeddings, embedding.embedding_dim):
         raise ValueError(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..io.atomic import check_writable
+from ..models.body_config import is_compressed
 from ..models.loading import load_model
 
 if TYPE_CHECKING:
@@ -25,6 +26,6 @@ def check_file(output: str | os.PathLike, overwrite: bool) -> None:
 def load_compressed(directory: str | os.PathLike) -> PreTrainedModel:
     """Load a compressed model; raise ValueError for a dense one."""
     model = load_model(directory)
-    if getattr(model, "hf_quantizer", None) is None:
+    if not is_compressed(model):
         raise ValueError(f"model: expected one compressed by embkern, got a dense one: {directory}")
     return model

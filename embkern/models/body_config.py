@@ -56,11 +56,16 @@ def body_as_json(body: QuantizationConfigMixin | None) -> dict[str, Any] | None:
     return None if body is None else json.loads(json.dumps(body.to_dict(), default=str))
 
 
+def is_compressed(model: PreTrainedModel) -> bool:
+    """Return whether the quantiser of a model is embkern's: those of other libraries know no tables."""
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    return quantizer is not None and method_of(quantizer.quantization_config) == QUANT_METHOD
+
+
 def body_of(model: PreTrainedModel) -> Any:
     """Return the quantiser (``HfQuantizer``) of another library that quantised a model's layers, or None."""
     quantizer: Any = getattr(model, "hf_quantizer", None)
-    ours = quantizer is not None and method_of(quantizer.quantization_config) == QUANT_METHOD
-    return quantizer.body if ours else quantizer
+    return quantizer.body if is_compressed(model) else quantizer
 
 
 def plain_parts(tensor: Tensor) -> list[Tensor]:

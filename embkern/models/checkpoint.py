@@ -17,7 +17,7 @@ from ..nn.base import CompressedHead
 from ..nn.table_module import ADJUSTMENT, GUARD, TableModule
 from ..ops.backends import DTYPES
 from ..tables import Table
-from .body_config import plain_parts
+from .body_config import is_compressed, plain_parts
 from .config import TableState
 from .static_embeddings import is_static
 from .swap import canonical_name, compressed_embedding, table_modules, table_roots
@@ -46,8 +46,7 @@ def model_bytes(model: PreTrainedModel) -> int:
 
 def _shared_bytes(model: PreTrainedModel, tables: dict[str, Table]) -> int:
     """Return the bytes of tensors of tables that are those of another table."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    states = {} if quantizer is None else quantizer.quantization_config.states
+    states = model.hf_quantizer.quantization_config.states if is_compressed(model) else {}
     return sum(
         tables[name].tensors()[each].nbytes
         for name, state in states.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ T = pytest.importorskip("transformers")
 
 import embkern
 from embkern import EmbkernConfig, PackedEmbedding, PackedHead
-from embkern.models.body_config import parse_body
+from embkern.models.body_config import is_compressed, parse_body
+from embkern.models.checkpoint import model_bytes
 from embkern.models.find_table import UnsupportedModelError
 from tests.example_models import V, outputs
 
@@ -67,6 +69,14 @@ def load(path, **options: Any) -> Any:
 
 def linear(model) -> torch.Tensor:
     return model.model.layers[0].self_attn.q_proj.weight
+
+
+def test_a_model_that_another_library_quantised_is_not_compressed():
+    model = build(tied=True)
+    before = model_bytes(model)
+    model.hf_quantizer = SimpleNamespace(quantization_config=SimpleNamespace(quant_method="torchao"))
+    assert not is_compressed(model)
+    assert model_bytes(model) == before
 
 
 @slow
