@@ -173,7 +173,7 @@ def _train(
             loss.backward()
             optimizer.step()
         scheduler.step()
-        errors.append(_direction_error(model, table, weights))
+        errors.append(direction_error_of(model, table, weights))
         if not math.isfinite(errors[-1]):
             raise RuntimeError(
                 f"nonlinear_autoencoder: the direction error is {errors[-1]}; training diverged, "
@@ -186,7 +186,8 @@ def _train(
 
 
 @torch.no_grad()
-def _direction_error(model: _Autoencoder, table: Tensor, weights: Tensor) -> float:
+def direction_error_of(model: _Autoencoder, table: Tensor, weights: Tensor) -> float:
+    """Return the mean of 1 - cos over the rows of a table with weights."""
     cosine = [F.cosine_similarity(rows.float(), model(rows.float()), eps=1e-30) for rows in blocks(table)]
     return float(weights.double() @ (1 - torch.cat(cosine)).double() / len(table))
 
