@@ -19,14 +19,13 @@ from .fidelity.sentences import pooling_of
 from .io.atomic import new_file
 from .methods.calibration import Calibration, CalibrationSummary
 from .methods.metric_allocation import input_frequencies
-from .models.body_config import is_compressed
 from .models.calibrate import calibrate, check_calibration, self_calibrate
 from .models.calibrate.choice import Choice, choose_calibration
 from .models.checkpoint import model_bytes
 from .models.find_table import other_tables
 from .models.fisher_file import load_fisher
 from .models.held_out import held_out_divergence
-from .models.loading import load_model, load_tokenizer, required_tokenizer
+from .models.loading import load_compressed, load_model, load_tokenizer, required_tokenizer
 from .models.plan import NOT_CALIBRATED, calibration_serves, plan_tables, token_rows, tokens_read
 from .models.quantizer import install
 from .models.report import Report, TableReport, name_of, public_name
@@ -261,9 +260,7 @@ def export_dense(directory: str | os.PathLike, output: str | os.PathLike, *, ove
     if is_static_folder(directory):
         save(decode_bag(load_static(directory)), output)
         return
-    model = load_model(directory)
-    if not is_compressed(model):
-        raise ValueError(f"model: expected one compressed by embkern, got a dense one: {directory}")
+    model = load_compressed(directory)
     save(model.dequantize(), output, source=os.fspath(directory), tokenizer=load_tokenizer(directory))
 
 
@@ -293,7 +290,7 @@ def count_files(
         OSError: ``output`` cannot be written.
     """
     sources = list(sources)
-    path, tokenizer = new_file(output, sources, overwrite), required_tokenizer(model)
+    path, tokenizer = new_file(output, overwrite, sources=sources), required_tokenizer(model)
     texts = itertools.chain.from_iterable(read_texts(source, errors=errors) for source in sources)
     counts = count_tokens(texts, tokenizer, progress=progress)
     counts.save(path)
@@ -344,7 +341,7 @@ def calibrate_files(
         raise ValueError("text: expected none with samples of the model itself, got both")
     if not (own_samples or sources or parts):
         raise ValueError("text: expected a source of text, samples of the model (--self), or files to add")
-    path = new_file(output, sources, overwrite)
+    path = new_file(output, overwrite, sources=sources)
     found: list[Calibration] = [Calibration.load(each) for each in parts]
     tokenizer = required_tokenizer(model) if sources else load_tokenizer(model)
     loaded = load_model(model)

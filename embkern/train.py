@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, Field
 
-from .io.atomic import check_writable
+from .io.atomic import new_file
 from .io.mapped_table import TableFile
 from .methods.sharded import SHARDS, TIMEOUT, World, joined, launched
 from .recipe import Recipe
@@ -152,9 +152,6 @@ def _device(name: str | None) -> torch.device:
 
 def _check_output(output: str | os.PathLike, overwrite: bool, table: str | os.PathLike) -> None:
     """Raise unless the factors may be written to ``output``."""
-    path = Path(output).resolve()
-    if path == Path(table).resolve():
+    if Path(output).resolve() == Path(table).resolve():
         raise ValueError(f"output: {output} is the table to read; choose another name")
-    check_writable(output, "output")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"output: {output} exists; choose another name, or pass --overwrite")
+    new_file(output, overwrite)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..io.atomic import replacing
+from ..io.atomic import new_file, replacing
 from ..io.optional import require
+from ..models.loading import load_compressed
 from .block_quantized import BLOCK, check_bits
-from .checks import check_file, load_compressed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +47,7 @@ def export_gguf(
     """
     gguf = require("gguf", "interop")
     check_bits(bits)
-    check_file(output, overwrite)
+    new_file(output, overwrite)
     model = load_compressed(directory)
     _check_model(model)
     name = ARCHITECTURES[model.config.model_type]

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..io.atomic import replacing
+from ..io.atomic import new_file, replacing
 from ..io.optional import require
 from ..models.inference import evaluating, longest_input
+from ..models.loading import load_compressed
 from ..ops import DECOMPOSITIONS
 from .block_quantized import check_bits, use_blocks
-from .checks import check_file, load_compressed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,7 +58,7 @@ def export_onnx(
     require("onnxscript", "interop")
     if bits is not None:
         check_bits(bits)
-    check_file(output, overwrite)
+    new_file(output, overwrite)
     model = load_compressed(directory)
     if bits is not None or model.dtype == torch.bfloat16:
         model.float()

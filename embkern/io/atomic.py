@@ -107,26 +107,32 @@ def check_writable(path: str | os.PathLike, argument: str) -> None:
 
 
 def new_file(
-    output: str | os.PathLike, sources: Iterable[str | os.PathLike], overwrite: bool = False
+    path: str | os.PathLike,
+    overwrite: bool,
+    argument: str = "output",
+    sources: Iterable[str | os.PathLike] = (),
 ) -> Path:
-    """Return the path of a file to make of texts; for use before the work whose result it will hold.
+    """Return the resolved path of a file to make; for use before the work whose result it will hold.
 
     Args:
-        output: where the file will be written.
-        sources: the texts, none of which it may replace.
+        path: where the file will be written.
         overwrite: whether it may replace another file.
+        argument: name of the argument, for the error message.
+        sources: texts that it may not replace in any case.
 
     Raises:
-        FileExistsError: ``output`` exists and ``overwrite`` is False, or it is one of the sources.
+        FileExistsError: ``path`` exists and ``overwrite`` is False, or it is one of the sources.
         FileNotFoundError, IsADirectoryError, OSError: as ``check_writable``.
     """
-    path = Path(output).resolve()
-    if any(path == Path(source).resolve() for source in sources):
-        raise FileExistsError(f"output: {output} is the text to read; choose another name")
-    check_writable(output, "output")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"output: {output} exists; choose another name, or pass --overwrite")
-    return path
+    resolved = Path(path).resolve()
+    if any(resolved == Path(source).resolve() for source in sources):
+        raise FileExistsError(f"{argument}: {path} is the text to read; choose another name")
+    check_writable(path, argument)
+    if resolved.exists() and not overwrite:
+        raise FileExistsError(
+            f"{argument}: {path} exists; choose another name, or pass overwrite (--overwrite)"
+        )
+    return resolved
 
 
 def check_writable_directory(path: str | os.PathLike, argument: str) -> None:

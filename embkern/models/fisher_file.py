@@ -72,7 +72,7 @@ def fisher_files(
         OSError: ``output`` cannot be written.
     """
     sources = list(sources)
-    path, tokenizer = new_file(output, sources, overwrite), required_tokenizer(model)
+    path, tokenizer = new_file(output, overwrite, sources=sources), required_tokenizer(model)
     texts = itertools.chain.from_iterable(read_texts(source, errors=errors) for source in sources)
     settings: dict[str, Any] = {"tokens": tokens, "head": head, "max_length": length, "seed": seed}
     weights = fisher_weights(load_model(model), tokenizer, texts, progress=progress, **settings)

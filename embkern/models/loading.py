@@ -10,6 +10,7 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from ..io.errors import reason_of
+from .body_config import is_compressed
 from .config import check_config
 from .find_table import input_or_none, output_or_none
 
@@ -60,6 +61,14 @@ def _check_loaded(model: PreTrainedModel, missing: set[str]) -> None:
     lost = sorted(key for key in missing if key.rpartition(".")[0] in names)
     if lost:
         raise ValueError(f"the checkpoint does not hold {', '.join(lost)}")
+
+
+def load_compressed(name: str | os.PathLike) -> PreTrainedModel:
+    """Load a compressed model as ``load_model`` does; raise ValueError for a dense one."""
+    model = load_model(name)
+    if not is_compressed(model):
+        raise ValueError(f"model: expected one compressed by embkern, got a dense one: {name}")
+    return model
 
 
 def required_tokenizer(name: str | os.PathLike) -> PreTrainedTokenizerBase:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..io.atomic import check_writable
+from ..io.atomic import new_file
 from ..methods.base import table_checksum
 from ..recipe import Recipe
 from ..tables import Table
@@ -40,9 +39,7 @@ def check_keeps_unseen(
         )
     if len(plans) > 1:
         raise ValueError(f"keep_unseen: expected one table to compress, got {len(plans)}")
-    check_writable(path, "keep_unseen")
-    if Path(path).exists() and not overwrite:
-        raise FileExistsError(f"keep_unseen: {path} exists; choose another name, or pass --overwrite")
+    new_file(path, overwrite, "keep_unseen")
 
 
 def keep_unseen_rows(path: str | os.PathLike, table: ModelTable, compressed: Table) -> str:

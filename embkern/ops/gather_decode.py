@@ -200,15 +200,16 @@ def decode_rows(
     chosen = select(op_of("gather_decode", packed[3]), device_type, scales.dtype, backend, regime)
     try:
         autograd = needs_autograd(scales, basis, offset)
-        if chosen == "native" and on_cpu:  # The native CPU op checks its arguments itself.
+        if chosen == "native" and on_cpu:  # The native CPU op checks its arguments itself, and takes strides.
             if not (autograd or is_compiling()):
                 return _NATIVE(ids, *packed, embedding_dim, scale)
-        elif check:
-            _check(ids, PackedTensors(*packed), embedding_dim)
         else:
-            _check_ids(ids, scales)
-        if chosen == "triton" or (chosen == "native" and not on_cpu):
-            ids, packed = ids.contiguous(), PackedTensors(*packed).contiguous()
+            if check:
+                _check(ids, PackedTensors(*packed), embedding_dim)
+            else:
+                _check_ids(ids, scales)
+            if chosen != "torch":
+                ids, packed = ids.contiguous(), PackedTensors(*packed).contiguous()
         if autograd:
             padding = _NO_PADDING if padding_idx is None else padding_idx % len(scales)
             rows: Tensor = apply(GatherDecode, ids, *packed, embedding_dim, scale, padding, chosen)

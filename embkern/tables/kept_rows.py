@@ -28,12 +28,8 @@ class Taken(NamedTuple):
 class KeptRowsTable(RowTable):
     """Base of the (V, H) tables that store K rows, in any form, and what the ids of all others get.
 
-    Id i has the kept row k where ``kept_ids[k] == i``. What the other ids get is ``unknown``:
-
-    - ``mean``: one row for all of them;
-    - ``nearest``: a kept row for each, number ``nearest_kept[j]`` for the j-th id that is not kept;
-    - ``error``: a layer's lookup raises IndexError, as with an id of V or above. Logits of a head are the
-      least number of their dtype, so that such a token is never predicted. Decoded rows are zero.
+    Id i has the kept row k where ``kept_ids[k] == i``; ``unknown`` says what the other ids get, as in
+    ``PrunedTable``.
 
     Attributes:
         kept_ids: (K,) int32, ascending.

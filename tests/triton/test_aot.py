@@ -11,15 +11,13 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from triton.backends.compiler import GPUTarget
-from triton.compiler import make_backend
-from triton.runtime.jit import create_function_from_signature
 
 from embkern.ops.reference import MEAN, NONE
 from embkern.triton import aot
 from embkern.triton import launch as launching
 from embkern.triton.aot import LossShape, Shape, launches
 from embkern.triton.tiles import LENGTHS, REPRESENTATIVE, TILES, Device, shared_estimate, tile_of
+from tests.triton.launching import assert_specialised_as_at_run_time
 
 pytestmark = pytest.mark.slow
 
@@ -109,17 +107,7 @@ def test_the_rows_of_the_loss_are_loaded_16_bytes_at_a_time_into_registers(rows)
     "shape", [ALIGNED, Shape(4, 75, 77, torch.float16, torch.int32), EVERYTHING, ROWS], ids=str
 )
 def test_a_launch_compiles_as_triton_itself_would(shape):
-    """Types, constants and alignment are those that the launcher of Triton derives from the arguments."""
-    backend = make_backend(GPUTarget("cuda", 90, 32))
-    for launch in launches(shape, REPRESENTATIVE[90]):
-        binder = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
-        bound, specialization, _ = binder(**launch.arguments, **launch.options)
-        signature, constants, attributes = launch.specialization()
-        assert signature == dict(zip(bound, (kind for kind, _ in specialization), strict=True))
-        for position, (kind, detail) in enumerate(specialization):
-            assert ((position,) in constants) == (kind == "constexpr")
-            if kind != "constexpr":
-                assert backend.parse_attr(detail or "") == attributes.get((position,), [])
+    assert_specialised_as_at_run_time(launches(shape, REPRESENTATIVE[90]))
 
 
 def test_the_report_is_printed_and_written(tmp_path, monkeypatch, capsys, rows):

@@ -7,13 +7,11 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from triton.backends.compiler import GPUTarget
-from triton.compiler import make_backend
-from triton.runtime.jit import create_function_from_signature
 
 from embkern.triton import aot
 from embkern.triton.aot import PackedShape, launches
 from embkern.triton.tiles import REPRESENTATIVE
+from tests.triton.launching import assert_specialised_as_at_run_time
 from tests.triton.test_aot import TENSOR_CORE
 
 pytestmark = pytest.mark.slow
@@ -70,14 +68,4 @@ def test_a_table_without_a_basis_is_one_launch():
 
 @pytest.mark.parametrize("shape", [BASE, PackedShape(4, 96, 97, torch.float64, torch.int32)], ids=str)
 def test_a_launch_compiles_as_triton_itself_would(shape):
-    """Types, constants and alignment are those that the launcher of Triton derives from the arguments."""
-    backend = make_backend(GPUTarget("cuda", 90, 32))
-    for launch in launches(shape, REPRESENTATIVE[90]):
-        binder = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
-        bound, specialization, _ = binder(**launch.arguments, **launch.options)
-        signature, constants, attributes = launch.specialization()
-        assert signature == dict(zip(bound, (kind for kind, _ in specialization), strict=True))
-        for position, (kind, detail) in enumerate(specialization):
-            assert ((position,) in constants) == (kind == "constexpr")
-            if kind != "constexpr":
-                assert backend.parse_attr(detail or "") == attributes.get((position,), [])
+    assert_specialised_as_at_run_time(launches(shape, REPRESENTATIVE[90]))

@@ -2,7 +2,7 @@
 // tiers, levels, scales and, if present, basis and offset; its output is (N, H).
 #include "cuda/gather_decode.cuh"
 
-#include "arguments.h"
+#include "packed_arrays.h"
 
 namespace {
 
@@ -20,9 +20,7 @@ template <class T>
 void call(const Header& header) {
   DecodeProblem<T> problem{};
   Array<char> ids(header.count * (header.wide_ids ? 8 : 4));
-  Array<int32_t> records(header.words), directory(ceil_div(header.num_embeddings, kGroup) * kEntry);
-  Array<uint8_t> tiers(header.tiers * (1 + header.groups));
-  Array<int8_t> levels(kLevels);
+  emulator::PackedArrays table(header);
   Array<T> scales(header.num_embeddings, header.misaligned);
   Array<T> basis(header.terms * header.width, header.misaligned);
   Array<T> offset(header.has_offset ? header.width : 0, header.misaligned);
@@ -33,14 +31,7 @@ void call(const Header& header) {
   problem.ids = ids.read().data();
   problem.wide_ids = header.wide_ids;
   problem.count = header.count;
-  problem.table = {records.read().data(),
-                   directory.read().data(),
-                   tiers.read().data(),
-                   levels.read().data(),
-                   header.words,
-                   header.num_embeddings,
-                   static_cast<int>(header.tiers),
-                   static_cast<int>(header.groups)};
+  problem.table = table.read();
   problem.width = static_cast<int>(header.width);
   problem.terms = static_cast<int>(header.terms);
   problem.scales = scales.read().data();

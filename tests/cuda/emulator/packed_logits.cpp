@@ -3,7 +3,7 @@
 // fp32 unless hidden or scales are of fp64.
 #include "cuda/packed_logits.cuh"
 
-#include "arguments.h"
+#include "packed_arrays.h"
 
 namespace {
 
@@ -20,9 +20,7 @@ void call(const Header& header) {
   constexpr int64_t kSizes[] = {4, 8, 2, 2};
   LogitsProblem<T, A> problem{};
   Array<char> hidden(header.count * header.width * kSizes[header.hidden_dtype]);
-  Array<int32_t> records(header.words), directory(ceil_div(header.num_embeddings, kGroup) * kEntry);
-  Array<uint8_t> tiers(header.tiers * (1 + header.groups));
-  Array<int8_t> levels(kLevels);
+  emulator::PackedArrays table(header);
   Array<T> scales(header.num_embeddings), basis(header.terms * header.width);
   Array<T> offset(header.has_offset ? header.width : 0);
   Array<char> logits(header.count * header.num_embeddings * kSizes[header.hidden_dtype]);
@@ -30,14 +28,7 @@ void call(const Header& header) {
   problem.hidden = hidden.read().data();
   problem.element = static_cast<Element>(header.hidden_dtype);
   problem.count = header.count;
-  problem.table = {records.read().data(),
-                   directory.read().data(),
-                   tiers.read().data(),
-                   levels.read().data(),
-                   header.words,
-                   header.num_embeddings,
-                   static_cast<int>(header.tiers),
-                   static_cast<int>(header.groups)};
+  problem.table = table.read();
   problem.width = static_cast<int>(header.width);
   problem.terms = static_cast<int>(header.terms);
   problem.scales = scales.read().data();
