@@ -20,7 +20,7 @@ from typing import Any
 from .lines import FILE, all_lines, environment_of, left_over
 from .packages import SITE
 from .processes import PASSED, SHORTEST, SKIPPED, UNNECESSARY, Result, run_stage
-from .table import report, test_counts
+from .table import counts_of_tests, report
 
 LOG, ARCHIVE = "gpu_check.log", "gpu_check.tar.gz"
 SHOWN, SHOWN_IN_ALL = 1200, 3000  # characters of the ends of stages that did not pass, below the table
@@ -93,7 +93,7 @@ class Run:
             "command": self.command,
             "environment": found,
             "stages": [asdict(result) for result in self.results],
-            "tests": test_counts(lines),
+            "tests": counts_of_tests(lines),
             "left_over": left_over(lines),
             "lines": [line for line in lines if not {"environment", "planned", "test"} & line.keys()],
         }
@@ -102,6 +102,9 @@ class Run:
         text = ",\n".join(f"  {json.dumps(row)}" for row in rows)
         temporary.write_text(head.replace('"lines": 0', f'"lines": [\n{text}\n ]') + "\n")
         temporary.replace(path)
+        for other in self.out.glob("gpu_check_*.json"):
+            if other != path:  # of a stage before the device was known
+                other.unlink()
         self.archive()
         return path
 

@@ -1,7 +1,8 @@
-"""Stage 6: the tests marked gpu, several files at once, with a line per test as it ends.
+"""Stage 6: the tests marked gpu in several processes, with a line per test as it ends.
 
-A file's tests run in one process, after one another, as far as xdist is installed. A process whose CUDA
-context is lost ends (tests/conftest.py), and a new one takes the tests that are left.
+With xdist, each process takes files in a row, so that it compiles a kernel once, and one that is done takes
+tests from the others: the largest file is ten times the smallest. A process whose CUDA context is lost ends
+(tests/conftest.py), and a new one takes its tests.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from .lines import TEST, append, plan
 # Folders of tests marked gpu that need only what the kernels need, and those that need more.
 TESTS = ("tests/cuda", "tests/ops", "tests/triton")
 TESTS_OF_METHODS = ("tests/methods/autoencoder/test_graph.py",)
-REHEARSED = ("tests/ops/test_backends.py", "tests/ops/test_packed_format.py")
+PROCESSES = 14
+REHEARSED = ("tests/ops/test_backends.py", "tests/ops/test_arguments.py")
 
 
 class Recorder:
@@ -48,7 +50,8 @@ class Recorder:
         if report.when == "call" or report.outcome != "passed":
             line = {TEST: report.nodeid, "status": report.outcome, "seconds": round(report.duration, 2)}
             if report.failed:
-                line["why"] = str(report.longrepr).strip().splitlines()[-1:]
+                crash = getattr(report.longrepr, "reprcrash", None)
+                line["why"] = str(crash.message if crash else report.longrepr).strip().partition("\n")[0]
             append(self.results, line)
 
 
@@ -72,8 +75,8 @@ def workers() -> list[str]:
     """Return pytest's options for several processes, each with its own CUDA context."""
     if not importlib.util.find_spec("xdist"):
         return []
-    count = max(2, min(12, (os.cpu_count() or 1) - 2))
-    return ["-n", str(count), "--dist", "loadfile", "--max-worker-restart", "40"]
+    count = max(2, min(PROCESSES, (os.cpu_count() or 1) - 2))
+    return ["-n", str(count), "--dist", "worksteal", "--max-worker-restart", "40"]
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def _headlines(lines: Lines) -> list[str]:
     return ["", "headline: embkern, times as fast as", *printed] if printed else []
 
 
-def test_counts(lines: Lines) -> dict[str, int]:
+def counts_of_tests(lines: Lines) -> dict[str, int]:
     """Return how many tests passed, failed and were skipped, and how many are left over."""
     found: dict[str, str] = {}
     for line in lines:
@@ -119,13 +119,16 @@ def test_counts(lines: Lines) -> dict[str, int]:
 
 
 def _tests(lines: Lines) -> list[str]:
-    failed = {
-        line[TEST]: line.get("why") for line in lines if line.get("status") == "failed" and TEST in line
-    }
-    counts = test_counts(lines)
+    counts = counts_of_tests(lines)
     if not counts:
         return []
-    printed = [f"FAILED: {name}: {' '.join(why or [])}"[:200] for name, why in list(failed.items())[:SHOWN]]
+    failed: dict[str, str] = {}
+    for line in lines:
+        if TEST in line and line["status"] == "failed":  # the first reason; a lost process is a second one
+            failed.setdefault(line[TEST], line.get("why", ""))
+    printed = [
+        f"FAILED: {name.rpartition('/')[2]}: {why}"[:200] for name, why in list(failed.items())[:SHOWN]
+    ]
     return ["", "tests: " + ", ".join(f"{count} {what}" for what, count in counts.items()), *printed]
 
 

@@ -116,7 +116,7 @@ def test_a_failed_stage_stops_no_other(tmp_path, monkeypatch, capsys):
     tests = APPEND + (
         "plan(results, 'test', ['a', 'b', 'c'])\n"
         "append(results, dict(test='a', status='passed'))\n"
-        "append(results, dict(test='b', status='failed', why=['assert 1']))"
+        "append(results, dict(test='b', status='failed', why='assert 1'))"
     )
     stages = stubs(
         ("1 kernels", kernels),
