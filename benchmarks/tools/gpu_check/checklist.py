@@ -31,47 +31,36 @@ def checklist(options: argparse.Namespace) -> list[Stage]:
         return python("-m", f"benchmarks.tools.gpu_check.{name}", *arguments, *rehearse)
 
     def benchmark(name: str, *arguments: str) -> list[str]:
-        common = ["--device", device, "--quick", "--no-compile", *limit]
-        return python("-m", "benchmarks", name, *common, *arguments)
+        given = ["--device", device, "--quick", "--no-compile", *limit, *arguments]
+        return python("-m", "benchmarks", name, *given)
 
+    common = [*results, *limit]
     recipe = ["--tables", "minilm", "--terms", "cosine+power", "--batches", "32"]
+    training = benchmark("train", *recipe)
     stages = [
-        Stage("0 device", "versions, copies, products", tool("device", *results), 40),
+        Stage("0 device", "versions, copies, products", tool("device", *results), 60),
         Stage("0 packages", "install carried wheels", tool("packages"), 15),
-        Stage("0 extension", "load it and run kernels", tool("extension", *carried), 25),
+        Stage("0 extension", "load it and run kernels", tool("extension", *carried), 35),
         Stage("0 build", "else build it first", tool("build"), 120, unless="0 extension"),
-        Stage("1 kernels", "every kernel against float64", tool("smoke", *results, *limit, *only), 100),
-        Stage("2 assertions", "what they must refuse", tool("assertions", *limit), 20),
+        Stage("1 kernels", "every kernel against float64", tool("smoke", *common, *only), 100),
+        Stage("2 assertions", "what they must refuse", tool("assertions", *limit), 30),
     ]
     if not options.smoke:
         stages += [
-            Stage("3 timings", "of kernels that are right", tool("timings", *results, *limit), 60),
-            Stage("3 headlines", "four cells beside eager torch", tool("headlines", *results, *limit), 30),
-            Stage(
-                "3 training",
-                "steps beside the plain loop",
-                benchmark("train", *recipe),
-                20,
-                modules=["pydantic"],
-            ),
-            Stage(
-                "4 compiled",
-                "the four cells, compiled",
-                tool("headlines", "--compiled", *results, *limit),
-                40,
-            ),
-            Stage("5 tiles", "other tiles, against float64", tool("smoke", "--tiles", *results, *limit), 28),
-            Stage("5 tile times", "of those", tool("timings", "--tiles", *results, *limit), 12),
-            Stage("6 tests", "all that are marked gpu", tool("suite", *results), 150),
+            Stage("3 timings", "of kernels that are right", tool("timings", *common), 55),
+            Stage("3 headlines", "four cells beside eager torch", tool("headlines", *common), 30),
+            Stage("3 training", "steps beside the plain loop", training, 20, modules=["pydantic"]),
+            Stage("4 compiled", "the four cells, compiled", tool("headlines", "--compiled", *common), 40),
+            Stage("5 tiles", "other tiles, against float64", tool("smoke", "--tiles", *common), 28),
+            Stage("5 tile times", "of those", tool("timings", "--tiles", *common), 12),
+            Stage("6 tests", "all that are marked gpu", tool("suite", *results), 145),
             Stage("7 build", "from source", tool("build"), 50, unless="0 build"),
-            Stage("8 lookup", "gather_project beside peers", benchmark("gather_project"), 60, least=20),
-            Stage("8 packed", "gather_decode beside peers", benchmark("gather_decode"), 60, least=20),
-            Stage("8 loss", "cosine_mse beside plain torch", benchmark("cosine_mse"), 60, least=20),
+            Stage("8 lookup", "gather_project beside peers", benchmark("gather_project"), 60, optional=True),
+            Stage("8 packed", "gather_decode beside peers", benchmark("gather_decode"), 60, optional=True),
+            Stage("8 loss", "cosine_mse beside plain torch", benchmark("cosine_mse"), 60, optional=True),
         ]
-    if options.rehearse:  # the stages of the end are benchmarks, which have tests of their own on a CPU
-        return [
-            replace(each, seconds=each.seconds * SLOWER) for each in stages if not each.name.startswith("8")
-        ]
+    if options.rehearse:  # the optional ones are benchmarks, which have tests of their own on a CPU
+        return [replace(each, seconds=each.seconds * SLOWER) for each in stages if not each.optional]
     return stages
 
 

@@ -19,9 +19,10 @@ from typing import Any
 
 from .lines import FILE, all_lines, environment_of, left_over
 from .packages import SITE
-from .processes import PASSED, SHORTEST, SKIPPED, UNNECESSARY, Result, run_stage
+from .processes import PASSED, SKIPPED, UNNECESSARY, Result, run_stage
 from .table import counts_of_tests, report
 
+SHORTEST, WORTH_IT = 5.0, 20.0  # seconds below which a stage, or an optional one, is not started
 LOG, ARCHIVE = "gpu_check.log", "gpu_check.tar.gz"
 SHOWN, SHOWN_IN_ALL = 1200, 3000  # characters of the ends of stages that did not pass, below the table
 
@@ -37,7 +38,7 @@ class Stage:
         seconds: after which it is ended.
         unless: a stage that makes this one unnecessary if it passed.
         modules: without which it is skipped.
-        least: seconds below which it is not started.
+        optional: it takes what time is left, if that is worth it, and is not missed.
     """
 
     name: str
@@ -46,7 +47,7 @@ class Stage:
     seconds: float
     unless: str | None = None
     modules: Sequence[str] = ()
-    least: float = SHORTEST
+    optional: bool = False
 
 
 class Run:
@@ -54,7 +55,7 @@ class Run:
 
     def __init__(self, options: argparse.Namespace, command: str) -> None:
         self.options, self.command, self.out = options, command, options.out
-        self.deadline = time.monotonic() + options.limit_seconds
+        self.deadline, self.began = time.monotonic() + options.limit_seconds, time.time()
         self.results: list[Result] = []
         self.variables = _variables(self.out, options.rehearse)
         self.out.mkdir(parents=True, exist_ok=True)
@@ -66,15 +67,16 @@ class Run:
         passed = {result.name for result in self.results if result.status == PASSED}
         reasons = [f"{name} is not installed" for name in stage.modules if not installed(name)]
         limit = min(stage.seconds, self.deadline - time.monotonic())
-        if not reasons and limit < stage.least:
+        if not reasons and limit < (WORTH_IT if stage.optional else SHORTEST):
             reasons.append(f"only {max(0.0, limit):.0f} s were left")
         if stage.unless in passed:
             self.results.append(Result(stage.name, [], UNNECESSARY, tail=f"{stage.unless} passed"))
         elif reasons:
-            self.results.append(Result(stage.name, [], SKIPPED, tail="; ".join(reasons)))
+            status = UNNECESSARY if stage.optional else SKIPPED
+            self.results.append(Result(stage.name, [], status, tail="; ".join(reasons)))
         else:
-            log = self.out / LOG
-            self.results.append(run_stage(stage.name, list(stage.command), limit, self.variables, log))
+            command, log = list(stage.command), self.out / LOG
+            self.results.append(run_stage(stage.name, stage.what, command, limit, self.variables, log))
         self.write()
 
     def passed(self) -> bool:
@@ -109,11 +111,12 @@ class Run:
         return path
 
     def archive(self) -> None:
-        """Write everything in the folder to one archive, which is whole at any time."""
+        """Write all files of this run to one archive, which is whole at any time."""
         temporary = self.out / f".{ARCHIVE}"
         with tarfile.open(temporary, "w:gz") as archive:
             for each in sorted(self.out.iterdir()):
-                if each.is_file() and not each.name.startswith(".") and each.name != ARCHIVE:
+                mine = each.is_file() and each.stat().st_mtime >= self.began - 1
+                if mine and not each.name.startswith(".") and each.name != ARCHIVE:
                     archive.add(each, arcname=f"gpu_check/{each.name}")
         temporary.replace(self.out / ARCHIVE)
 

@@ -63,16 +63,17 @@ def _table(title: str, rows: list[dict[str, Any]], rehearsal: bool) -> list[str]
             more = f" and {len(names) - 2} more" if len(names) > 2 else ""
             printed.append(f"{status.upper()}: {', '.join(names[:2])}{more}: {why}"[:240])
     heading = "".join(f"{kind + ' us':>10}{'floor':>9}{'ratio':>6}" for kind in ("bf16", "fp32"))
-    printed.append(f"{title:46}{'shape':26}{heading}")
+    places = [(row.get("kernel_name", row["name"]), row.get("shape", "")) for row in rows]
+    names, shapes = (max(map(len, each)) + 1 for each in zip(*places, (title, "shape"), strict=True))
+    printed.append(f"{title:{names}}{'shape':{shapes}}{heading}")
     cells: dict[tuple[str, str], dict[str, str]] = {}
-    for row in rows:
-        place = (row.get("kernel_name", row["name"]), row.get("shape", ""))
+    for place, row in zip(places, rows, strict=True):
         cells.setdefault(place, {})["fp32" if row.get("dtype") == "fp32" else "16 bits"] = _cell(
             row, rehearsal
         )
     for (name, shape), each in cells.items():
         figures = "".join(f"{each.get(kind, ''):25}" for kind in ("16 bits", "fp32"))
-        printed.append(f"{name:46}{shape:26}{figures}".rstrip())
+        printed.append(f"{name:{names}}{shape:{shapes}}{figures}".rstrip())
     found = ", ".join(f"{count} {status}" for status, count in counts.most_common())
     return ["", *printed, f"{len(rows)} of {title}: {found}"]
 

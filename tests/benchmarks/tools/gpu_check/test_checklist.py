@@ -43,7 +43,7 @@ def test_without_a_device_it_says_so(tmp_path):
 
 def stage(tmp_path, code, limit=60.0):
     command = [sys.executable, "-c", code]
-    return processes.run_stage("stub", command, limit, {"PYTHONUNBUFFERED": "1"}, tmp_path / "log")
+    return processes.run_stage("stub", "a stub", command, limit, {"PYTHONUNBUFFERED": "1"}, tmp_path / "log")
 
 
 def test_stages_pass_fail_and_end_in_time(tmp_path, monkeypatch, capsys):
@@ -112,6 +112,8 @@ def archived(folder):
 
 
 def test_a_failed_stage_stops_no_other(tmp_path, monkeypatch, capsys):
+    (tmp_path / "older.json").touch()
+    os.utime(tmp_path / "older.json", (0, 0))
     kernels = APPEND + f"plan(results, 'kernel', ['a kernel', 'another'])\nappend(results, {LINE})"
     tests = APPEND + (
         "plan(results, 'test', ['a', 'b', 'c'])\n"
@@ -121,19 +123,21 @@ def test_a_failed_stage_stops_no_other(tmp_path, monkeypatch, capsys):
     stages = stubs(
         ("1 kernels", kernels),
         ("2 extension", "import sys; sys.exit(3)"),
-        ("3 hangs", "import time; time.sleep(60)", {"seconds": 3, "least": 1.0}),
+        ("3 hangs", "import time; time.sleep(60)", {"seconds": 3}),
         ("4 build", "print('built')", {"unless": "2 extension"}),
         ("5 build", "print('never')", {"unless": "4 build"}),
         ("6 tests", tests),
         ("7 module", "print('never')", {"modules": ["no_such_module"]}),
-        ("8 long", "print('never')", {"seconds": 600, "least": 500.0}),
+        ("8 long", "print('never')", {"optional": True}),
         ("9 last", "import os, sys; print(sys.argv[1], os.environ['EMBKERN_RESULTS'])"),
     )
     monkeypatch.setattr(processes, "PATIENCE", 0.2)
+    monkeypatch.setattr(run, "SHORTEST", 1.0)
+    monkeypatch.setattr(run, "WORTH_IT", 500.0)
     monkeypatch.setattr(checklist, "checklist", lambda options: stages)
     assert checklist.main(["--out", str(tmp_path), "--limit-seconds", "400"]) == 1
     contents = results(tmp_path)
-    statuses = [PASSED, PASSED, FAILED, TIMED_OUT, PASSED, UNNECESSARY, PASSED, SKIPPED, SKIPPED, PASSED]
+    statuses = [PASSED, PASSED, FAILED, TIMED_OUT, PASSED, UNNECESSARY, PASSED, SKIPPED, UNNECESSARY, PASSED]
     assert [row["status"] for row in contents["stages"]] == statuses
     assert contents["stages"][2]["returncode"] == 3
     assert contents["tests"] == {"passed": 1, "failed": 1, "left over": 1}
@@ -156,8 +160,9 @@ def test_a_failed_stage_stops_no_other(tmp_path, monkeypatch, capsys):
 def test_everything_together_ends_in_time(tmp_path, monkeypatch):
     """Every stage hangs and ignores the interrupt; the last ones find no time and are not started."""
     hangs = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)"
-    stages = stubs(*((f"{number} hangs", hangs, {"seconds": 4, "least": 0.5}) for number in range(1, 8)))
+    stages = stubs(*((f"{number} hangs", hangs, {"seconds": 4}) for number in range(1, 8)))
     monkeypatch.setattr(processes, "PATIENCE", 0.2)
+    monkeypatch.setattr(run, "SHORTEST", 0.5)
     monkeypatch.setattr(checklist, "checklist", lambda options: stages[1:])
     assert checklist.main(["--out", str(tmp_path), "--limit-seconds", "9"]) == 1
     (path,) = tmp_path.glob("gpu_check_*.json")
