@@ -64,8 +64,8 @@ def _table(title: str, rows: list[dict[str, Any]], rehearsal: bool) -> list[str]
             printed.append(f"{status.upper()}: {', '.join(names[:2])}{more}: {why}"[:240])
     heading = "".join(f"{kind + ' us':>10}{'floor':>9}{'ratio':>6}" for kind in ("bf16", "fp32"))
     places = [(row.get("kernel_name", row["name"]), row.get("shape", "")) for row in rows]
-    names, shapes = (max(map(len, each)) + 1 for each in zip(*places, (title, "shape"), strict=True))
-    printed.append(f"{title:{names}}{'shape':{shapes}}{heading}")
+    wide, wider = (max(map(len, each)) + 1 for each in zip(*places, (title, "shape"), strict=True))
+    printed.append(f"{title:{wide}}{'shape':{wider}}{heading}")
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for place, row in zip(places, rows, strict=True):
         cells.setdefault(place, {})["fp32" if row.get("dtype") == "fp32" else "16 bits"] = _cell(
@@ -73,7 +73,7 @@ def _table(title: str, rows: list[dict[str, Any]], rehearsal: bool) -> list[str]
         )
     for (name, shape), each in cells.items():
         figures = "".join(f"{each.get(kind, ''):25}" for kind in ("16 bits", "fp32"))
-        printed.append(f"{name:{names}}{shape:{shapes}}{figures}".rstrip())
+        printed.append(f"{name:{wide}}{shape:{wider}}{figures}".rstrip())
     found = ", ".join(f"{count} {status}" for status, count in counts.most_common())
     return ["", *printed, f"{len(rows)} of {title}: {found}"]
 
