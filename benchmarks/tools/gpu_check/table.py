@@ -75,7 +75,7 @@ def _table(title: str, rows: list[dict[str, Any]], rehearsal: bool) -> list[str]
         figures = "".join(f"{each.get(kind, ''):25}" for kind in ("16 bits", "fp32"))
         printed.append(f"{name:{wide}}{shape:{wider}}{figures}".rstrip())
     found = ", ".join(f"{count} {status}" for status, count in counts.most_common())
-    return ["", *printed, f"{len(rows)} of {title}: {found}"]
+    return ["", *printed, f"{title}s: {found}"]
 
 
 def _cell(row: dict[str, Any], rehearsal: bool) -> str:
@@ -104,7 +104,8 @@ def _headlines(lines: Lines) -> list[str]:
         ratios = ", ".join(f"{ratio:.2f} x {name}" for name, ratio in line["times_as_fast_as"].items())
         ratios += "".join(f", {name} FAILED: {why}" for name, why in line.get("failed", {}).items())
         time = f"{line['us']['embkern']['median']:>9.1f} us, {line.get('ratio', '-')} x floor"
-        printed.append(f"{line[key]:12}{line['shape']:32}{time}; {ratios}   (aim: {line['aim']})")
+        aim = f"   (aim: {line['aim']})" if key == HEADLINE else ""
+        printed.append(f"{line[key]:12}{line['shape']:32}{time}; {ratios}{aim}")
     return ["", "headline: embkern, times as fast as", *printed] if printed else []
 
 

@@ -105,7 +105,7 @@ def test_the_table_shows_first_what_is_wrong_and_both_dtypes_in_a_row(tmp_path):
     rows = {line.split()[0]: line.split()[1:] for line in text if line}
     assert rows["k"] == ["1x2", "12.3", "6.0", "2.1", "right"]
     assert rows["bad"] == ["3x4", "WRONG"]
-    assert "4 of kernel: 2 right, 1 wrong, 1 not run" in text
+    assert "kernels: 2 right, 1 wrong, 1 not run" in text
     (lookup,) = (line for line in text if line.startswith("lookup"))
     assert "2.00 x F.embedding, two-step FAILED: OutOfMemoryError: no   (aim: faster)" in lookup
     assert max(map(len, text)) < 250
