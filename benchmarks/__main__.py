@@ -27,7 +27,7 @@ BENCHMARKS = {
 TOOLS = {
     "reference_models": "a small BERT and a small GPT, trained on text of this installation, into the cache",
     "offline_tasks": "writes two small tasks in the formats of GLUE and SQuAD, made of installed docstrings",
-    "gpu_check": "on a CUDA machine: every kernel checked, GPU benchmarks, tuner, GPU tests, in one table",
+    "gpu_check": "on a CUDA machine: every kernel checked and timed, GPU tests and build, in one table",
     "nvcc_report": "registers, spills and shared memory of the CUDA kernels, by nvcc and without a GPU",
     "packed_levels": "finds the levels of codes of packed tables, and prints their error",
     "tune_gather_project": "on a CUDA machine: the tile sizes of the Triton kernels",

@@ -113,16 +113,16 @@ def candidates(case: Case, device: Any) -> list[Any]:
     return found
 
 
-def launches(case: Case, tile: Any, tensors: dict[str, Any], device: Any) -> list[Any]:
-    """Return the launches of one call of the case's kernel."""
+def launches(kernel: str, tile: Any, tensors: dict[str, Any], device: Any) -> list[Any]:
+    """Return the launches of one call of a kernel."""
     from embkern.triton.gather_project.forward import forward_launch
     from embkern.triton.gather_project.grad_basis import grad_basis_launches
     from embkern.triton.gather_project.grad_codes import project_grad_launch
 
     t = tensors
-    if case.kernel == "forward":
+    if kernel == "forward":
         return [forward_launch(t["ids"], t["codes"], t["basis"], t["offset"], 1.0, t["out"], device, tile)]
-    if case.kernel == "project_grad":
+    if kernel == "project_grad":
         arguments = (t["grad"], t["ids"], t["codes"], t["basis"], 1.0, -1, t["rows"], device, tile)
         return [project_grad_launch(*arguments)]
     gradients = t["grad_basis"], t["grad_offset"]
@@ -186,7 +186,7 @@ def _report(job: tuple[Case, Any, int]) -> Any:
 
     case, tile, capability = job
     device = _target(capability)
-    return aot.report(launches(case, tile, problem(case, "meta"), device)[0], device)
+    return aot.report(launches(case.kernel, tile, problem(case, "meta"), device)[0], device)
 
 
 def _tune(cases: list[Case], command: str, deadline: float) -> int:
@@ -211,7 +211,7 @@ def _tune(cases: list[Case], command: str, deadline: float) -> int:
                 if error := _wrong(case, tile, tensors, device):
                     rows.append(_row(case, tile, dropped=error))
                     continue
-                calls = [_call(launches(case, tile, each, device)) for each in batches]
+                calls = [_call(launches(case.kernel, tile, each, device)) for each in batches]
                 samples[tile], _ = cuda_sampler(calls)
             if not samples:
                 print(f"{case}: no candidate is right", file=sys.stderr)
@@ -254,7 +254,7 @@ def _wrong(case: Case, tile: Any, tensors: dict[str, torch.Tensor], device: Any)
     result = {"forward": "out", "project_grad": "rows", "grad_basis": "grad_basis"}[case.kernel]
     got = tensors[result].fill_(float("nan"))
     try:
-        _call(launches(case, tile, tensors, device))()
+        _call(launches(case.kernel, tile, tensors, device))()
     except OutOfResources as error:
         return str(error)
     exact = _plain(

@@ -12,7 +12,7 @@ from embkern.experiments.environment import environment, version_of
 
 from ...machine import copy_bandwidth, gemm_peak
 from ...runner import DTYPES
-from .lines import append
+from .lines import ENVIRONMENT, append
 
 NO_DEVICE = 2  # exit status
 PACKAGES = ("numpy", "pytest", "pytest-xdist", "pydantic", "safetensors", "transformers")
@@ -24,6 +24,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--results", type=Path, required=True, help="a line is appended")
     parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args(arguments)
+    print(f"python {sys.version.split()[0]}, torch {torch.__version__}", flush=True)
     if not options.rehearse and not torch.cuda.is_available():
         print(f"torch {torch.__version__} sees no CUDA device; run this on a machine that has one")
         return NO_DEVICE
@@ -34,14 +35,14 @@ def main(arguments: list[str]) -> int:
         print(f"{name:16} {value}", flush=True)
     kind = "cpu" if options.rehearse else "cuda"
     dtypes = ("fp32",) if options.rehearse else ("bf16", "fp32")
-    append(options.results, {"environment": found})  # now, because the measurements below may fail
+    append(options.results, {ENVIRONMENT: found})  # now, because the measurements below may fail
     found["copy_gbps"] = round(copy_bandwidth(kind), 1)
     print(f"copy             {found['copy_gbps']:.0f} GB/s, read and written", flush=True)
     found["gflops"] = {}
     for name in dtypes:
         found["gflops"][name] = round(gemm_peak(DTYPES[name], kind), 1)
         print(f"product {name:8} {found['gflops'][name] / 1e3:.1f} TFLOP/s", flush=True)
-    append(options.results, {"environment": found})
+    append(options.results, {ENVIRONMENT: found})
     return 0
 
 

@@ -1,10 +1,12 @@
 """The preparation for an H100 or H200, on a machine with nvcc and a CUDA build of torch.
 
-    python -m benchmarks.tools.gpu_check.prepare [--no-extension] [--no-kernels] [--only NAME]
+    python -m benchmarks.tools.gpu_check.prepare [--no-extension] [--no-wheels] [--no-kernels] [--only NAME]
 
 Builds the extension for sm_90 into build/gpu, where `gpu_check` finds it (the ABI is stable, so torch may be
-older here than on the device's machine), and compiles every Triton kernel of stage 1 at its shapes with the
-installed Triton. Failures and spilled registers are printed and make the exit status 1.
+older here than on the device's machine); downloads packages that may be missing there into build/gpu/wheels;
+and compiles every Triton kernel of stages 1 and 5 at its shapes with the installed Triton. Failures and
+spilled registers are printed and make the exit status 1. build/gpu is what has to be copied to the device's
+machine beside the checkout.
 """
 
 from __future__ import annotations
@@ -28,11 +30,18 @@ from embkern.triton.tiles import REPRESENTATIVE
 
 from ...machine import first_line
 from .kernels import Case, cases
+from .packages import WHEELS, download
 from .place import Device
 from .processes import ROOT
+from .tiles import tile_cases
 
 BUILD = ROOT / "build" / "gpu"
+TEMPORARY = ROOT / "build" / "gpu_temp"
 CAPABILITY = 90
+# The device's machine, for the wheels.
+PYTHON = "3.12"
+PLATFORMS = (*(f"manylinux_2_{glibc}_x86_64" for glibc in (28, 27, 26, 24, 17)), "manylinux2014_x86_64")
+MOST_BYTES = 64 * 2**20  # of what is carried
 
 
 def main(arguments: list[str]) -> int:
@@ -40,11 +49,19 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tools.gpu_check.prepare", description=__doc__)
     parser.add_argument("--only", default="", help="a part of the names of the kernels to compile")
     parser.add_argument("--no-extension", action="store_true")
+    parser.add_argument("--no-wheels", action="store_true")
     parser.add_argument("--no-kernels", action="store_true")
+    parser.add_argument("--python", default=PYTHON, help="version of the device's machine, for the wheels")
     options = parser.parse_args(arguments)
     built = options.no_extension or build_extension()
+    downloaded = options.no_wheels or download(WHEELS, ROOT / "constraints.txt", options.python, PLATFORMS)
+    carried = sum(path.stat().st_size for path in BUILD.rglob("*") if path.is_file())
+    print(f"{BUILD.relative_to(ROOT)}: {carried / 2**20:.1f} MiB", flush=True)
+    fits = carried <= MOST_BYTES
+    if not fits:
+        print(f"that is more than {MOST_BYTES / 2**20:.0f} MiB")
     compiled = options.no_kernels or compile_kernels(options.only)
-    return 0 if built and compiled else 1
+    return 0 if fits and built and downloaded and compiled else 1
 
 
 def build_extension() -> bool:
@@ -57,7 +74,7 @@ def build_extension() -> bool:
         "TORCH_CUDA_ARCH_LIST": f"{CAPABILITY // 10}.{CAPABILITY % 10}",
         "LDFLAGS": "-Wl,--strip-debug",  # smaller to copy
     }
-    folders = ["--build-temp", str(BUILD / "temp"), "--build-lib", str(BUILD)]
+    folders = ["--build-temp", str(TEMPORARY), "--build-lib", str(BUILD)]
     command = [sys.executable, "setup.py", "-q", "build_ext", *folders]
     built = subprocess.run(command, cwd=ROOT, env=variables).returncode == 0
     for path in BUILD.glob("embkern/*.so"):
@@ -86,7 +103,9 @@ def compile_kernels(only: str = "") -> bool:
 
 
 def _cases() -> Iterator[Case]:
-    return (case for case in cases(_Recorder()) if case.kernel.backend == "triton")
+    place = _Recorder()
+    found = (*cases(place), *tile_cases(place))
+    return (case for case in found if case.kernel.backend == "triton")
 
 
 class _Recorder(Device):

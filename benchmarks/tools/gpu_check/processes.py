@@ -12,10 +12,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
 TAIL = 4000  # characters of a stage's output that the results file keeps; the log has all of it
-SHORTEST = 5.0  # seconds below which a stage is not worth starting
 PATIENCE = 5.0  # seconds between the interrupt and the kill of a stage that is late
 PASSED, FAILED, TIMED_OUT, SKIPPED = "passed", "failed", "timed out", "skipped"
-LIMIT = "LIMIT"  # in a command: the seconds after which it should end by itself
+UNNECESSARY = "unnecessary"
+LIMIT = "LIMIT"  # in a command: the seconds after which it should start nothing new
 
 
 @dataclass
@@ -30,19 +30,18 @@ class Result:
     tail: str = ""
 
 
-def run_stage(name: str, command: list[str], limit: float, variables: dict[str, str], log: Path) -> Result:
+def run_stage(
+    name: str, what: str, command: list[str], limit: float, variables: dict[str, str], log: Path
+) -> Result:
     """Run a command for at most ``limit`` seconds, then end it and every process it started.
 
     Its output is appended to ``log`` as it comes, so that nothing is lost if this process is killed.
     """
-    if limit < SHORTEST:
-        return Result(name, command, SKIPPED, tail=f"only {limit:.0f} s were left")
     command = [f"{limit * 0.85:.0f}" if part == LIMIT else part for part in command]
-    heading = f"== {name} (at most {limit:.0f} s): {' '.join(command)}"
-    print(heading, flush=True)
+    print(f"== {name}: {what} (at most {limit:.0f} s)", flush=True)
     start = time.monotonic()
     with log.open("ab") as output:
-        output.write(f"\n{heading}\n".encode())
+        output.write(f"\n== {name} (at most {limit:.0f} s): {' '.join(command)}\n".encode())
         output.flush()
         begin = output.tell()
         process = subprocess.Popen(
@@ -57,7 +56,8 @@ def run_stage(name: str, command: list[str], limit: float, variables: dict[str, 
     seconds = time.monotonic() - start
     tail = end_of(log, begin)
     result = Result(name, command, status, round(seconds, 1), process.returncode, tail)
-    print(f"   {result.status} after {result.seconds} s", flush=True)
+    last = (tail.strip().splitlines() or [""])[-1]
+    print(f"   {result.status} after {result.seconds} s: {last[:90]}", flush=True)
     return result
 
 

@@ -1,19 +1,15 @@
-"""Stage 1 and 2: which kernels are checked, how they are judged and timed, and assertions."""
+"""Stages 1, 2 and 5: which kernels and tiles are checked, how they are judged, and assertions."""
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import pkgutil
-import sys
-import time
 
 import pytest
 import torch
 
-from benchmarks.tools.gpu_check import assertions, smoke, table
+from benchmarks.tools.gpu_check import assertions, smoke
 from benchmarks.tools.gpu_check.kernels import KERNELS, cases
-from benchmarks.tools.gpu_check.lines import append, read_lines
 from benchmarks.tools.gpu_check.place import Device
 from benchmarks.tools.gpu_check.stand_in import StandIn
 
@@ -54,61 +50,18 @@ def test_no_triton_kernel_is_left_out():
     assert launched == defined
 
 
-BROKEN_WORKER = """
-import json, os, sys, time
-given = sys.argv[sys.argv.index("--worker") + 1:]
-results = open(sys.argv[sys.argv.index("--results") + 1], "a")
-for name in given:
-    if name == "hangs": time.sleep(60)
-    if name == "crashes": os.kill(os.getpid(), 11)
-    lost = name == "loses"
-    line = {"case": name, "status": "wrong" if lost else "right", "why": "assert"}
-    results.write(json.dumps(line) + chr(10))
-    results.flush()
-    if lost: sys.exit(9)
-"""
+def test_three_kernels_have_four_tiles_that_differ():
+    pytest.importorskip("triton")
+    from benchmarks.tools.gpu_check.tiles import VARIANTS, tile_cases, tile_with
+    from embkern.triton.tiles import REPRESENTATIVE
 
-
-def test_a_process_that_breaks_takes_no_other_kernel_with_it(tmp_path, monkeypatch):
-    worker, results = tmp_path / "worker.py", tmp_path / "kernels.jsonl"
-    worker.write_text(BROKEN_WORKER)
-    command = [sys.executable, str(worker), "--results", str(results)]
-    monkeypatch.setattr(smoke, "_command", lambda options: command)
-    monkeypatch.setattr(smoke, "CASE_SECONDS", 2.0)
-    names = ["a", "loses", "b", "crashes", "c", "hangs", "d"]
-    share, deadline = smoke._Share(names), time.monotonic() + 60
-    options = argparse.Namespace(rehearse=False)
-    share.start(options, deadline)
-    lines = {}
-    while share.process:
-        time.sleep(0.05)
-        if line := share.look(lambda: read_lines(results), options, deadline):
-            lines[line["case"]] = line
-            append(results, line)
-    assert lines["crashes"]["why"] == "the process ended with status -11"
-    assert lines["hangs"]["why"] == "no end after 2 s"
-    status = {line["case"]: line["status"] for line in read_lines(results)}
-    assert status == {name: "right" if len(name) == 1 else "wrong" for name in names}
-
-
-def test_processes_take_turns_to_time(tmp_path):
-    with smoke.Turn(tmp_path / "lock") as first, smoke.Turn(tmp_path / "lock") as second:
-        assert not first.alone(time.monotonic() - 1), "the second still judges"
-        second.__exit__()
-        assert first.alone(time.monotonic() - 1)
-
-
-def test_the_table_shows_first_what_is_wrong():
-    rows = table.merged(
-        [
-            {"case": "good", "shape": "1x2", "status": "right"},
-            {"case": "bad", "shape": "3x4", "status": "wrong", "why": "error 1.0e+00"},
-            {"case": "good", "p50": 12.34, "floor": 6.0, "ratio": 2.06, "alone": True},
-        ]
-    )
-    lines = table.table(rows)
-    assert lines[1].split() == ["bad", "3x4", "WRONG", "error", "1.0e+00"]
-    assert lines[2].split() == ["good", "1x2", "right", "12.3", "6.0", "2.1"]
+    found = list(tile_cases(Device()))
+    assert len({case.name for case in found}) == len(found) == 12
+    shape = found[0].shape
+    for kernel, variants in VARIANTS.items():
+        tiles = [tile_with(kernel, change, shape, torch.bfloat16, REPRESENTATIVE[90]) for change in variants]
+        assert len(set(tiles)) == 4, tiles
+        assert variants[0] == {}, "the one in use"
 
 
 class Wrong(Device):

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from benchmarks import gather_decode
-from benchmarks.tools.gpu_check import checklist
+from benchmarks.tools.gpu_check import suite
 from benchmarks.tools.gpu_check.processes import ROOT
 
 NEEDED_BY_KERNELS = """
@@ -22,10 +22,11 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 import embkern.ops, embkern.tables, embkern.nn
 import benchmarks.cosine_mse, benchmarks.gather_decode, benchmarks.gather_project
-from benchmarks.tools.gpu_check import assertions, checklist, device, extension, kernels, smoke, stand_in
+from benchmarks.tools.gpu_check import assertions, build, checklist, device, extension, headlines, kernels
+from benchmarks.tools.gpu_check import packages, smoke, stand_in, suite, timings
 import tests.cuda.emulated
 if {triton}:
-    import embkern.triton.aot, benchmarks.tools.gpu_check.prepare, benchmarks.tools.tune_gather_project
+    import embkern.triton.aot, benchmarks.tools.gpu_check.prepare, benchmarks.tools.gpu_check.tiles
 """
 
 
@@ -38,7 +39,7 @@ def test_kernels_and_their_benchmarks_import_without_pydantic():
 @pytest.mark.slow
 def test_the_tests_of_a_device_are_found_without_pydantic():
     blocked = NEEDED_BY_KERNELS.split("import embkern")[0]
-    given = ["--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", *checklist.GPU_TESTS]
+    given = ["--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", *suite.TESTS]
     code = f"{blocked}\nimport pytest\nsys.exit(pytest.main({given!r}))"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout[-3000:]
