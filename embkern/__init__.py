@@ -16,6 +16,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .api import calibrate_files, compress, count_files, export_dense
+    from .converting import convert
     from .export.gguf import export_gguf
     from .export.onnx import export_onnx
     from .methods.calibration import Calibration
@@ -52,6 +53,7 @@ _PUBLIC = {
     "compress": "api",
     "count_files": "api",
     "export_dense": "api",
+    "convert": "converting",
     "export_gguf": "export.gguf",
     "export_onnx": "export.onnx",
     "Calibration": "methods.calibration",
@@ -108,6 +110,7 @@ __all__ = [
     "calibrate",
     "calibrate_files",
     "compress",
+    "convert",
     "count_files",
     "count_tokens",
     "disable_ngrammer",

@@ -15,6 +15,8 @@ from .models.body_config import is_compressed
 from .models.checkpoint import model_bytes, stored_table
 from .models.find_table import find_table, input_embeddings, other_tables
 from .models.loading import load_model, load_tokenizer
+from .models.ngrammer import disable_ngrammer
+from .models.ngrammer_hooks import ngrammer_of
 from .models.rate_plot import plot_bits
 from .models.report import Comparison, Report, read_report
 from .models.table_parts import TierUse, rows_kept, tensor_bytes, tier_uses
@@ -54,6 +56,7 @@ class Summary(BaseModel):
     heads: list[str] = Field(description="output heads that are tied to it")
     scales: dict[str, float] = Field(description="constant factor of each embedding's output")
     other_tables: dict[str, int] = Field(description="bytes of other large embedding tables")
+    ngrammer_bytes: int | None = Field(None, description="bytes of the N-Grammer at the input, if any")
     ranks: list[RankSaving] = Field(default_factory=list, description="sizes at several ranks, if dense")
     report: Report | None = Field(None, description="that of embkern.compress, if the directory has one")
 
@@ -77,6 +80,8 @@ class Summary(BaseModel):
             facts["other tables, not compressed"] = ", ".join(
                 f"{n} ({b:,} B)" for n, b in self.other_tables.items()
             )
+        if self.ngrammer_bytes is not None:
+            facts["N-Grammer"] = f"{self.ngrammer_bytes:,} bytes beside the table"
         return facts
 
     def _kept(self) -> str:
@@ -100,7 +105,9 @@ def inspect(name: str | os.PathLike, *, plot: str | os.PathLike | None = None) -
         check_writable(plot, "plot")
     model = load_model(name)
     embedding = input_embeddings(model)
+    layer = ngrammer_of(model)
     common: dict[str, Any] = {
+        "ngrammer_bytes": None if layer is None else sum(t.nbytes for t in layer.state_dict().values()),
         "architecture": type(model).__name__,
         "model_bytes": model_bytes(model),
         "other_tables": other_tables(model),
@@ -130,6 +137,8 @@ def inspect(name: str | os.PathLike, *, plot: str | os.PathLike | None = None) -
         )
     if plot is not None:
         raise ValueError(f"plot: expected a model with a packed table, got a dense one: {name}")
+    if layer is not None:  # whose output is not that of the table
+        disable_ngrammer(model)
     table = find_table(model)
     num_embeddings, embedding_dim = table.weight.shape
     element = table.weight.element_size()

@@ -22,7 +22,7 @@ PRODUCT = [
     {"fidelity"},
     {"recipe"},
     {"models"},
-    {"api", "environment", "export", "inspection", "restoring", "train"},
+    {"api", "converting", "environment", "export", "inspection", "restoring", "train"},
 ]
 LABORATORY = [{"experiments"}, {"evaluate"}, {"study"}]
 COMMANDS = [{"cli"}, {"__main__"}]

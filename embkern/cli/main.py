@@ -13,6 +13,7 @@ from .calibrate import calibrate
 from .compare import compare
 from .compress import compress
 from .console import ManyValues
+from .convert import convert
 from .count import count
 from .demo import demo
 from .evaluate import app as evaluate_app
@@ -37,6 +38,7 @@ app.add_typer(evaluate_app, name="evaluate")
 app.command(cls=ManyValues)(compare)
 app.command()(export)
 app.command()(restore)
+app.command()(convert)
 app.command()(env)
 app.command()(demo)
 

@@ -12,7 +12,9 @@ from ..io.atomic import new_file, replacing
 from ..io.optional import require
 from ..models.inference import evaluating, longest_input
 from ..models.loading import load_compressed
+from ..models.swap import tables_of
 from ..ops import DECOMPOSITIONS
+from ..tables.kept_rows import KeptRowsTable
 from .block_quantized import check_bits, use_blocks
 
 if TYPE_CHECKING:
@@ -49,8 +51,9 @@ def export_onnx(
 
     Raises:
         FileNotFoundError: the model does not exist.
-        ValueError: the model is not compressed by embkern, or larger than the 2 GiB of one ONNX file; or
-            ``bits`` is neither 4 nor 8.
+        ValueError: the model is not compressed by embkern, or larger than the 2 GiB of one ONNX file; its
+            table refuses tokens that it does not store (``unknown="error"``), which ONNX cannot; or ``bits``
+            is neither 4 nor 8.
         FileExistsError: ``output`` exists and may not be replaced.
         ImportError: a package of ``embkern[interop]`` is missing.
         OSError: ``output`` cannot be written.
@@ -60,6 +63,7 @@ def export_onnx(
         check_bits(bits)
     new_file(output, overwrite)
     model = load_compressed(directory)
+    _check_unknown(model)
     if bits is not None or model.dtype == torch.bfloat16:
         model.float()
     if bits is not None:
@@ -84,7 +88,9 @@ def onnx_program(model: PreTrainedModel) -> torch.onnx.ONNXProgram:
             inputs,
             dynamic_shapes=_shapes(model),
             strict=False,
-        ).run_decompositions(DECOMPOSITIONS)
+        ).run_decompositions(
+            {**DECOMPOSITIONS, torch.ops.aten.searchsorted.Tensor: _smaller}  # which ONNX lacks
+        )
     exported: Any = torch.onnx.export(
         program, (), input_names=list(inputs), output_names=[output], opset_version=OPSET, dynamo=True,
         optimize=False, verbose=False,
@@ -95,6 +101,32 @@ def onnx_program(model: PreTrainedModel) -> torch.onnx.ONNXProgram:
     for value in (*exported.model.graph.inputs, *exported.model.graph.outputs):
         value.metadata_props.clear()
     return exported
+
+
+def _smaller(ascending: Tensor, values: Tensor, **options: Any) -> Tensor:
+    """Return how many numbers of ``ascending`` (K,) are smaller than each of the values, by binary search.
+
+    This is ``torch.searchsorted`` in log2 of K gathers, of operators that ONNX has.
+    """
+    found, step = torch.zeros_like(values, dtype=torch.int64), 1 << (len(ascending).bit_length() - 1)
+    while step:
+        more = found + step
+        place = (more - 1).clamp_max(len(ascending) - 1)
+        smaller = ascending.index_select(0, place.flatten()).view_as(values) < values
+        found = torch.where((more <= len(ascending)) & smaller, more, found)
+        step //= 2
+    return found
+
+
+def _check_unknown(model: PreTrainedModel) -> None:
+    """Raise ValueError if a table of a model refuses the tokens that it does not store."""
+    for modules in tables_of(model).values():
+        table = modules[0].table
+        if isinstance(table, KeptRowsTable) and table.unknown == "error":
+            raise ValueError(
+                "model: expected a table with a row for every token, got one that refuses those it does not "
+                "store (unknown='error'), which ONNX cannot; prune with unknown mean or nearest"
+            )
 
 
 class _Inference(nn.Module):

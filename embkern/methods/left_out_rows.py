@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Rows, block_rows, blocks, take_rows
+from .base import Rows, block_rows, take_rows
 
 ID_BYTES = 4  # of an id that is kept, and of the number of a nearest row
+_OTHERS, _KEPT = 1024, 2048  # rows of a product of cosines, 8 MB in fp32; 256 x 8192 take 7 % longer
 
 
 def weighted_mean(table: Rows, ids: Tensor, weights: Tensor) -> Tensor:
@@ -23,14 +24,17 @@ def weighted_mean(table: Rows, ids: Tensor, weights: Tensor) -> Tensor:
 
 
 def nearest_rows(table: Rows, kept: Tensor, others: Tensor) -> Tensor:
-    """Return for each of the other rows the number of the kept row of the largest cosine, int32."""
+    """Return for each of the other rows the number of the kept row of the largest cosine, int32.
+
+    The product of all other with all kept rows is most of the time; memory holds a block of it.
+    """
     known = F.normalize(take_rows(table, kept), eps=1e-30)
     found = []
-    for some in others.split(256) if len(others) else ():
+    for some in others.split(_OTHERS) if len(others) else ():
         best = torch.full((len(some),), -2.0, dtype=known.dtype, device=table.device)
         place = torch.zeros(len(some), dtype=torch.int64, device=table.device)
         rows, first = F.normalize(take_rows(table, some), eps=1e-30), 0
-        for part in blocks(known):
+        for part in known.split(_KEPT):
             value, near = (rows @ part.t()).max(1)
             better = value > best
             best, place = torch.where(better, value, best), torch.where(better, near + first, place)

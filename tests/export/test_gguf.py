@@ -52,6 +52,19 @@ def test_transformers_reads_the_file(tmp_path, name, kind, bits):
     assert_close(outputs(loaded), outputs(model), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("unseen", ["mean", "nearest"])
+def test_rows_that_are_left_out_are_those_that_they_decode_to(tmp_path, unseen):
+    model = model_of("llama-tied")
+    counts = torch.zeros(101).index_fill(0, torch.arange(0, 101, 3), 1.0)
+    embkern.compress(model, ratio=4, counts=counts, unseen=unseen, calibrate=False)
+    model.save_pretrained(tmp_path / "small")
+    embkern.export_gguf(tmp_path / "small", tmp_path / "model.gguf")
+    loaded = T.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf")
+    rows, wanted = (each.get_input_embeddings().weight.detach() for each in (loaded, model))
+    # Half of a step of Q8_0, of which the largest value of a block has 127, and scales in float16 twice.
+    assert bool(((rows - wanted).abs() <= wanted.abs().amax(1, keepdim=True) / 190).all())
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -19,6 +19,8 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="needs embkern[interop]"
 import embkern
 from embkern import FactorizedEmbedding, PackedEmbedding
 from embkern.export.block_quantized import BlockTable, block_table
+from embkern.export.onnx import _smaller
+from embkern.tables.kept_rows import KeptRowsTable
 from tests.example_models import MODELS, V, build
 from tests.example_tables import packed_of
 from tests.models.compressing import compressed
@@ -56,6 +58,53 @@ def test_onnxruntime_computes_the_same(tmp_path, name, kind):
             expected = model(**inputs)
         expected = expected.logits if "logits" in expected else expected.last_hidden_state
         assert_close(run(tmp_path / "model.onnx", inputs), expected, rtol=1e-3, atol=1e-5)
+
+
+def pruned(name: str, unseen: str, **recipe: Any) -> Any:
+    """A model whose table stores every third row, quantised by ``allocate`` or, with ``prune``, as it is."""
+    model = build(name)
+    counts = torch.zeros(V).index_fill(0, torch.arange(0, V, 3), 1.0)
+    if recipe:
+        embkern.compress(model, counts=counts, unknown=unseen, **recipe)
+    else:
+        embkern.compress(model, ratio=4, counts=counts, unseen=unseen, calibrate=False)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "unseen", "recipe"),
+    [
+        ("gpt2", "mean", {}),
+        ("t5", "nearest", {}),
+        ("bert", "mean", {"method": "prune"}),
+        ("llama-untied", "nearest", {"method": "prune"}),
+    ],
+)
+def test_tables_that_leave_rows_out(tmp_path, name, unseen, recipe):
+    model = pruned(name, unseen, **recipe)
+    assert isinstance(model.get_input_embeddings().table, KeptRowsTable)
+    model.save_pretrained(tmp_path / "small")
+    embkern.export_onnx(tmp_path / "small", tmp_path / "model.onnx")
+    for batch, length in ((3, 12), (1, 5)):
+        inputs = inputs_of(model, batch, length)
+        with torch.no_grad():
+            expected = model(**inputs).logits
+        assert_close(run(tmp_path / "model.onnx", inputs), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_table_that_refuses_tokens_is_refused(tmp_path, bits):
+    pruned("bert", "error", method="prune").save_pretrained(tmp_path / "small")
+    with pytest.raises(ValueError, match="got one that refuses those it does not store"):
+        embkern.export_onnx(tmp_path / "small", tmp_path / "model.onnx", bits=bits)
+    assert not (tmp_path / "model.onnx").exists()
+
+
+@pytest.mark.parametrize("size", [1, 2, 31, 64, 1000])
+def test_a_binary_search_is_searchsorted(size):
+    ascending = torch.randint(0, 2000, (size,)).unique().int()
+    values = torch.cat([torch.tensor([-1, 0, 3000]), torch.randint(0, 2000, (57,))]).int().view(3, 20)
+    assert torch.equal(_smaller(ascending, values), torch.searchsorted(ascending, values))
 
 
 class Lookup(nn.Module):

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 pytest.importorskip("transformers")
 
 import embkern
+from embkern import inspection
 from embkern.models.checkpoint import model_bytes
 from embkern.models.find_table import UnsupportedModelError, find_table
 from tests.example_models import V, build, outputs
@@ -186,6 +187,25 @@ def test_disable_removes_it_whole(tmp_path, kind):
     with pytest.raises(ValueError, match="expected one with an N-Grammer, got one without"):
         embkern.disable_ngrammer(model)
     embkern.enable_ngrammer(model, **SMALL)
+
+
+@pytest.mark.parametrize("kind", [None, "packed"])
+def test_inspect_describes_table_and_ngrammer(tmp_path, kind):
+    model = with_ngrammer("llama-tied", kind)
+    model.save_pretrained(tmp_path)
+    found = inspection.inspect(tmp_path)
+    layer = model.get_input_embeddings().ngrammer
+    assert found.ngrammer_bytes == sum(each.nbytes for each in layer.state_dict().values())
+    assert found.facts()["N-Grammer"] == f"{found.ngrammer_bytes:,} bytes beside the table"
+    assert (found.num_embeddings, found.embedding_dim) == model.get_input_embeddings().weight.shape
+    assert found.compressed == (kind is not None)
+    assert found.heads == ["lm_head"]
+    assert set(found.scales.values()) == {1.0}
+    assert found.model_bytes == model_bytes(model)
+    build("llama-tied").save_pretrained(tmp_path / "without")
+    without = inspection.inspect(tmp_path / "without")
+    assert without.ngrammer_bytes is None
+    assert "N-Grammer" not in without.facts()
 
 
 def test_what_is_refused():
