@@ -140,9 +140,15 @@ TILES: dict[tuple[str, int, int], dict[str, tuple[Tile, ...]]] = {
 }
 
 
-def tile_of(kernel: str, device: Device, dtype: torch.dtype, N: int, r: int, H: int) -> Tile:
-    """Return the tile of a kernel for N positions, rank r (or K coefficients) and H columns."""
-    aligned = (r * dtype.itemsize) % 16 == 0 and (H * dtype.itemsize) % 16 == 0
+def tile_of(
+    kernel: str, device: Device, dtype: torch.dtype, N: int, r: int, H: int, aligned_codes: bool | None = None
+) -> Tile:
+    """Return the tile of a kernel for N positions, rank r (or K coefficients) and H columns.
+
+    ``aligned_codes`` says whether rows of codes are read in vectors; the default is that of adjacent rows.
+    """
+    aligned = (r * dtype.itemsize) % 16 == 0 if aligned_codes is None else aligned_codes
+    aligned &= (H * dtype.itemsize) % 16 == 0
     return _tile_of(kernel, device, dtype.itemsize, _length(N), r, aligned)
 
 

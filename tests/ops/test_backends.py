@@ -59,6 +59,15 @@ def test_the_environment_variable_is_obeyed_and_named_in_errors(monkeypatch):
     assert select("gather_project", "cpu", torch.float32, "torch") == "torch", "the argument wins"
 
 
+@pytest.mark.parametrize("op", ["gather_project", "gather_decode", "packed_logits"])
+def test_prefill_goes_to_triton_only_where_it_has_tensor_cores(monkeypatch, op):
+    monkeypatch.setattr(backends, "unavailable", lambda *_: None)
+    for dtype in backends.DTYPES:
+        assert select(op, "cuda", dtype, regime="decode") == "native"
+        by_triton = dtype.itemsize == 2 or op == "packed_logits"  # the C++ head has a product for few states
+        assert select(op, "cuda", dtype, regime="prefill") == ("triton" if by_triton else "native")
+
+
 def test_every_refusal_has_a_reason(monkeypatch):
     assert "no native kernel" in unavailable("native", "autoencoder", "cuda", torch.float32)
     assert "does not take torch.bfloat16" in unavailable("native", "autoencoder", "cpu", torch.bfloat16)

@@ -149,6 +149,15 @@ KERNELS = (
     Kernel(
         "gather_project out", "gather_project", "native", lookup, _without(LOOKUPS, "few"), dict(what="out")
     ),
+    Kernel("gather_project backward", "gather_project", "native", lookup, LOOKUPS, dict(what="backward")),
+    Kernel(
+        "gather_project sparse backward",
+        "gather_project",
+        "native",
+        lookup,
+        _without(LOOKUPS, "few"),
+        dict(what="sparse backward"),
+    ),
     Kernel(
         "gather_project both",
         "gather_project",

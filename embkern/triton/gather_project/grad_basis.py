@@ -11,6 +11,7 @@ from torch import Tensor
 from ...ops.reference import accumulation_dtype
 from ..launch import Launch
 from ..tiles import Device, Tile, describe_device, tile_of
+from .code_rows import code_rows
 from .forward import OUT_OF_RANGE
 
 # Splits that one step of _sum_splits_kernel adds, and columns per program.
@@ -32,6 +33,8 @@ def _grad_basis_kernel(
     tiles,
     r: tl.constexpr,
     H: tl.constexpr,
+    CODES_STRIDE: tl.constexpr,
+    LOADED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -74,9 +77,10 @@ def _grad_basis_kernel(
             known = (ids >= 0) & (ids < V)
             all_known &= known  # An assertion in the loop would prevent its pipelining.
             counted = (n < end) & (ids != padding_idx)
+            # What is loaded beyond r makes rows of the product that are not stored.
             transposed = tl.load(
-                codes_ptr + ids[None, :] * r + k[:, None],
-                mask=(counted & known)[None, :] & (k < r)[:, None],
+                codes_ptr + ids[None, :] * CODES_STRIDE + k[:, None],
+                mask=(counted & known)[None, :] & (k < LOADED)[:, None],
                 other=0.0,
             )
             grad = tl.load(
@@ -128,7 +132,8 @@ def grad_basis_launches(
     """Return the launches that fill grad_basis (r, H) and grad_offset (H,); an empty one is not computed."""
     (N, H), (V, r) = grad.shape, codes.shape
     device = device or describe_device(codes)
-    tile = tile or tile_of("grad_basis", device, codes.dtype, N, r, H)
+    rows = code_rows(codes)
+    tile = tile or tile_of("grad_basis", device, codes.dtype, N, r, H, rows.aligned)
     r_tiles = triton.cdiv(r, tile.BLOCK_R)
     first_tile = 0 if grad_basis.numel() else r_tiles
     tiles = r_tiles - first_tile + (grad_offset.numel() > 0)
@@ -151,6 +156,8 @@ def grad_basis_launches(
         tiles=tiles,
         r=r,
         H=H,
+        CODES_STRIDE=rows.stride,
+        LOADED=rows.loaded,
         **tile.blocks(),
     )
     first = 0 if grad_basis.numel() else r * H
