@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import Launch
+from ..sizes import cdiv
 from ..tiles import Device, Tile, describe_device, tile_of
 from .code_rows import code_rows, load_codes
 
@@ -120,7 +121,7 @@ def forward_launch(
     device = device or describe_device(codes)
     rows = code_rows(codes)
     tile = tile or tile_of("forward", device, codes.dtype, N, r, H, rows.aligned)
-    row_blocks, h_tiles = triton.cdiv(N, tile.BLOCK_N), triton.cdiv(H, tile.BLOCK_H)
+    row_blocks, h_tiles = cdiv(N, tile.BLOCK_N), cdiv(H, tile.BLOCK_H)
     # The longest run of tiles per program that leaves two programs for every multiprocessor.
     tiles_per_program = max(1, min(h_tiles, row_blocks * h_tiles // (2 * device.processors)))
     arguments = dict(
@@ -141,5 +142,5 @@ def forward_launch(
         **tile.blocks(),
         BLOCK_TAIL=tile.BLOCK_TAIL,
     )
-    grid = (row_blocks * triton.cdiv(h_tiles, tiles_per_program),)
+    grid = (row_blocks * cdiv(h_tiles, tiles_per_program),)
     return Launch(_gather_project_kernel, grid, arguments, tile.num_warps, tile.num_stages)

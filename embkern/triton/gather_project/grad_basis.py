@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...ops.reference import accumulation_dtype
 from ..launch import Launch
+from ..sizes import cdiv
 from ..tiles import Device, Tile, describe_device, tile_of
 from .code_rows import code_rows
 from .forward import OUT_OF_RANGE
@@ -134,14 +135,14 @@ def grad_basis_launches(
     device = device or describe_device(codes)
     rows = code_rows(codes)
     tile = tile or tile_of("grad_basis", device, codes.dtype, N, r, H, rows.aligned)
-    r_tiles = triton.cdiv(r, tile.BLOCK_R)
+    r_tiles = cdiv(r, tile.BLOCK_R)
     first_tile = 0 if grad_basis.numel() else r_tiles
     tiles = r_tiles - first_tile + (grad_offset.numel() > 0)
-    programs_per_split = tiles * triton.cdiv(H, tile.BLOCK_H)
+    programs_per_split = tiles * cdiv(H, tile.BLOCK_H)
     # As many splits as give two programs for every multiprocessor, but none shorter than four blocks.
     splits = max(1, min(2 * device.processors // programs_per_split, N // (4 * tile.BLOCK_N)))
-    split_size = triton.cdiv(triton.cdiv(N, splits), tile.BLOCK_N) * tile.BLOCK_N
-    splits = triton.cdiv(N, split_size)
+    split_size = cdiv(cdiv(N, splits), tile.BLOCK_N) * tile.BLOCK_N
+    splits = cdiv(N, split_size)
     partial = grad.new_empty((splits, r + 1, H), dtype=accumulation_dtype(grad.dtype))
     products = dict(
         grad_ptr=grad,
@@ -177,5 +178,5 @@ def grad_basis_launches(
     )
     return [
         Launch(_grad_basis_kernel, (programs_per_split * splits,), products, tile.num_warps, tile.num_stages),
-        Launch(_sum_splits_kernel, (triton.cdiv(last - first, _SPLIT_COLUMNS),), sums, num_warps=4),
+        Launch(_sum_splits_kernel, (cdiv(last - first, _SPLIT_COLUMNS),), sums, num_warps=4),
     ]
