@@ -39,4 +39,6 @@ std::tuple<Tensor, Tensor, Tensor> cosine_mse_forward(const Tensor& output, cons
                                                       double rmse_weight, double power_weight, double alpha,
                                                       double eps, bool needs_output, bool needs_target);
 
+void scale_gradient(Tensor grad, const Tensor& grad_loss);
+
 }  // namespace embkern::cuda

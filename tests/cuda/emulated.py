@@ -219,6 +219,17 @@ def cosine_mse_call(
     return struct.pack("<12q6d", *map(int, header), *scalars) + tensors
 
 
+def scale_gradient_call(
+    grad: torch.Tensor,
+    factor: torch.Tensor,
+    misaligned: int = 0,
+    multiprocessors: int = HOPPER_MULTIPROCESSORS,
+) -> bytes:
+    """Return a call of scale_gradient_ in the format of emulator/scale_gradient.cpp."""
+    header = (DTYPES[grad.dtype], *grad.shape, factor.dim(), misaligned, multiprocessors)
+    return struct.pack("<6q", *header) + serialised(grad, factor)
+
+
 def cosine_mse_results(
     output: torch.Tensor, reduction: int, needs: tuple[bool, bool]
 ) -> list[tuple[torch.dtype, tuple[int, ...]]]:

@@ -45,6 +45,7 @@ def test_the_expected_instructions(kernels):
             (r"cosine_mse_rows_kernel<\w+, \w+, true>", ("LDG.E.128", "STG.E.128"), 8),
             (r"cosine_mse_rows_kernel<\w+, \w+, false>", (), 8),
             ("cosine_mse_(loss|weights)_kernel", (), 4),
+            ("scale_(all|rows)_kernel", ("LDG.E.128", "STG.E.128"), 8),
         ):
             matching = [kernel for kernel in of_architecture if re.search(part, kernel.name)]
             assert len(matching) == count, [kernel.name for kernel in of_architecture]

@@ -26,7 +26,10 @@ from embkern.ops.library import overload
 from .place import Call, Device
 from .processes import ROOT
 
-PROGRAMS = ("gather_project", "gather_project_backward", "gather_decode", "packed_logits", "cosine_mse")
+PROGRAMS = (
+    *("gather_project", "gather_project_backward", "gather_decode", "packed_logits"),
+    *("cosine_mse", "scale_gradient"),
+)
 
 
 def interpreter_fails() -> str | None:
@@ -78,6 +81,7 @@ class StandIn(Device):
             "gather_decode_forward": _emulated_gather_decode,
             "packed_logits_forward": _emulated_packed_logits,
             "cosine_mse_forward": _emulated_cosine_mse,
+            "scale_gradient_": _emulated_scale_gradient,
         }
         return emulated[name]
 
@@ -224,6 +228,14 @@ def _emulated_cosine_mse(
         outputs = Outputs(program("cosine_mse"), [call], Path(folder))
     shapes = cosine_mse_results(output, reduction, options[-2:])
     return tuple(outputs.take(dtype, *shape) for dtype, shape in shapes)
+
+
+def _emulated_scale_gradient(grad: Tensor, grad_loss: Tensor) -> None:
+    from tests.cuda.emulated import Outputs, scale_gradient_call
+
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = Outputs(program("scale_gradient"), [scale_gradient_call(grad, grad_loss)], Path(folder))
+    grad.copy_(outputs.take(grad.dtype, *grad.shape))
 
 
 def place_of(rehearse: bool) -> Device:
