@@ -33,8 +33,10 @@ STABLE_TORCH_LIBRARY_IMPL(embkern, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(embkern, CUDA, m) {
   m.impl("gather_project_forward.native", TORCH_BOX(&embkern::cuda::gather_project_forward));
   m.impl("gather_project_out.native", TORCH_BOX(&embkern::cuda::gather_project_out));
+  m.impl("gather_project_backward.native", TORCH_BOX(&embkern::cuda::gather_project_backward));
   m.impl("gather_decode_forward.native", TORCH_BOX(&embkern::cuda::gather_decode_forward));
   m.impl("packed_logits_forward.native", TORCH_BOX(&embkern::cuda::packed_logits_forward));
   m.impl("cosine_mse_forward.native", TORCH_BOX(&embkern::cuda::cosine_mse_forward));
+  m.impl("scale_gradient_.native", TORCH_BOX(&embkern::cuda::scale_gradient));
 }
 #endif

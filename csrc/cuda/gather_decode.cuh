@@ -99,6 +99,7 @@ void gather_decode(const DecodeProblem<T>& problem, const Device& device, Stream
   product.ids = problem.places;
   product.count = product.num_embeddings = problem.count;
   product.rank = problem.terms;
+  product.codes_stride = problem.terms;
   product.width = problem.width;
   product.codes = problem.coefficients;
   product.basis = problem.basis;

@@ -35,6 +35,7 @@ void run(const Tensor& ids, const Tensor& codes, const Tensor& basis, const std:
   problem.rank = to_int("codes", codes.size(1));
   problem.width = to_int("basis", basis.size(1));
   problem.codes = static_cast<const T*>(codes.const_data_ptr());
+  problem.codes_stride = codes.stride(0);
   problem.basis = static_cast<const T*>(basis.const_data_ptr());
   problem.offset = offset ? static_cast<const T*>(offset->const_data_ptr()) : nullptr;
   problem.out = static_cast<T*>(out.mutable_data_ptr());
@@ -46,18 +47,11 @@ void run(const Tensor& ids, const Tensor& codes, const Tensor& basis, const std:
   gather_project(problem, device_properties(device, kOp), current_stream(device, kOp));
 }
 
-void check_arguments(const Tensor& ids, const Tensor& codes, const Tensor& basis) {
-  for (const Tensor* each : {&ids, &codes, &basis})
-    check(each->is_cuda() && each->is_contiguous(), kOp, ": expected contiguous CUDA tensors");
-  check(codes.dim() == 2 && basis.dim() == 2 && basis.size(0) == codes.size(1), kOp,
-        ": expected codes (V, r) and basis (r, H)");
-}
-
 }  // namespace
 
 void gather_project_out(const Tensor& ids, const Tensor& codes, const Tensor& basis,
                         const std::optional<Tensor>& offset, double scale, Tensor out) {
-  check_arguments(ids, codes, basis);
+  check_lookup(kOp, ids, codes, basis);
   check(out.is_cuda() && out.is_contiguous() && out.numel() == ids.numel() * basis.size(1), kOp,
         ": expected out contiguous with one row of H for each id");
   if (out.numel() == 0) return;
@@ -78,7 +72,7 @@ void gather_project_out(const Tensor& ids, const Tensor& codes, const Tensor& ba
 
 Tensor gather_project_forward(const Tensor& ids, const Tensor& codes, const Tensor& basis,
                               const std::optional<Tensor>& offset, double scale) {
-  check_arguments(ids, codes, basis);
+  check_lookup(kOp, ids, codes, basis);
   std::vector<int64_t> shape;
   for (int64_t i = 0; i < ids.dim(); ++i) shape.push_back(ids.size(i));
   shape.push_back(basis.size(1));

@@ -92,7 +92,8 @@ EMBKERN_DEVICE void decode(const Problem<T>& problem) {
       if (first_row + row < problem.count) {
         const int64_t id = checked_id(problem, first_row + row);
         if (id >= 0)
-          vector = load_vector(problem.codes + id * rank + first + k, size - k, problem.aligned_codes);
+          vector = load_vector(problem.codes + id * problem.codes_stride + first + k, size - k,
+                               problem.aligned_codes);
       }
 #pragma unroll
       for (int j = 0; j < kVector<T>; j += kVector<A>) {

@@ -9,7 +9,8 @@ namespace embkern::cuda {
 
 constexpr char kOp[] = "gather_project";
 
-// The arguments of one call. `aligned_*` means that pointer and row length are multiples of 16 bytes.
+// The arguments of one call. `aligned_*` means that the pointer and the distance of rows are multiples of 16
+// bytes. Rows of codes may have elements between them, which are not read.
 template <class T>
 struct Problem {
   const void* ids;
@@ -19,6 +20,7 @@ struct Problem {
   int rank;                // r
   int width;               // H
   const T* codes;
+  int64_t codes_stride;  // elements from one row to the next
   const T* basis;
   const T* offset;  // may be null
   // For gather_decode, else null: out[n] = scale * (factors[n] * (codes[ids[n]] @ basis) + offset), and where
@@ -31,7 +33,7 @@ struct Problem {
 
 template <class T>
 void set_alignment(Problem<T>& problem) {
-  problem.aligned_codes = aligned(problem.codes, problem.rank * sizeof(T));
+  problem.aligned_codes = aligned(problem.codes, problem.codes_stride * sizeof(T));
   problem.aligned_basis = aligned(problem.basis, problem.width * sizeof(T));
   problem.aligned_out = aligned(problem.out, problem.width * sizeof(T));
 }

@@ -11,15 +11,6 @@
 
 namespace embkern::cuda {
 
-// Copies a vector from global to shared memory, asynchronously if a 16-byte copy is possible.
-template <class T>
-EMBKERN_DEVICE void copy_vector(T* shared, const T* from, int valid, bool aligned) {
-  if (aligned)
-    ptx::copy_async_16(shared, from, valid > 0);
-  else
-    ptx::store_16(shared, load_vector(from, valid, false));
-}
-
 // A product defines how one block multiplies: its tile (kRows, kColumns), the depth of a stage of the basis,
 // the position of a 16-byte vector in a row of a stage, and the epilogue. `codes` (kRows, stride) and `basis`
 // (kDepth, kColumns) are in shared memory. The stride is an odd number of vectors, so that vectors of adjacent
@@ -280,7 +271,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int row = i / vectors, k = i % vectors * kVector<T>;
       const int64_t id = row_ids[row];
       const int valid = id < 0 ? 0 : rank - first - k;
-      copy_vector(codes + row * stride + k, problem.codes + (valid > 0 ? id * rank + first + k : 0), valid,
+      copy_vector(codes + row * stride + k,
+                  problem.codes + (valid > 0 ? id * problem.codes_stride + first + k : 0), valid,
                   problem.aligned_codes);
     }
     ptx::copy_async_commit();

@@ -16,6 +16,12 @@ Tensor gather_project_forward(const Tensor& ids, const Tensor& codes, const Tens
 void gather_project_out(const Tensor& ids, const Tensor& codes, const Tensor& basis,
                         const std::optional<Tensor>& offset, double scale, Tensor out);
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> gather_project_backward(const Tensor& grad, const Tensor& ids,
+                                                                   const Tensor& codes, const Tensor& basis,
+                                                                   double scale, int64_t padding_idx,
+                                                                   bool needs_codes, bool needs_basis,
+                                                                   bool needs_offset, bool sparse);
+
 Tensor gather_decode_forward(const Tensor& ids, const Tensor& records, const Tensor& directory,
                              const Tensor& tiers, const Tensor& levels, const Tensor& scales,
                              const std::optional<Tensor>& basis, const std::optional<Tensor>& offset,
@@ -32,5 +38,7 @@ std::tuple<Tensor, Tensor, Tensor> cosine_mse_forward(const Tensor& output, cons
                                                       double cosine_weight, double mse_weight,
                                                       double rmse_weight, double power_weight, double alpha,
                                                       double eps, bool needs_output, bool needs_target);
+
+void scale_gradient(Tensor grad, const Tensor& grad_loss);
 
 }  // namespace embkern::cuda

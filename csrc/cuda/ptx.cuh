@@ -51,11 +51,11 @@ EMBKERN_DEVICE Vector forget(Vector vector) {
   return vector;
 }
 
-// Starts a copy of 16 aligned bytes from global to shared memory that bypasses L1. If not `valid`, it writes
-// zeros and reads nothing.
-EMBKERN_DEVICE void copy_async_16(void* shared, const void* global, bool valid) {
+// Starts a copy to 16 aligned bytes of shared memory, from global memory and past L1. The first `bytes` of them
+// are read, the others become zero.
+EMBKERN_DEVICE void copy_async_16(void* shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
-               "r"(valid ? 16 : 0)
+               "r"(bytes)
                : "memory");
 }
 

@@ -28,12 +28,17 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": ("native", "torch"),
     "cuda": ("native", "triton", "torch"),
 }
-# Another order for one regime of one op. These are by design and not yet measured: a decoding step is
-# launched by the C++ kernels without the overhead of Triton's launcher; prefill uses the wgmma of Triton.
-REGIMES: dict[tuple[str, str, str], tuple[str, ...]] = {
-    ("gather_project", "cuda", "prefill"): ("triton", "native", "torch"),
-    ("gather_decode", "cuda", "prefill"): ("triton", "native", "torch"),
-    ("packed_logits", "cuda", "prefill"): ("triton", "native", "torch"),
+HALVES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, *HALVES, torch.float64)
+# Another order for one regime of one op, in some dtypes. These are by design and not yet measured: a decoding
+# step is launched by the C++ kernels without the overhead of Triton's launcher; prefill of 16-bit factors
+# uses the wgmma of Triton. Both multiply fp32 and fp64 outside the tensor cores, where the C++ kernels keep
+# the codes on chip and Triton's read them again for every tile of columns. The C++ head multiplies a row at a
+# time, in every dtype.
+REGIMES: dict[tuple[str, str, str], tuple[tuple[str, ...], tuple[torch.dtype, ...]]] = {
+    ("gather_project", "cuda", "prefill"): (("triton", "native", "torch"), HALVES),
+    ("gather_decode", "cuda", "prefill"): (("triton", "native", "torch"), HALVES),
+    ("packed_logits", "cuda", "prefill"): (("triton", "native", "torch"), DTYPES),
 }
 # Up to this many ids are decoding: launches and reads of the basis bound it. So are up to this many hidden
 # states, which the C++ kernel multiplies with a row at a time.
@@ -67,10 +72,7 @@ KERNELS: dict[tuple[str, str], frozenset[str]] = {
     ),
 }
 # Kernels without a backward of their own.
-FORWARD_ONLY: frozenset[tuple[str, str, str]] = frozenset(
-    {("native", "cuda", "gather_project"), ("native", "cuda", "packed_logits")}
-)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FORWARD_ONLY: frozenset[tuple[str, str, str]] = frozenset({("native", "cuda", "packed_logits")})
 # Kernels that do not take all of these dtypes.
 KERNEL_DTYPES: dict[tuple[str, str, str], tuple[torch.dtype, ...]] = {
     ("native", "cpu", "autoencoder"): (torch.float32, torch.float64),
@@ -180,7 +182,9 @@ def _choose(op: str, device_type: str, dtype: torch.dtype, backend: str | None, 
         if reason := unavailable(backend, op, device_type, dtype):
             raise RuntimeError(f"{source}: {backend!r} cannot serve {op}: {reason}")
         return backend
-    order = REGIMES.get((op, device_type, regime or "")) or PREFERENCE.get(device_type, ("torch",))
+    order, dtypes = REGIMES.get((op, device_type, regime or ""), ((), ()))
+    if dtype not in dtypes:
+        order = PREFERENCE.get(device_type, ("torch",))
     reasons: list[str] = []
     for candidate in order:
         reason = unavailable(candidate, op, device_type, dtype)

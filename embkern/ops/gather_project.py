@@ -174,7 +174,8 @@ def gather_project(
 
     Args:
         ids: indices into the vocabulary, any shape (``*``), int32 or int64.
-        codes: (V, r), one row per token; the stride between rows is arbitrary.
+        codes: (V, r), one row per token; the stride between rows is arbitrary, and a view of the columns of
+            a wider matrix is not copied. Rows that start on 16 bytes are read fastest on CUDA, whatever r.
         basis: (r, H), shared by all tokens.
         offset: (H,), added to every row.
         scale: factor on the result, applied before the rounding.
@@ -204,7 +205,7 @@ def gather_project(
     try:
         if chosen != "native" or device_type != "cpu":  # The native CPU op checks its arguments itself.
             _check(ids, codes, basis, offset, out)
-            ids, codes, basis = ids.contiguous(), codes.contiguous(), basis.contiguous()
+            ids, codes, basis = ids.contiguous(), _with_adjacent_elements(codes), basis.contiguous()
             offset = None if offset is None else offset.contiguous()
         if padding_idx is not None:
             _check_padding(padding_idx, codes)
@@ -257,6 +258,11 @@ def _check(
     for name, tensor in (("ids", ids), ("basis", basis), ("offset", offset), ("out", out)):
         if tensor is not None and tensor.device != codes.device:
             raise ValueError(f"{name}: expected device {codes.device} as in codes, got {tensor.device}")
+
+
+def _with_adjacent_elements(codes: Tensor) -> Tensor:
+    """Return codes if the elements of a row are adjacent, at any distance of rows, and else a copy."""
+    return codes if codes.stride(1) == 1 or codes.shape[1] <= 1 else codes.contiguous()
 
 
 def _check_padding(padding_idx: int, codes: Tensor) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from .backends import unavailable
 from .library import define, overload
 
 
@@ -16,7 +17,12 @@ def _fake(grad: Tensor, grad_loss: Tensor) -> None:
 
 
 # grad *= grad_loss, a scalar or one value per row. Where it is 1, the kernel does not read the gradient.
-define("scale_gradient_", "(Tensor(a!) grad, Tensor grad_loss) -> ()", backends=("triton",), fake=_fake)
+define(
+    "scale_gradient_",
+    "(Tensor(a!) grad, Tensor grad_loss) -> ()",
+    backends=("native", "triton"),
+    fake=_fake,
+)
 
 # Whether the graph that is being differentiated will be needed again (retain_graph, create_graph).
 _keeps_graph: Callable[[], bool] = getattr(
@@ -37,7 +43,18 @@ def scaled_gradient(grad: Tensor, grad_loss: Tensor) -> Tensor:
     if grad.is_cpu:
         ones = grad_loss.item() == 1 if grad_loss.dim() == 0 else bool((grad_loss == 1).all())
         return grad if ones else grad.mul_(factor)
-    if grad.is_cuda and importlib.util.find_spec("triton") is not None:
-        overload("scale_gradient_", "triton")(grad, grad_loss.contiguous())
-        return grad
-    return grad.mul_(factor)
+    scale = _cuda_kernel() if grad.is_cuda else None
+    if scale is None:
+        return grad.mul_(factor)
+    scale(grad, grad_loss.contiguous())
+    return grad
+
+
+@functools.cache
+def _cuda_kernel() -> Callable[[Tensor, Tensor], None] | None:
+    """Return the kernel of the first backend whose loss can be used, which comes with it."""
+    for backend in ("native", "triton"):
+        if unavailable(backend, "cosine_mse", "cuda", torch.float32) is None:
+            kernel: Callable[[Tensor, Tensor], None] = overload("scale_gradient_", backend)
+            return kernel
+    return None

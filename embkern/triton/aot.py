@@ -58,10 +58,12 @@ class Shape:
     H: int
     dtype: torch.dtype = torch.bfloat16
     ids_dtype: torch.dtype = torch.int64
+    apart: int = 0  # elements between rows of codes
 
     def __str__(self) -> str:
         """Return it in one line."""
-        return f"N={self.N} r={self.r} H={self.H} {str(self.dtype).removeprefix('torch.')}"
+        rank = f"{self.r}+{self.apart}" if self.apart else f"{self.r}"
+        return f"N={self.N} r={rank} H={self.H} {str(self.dtype).removeprefix('torch.')}"
 
 
 # Every class of length and rank, aligned and not; the widths of BERT and Llama; an odd width.
@@ -69,6 +71,7 @@ SHAPES = (
     *(Shape(16384, r, H) for r, H in ((256, 2048), (75, 768), (299, 768), (512, 4096), (640, 2048))),
     *(Shape(512, r, H) for r, H in ((256, 2048), (75, 768))),
     *(Shape(4, r, H) for r, H in ((256, 2048), (75, 768))),
+    *(Shape(N, 75, 768, apart=5) for N in (16384, 512, 4)),
     Shape(16384, 63, 77, ids_dtype=torch.int32),
     Shape(16384, 256, 2048, torch.float16),
     *(Shape(N, r, H, torch.float32) for N in (16384, 4) for r, H in ((256, 2048), (75, 768))),
@@ -294,11 +297,12 @@ def launches(shape: AnyShape, device: Device) -> Iterator[Launch]:
         return torch.empty(size, dtype=dtype, device="meta")
 
     N, r, H = shape.N, shape.r, shape.H
-    ids, codes, basis, offset = tensor(N, dtype=shape.ids_dtype), tensor(V, r), tensor(r, H), tensor(H)
+    ids, basis, offset = tensor(N, dtype=shape.ids_dtype), tensor(r, H), tensor(H)
+    codes = tensor(V, r + shape.apart)[:, :r]
     rows = tensor(N, r, dtype=accumulation_dtype(shape.dtype))
     yield forward_launch(ids, codes, basis, offset, 1.0, tensor(N, H), device)
     yield project_grad_launch(tensor(N, H), ids, codes, basis, 1.0, -1, rows, device)
-    yield from segment_launches(rows, ids, tensor(N, dtype=torch.int64), codes)
+    yield from segment_launches(rows, ids, tensor(N, dtype=torch.int64), tensor(V, r))
     yield from grad_basis_launches(tensor(N, H), ids, codes, 1.0, -1, basis, offset, device)
 
 

@@ -39,6 +39,7 @@ from .device_functions import (
     square_root,
 )
 from .launch import Launch
+from .sizes import cdiv
 from .tiles import row_tile_of
 
 # Partial sums of the weights, all of which every program of the loss adds, and weights per step.
@@ -412,7 +413,7 @@ def forward_launches(
     N, H = output.shape
     cosine_weight, mse_weight, rmse_weight, power_weight = weights
     tile = row_tile_of(output.dtype, N, H)
-    programs = triton.cdiv(N, tile.BLOCK_N)
+    programs = cdiv(N, tile.BLOCK_N)
     launches: list[Launch] = []
 
     weight_sums, row_scale = None, 1.0
@@ -420,8 +421,8 @@ def forward_launches(
         row_scale = 1.0 / N
     elif reduction == MEAN:
         assert row_weight is not None
-        chunk = triton.cdiv(triton.cdiv(N, _WEIGHT_SUMS), _WEIGHT_BLOCK) * _WEIGHT_BLOCK
-        weight_sums = loss.new_empty(triton.cdiv(N, chunk))
+        chunk = cdiv(cdiv(N, _WEIGHT_SUMS), _WEIGHT_BLOCK) * _WEIGHT_BLOCK
+        weight_sums = loss.new_empty(cdiv(N, chunk))
         launches.append(_sum_launch(row_weight, None, weight_sums, 0.0, chunk, _WEIGHT_BLOCK))
 
     rows = dict(

@@ -47,6 +47,7 @@ from ..ops.packed_format import PackedTensors
 from ..ops.reference import accumulation_dtype
 from .gather_project.forward import forward_launch
 from .launch import Launch
+from .sizes import cdiv, next_power_of_2
 from .tiles import Device, GroupTile, Tile, group_tile_of
 
 _GROUP = tl.constexpr(GROUP)
@@ -318,7 +319,7 @@ def forward_launches(
         coefficients = scales.new_empty(N, K)
         factors = scales.new_empty(N, dtype=accumulation_dtype(scales.dtype))
         places = torch.empty(N, dtype=torch.int32, device=scales.device)
-    group_tile = group_tile or group_tile_of(N, triton.cdiv(H, GROUP))
+    group_tile = group_tile or group_tile_of(N, cdiv(H, GROUP))
     arguments = dict(
         ids_ptr=ids,
         records_ptr=records,
@@ -338,8 +339,8 @@ def forward_launches(
         G=tiers.shape[1] - 1,
         K=K,
         H=H,
-        BLOCK_T=triton.next_power_of_2(tiers.shape[0]),
-        BLOCK_BITS=triton.next_power_of_2(tiers.shape[1] - 1),
+        BLOCK_T=next_power_of_2(tiers.shape[0]),
+        BLOCK_BITS=next_power_of_2(tiers.shape[1] - 1),
         BLOCK_G=group_tile.BLOCK_G,
     )
     yield Launch(_rows_kernel, (N,), arguments, group_tile.num_warps)

@@ -1,8 +1,16 @@
-"""A kernel launch as a value: the launchers run it on a device, `aot.py` compiles it without one."""
+"""A kernel launch as a value: the launchers run it on a device, `aot.py` compiles it without one.
+
+A kernel is compiled for what it is specialised on: constants, types, and which pointers are multiples of 16
+bytes. Triton's launcher derives that from all arguments at every call and makes a text of it and of the
+compiler's options. Here a tuple is the key, and the compiled kernel is launched with positional arguments, in
+half of the time. Triton's launcher runs at the first call for a key, and always in the interpreter.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import functools
+from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -28,6 +36,18 @@ _OPTIONS = {"debug": True, "sanitize_overflow": False, "enable_fp_fusion": True}
 _BOUND_REGISTERS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 
 
+# What Triton's launcher compiled, by key.
+_compiled: dict[tuple[Any, ...], CompiledKernel] = {}
+
+
+@functools.cache
+def _parameters(kernel: Any) -> tuple[Any, Any, Any]:
+    """Return what takes all arguments of a kernel from a dict, its constants, and the others."""
+    constants = [each.name for each in kernel.params if each.is_constexpr]
+    others = [each.name for each in kernel.params if not each.is_constexpr]
+    return itemgetter(*kernel.arg_names), itemgetter(*constants, constants[0]), itemgetter(*others, others[0])
+
+
 @dataclass(frozen=True)
 class Launch:
     """One launch of ``kernel``: the grid, every argument by name, and the compiler's options.
@@ -41,18 +61,39 @@ class Launch:
     arguments: dict[str, Any]
     num_warps: int
     num_stages: int = 1
-    options: dict[str, Any] = field(init=False)
 
-    def __post_init__(self) -> None:
-        """Complete the options."""
+    @property
+    def options(self) -> dict[str, Any]:
+        """The compiler's options."""
         options = {**_OPTIONS, "num_warps": self.num_warps, "num_stages": self.num_stages}
         if _BOUND_REGISTERS:
             options["maxnreg"] = min(255, 65536 // (32 * self.num_warps))
-        object.__setattr__(self, "options", options)
+        return options
 
     def run(self) -> None:
         """Launch on the current stream of the current device."""
-        self.kernel[self.grid](**self.arguments, **self.options)
+        if not isinstance(self.kernel, triton.JITFunction):  # the interpreter's
+            self.kernel[self.grid](**self.arguments, **self.options)
+            return
+        key, values = self._key()
+        compiled = _compiled.get(key)
+        if compiled is None:
+            _compiled[key] = self.kernel[self.grid](**self.arguments, **self.options)
+        else:
+            compiled[self.grid + (1,) * (3 - len(self.grid))](*values)
+
+    def _key(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Return what determines the compiled kernel on this device, and the arguments in order."""
+        all_of, constants_of, others_of = _parameters(self.kernel)
+        key: list[Any] = [self.kernel, self.num_warps, self.num_stages, constants_of(self.arguments)]
+        for value in others_of(self.arguments):
+            if value is None:
+                key.append(None)
+            elif type(value) is int:
+                key.append(-(2**31) <= value < 2**31)
+            elif type(value) is not float:  # a tensor
+                key += (value.dtype, value.data_ptr() % 16 == 0, value.get_device())
+        return tuple(key), all_of(self.arguments)
 
     def specialization(self) -> tuple[dict, dict, dict]:
         """Return signature, constants and attributes as Triton's launcher derives them from the arguments."""

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch
+from .sizes import cdiv, next_power_of_2
 from .tiles import Device, describe_device, row_tile_of
 
 _SCALE_BLOCK = 4096
@@ -69,11 +70,11 @@ def scale_launch(grad: Tensor, grad_loss: Tensor, device: Device | None = None) 
     if grad_loss.dim() == 0:
         arguments = dict(grad_ptr=grad, factor_ptr=grad_loss, size=grad.numel(), BLOCK=_SCALE_BLOCK)
         # Eight programs fill a multiprocessor; so few cost little where they end at once.
-        programs = min(triton.cdiv(grad.numel(), _SCALE_BLOCK), 8 * device.processors)
+        programs = min(cdiv(grad.numel(), _SCALE_BLOCK), 8 * device.processors)
         return Launch(_scale_kernel, (programs,), arguments, num_warps=8)
     N = grad.shape[0]
     H = grad.numel() // N
     tile = row_tile_of(grad.dtype, N, H)
-    width = tile.BLOCK_H * triton.next_power_of_2(tile.PARTS)
+    width = tile.BLOCK_H * next_power_of_2(tile.PARTS)
     arguments = dict(grad_ptr=grad, factor_ptr=grad_loss, N=N, H=H, BLOCK_N=tile.BLOCK_N, BLOCK_H=width)
-    return Launch(_scale_rows_kernel, (triton.cdiv(N, tile.BLOCK_N),), arguments, tile.num_warps)
+    return Launch(_scale_rows_kernel, (cdiv(N, tile.BLOCK_N),), arguments, tile.num_warps)

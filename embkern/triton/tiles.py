@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
+
+from .sizes import cdiv, next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,15 @@ TILES: dict[tuple[str, int, int], dict[str, tuple[Tile, ...]]] = {
 }
 
 
-def tile_of(kernel: str, device: Device, dtype: torch.dtype, N: int, r: int, H: int) -> Tile:
-    """Return the tile of a kernel for N positions, rank r (or K coefficients) and H columns."""
-    aligned = (r * dtype.itemsize) % 16 == 0 and (H * dtype.itemsize) % 16 == 0
+def tile_of(
+    kernel: str, device: Device, dtype: torch.dtype, N: int, r: int, H: int, aligned_codes: bool | None = None
+) -> Tile:
+    """Return the tile of a kernel for N positions, rank r (or K coefficients) and H columns.
+
+    ``aligned_codes`` says whether rows of codes are read in vectors; the default is that of adjacent rows.
+    """
+    aligned = (r * dtype.itemsize) % 16 == 0 if aligned_codes is None else aligned_codes
+    aligned &= (H * dtype.itemsize) % 16 == 0
     return _tile_of(kernel, device, dtype.itemsize, _length(N), r, aligned)
 
 
@@ -173,13 +180,13 @@ def _length(N: int) -> str:
 
 def fit_rank(kernel: str, tile: Tile, r: int) -> Tile:
     """Reduce BLOCK_R to what r needs; in the forward to two powers of two, which pad r less than one does."""
-    whole = max(16, triton.next_power_of_2(r))
+    whole = max(16, next_power_of_2(r))
     if kernel != "forward":
         return replace(tile, BLOCK_R=min(tile.BLOCK_R, whole))
     if r > tile.BLOCK_R:
         return tile
     half = whole // 2
-    tail = max(16, triton.next_power_of_2(r - half))
+    tail = max(16, next_power_of_2(r - half))
     return replace(tile, BLOCK_R=half, BLOCK_TAIL=tail) if 16 <= half > tail else replace(tile, BLOCK_R=whole)
 
 
@@ -246,10 +253,10 @@ def row_tile_of(dtype: torch.dtype, N: int, H: int) -> RowTile:
 def _row_tile_of(rule: RowRule, itemsize: int, H: int) -> RowTile:
     vector = math.gcd(16, H * itemsize) // itemsize  # elements that a thread loads at once
     width = min(H, rule.widest)
-    warps = min(16, triton.next_power_of_2(triton.cdiv(width, 32 * rule.elements)))
-    columns = min(32 * warps * vector, triton.next_power_of_2(width))
+    warps = min(16, next_power_of_2(cdiv(width, 32 * rule.elements)))
+    columns = min(32 * warps * vector, next_power_of_2(width))
     if warps > 1 or columns == 32 * vector:
-        return RowTile(1, columns, triton.cdiv(width, columns), warps)
+        return RowTile(1, columns, cdiv(width, columns), warps)
     # Rows too short for a warp share one, with two such loads in flight and four warps per program.
     return RowTile(4 * 2 * (32 * vector // columns), columns, 1, 4)
 
@@ -271,7 +278,7 @@ def group_tile_of(N: int, groups: int) -> GroupTile:
     if _length(N) == "batch":
         block = min((8, 4), key=lambda size: -(-groups // size) * size)
     else:
-        block = min(32, triton.next_power_of_2(groups))
+        block = min(32, next_power_of_2(groups))
     return GroupTile(block, max(1, block // 8))
 
 
@@ -308,8 +315,8 @@ def loss_tile_of(kernel: str, device: Device, dtype: torch.dtype, N: int, K: int
     tile = LOSS_TILES[kernel, dtype.itemsize]
     # Rows that do not start on 16 bytes are loaded element by element; greater blocks spilled registers.
     bound = tile.BLOCK_N if K * dtype.itemsize % 16 == 0 else 32
-    states = min(tile.BLOCK_N, bound, max(16, triton.next_power_of_2(N)))
-    columns = max(16, triton.next_power_of_2(K))
+    states = min(tile.BLOCK_N, bound, max(16, next_power_of_2(N)))
+    columns = max(16, next_power_of_2(K))
     if columns > tile.BLOCK_K:  # in steps, for which mma.sync needs more registers than wgmma
         columns = min(tile.BLOCK_K, 64)
         states = min(states, 128 if device.capability >= 90 else 64)

@@ -61,6 +61,19 @@ def serialised(*tensors: torch.Tensor | None) -> bytes:
     return b"".join(each.reshape(-1).view(torch.uint8).numpy().tobytes() for each in given)
 
 
+def spaced(matrix: torch.Tensor, apart: int) -> torch.Tensor:
+    """Return the matrix with ``apart`` NaN between one row and the next."""
+    wide = torch.full((matrix.shape[0], matrix.shape[1] + apart), torch.nan, dtype=matrix.dtype)
+    wide[:, : matrix.shape[1]] = matrix
+    return wide[:, : matrix.shape[1]]
+
+
+def memory_of(matrix: torch.Tensor) -> torch.Tensor:
+    """Return all elements from the first to the last one of a matrix, with those between its rows."""
+    rows, columns = matrix.shape
+    return matrix.as_strided(((rows - 1) * matrix.stride(0) + columns if columns else 0,), (1,))
+
+
 class Outputs:
     """The output of a run, read tensor by tensor."""
 
@@ -91,10 +104,37 @@ def gather_project_call(
     """Return a call of gather_project in the format of emulator/gather_project.cpp."""
     (V, r), H = codes.shape, basis.shape[1]
     header = (
-        *(DTYPES[codes.dtype], ids.dtype == torch.int64, len(ids), V, r, H, offset is not None),
-        *(misaligned, multiprocessors, shared, ORDERS[order]),
+        *(DTYPES[codes.dtype], ids.dtype == torch.int64, len(ids), V, r, H, codes.stride(0)),
+        *(offset is not None, misaligned, multiprocessors, shared, ORDERS[order]),
     )
-    return struct.pack("<11qd", *map(int, header), scale) + serialised(ids, codes, basis, offset)
+    tensors = serialised(ids, memory_of(codes), basis, offset)
+    return struct.pack("<12qd", *map(int, header), scale) + tensors
+
+
+def gather_project_backward_call(
+    grad: torch.Tensor,
+    ids: torch.Tensor,
+    codes: torch.Tensor,
+    basis: torch.Tensor,
+    scale: float,
+    padding_idx: int,
+    needs_basis: bool,
+    needs_offset: bool,
+    sparse: bool,
+    *,
+    misaligned: int = 0,
+    multiprocessors: int = HOPPER_MULTIPROCESSORS,
+    shared: int = HOPPER_SHARED,
+    order: str = "ascending",
+) -> bytes:
+    """Return a call of gather_project_backward in the format of emulator/gather_project_backward.cpp."""
+    (V, r), H = codes.shape, basis.shape[1]
+    header = (
+        *(DTYPES[codes.dtype], ids.dtype == torch.int64, len(ids), V, r, H, codes.stride(0), misaligned),
+        *(padding_idx, sparse, needs_basis, needs_offset, multiprocessors, shared, ORDERS[order]),
+    )
+    tensors = serialised(grad, ids, memory_of(codes), basis, *torch.sort(ids, stable=True))
+    return struct.pack("<15qd", *map(int, header), scale) + tensors
 
 
 def gather_decode_call(
@@ -177,6 +217,17 @@ def cosine_mse_call(
     scalars = (cosine_weight, mse_weight, rmse_weight, power_weight, alpha, eps)
     tensors = serialised(output, target, row_weight, target_norm, grad_loss)
     return struct.pack("<12q6d", *map(int, header), *scalars) + tensors
+
+
+def scale_gradient_call(
+    grad: torch.Tensor,
+    factor: torch.Tensor,
+    misaligned: int = 0,
+    multiprocessors: int = HOPPER_MULTIPROCESSORS,
+) -> bytes:
+    """Return a call of scale_gradient_ in the format of emulator/scale_gradient.cpp."""
+    header = (DTYPES[grad.dtype], *grad.shape, factor.dim(), misaligned, multiprocessors)
+    return struct.pack("<6q", *header) + serialised(grad, factor)
 
 
 def cosine_mse_results(

@@ -24,6 +24,7 @@ from tests.cuda.emulated import (
     build,
     build_sanitized,
     gather_project_call,
+    spaced,
     start,
 )
 
@@ -47,12 +48,13 @@ class Call:
     shared: int = HOPPER_SHARED  # bytes per block
     order: str = "ascending"
     bad_id: int | None = None
+    apart: int = 0  # elements between the rows of codes, NaN
 
     def __post_init__(self) -> None:
         self.ids = (torch.rand(self.N) ** 3 * self.V).to(self.ids_dtype)  # skewed: many ids repeat
         if self.bad_id is not None:
             self.ids[-1] = self.bad_id
-        self.codes = torch.randn(self.V, self.r).to(self.dtype)
+        self.codes = spaced(torch.randn(self.V, self.r).to(self.dtype), self.apart)
         self.basis = (torch.randn(self.r, self.H) / max(self.r, 1) ** 0.5).to(self.dtype)
         self.shift = torch.randn(self.H).to(self.dtype) if self.offset else None
 
@@ -131,6 +133,17 @@ def test_codes_that_do_not_fit_in_shared_memory(program, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_codes_that_are_apart(program, dtype, tmp_path):
+    """With rows that start on 16 bytes, vectors are copied that only begin with codes."""
+    calls = [
+        Call(dtype, N, r, 72, apart=apart, **LARGE)
+        for N in (1, 7, 90)
+        for r, apart in ((75, 5), (64, 16), (63, 3), (33, 1000))
+    ]
+    check(program, calls, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tensors_that_are_not_aligned(program, dtype, tmp_path):
     calls = [Call(dtype, N, 64, 96, misaligned=1, **LARGE) for N in (1, 9, 70)]
     check(program, calls, tmp_path)
@@ -165,6 +178,7 @@ def test_no_access_out_of_bounds(sanitized_program, tmp_path):
         for N, r, H in ((1, 75, 77), (7, 64, 40), (66, 63, 77), (130, 72, 264))
         for device in (SMALL, LARGE)
     ]
+    calls += [Call(dtype, N, 75, 40, apart=5) for dtype in DTYPES for N in (2, 66)]
     check(sanitized_program, calls, tmp_path)
 
 

@@ -35,12 +35,17 @@ def test_the_expected_instructions(kernels):
             ("TensorCoreProduct", ("HMMA", "LDSM", "LDGSTS", "STG.E.128"), 4),
             ("FmaProduct", ("LDGSTS", "STG.E.128"), 4),
             ("gather_project_decode", ("LDG.E.128",), 12),
+            (r"grad_(rows|basis)_kernel<StreamedTensorCores", ("HMMA", "LDSM", "LDGSTS"), 12),
+            (r"grad_(rows|basis)_kernel<StreamedFma", ("LDGSTS", "LDS."), 4),
+            ("(sum|join)_segments_kernel", ("LDG.E.128",), 8),
+            ("sum_splits_kernel", (), 4),
             ("gather_decode_rows", ("LDS.",), 4),
             ("packed_logits_kernel", ("LDS.",), 21),
             ("packed_logits_states", (), 7),
             (r"cosine_mse_rows_kernel<\w+, \w+, true>", ("LDG.E.128", "STG.E.128"), 8),
             (r"cosine_mse_rows_kernel<\w+, \w+, false>", (), 8),
             ("cosine_mse_(loss|weights)_kernel", (), 4),
+            ("scale_(all|rows)_kernel", ("LDG.E.128", "STG.E.128"), 8),
         ):
             matching = [kernel for kernel in of_architecture if re.search(part, kernel.name)]
             assert len(matching) == count, [kernel.name for kernel in of_architecture]

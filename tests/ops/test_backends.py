@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from embkern.ops import backends
+from embkern.ops import backends, scale_gradient
 from embkern.ops.backends import select, unavailable
+from embkern.ops.library import overload
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +60,15 @@ def test_the_environment_variable_is_obeyed_and_named_in_errors(monkeypatch):
     assert select("gather_project", "cpu", torch.float32, "torch") == "torch", "the argument wins"
 
 
+@pytest.mark.parametrize("op", ["gather_project", "gather_decode", "packed_logits"])
+def test_prefill_goes_to_triton_only_where_it_has_tensor_cores(monkeypatch, op):
+    monkeypatch.setattr(backends, "unavailable", lambda *_: None)
+    for dtype in backends.DTYPES:
+        assert select(op, "cuda", dtype, regime="decode") == "native"
+        by_triton = dtype.itemsize == 2 or op == "packed_logits"  # the C++ head has a product for few states
+        assert select(op, "cuda", dtype, regime="prefill") == ("triton" if by_triton else "native")
+
+
 def test_every_refusal_has_a_reason(monkeypatch):
     assert "no native kernel" in unavailable("native", "autoencoder", "cuda", torch.float32)
     assert "does not take torch.bfloat16" in unavailable("native", "autoencoder", "cpu", torch.bfloat16)
@@ -82,6 +92,21 @@ def test_a_device_that_is_too_old_is_named(monkeypatch, name):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
         reason = unavailable(name, "cosine_mse", "cuda", torch.bfloat16)
         assert reason is None if expected is None else expected in reason
+
+
+@pytest.mark.parametrize(
+    ("usable", "expected"), [(("native", "triton"), "native"), (("triton",), "triton"), ((), None)]
+)
+def test_gradients_are_scaled_by_the_first_backend_that_can_be_used(monkeypatch, usable, expected):
+    monkeypatch.setattr(
+        scale_gradient, "unavailable", lambda backend, *_: None if backend in usable else "not here"
+    )
+    scale_gradient._cuda_kernel.cache_clear()
+    try:
+        kernel = scale_gradient._cuda_kernel()
+    finally:
+        scale_gradient._cuda_kernel.cache_clear()
+    assert kernel is (expected and overload("scale_gradient_", expected))
 
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}

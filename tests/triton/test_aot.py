@@ -28,7 +28,9 @@ ALIGNED, UNALIGNED, FULL = (
     Shape(16384, 75, 768),
     Shape(16384, 75, 768, torch.float32),
 )
-CASES = [(80, ALIGNED), (80, FULL), (90, ALIGNED), (90, UNALIGNED), (100, ALIGNED), (100, UNALIGNED)]
+APART = Shape(16384, 75, 768, apart=5)  # rows of 75 codes that start on 16 bytes
+CASES = [(80, APART), (90, APART), (100, APART)]
+CASES += [(80, ALIGNED), (80, FULL), (90, ALIGNED), (90, UNALIGNED), (100, ALIGNED), (100, UNALIGNED)]
 # Cases with other paths in the source are compiled for one architecture: decoding, ranks in steps with int32
 # ids and odd columns, fp64.
 CASES += [(90, Shape(4, 75, 768)), (90, Shape(16384, 640, 77, torch.float16, torch.int32))]
@@ -91,6 +93,20 @@ def test_aligned_rows_are_gathered_16_bytes_at_a_time_and_the_operands_prefetche
         if row.kernel in MULTIPLIES and row.shape == str(ALIGNED):
             assert row.wide_loads >= 16, row
             assert row.async_copies >= 16, row
+
+
+def test_rows_of_any_rank_that_start_on_16_bytes_are_gathered_16_bytes_at_a_time(rows):
+    gathering = [row for row in rows if row.kernel in (MULTIPLIES[0], MULTIPLIES[2])]
+    for capability in REPRESENTATIVE:
+        of_capability = [row for row in gathering if row.capability == capability]
+        for row in (row for row in of_capability if row.shape == str(APART)):
+            (unaligned,) = (
+                other
+                for other in gathering
+                if (other.kernel, other.shape) == (row.kernel, str(UNALIGNED))
+                if other.capability == max(capability, 90)
+            )
+            assert row.wide_loads >= unaligned.wide_loads + 4, (row, unaligned)
 
 
 def test_the_rows_of_the_loss_are_loaded_16_bytes_at_a_time_into_registers(rows):

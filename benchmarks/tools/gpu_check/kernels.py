@@ -149,6 +149,15 @@ KERNELS = (
     Kernel(
         "gather_project out", "gather_project", "native", lookup, _without(LOOKUPS, "few"), dict(what="out")
     ),
+    Kernel("gather_project backward", "gather_project", "native", lookup, LOOKUPS, dict(what="backward")),
+    Kernel(
+        "gather_project sparse backward",
+        "gather_project",
+        "native",
+        lookup,
+        _without(LOOKUPS, "few"),
+        dict(what="sparse backward"),
+    ),
     Kernel(
         "gather_project both",
         "gather_project",
@@ -169,6 +178,8 @@ KERNELS = (
         device_only=True,
     ),
     Kernel("packed_logits", "packed_logits", "native", packed_states, PACKED_STATES),
+    Kernel("scale_gradient_", "cosine_mse", "native", scaled_gradient, ROWS, dict(by_row=False)),
+    Kernel("scale_gradient_ by row", "cosine_mse", "native", scaled_gradient, ROWS, dict(by_row=True)),
     Kernel("cosine_mse", "cosine_mse", "native", loss_of_rows, ROWS, dict(terms=TWO_TERMS)),
     Kernel("cosine_mse root", "cosine_mse", "native", loss_of_rows, ROWS, dict(terms=ROOT_TERMS)),
     Kernel("cosine_mse everything", "cosine_mse", "native", loss_of_rows, ROWS, _EVERYTHING),

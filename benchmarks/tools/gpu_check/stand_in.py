@@ -26,7 +26,10 @@ from embkern.ops.library import overload
 from .place import Call, Device
 from .processes import ROOT
 
-PROGRAMS = ("gather_project", "gather_decode", "packed_logits", "cosine_mse")
+PROGRAMS = (
+    *("gather_project", "gather_project_backward", "gather_decode", "packed_logits"),
+    *("cosine_mse", "scale_gradient"),
+)
 
 
 def interpreter_fails() -> str | None:
@@ -74,9 +77,11 @@ class StandIn(Device):
         emulated: dict[str, Callable[..., Any]] = {
             "gather_project_forward": _emulated_gather_project,
             "gather_project_out": _emulated_gather_project_out,
+            "gather_project_backward": _emulated_gather_project_backward,
             "gather_decode_forward": _emulated_gather_decode,
             "packed_logits_forward": _emulated_packed_logits,
             "cosine_mse_forward": _emulated_cosine_mse,
+            "scale_gradient_": _emulated_scale_gradient,
         }
         return emulated[name]
 
@@ -166,6 +171,29 @@ def _emulated_gather_project_out(
     out.copy_(_emulated_gather_project(ids, codes, basis, offset, scale))
 
 
+def _emulated_gather_project_backward(
+    grad: Tensor,
+    ids: Tensor,
+    codes: Tensor,
+    basis: Tensor,
+    scale: float,
+    padding_idx: int,
+    needs_codes: bool,
+    needs_basis: bool,
+    needs_offset: bool,
+    sparse: bool,
+) -> tuple[Tensor, ...]:
+    from tests.cuda.emulated import Outputs, gather_project_backward_call
+
+    options = (scale, padding_idx, needs_basis, needs_offset, sparse)
+    call = gather_project_backward_call(grad, ids, codes, basis, *options)
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = Outputs(program("gather_project_backward"), [call], Path(folder))
+    (V, r), H = codes.shape, basis.shape[1]
+    shapes = ((len(ids) if sparse else V, r), (r, H) if needs_basis else (0,), (H if needs_offset else 0,))
+    return ids.long() if sparse else ids.new_empty(0), *(outputs.take(codes.dtype, *each) for each in shapes)
+
+
 def _emulated_gather_decode(ids: Tensor, *arguments: Any) -> Tensor:
     from tests.cuda.emulated import Outputs, gather_decode_call
 
@@ -200,6 +228,14 @@ def _emulated_cosine_mse(
         outputs = Outputs(program("cosine_mse"), [call], Path(folder))
     shapes = cosine_mse_results(output, reduction, options[-2:])
     return tuple(outputs.take(dtype, *shape) for dtype, shape in shapes)
+
+
+def _emulated_scale_gradient(grad: Tensor, grad_loss: Tensor) -> None:
+    from tests.cuda.emulated import Outputs, scale_gradient_call
+
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = Outputs(program("scale_gradient"), [scale_gradient_call(grad, grad_loss)], Path(folder))
+    grad.copy_(outputs.take(grad.dtype, *grad.shape))
 
 
 def place_of(rehearse: bool) -> Device:

@@ -51,6 +51,7 @@ from torch import Tensor
 
 from ...ops import reference
 from ..launch import Launch
+from ..sizes import cdiv
 from .shared import (
     SUMS,
     Model,
@@ -263,7 +264,7 @@ def loss_by_gram(
     (N, H), r = target.shape, basis.shape[0]
     dtype, work = target.dtype, reference.accumulation_dtype(target.dtype)
     # Columns of the codes from r on are ones; row r of D is the offset, the rows after it are zeros.
-    width = triton.cdiv(r + (offset is not None), ALIGNMENT) * ALIGNMENT
+    width = cdiv(r + (offset is not None), ALIGNMENT) * ALIGNMENT
     zeros = target.new_zeros(ALIGNMENT, H)
     rows = [basis, zeros[: width - r]] if offset is None else [basis, offset[None], zeros[: width - r - 1]]
     if encoder_weight is None:
@@ -348,7 +349,7 @@ def row_losses_launches(
     """Return the launches of the row sums, the sums per program, and s and t per row (N, 2)."""
     N, H = target.shape
     gram_tile, (tile, num_warps) = _GRAM_SUMS_TILE, _row_losses_tile(codes.dtype, H)
-    programs = triton.cdiv(N, tile["BLOCK_N"])
+    programs = cdiv(N, tile["BLOCK_N"])
     rows = target.new_empty((N, 4), dtype=torch.float64)
     sums = target.new_empty((programs, SUMS.value), dtype=torch.float64)
     slopes = target.new_empty((N, 2), dtype=torch.float64) if needs_grad else None
@@ -383,7 +384,7 @@ def row_losses_launches(
         **tile,
     )
     launches = [
-        Launch(_gram_sums_kernel, (triton.cdiv(N, gram_tile["BLOCK_N"]),), by_gram, num_warps=4),
+        Launch(_gram_sums_kernel, (cdiv(N, gram_tile["BLOCK_N"]),), by_gram, num_warps=4),
         Launch(_row_losses_kernel, (programs,), losses, num_warps, num_stages=2),
     ]
     return launches, sums, slopes
@@ -430,5 +431,5 @@ def row_gradients_launch(
         BLOCK_N=block_n,
         BLOCK_R=block_r,
     )
-    grid = (triton.cdiv(N, block_n) * triton.cdiv(R, block_r),)
+    grid = (cdiv(N, block_n) * cdiv(R, block_r),)
     return Launch(_row_gradients_kernel, grid, arguments, num_warps=4)

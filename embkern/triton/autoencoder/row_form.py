@@ -19,6 +19,7 @@ from ...ops import reference
 from ...ops.library import overload
 from ..device_functions import POWER_BIAS, error_power
 from ..launch import Launch
+from ..sizes import cdiv
 from .shared import (
     SUMS,
     Model,
@@ -97,7 +98,7 @@ def loss_by_rows(
     tile = ROWS_TILE if N > _FEW_ROWS else FEW_ROWS_TILE
     step = max(1, Y_BYTES // (H * target.itemsize) // tile[0]) * tile[0]
     blocks = [slice(first, min(first + step, N)) for first in range(0, N, step)]
-    sums = target.new_empty((triton.cdiv(N, tile[0]), SUMS.value), dtype=torch.float64)
+    sums = target.new_empty((cdiv(N, tile[0]), SUMS.value), dtype=torch.float64)
     finish, terms, totals = finish_launch(sums, H, work, options)
 
     def reconstruct(rows: slice) -> tuple[Tensor, Tensor]:
@@ -196,4 +197,4 @@ def rows_launch(
         BLOCK_N=tile[0],
         BLOCK_H=tile[1],
     )
-    return Launch(_rows_kernel, (triton.cdiv(N, tile[0]),), arguments, num_warps=4)
+    return Launch(_rows_kernel, (cdiv(N, tile[0]),), arguments, num_warps=4)

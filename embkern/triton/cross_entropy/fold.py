@@ -14,6 +14,7 @@ from torch import Tensor
 from ...ops.reference import accumulation_dtype
 from ...ops.reference.cross_entropy import Head, finished
 from ..launch import Launch
+from ..sizes import cdiv
 from ..tiles import Device, LossTile, describe_device, loss_tile_of
 from .shared import INFINITY, block_of, capped_logits, exponential, label_places, products
 
@@ -131,11 +132,11 @@ def fold_launch(
     smoothing, cap = head.options.label_smoothing, head.options.softcap
     device = device or describe_device(rows)
     tile = tile or loss_tile_of("fold", device, head.states.dtype, N, K)
-    blocks, row_blocks = triton.cdiv(N, tile.BLOCK_N), triton.cdiv(count, tile.BLOCK_V)
+    blocks, row_blocks = cdiv(N, tile.BLOCK_N), cdiv(count, tile.BLOCK_V)
     # As few parts as give two programs for every multiprocessor, but none of fewer than four blocks of rows.
-    parts = max(1, min(triton.cdiv(2 * device.processors, blocks), row_blocks // 4))
-    rows_per_program = triton.cdiv(row_blocks, parts) * tile.BLOCK_V
-    parts = triton.cdiv(count, rows_per_program)
+    parts = max(1, min(cdiv(2 * device.processors, blocks), row_blocks // 4))
+    rows_per_program = cdiv(row_blocks, parts) * tile.BLOCK_V
+    parts = cdiv(count, rows_per_program)
     maxima, rests = (label_logit.new_empty(parts, N) for _ in range(2))
     totals = label_logit.new_empty(parts if smoothing else 0, N)
     arguments = dict(

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...ops.reference import accumulation_dtype
 from ...ops.reference.cross_entropy import Head
 from ..launch import Launch
+from ..sizes import cdiv
 from ..tiles import LOSS_TILES, Device, LossTile, describe_device, loss_tile_of
 from .shared import block_of, capped_logits, exponential, label_places, products
 
@@ -201,11 +202,11 @@ def gradient_launch(
     own, other, own_size, other_size = N, V, tile.BLOCK_N, tile.BLOCK_V
     if not of_states:
         own, other, own_size, other_size = V, N, tile.BLOCK_V, tile.BLOCK_N
-    blocks, other_blocks = triton.cdiv(own, own_size), triton.cdiv(other, other_size)
+    blocks, other_blocks = cdiv(own, own_size), cdiv(other, other_size)
     # As few parts as give two programs for every multiprocessor, but none of fewer than four blocks.
-    parts = max(1, min(triton.cdiv(2 * device.processors, blocks), other_blocks // 4))
-    per_program = triton.cdiv(other_blocks, parts) * other_size
-    parts = triton.cdiv(other, per_program)
+    parts = max(1, min(cdiv(2 * device.processors, blocks), other_blocks // 4))
+    per_program = cdiv(other_blocks, parts) * other_size
+    parts = cdiv(other, per_program)
     sums = upstream.values.new_empty(parts, own)
     out = sums.new_empty((parts, own, K), dtype=dtype if parts == 1 else sums.dtype)
     arguments = upstream.arguments(0, rows) | tile.blocks()
@@ -291,7 +292,7 @@ def logit_gradients_launch(
     (N, K), count = upstream.head.states.shape, len(rows)
     device = device or describe_device(rows)
     tile = tile or loss_tile_of("logit_gradients", device, upstream.head.states.dtype, N, K)
-    blocks, row_blocks = triton.cdiv(N, tile.BLOCK_N), triton.cdiv(count, tile.BLOCK_V)
+    blocks, row_blocks = cdiv(N, tile.BLOCK_N), cdiv(count, tile.BLOCK_V)
     out = upstream.head.states.new_empty(N, count)
     by_state, by_row = upstream.values.new_empty(row_blocks, N), upstream.values.new_empty(blocks, count)
     arguments = upstream.arguments(first, rows) | tile.blocks()

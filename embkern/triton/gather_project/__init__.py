@@ -5,8 +5,9 @@
     grad of basis    grad_basis      = scale * sum over n of codes[ids[n]]^T grad[n]
     grad of offset   grad_offset     = scale * sum over n of grad[n]
 
-ids (N,), codes (V, r), basis (r, H), offset (H,), grad and out (N, H). Sums run in fp32 (fp64 for fp64) and
-are rounded once. There are no atomics and the order of every sum is fixed: the same call gives the same bits.
+ids (N,), codes (V, r) with rows at any distance, basis (r, H), offset (H,), grad and out (N, H). Sums run in
+fp32 (fp64 for fp64) and are rounded once. There are no atomics and the order of every sum is fixed: the same
+call gives the same bits.
 
 Three kernels multiply (one block of rows by one block of columns per program, tensor cores for 16-bit
 factors); three more add sums that several programs share. r and H are constants of a model and therefore
@@ -63,7 +64,7 @@ def gather_project_backward(
     Args:
         grad: (N, H), the gradient of the rows.
         ids: N ids, int32 or int64.
-        codes: (V, r).
+        codes: (V, r); its rows may be any number of elements apart.
         basis: (r, H).
         scale: that of the forward.
         padding_idx: positions with this id contribute no gradient; -1 for none.
@@ -78,7 +79,7 @@ def gather_project_backward(
     nothing = grad.numel() == 0
     allocate = codes.new_zeros if nothing else codes.new_empty
     if needs_codes:
-        grad_codes = allocate(ids.numel(), codes.shape[1]) if sparse else torch.zeros_like(codes)
+        grad_codes = allocate(ids.numel(), codes.shape[1]) if sparse else codes.new_zeros(codes.shape)
         code_ids = ids.reshape(-1).to(torch.int64, copy=True) if sparse else code_ids
     if needs_basis:
         grad_basis = allocate(basis.shape)

@@ -9,7 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import Launch
+from ..sizes import cdiv
 from ..tiles import Device, Tile, describe_device, tile_of
+from .code_rows import code_rows, load_codes
 
 OUT_OF_RANGE = tl.constexpr("gather_project: an id is out of range")
 
@@ -28,6 +30,8 @@ def _gather_project_kernel(
     tiles_per_program,
     r: tl.constexpr,
     H: tl.constexpr,
+    CODES_STRIDE: tl.constexpr,
+    LOADED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -56,14 +60,14 @@ def _gather_project_kernel(
         written = gathered
         count = tiles_per_program * tl.max(gathered.to(tl.int32))
     scale = tl.full((), scale, accumulator)
-    rows = codes_ptr + ids[:, None] * r
+    rows = codes_ptr + ids[:, None] * CODES_STRIDE
     k = tl.arange(0, BLOCK_R)
     RESIDENT: tl.constexpr = r <= BLOCK_R + BLOCK_TAIL
     if RESIDENT:
-        codes = tl.load(rows + k[None, :], mask=gathered & (k < r)[None, :], other=0.0)
+        codes = load_codes(rows, k, gathered, r, LOADED)
         if BLOCK_TAIL > 0:
             t = BLOCK_R + tl.arange(0, BLOCK_TAIL)
-            codes_tail = tl.load(rows + t[None, :], mask=gathered & (t < r)[None, :], other=0.0)
+            codes_tail = load_codes(rows, t, gathered, r, LOADED)
 
     first = (tl.program_id(0) % chunks) * tiles_per_program
     for tile in range(first, min(first + count, H_TILES)):
@@ -78,7 +82,7 @@ def _gather_project_kernel(
         else:
             for start in range(0, r, BLOCK_R):
                 s = start + k
-                codes = tl.load(rows + s[None, :], mask=gathered & (s < r)[None, :], other=0.0)
+                codes = load_codes(rows, s, gathered, r, LOADED)
                 basis = _basis_tile(basis_ptr, s, h, r, H)
                 sums = tl.dot(codes, basis, sums, input_precision="ieee", out_dtype=accumulator)
         if factors_ptr is not None:
@@ -115,8 +119,9 @@ def forward_launch(
     """
     N, (V, r), H = ids.numel(), codes.shape, basis.shape[1]
     device = device or describe_device(codes)
-    tile = tile or tile_of("forward", device, codes.dtype, N, r, H)
-    row_blocks, h_tiles = triton.cdiv(N, tile.BLOCK_N), triton.cdiv(H, tile.BLOCK_H)
+    rows = code_rows(codes)
+    tile = tile or tile_of("forward", device, codes.dtype, N, r, H, rows.aligned)
+    row_blocks, h_tiles = cdiv(N, tile.BLOCK_N), cdiv(H, tile.BLOCK_H)
     # The longest run of tiles per program that leaves two programs for every multiprocessor.
     tiles_per_program = max(1, min(h_tiles, row_blocks * h_tiles // (2 * device.processors)))
     arguments = dict(
@@ -132,8 +137,10 @@ def forward_launch(
         tiles_per_program=tiles_per_program,
         r=r,
         H=H,
+        CODES_STRIDE=rows.stride,
+        LOADED=rows.loaded,
         **tile.blocks(),
         BLOCK_TAIL=tile.BLOCK_TAIL,
     )
-    grid = (row_blocks * triton.cdiv(h_tiles, tiles_per_program),)
+    grid = (row_blocks * cdiv(h_tiles, tiles_per_program),)
     return Launch(_gather_project_kernel, grid, arguments, tile.num_warps, tile.num_stages)

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ...ops.reference import accumulation_dtype
 from ..launch import Launch
+from ..sizes import cdiv
 from ..tiles import Device, Tile, describe_device, tile_of
+from .code_rows import code_rows
 from .forward import OUT_OF_RANGE
 
 # Splits that one step of _sum_splits_kernel adds, and columns per program.
@@ -32,6 +34,8 @@ def _grad_basis_kernel(
     tiles,
     r: tl.constexpr,
     H: tl.constexpr,
+    CODES_STRIDE: tl.constexpr,
+    LOADED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -74,9 +78,10 @@ def _grad_basis_kernel(
             known = (ids >= 0) & (ids < V)
             all_known &= known  # An assertion in the loop would prevent its pipelining.
             counted = (n < end) & (ids != padding_idx)
+            # What is loaded beyond r makes rows of the product that are not stored.
             transposed = tl.load(
-                codes_ptr + ids[None, :] * r + k[:, None],
-                mask=(counted & known)[None, :] & (k < r)[:, None],
+                codes_ptr + ids[None, :] * CODES_STRIDE + k[:, None],
+                mask=(counted & known)[None, :] & (k < LOADED)[:, None],
                 other=0.0,
             )
             grad = tl.load(
@@ -128,15 +133,16 @@ def grad_basis_launches(
     """Return the launches that fill grad_basis (r, H) and grad_offset (H,); an empty one is not computed."""
     (N, H), (V, r) = grad.shape, codes.shape
     device = device or describe_device(codes)
-    tile = tile or tile_of("grad_basis", device, codes.dtype, N, r, H)
-    r_tiles = triton.cdiv(r, tile.BLOCK_R)
+    rows = code_rows(codes)
+    tile = tile or tile_of("grad_basis", device, codes.dtype, N, r, H, rows.aligned)
+    r_tiles = cdiv(r, tile.BLOCK_R)
     first_tile = 0 if grad_basis.numel() else r_tiles
     tiles = r_tiles - first_tile + (grad_offset.numel() > 0)
-    programs_per_split = tiles * triton.cdiv(H, tile.BLOCK_H)
+    programs_per_split = tiles * cdiv(H, tile.BLOCK_H)
     # As many splits as give two programs for every multiprocessor, but none shorter than four blocks.
     splits = max(1, min(2 * device.processors // programs_per_split, N // (4 * tile.BLOCK_N)))
-    split_size = triton.cdiv(triton.cdiv(N, splits), tile.BLOCK_N) * tile.BLOCK_N
-    splits = triton.cdiv(N, split_size)
+    split_size = cdiv(cdiv(N, splits), tile.BLOCK_N) * tile.BLOCK_N
+    splits = cdiv(N, split_size)
     partial = grad.new_empty((splits, r + 1, H), dtype=accumulation_dtype(grad.dtype))
     products = dict(
         grad_ptr=grad,
@@ -151,6 +157,8 @@ def grad_basis_launches(
         tiles=tiles,
         r=r,
         H=H,
+        CODES_STRIDE=rows.stride,
+        LOADED=rows.loaded,
         **tile.blocks(),
     )
     first = 0 if grad_basis.numel() else r * H
@@ -170,5 +178,5 @@ def grad_basis_launches(
     )
     return [
         Launch(_grad_basis_kernel, (programs_per_split * splits,), products, tile.num_warps, tile.num_stages),
-        Launch(_sum_splits_kernel, (triton.cdiv(last - first, _SPLIT_COLUMNS),), sums, num_warps=4),
+        Launch(_sum_splits_kernel, (cdiv(last - first, _SPLIT_COLUMNS),), sums, num_warps=4),
     ]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...ops.reference import accumulation_dtype
 from ..launch import Launch
+from ..sizes import cdiv, next_power_of_2
 from ..tiles import Device, Tile, describe_device, tile_of
 from .forward import OUT_OF_RANGE
 
@@ -183,15 +184,15 @@ def project_grad_launch(
         H=H,
         **tile.blocks(),
     )
-    grid = (triton.cdiv(N, tile.BLOCK_N) * triton.cdiv(r, tile.BLOCK_R),)
+    grid = (cdiv(N, tile.BLOCK_N) * cdiv(r, tile.BLOCK_R),)
     return Launch(_project_grad_kernel, grid, arguments, tile.num_warps, tile.num_stages)
 
 
 def segment_launches(rows: Tensor, sorted_ids: Tensor, order: Tensor, grad_codes: Tensor) -> list[Launch]:
     """Return the launches that sum ``rows[order]`` (N, r) of equal ids into ``grad_codes`` (V, r), zeros."""
     (N, r), V = rows.shape, grad_codes.shape[0]
-    blocks = triton.cdiv(N, _SEGMENT_BLOCK)
-    block_r = min(_SEGMENT_COLUMNS, max(16, triton.next_power_of_2(r)))
+    blocks = cdiv(N, _SEGMENT_BLOCK)
+    block_r = min(_SEGMENT_COLUMNS, max(16, next_power_of_2(r)))
     shared = dict(
         sorted_ids_ptr=sorted_ids,
         grad_codes_ptr=grad_codes,
@@ -203,7 +204,7 @@ def segment_launches(rows: Tensor, sorted_ids: Tensor, order: Tensor, grad_codes
         BLOCK=_SEGMENT_BLOCK,
         BLOCK_R=block_r,
     )
-    grid = (blocks * triton.cdiv(r, block_r),)
+    grid = (blocks * cdiv(r, block_r),)
     return [
         Launch(_sum_segments_kernel, grid, dict(shared, rows_ptr=rows, order_ptr=order), num_warps=4),
         Launch(_join_segments_kernel, grid, dict(shared, JOIN=_JOIN_BLOCK), num_warps=4),

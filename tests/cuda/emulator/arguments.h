@@ -41,6 +41,11 @@ class Array {
   int64_t count_, misaligned_;
 };
 
+// The elements from the first to the last one of a matrix.
+inline int64_t elements(int64_t rows, int64_t columns, int64_t stride) {
+  return columns ? (rows - 1) * stride + columns : 0;
+}
+
 // Calls run(header, T{}) for every header of the input, where T is the type of its `dtype`.
 template <class Header, class Run>
 void for_each_call(int argc, char** argv, Run run) {

@@ -11,7 +11,7 @@ using emulator::Array;
 
 struct Header {
   int64_t dtype;  // 0 fp32, 1 fp64, 2 bf16, 3 fp16
-  int64_t wide_ids, count, num_embeddings, rank, width, has_offset, misaligned;
+  int64_t wide_ids, count, num_embeddings, rank, width, codes_stride, has_offset, misaligned;
   int64_t multiprocessors, shared_per_block, order;
   double scale;
 };
@@ -20,7 +20,8 @@ template <class T>
 void call(const Header& header) {
   Problem<T> problem{};
   Array<char> ids(header.count * (header.wide_ids ? 8 : 4));
-  Array<T> codes(header.num_embeddings * header.rank, header.misaligned);
+  Array<T> codes(emulator::elements(header.num_embeddings, header.rank, header.codes_stride),
+                 header.misaligned);
   Array<T> basis(header.rank * header.width, header.misaligned);
   Array<T> offset(header.has_offset ? header.width : 0, header.misaligned);
   Array<T> out(header.count * header.width, header.misaligned);
@@ -31,6 +32,7 @@ void call(const Header& header) {
   problem.rank = static_cast<int>(header.rank);
   problem.width = static_cast<int>(header.width);
   problem.codes = codes.read().data();
+  problem.codes_stride = header.codes_stride;
   problem.basis = basis.read().data();
   problem.offset = header.has_offset ? offset.read().data() : nullptr;
   problem.out = out.data();

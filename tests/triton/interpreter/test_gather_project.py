@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 from triton.runtime import interpreter
 
+from embkern.ops import gather_project
 from embkern.triton import gather_project as gp
 from embkern.triton.gather_project.grad_codes import segment_launches
 from embkern.triton.launch import Launch
@@ -59,6 +60,46 @@ def test_forward_and_gradients_are_no_worse_than_plain_torch(shape, dtype):
     for got, theirs, true in zip(ours, native, exact, strict=True):
         assert got.dtype == dtype
         assert got.shape == true.shape
+        assert_no_worse_than(got, theirs, true)
+
+
+# Rows on 16 bytes of which the last vector is loaded whole; not on 16 bytes; a rank in steps; a single row.
+@pytest.mark.parametrize(
+    ("shape", "apart"),
+    [
+        ((50, 75, 40, 90), 5),
+        ((50, 75, 40, 90), 4),
+        ((40, 520, 33, 20), 8),
+        ((40, 523, 33, 20), 5),
+        ((1, 9, 8, 3), 7),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("whole", [True, False], ids=["memory after the last row", "none"])
+@pytest.mark.usefixtures("poisoned")
+def test_codes_with_rows_apart_are_read_where_they_are(monkeypatch, shape, apart, dtype, whole):
+    ids, codes, *others = problem(shape, dtype)
+    (V, r), upstream = codes.shape, torch.randn(shape[3], shape[2]).to(dtype)
+    memory = torch.full(((V - 1) * (r + apart) + r + apart * whole,), torch.nan, dtype=dtype)
+    view = memory.as_strided((V, r), (r + apart, 1)).copy_(codes)
+    read = []
+    for name in ("forward_launch", "grad_basis_launches", "project_grad_launch"):
+        launcher = getattr(gp, name)
+
+        def record(grad_or_ids, *arguments, launcher=launcher):
+            read.extend(each for each in arguments if each is view)
+            return launcher(grad_or_ids, *arguments)
+
+        monkeypatch.setattr(gp, name, record)
+    leaves = [each.clone().requires_grad_() for each in others]
+    out = gather_project(ids, view.requires_grad_(), *leaves, scale=SCALE, backend="triton")
+    out.backward(upstream)
+    assert len(read) >= 2
+    ours = [out.detach(), view.grad, *(each.grad for each in leaves)]
+    native = plain_with_gradients(ids, (codes, *others), upstream, dtype)
+    exact = plain_with_gradients(ids, (codes, *others), upstream, torch.float64)
+    for got, theirs, true in zip(ours, native, exact, strict=True):
         assert_no_worse_than(got, theirs, true)
 
 

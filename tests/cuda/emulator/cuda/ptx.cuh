@@ -40,13 +40,13 @@ Vector forget(Vector vector) {
 
 // The source is read now, and the target written when the group is waited for, the latest moment that the ISA
 // permits. Until then the target is NaN, since its old content may be lost from now on.
-inline void copy_async_16(void* shared, const void* global, bool valid, int line = __builtin_LINE()) {
+inline void copy_async_16(void* shared, const void* global, int bytes, int line = __builtin_LINE()) {
   emulator::check_alignment(shared, line);
   emulator::check_alignment(global, line);
   if (!Machine::instance().in_shared(shared, 16))
     emulator::fail("an asynchronous copy writes outside shared memory", line);
   emulator::Copy copy{shared, {}};
-  if (valid) std::memcpy(copy.bytes, global, 16);
+  std::memcpy(copy.bytes, global, bytes);
   std::memset(shared, 0xff, 16);
   Machine::instance().current().copies.back().push_back(copy);
 }
