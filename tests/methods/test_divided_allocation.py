@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 )
 BLOCK = 64
 ROWS, WIDTH = 700, 64  # 11 blocks of rows, the last one not full
-SECONDS = 120  # time limit for a process
+SECONDS = 600  # time limit for a process
 
 # Both objectives, every option that takes part in the search, tables of one block, and refused ones.
 RUNS = {
