@@ -19,6 +19,7 @@ from .fidelity.sentences import pooling_of
 from .io.atomic import new_file
 from .methods.calibration import Calibration, CalibrationSummary
 from .methods.metric_allocation import input_frequencies
+from .methods.sharded import World
 from .models.calibrate import calibrate, check_calibration, self_calibrate
 from .models.calibrate.choice import Choice, choose_calibration
 from .models.checkpoint import model_bytes
@@ -75,6 +76,7 @@ def compress(
     progress: bool | None = None,
     checkpoint: str | os.PathLike | None = None,
     log: str | os.PathLike | None = None,
+    world: World | None = None,
     **options: Any,
 ) -> Report:
     """Compress the token embeddings of a model.
@@ -119,6 +121,9 @@ def compress(
         progress: whether to show a progress bar on stderr; None shows it on a terminal.
         checkpoint: file from which a killed run of the autoencoder is resumed.
         log: file of JSON lines, one per epoch of the autoencoder.
+        world: the processes of a distributed run, which divide the rows of each table (see
+            ``embkern.methods.sharded``): all call this with the same arguments and get the same model. The
+            first one calibrates and writes files.
         options: options of the method, such as ``epochs=10``.
 
     Returns:
@@ -140,11 +145,15 @@ def compress(
         run = {"progress": progress, "checkpoint": checkpoint, "log": log}
     elif checkpoint is not None or log is not None:
         raise ValueError(f"checkpoint, log: expected with method 'autoencoder' only, got {recipe.method!r}")
+    if world is not None:
+        recipe.check_distributed()
+        run["world"] = world
+    world = world or World()
     if fisher is not None:
         recipe.check_fisher()
         run["fisher"] = fisher if isinstance(fisher, torch.Tensor) else load_fisher(fisher)
     if output is not None:
-        check_output(output, overwrite, source=model)
+        world.on_first(functools.partial(check_output, output, overwrite, source=model))
     sentences = None if text is None else read_sentences(text)
     source: str | None = None
     if isinstance(tokenizer, (str, os.PathLike)):
@@ -167,17 +176,19 @@ def compress(
 
     plans = plan_tables(model, recipe)
     if keep_unseen is not None:
-        check_keeps_unseen(keep_unseen, recipe, plans, overwrite)
+        check = functools.partial(check_keeps_unseen, keep_unseen, recipe, plans, overwrite)
+        world.on_first(check)
     bytes_before = model_bytes(model)
     V = token_rows(model, plans)
     known_counts = gathered_counts(V, counts, count_text, tokenizer, progress=progress)
     frequencies, counted = frequencies_of(known_counts, V, tokenizer)
     chosen = Choice(phrase=NOT_CALIBRATED if recipe.calibrated else None)
     if calibration_serves(plans):
-        chosen = choose_calibration(
-            model, recipe, calibration=calibration, text=calibrate_text, tokenizer=tokenizer,
-            progress=progress, hold_out=[plan.table.role for plan in plans] == ["input"],
+        choose = functools.partial(
+            choose_calibration, model, recipe, calibration=calibration, text=calibrate_text,
+            tokenizer=tokenizer, progress=progress, hold_out=[plan.table.role for plan in plans] == ["input"],
         )  # fmt: skip
+        chosen = world.on_first(choose)
     elif calibration is not None or calibrate_text is not None or recipe.calibrate:
         raise ValueError(f"calibration: expected none: {NOT_CALIBRATED}")
     calibration = chosen.calibration
@@ -214,7 +225,10 @@ def compress(
         if chosen.held_out is not None:
             head = recipe.compresses_head(plan.table.tied)
             divergence = held_out_divergence(model, plan.table, compressed, chosen.held_out, head=head)
-        apart = None if keep_unseen is None else keep_unseen_rows(keep_unseen, plan.table, compressed)
+        apart = None
+        if keep_unseen is not None:
+            keep = functools.partial(keep_unseen_rows, keep_unseen, plan.table, compressed)
+            apart = world.on_first(keep)
         install(model, plan.table, compressed, recipe, source=apart)  # frees the dense table
         del compressed
     report = Report.of_tables(
@@ -236,9 +250,10 @@ def compress(
     report._model = whole
     if output is not None:
         if is_sentence_transformer(whole):
-            save(whole, output, report=report)
+            saved = functools.partial(save, whole, output, report=report)
         else:
-            save(model, output, source=source, tokenizer=tokenizer, report=report)
+            saved = functools.partial(save, model, output, source=source, tokenizer=tokenizer, report=report)
+        world.on_first(saved)
     return report
 
 

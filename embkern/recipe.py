@@ -196,6 +196,12 @@ class Recipe(BaseModel):
         if self.tables is not None and set(self.tables) != {"input"}:
             raise ValueError(f"fisher: expected the input table only, got {', '.join(self.tables)}")
 
+    def check_distributed(self) -> None:
+        """Raise ValueError unless the method can divide the rows of a table among processes."""
+        if not METHODS[self.method].distributed:
+            usable = ", ".join(name for name, each in METHODS.items() if each.distributed)
+            raise ValueError(f"world: expected with method {usable} only, got method {self.method!r}")
+
     def compresses_head(self, tied: bool) -> bool:
         """Return whether an output head will use the compressed table, if it is tied to the dense one."""
         return tied and self.lm_head == "factorized"

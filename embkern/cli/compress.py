@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -104,11 +106,15 @@ def compress(
         Path | None, typer.Option(help="autoencoder: file from which a killed run is resumed")
     ] = None,
     log: Annotated[Path | None, typer.Option(help="autoencoder: file of JSON lines, one per epoch")] = None,
+    timeout: Annotated[
+        float, typer.Option(help="torchrun: seconds after which a silent process counts as lost")
+    ] = 3600.0,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Compress a model's token embeddings and save the result."""
     from .. import api
+    from ..methods.sharded import joined, launched
 
     flags = {
         "epochs": epochs, "batch_size": batch_size, "lr": lr, "init": init, "activation": activation,
@@ -120,11 +126,15 @@ def compress(
         "tables": tables_of(tables),
     }  # fmt: skip
     parsed = recipe_of(recipe, fields, flags)
-    report = api.compress(
-        model, recipe=parsed, counts=counts, count_text=count_text, text=text,
-        calibration=calibration, calibrate_text=calibrate_text, fisher=fisher,
-        output=output, keep_unseen=keep_unseen, overwrite=overwrite, checkpoint=checkpoint, log=log,
-    )  # fmt: skip
+    several = launched() and os.environ["WORLD_SIZE"] != "1"
+    with joined(timeout=timeout) if several else contextlib.nullcontext() as world:
+        report = api.compress(
+            model, recipe=parsed, counts=counts, count_text=count_text, text=text,
+            calibration=calibration, calibrate_text=calibrate_text, fisher=fisher, output=output,
+            keep_unseen=keep_unseen, overwrite=overwrite, checkpoint=checkpoint, log=log, world=world,
+        )  # fmt: skip
+        if world is not None and world.rank:  # the first process prints the result
+            return
     if as_json:
         print_json(report)
     else:

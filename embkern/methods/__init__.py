@@ -37,6 +37,7 @@ class Method(NamedTuple):
         observed: whether it also takes ``read``, (V,) bool: which tokens a text has.
         weighted: whether it also takes ``counts``, (V,) float64: how often each token is read.
         calibrated: whether it also takes a ``calibration``, and whether the table is ``tied``.
+        distributed: whether it also takes the ``world`` of a distributed run.
         of_fisher: the arguments that follow from the options and Fisher weights (V, H); None of methods that
             take none.
     """
@@ -50,6 +51,7 @@ class Method(NamedTuple):
     observed: bool = False
     weighted: bool = False
     calibrated: bool = False
+    distributed: bool = False
     of_fisher: Callable[[Any, Tensor], dict[str, Any]] | None = None
 
 
@@ -71,9 +73,12 @@ METHODS: dict[str, Method] = {
         observed=True,
         weighted=True,
         calibrated=True,
+        distributed=True,
     ),
-    "autoencoder": Method(autoencoder, AutoencoderOptions, lambda options: True),
-    "direction": Method(direction, DirectionOptions, lambda options: options.center, weighted=True),
+    "autoencoder": Method(autoencoder, AutoencoderOptions, lambda options: True, distributed=True),
+    "direction": Method(
+        direction, DirectionOptions, lambda options: options.center, weighted=True, distributed=True
+    ),
     "fwsvd": Method(fwsvd, FWSVDOptions, of_fisher=_entries),
     "lloyd_max": Method(lloyd_max, LloydMaxOptions, sized_by="ratio"),
     "nonlinear_autoencoder": Method(

@@ -35,6 +35,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from .._version import __version__
+from ..io.tensor_format import checksum_of_parts
 from ..ops.packed_codes import GROUP
 from ..tables.packed import PackedTable
 from ..tables.pruned import PrunedPackedTable
@@ -43,16 +45,19 @@ from .base import (
     Options,
     Rows,
     byte_budget,
+    check_shape,
     check_table,
     parse_options,
     ratio_error,
     row_weights,
+    table_checksum,
 )
 from .calibration import Calibration
 from .magnitude import extreme_exponents, multiplied
 from .metric_allocation import MetricAllocation, forms_of, input_frequencies
 from .rate_search import RateSearch
 from .row_floor import RowFloor
+from .sharded import World
 from .table_rows import TableRows
 from .unseen import ReadRows, is_read
 
@@ -103,6 +108,7 @@ def allocate(
     calibration: Calibration | None = None,
     tied: bool = True,
     read: Tensor | None = None,
+    world: World | None = None,
     **options: Any,
 ) -> PackedTable | PrunedPackedTable:
     """Quantise every row at its own rate so that the weighted error is least for the ratio.
@@ -121,6 +127,9 @@ def allocate(
         tied: with a calibration, whether an output head uses the table as well.
         read: (V,) bool, which rows are read, for ``unseen``; None takes those whose count, or without counts
             the calibration's, is not zero.
+        world: the processes of a distributed run, among which the rows are divided, see
+            ``embkern.methods.sharded``. Each is given the same arguments and gets the whole result, of the
+            same bits as one process makes with as many threads.
         options: the fields of ``AllocateOptions``.
 
     The table is read in blocks of rows, a few times. Beside it and the result, memory holds some hundred
@@ -134,14 +143,17 @@ def allocate(
     Raises:
         ValueError, TypeError: the ratio cannot be reached, with the floor if one is given (the message names
             the highest that can), the calibration is that of another table, rows are too long or too short
-            for fp32, it is not known which rows are read though ``unseen`` asks for it, or an argument is
-            not usable.
+            for fp32, it is not known which rows are read though ``unseen`` asks for it, an argument is not
+            usable, or processes were given different ones (all of them then raise).
+        RankLostError: another process ended.
 
     Source: reverse water-filling (Cover and Thomas, Elements of Information Theory, section 10.3); Lagrangian
     allocation after Shoham and Gersho (1988); trellis codes: Marcellin and Fischer (1990); errors weighed by
     second moments of gradients and activations: Optimal Brain Surgeon (Hassibi and Stork 1992), GPTQ (arXiv
     2210.17323).
     """
+    world = world or World()
+    world.check_equal_arguments(lambda: _described(table, ratio, counts, calibration, tied, read, options))
     chosen = parse_options(AllocateOptions, options, "allocate")
     check_table(table)
     budget, refusal = byte_budget(table, ratio), functools.partial(ratio_error, table, ratio)
@@ -151,7 +163,7 @@ def allocate(
     if calibration is not None and counts is None:
         counts = input_frequencies(calibration)
     if chosen.unseen == "allocate" or read is None or read.all():
-        return _packed(table, budget, counts, calibration, tied, chosen, refusal)
+        return _packed(table, budget, counts, calibration, tied, chosen, refusal, world)
     rows = ReadRows(table, read, chosen.unseen)
     packed = _packed(
         rows.table,
@@ -161,6 +173,7 @@ def allocate(
         tied,
         chosen,
         lambda least, condition: refusal(least + rows.nbytes, condition),
+        world,
     )
     return rows.pruned(packed, counts)
 
@@ -173,6 +186,7 @@ def _packed(
     tied: bool,
     chosen: AllocateOptions,
     refusal: Callable[[float, str], ValueError],
+    world: World,
 ) -> PackedTable:
     """Return the packed table of all rows in ``budget`` bytes.
 
@@ -180,7 +194,7 @@ def _packed(
     """
     tiers = chosen.tiers or (DIRECTION_TIERS if calibration is None else METRIC_TIERS)
     exponents = extreme_exponents(table, alike=calibration is not None)
-    rows = TableRows(table, exponents)
+    rows = TableRows(table, exponents, world)
     dtype, width = float_dtype(rows), table.shape[1]
     most_groups = groups_of(width) if chosen.speed < 1 else 0  # of the basis
     row_bytes = GROUP * dtype.itemsize * width  # of a group of rows of the basis
@@ -195,7 +209,7 @@ def _packed(
         candidates = (MetricAllocation(rows, forms, dtype, size) for size in sizes)
     best: _Plan | None = None
     searches: list[tuple[RateSearch, RowFloor | None]] = []
-    fast = _fast_rows(counts, len(table), chosen.speed)
+    fast = world.on_first(lambda: _fast_rows(counts, len(table), chosen.speed))
     for allocation in candidates:
         costs, before = allocation.costs(), best
         costs[fast.unsqueeze(1) & torch.tensor([tier.transform for tier in allocation.tiers])] = math.inf
@@ -204,10 +218,12 @@ def _packed(
         for count in (len(costs[0]), *([] if calibration is None else [len(ROW_BITS)])):
             search = RateSearch(costs[:, :count], allocation.tiers[:count], allocation.shared_bytes)
             searches.append((search, floor))
-            while (found := search.within(budget, tiers)) and floor and not floor.holds(*found):
+            choose = functools.partial(search.within, budget, tiers)
+            while (found := world.on_first(choose)) and floor and not floor.holds(*found):
                 pass  # Some rows may no longer have the tiers that were chosen for them.
             if found:
-                plan = _Plan(search.cost_of(*found), allocation, *found)
+                cost = world.on_first(functools.partial(search.cost_of, *found))
+                plan = _Plan(cost, allocation, *found)
                 best = plan if best is None or plan.cost < best.cost else best
         if before is not None and best is before:
             break
@@ -219,6 +235,38 @@ def _packed(
         raise refusal(least, condition)
     packed = best.allocation.refitted(best.allocation.packed(best.kept, best.choice), chosen.floor)
     return packed if exponents is None else multiplied(packed, exponents)
+
+
+def _described(
+    table: Rows,
+    ratio: float,
+    counts: Tensor | None,
+    calibration: Calibration | None,
+    tied: bool,
+    read: Tensor | None,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Return what the arguments of ``allocate`` are, by name, to compare those of several processes."""
+    check_shape(table)
+    row_weights(counts, len(table))
+    sums: list[Tensor | None] = []
+    if calibration is not None:
+        sums = [
+            calibration.inputs,
+            calibration.input_moment,
+            calibration.predictions,
+            calibration.head_moment,
+        ]
+    tensors = {"counts": [counts], "calibration": sums, "read": [read]}
+    given = {name: [each for each in parts if each is not None] for name, parts in tensors.items()}
+    return {
+        "table": f"{tuple(table.shape)} of {table.dtype} ({table_checksum(table)})",
+        "ratio": ratio,
+        **{name: checksum_of_parts(parts) if parts else None for name, parts in given.items()},
+        "tied": tied,
+        "options": dict(sorted(options.items())),
+        "embkern": __version__,
+    }
 
 
 class _Plan(NamedTuple):

@@ -65,6 +65,7 @@ class Allocation(ABC):
         self.basis: Tensor | None = None
         if basis_groups:
             basis = self._find_basis(GROUP * basis_groups)
+            basis = rows.world.on_first(lambda: basis)  # processors of other kinds may round differently
             self.analysis = basis.analysis
             self.inverse = torch.where(basis.spread > basis.spread.max() * 1e-4, 1 / basis.spread, 0.0)
             found = profiles(basis.spread, self.most_bits)
@@ -110,7 +111,10 @@ class Allocation(ABC):
         return every - records
 
     def packed(self, kept: list[int], choice: Tensor) -> PackedTable:
-        """Pack the rows, each at its choice (V,) among the tiers with indices ``kept``."""
+        """Pack the rows, each at its choice (V,) among the tiers with indices ``kept``.
+
+        A process packs the rows of its blocks; the records of the others are zeros until they are merged.
+        """
         tiers, scales = [self.tiers[index] for index in kept], torch.zeros(len(self.rows))
 
         def parts() -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -125,14 +129,27 @@ class Allocation(ABC):
                         scales[ids] = found
                         yield position, ids, codes
 
-        laid_out = lay_out(choice, parts(), tiers)
+        laid_out, merge = lay_out(choice, parts(), tiers), self.rows.world.merge
+        merge(laid_out[0])
+        merge(scales)
         levels, width = packed_levels().clone(), self.rows.width  # a copy, so that tables share no memory
         return PackedTable(*laid_out, levels, scales.to(self.dtype), self._stored_basis(tiers), None, width)
+
+    def encoded(self, index: int, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ``RowCodes.encode`` of values (n, K) that all processes have, each of which encodes some."""
+        world, tier = self.rows.world, self.tiers[index]
+        bounds = [len(values) * rank // world.size for rank in (world.rank, world.rank + 1)]
+        own = self.codes[index].encode(tier, values[slice(*bounds)])
+        codes, scales, projections = (
+            world.merge(F.pad(each, (*[0, 0] * (each.dim() - 1), bounds[0], len(values) - bounds[1])))
+            for each in own
+        )
+        return codes, scales, projections
 
     def decoded(self, index: int, values: Tensor) -> Tensor:
         """Return the rows (n, H) float32 that values (n, K) at a tier decode to."""
         tier = self.tiers[index]
-        codes, scales, _ = self.codes[index].encode(tier, values)
+        codes, scales, _ = self.encoded(index, values)
         tier_of, basis = torch.zeros(len(values), dtype=torch.int64), self._stored_basis([tier])
         scales, width = scales.to(self.dtype), self.rows.width
         table = pack(tier_of, {0: codes}, [tier], packed_levels(), scales, basis, None, width, check=False)
@@ -147,12 +164,15 @@ class Allocation(ABC):
         """Return the weighted mean (H, H) float64 of ``x x^T`` over the directions x of infrequent rows."""
         width = self.rows.width
         weights = torch.where(read_often(self.weights), 0.0, self.weights).sqrt().float()
-        total = torch.zeros(width, width, dtype=torch.float64)
-        for place, rows in self.rows.blocks():
-            norms = self.norms[place]
-            directions = rows / torch.where(norms > 0, norms, 1.0).unsqueeze(1)
-            weighted = directions * weights[place].unsqueeze(1)
-            total += (weighted.t() @ weighted).double()
+
+        def moments() -> Iterator[Tensor]:
+            for place, rows in self.rows.blocks():
+                norms = self.norms[place]
+                directions = rows / torch.where(norms > 0, norms, 1.0).unsqueeze(1)
+                weighted = directions * weights[place].unsqueeze(1)
+                yield (weighted.t() @ weighted).double()
+
+        total = self.rows.world.sum_blocks(moments(), self.rows.block_count, (width, width))
         return total / weights.double().square().sum()
 
     def refitted(self, packed: PackedTable, floor: float | None) -> PackedTable:
@@ -164,32 +184,41 @@ class Allocation(ABC):
         if packed.basis is None:
             return packed
         in_basis = packed.tiers[packed.tier_of_rows(), 0].bool() & (self.norms > 0)
-        parts = [ids for ids in torch.nonzero(in_basis).flatten().split(BLOCK_ROWS) if len(ids)]
-        wide = packed.to(torch.float32)
+        fitted = torch.nonzero(in_basis).flatten()
+        parts = [ids for ids in fitted.split(BLOCK_ROWS) if len(ids)]
+        wide, world = packed.to(torch.float32), self.rows.world
         basis = self._best_basis(wide, parts)
-        scales, gained, worst = packed.scales.clone(), 0.0, 1.0
-        for ids in parts:
+        basis = world.on_first(lambda: basis)
+        factors, gains = torch.zeros(len(self.rows)), torch.zeros(len(parts), dtype=torch.float64)
+        worst = 1.0
+        for part in world.own_blocks(len(parts)):
+            ids = parts[part]
             x, values = self.rows.take(ids), wide.coefficients(ids)
             y = values @ basis.float()
-            scales[ids] = (packed.scales[ids].float() * self._projected(x, y)).to(self.dtype)
-            gained += self._cost(ids, x, values @ packed.basis.float()) - self._cost(ids, x, y)
+            factors[ids] = self._projected(x, y)
+            gains[part] = self._cost(ids, x, values @ packed.basis.float()) - self._cost(ids, x, y)
             if floor is not None:
                 worst = min(worst, float(F.cosine_similarity(x, y, eps=1e-30).min()))
-        if gained <= 0 or worst < (floor or -1):
+        world.merge(factors)
+        if world.merge(gains).sum() <= 0 or min(world.gather(worst)) < (floor or -1):
             return packed
+        scales = packed.scales.clone()
+        scales[fitted] = (packed.scales[fitted].float() * factors[fitted]).to(self.dtype)
         return dataclasses.replace(packed, basis=basis, scales=scales)
 
     def _best_basis(self, packed: PackedTable, parts: list[Tensor]) -> Tensor:
         """Fit the basis (K, H) of a table to the rows by weighted least squares, given their coefficients."""
         assert packed.basis is not None, "rows without a basis have no coefficients"
-        size = len(packed.basis)
-        gram = torch.zeros(size, size, dtype=torch.float64)
-        moment = torch.zeros(size, self.rows.width, dtype=torch.float64)
-        for ids in parts:
-            values = packed.coefficients(ids)
-            weighted = (values * self._fit_weights(ids).float().unsqueeze(1)).t()
-            gram += (weighted @ values).double()
-            moment += (weighted @ self.rows.take(ids)).double()
+        size, world = len(packed.basis), self.rows.world
+
+        def sums() -> Iterator[Tensor]:
+            for part in world.own_blocks(len(parts)):
+                values = packed.coefficients(parts[part])
+                weighted = (values * self._fit_weights(parts[part]).float().unsqueeze(1)).t()
+                yield torch.cat([weighted @ values, weighted @ self.rows.take(parts[part])], 1).double()
+
+        shape = (size, size + self.rows.width)
+        gram, moment = world.sum_blocks(sums(), len(parts), shape).split([size, self.rows.width], 1)
         # A coefficient that no row uses gets a row of zeros in the basis.
         diagonal = gram.diagonal()
         ridge = torch.where(diagonal > 0, 1e-6 * diagonal.mean(), 1.0)
@@ -214,29 +243,39 @@ class DirectionAllocation(Allocation):
 
     def costs(self) -> Tensor:
         """Estimate the costs from scalar codes, which some rows turn into those of trellis codes."""
-        errors = torch.empty(len(self.rows), len(self.tiers), dtype=torch.float64)
+        errors = torch.zeros(len(self.rows), len(self.tiers), dtype=torch.float64)
         some = torch.arange(0, len(errors), max(1, len(errors) // SAMPLED_ROWS))
-        samples = []
+        samples, own = [], torch.zeros(len(some), dtype=torch.bool)
         for place, rows in self.rows.blocks():
             values, norms = Values(self, rows), self.norms[place]
-            samples.append(values.part(some[(some >= place.start) & (some < place.stop)] - place.start))
+            sampled = (some >= place.start) & (some < place.stop)
+            samples.append(values.part(some[sampled] - place.start))
+            own |= sampled
             for index, (codes, tier) in enumerate(zip(self.codes, self.tiers, strict=True)):
                 found = codes.scalar_projections(tier, values.of(tier))
                 errors[place, index] = _error(found, norms).double()
-        errors = self._corrected(errors, some, samples)
-        return errors.clamp_min_(0).mul_(self.weights.unsqueeze(1))
+        self.rows.world.merge(errors)
+        exact = self._trellis_errors(samples, some, own)
+        return self._corrected(errors, some, exact).clamp_min_(0).mul_(self.weights.unsqueeze(1))
 
     def _cosines(self, index: int, ids: Tensor) -> Tensor:
         tier = self.tiers[index]
         own = Values(self, self.rows.take(ids)).of(tier)
-        return 1 - _error(self.codes[index].encode(tier, own)[2], self.norms[ids]).double()
+        return 1 - _error(self.encoded(index, own)[2], self.norms[ids]).double()
 
-    def _corrected(self, errors: Tensor, some: Tensor, samples: list[Values]) -> Tensor:
-        """Turn errors (V, T) of scalar codes into those of trellis codes, by the means of rows ``some``."""
+    def _trellis_errors(self, samples: list[Values], some: Tensor, own: Tensor) -> Tensor:
+        """Return the errors (T, n) of trellis codes of the rows ``some``, of which a process has its own."""
+        errors = torch.zeros(len(self.tiers), len(some))
         for index, (codes, tier) in enumerate(zip(self.codes, self.tiers, strict=True)):
-            own = torch.cat([each.of(tier) for each in samples])
-            found = _error(codes.encode(tier, own)[2], self.norms[some]).mean()
-            scalar = errors[:, index].float()
+            if own.any():
+                values = torch.cat([each.of(tier) for each in samples])
+                errors[index, own] = _error(codes.encode(tier, values)[2], self.norms[some[own]])
+        return self.rows.world.merge(errors)
+
+    def _corrected(self, errors: Tensor, some: Tensor, exact: Tensor) -> Tensor:
+        """Turn errors (V, T) of scalar codes into those of trellis codes, given those of rows ``some``."""
+        for index in range(len(self.tiers)):
+            found, scalar = exact[index].mean(), errors[:, index].float()
             expected = scalar[some].mean()
             # Where trellis codes are worse, their difference is added: rows of signs have a scalar error of
             # 0.

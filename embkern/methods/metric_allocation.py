@@ -206,7 +206,7 @@ class MetricAllocation(Allocation):
 
     def _scalar_errors(self) -> Tensor:
         """Return the squared errors (V, T) float64 of scalar codes, each in the geometry of its tier."""
-        errors = torch.empty(len(self.rows), len(self.tiers), dtype=torch.float64)
+        errors = torch.zeros(len(self.rows), len(self.tiers), dtype=torch.float64)
         for place, rows in self.rows.blocks():
             values, squares = Values(self, rows), dict[bool, Tensor]()
             for index, (codes, tier) in enumerate(zip(self.codes, self.tiers, strict=True)):
@@ -216,7 +216,7 @@ class MetricAllocation(Allocation):
                 projections = codes.scalar_projections(tier, own).double()
                 # Negative only by rounding.
                 errors[place, index] = (squares[tier.transform] - projections.square()).clamp_min(0)
-        return errors
+        return self.rows.world.merge(errors)
 
     def _decoded_forms(self, index: int, values: Values) -> list[Tensor]:
         """Return every form's values (n,) of rows at a tier as decoded."""

@@ -28,13 +28,13 @@ FINE_SCALES = (
 # Tried for trellis codes, relative to the best of FINE_SCALES. On rows of all-MiniLM-L6-v2 and SmolLM2 one
 # search has 3 % more error than the best of eight scales from 0.84 to 1.12, these two 1.3 %, three 0.6 %.
 TRELLIS_SCALES = (0.92, 1.08)
-# In rows of 1 or 2 bits and of at least this many groups, the best of FINE_SCALES alone has 0.0 to 0.3 % more
-# error than those two. The codes found with it have a best scale of their own. Where the two differ by more
-# than the share below, the row is searched once more, with a scale that is three times as far away. Errors
-# are then 0.9994 to 1.0003 of those with two scales (all-MiniLM-L6-v2 and normal values), 0.98 in rows with
-# outliers, and a row takes 1.2 to 1.4 searches instead of 2.
-_SURE_GROUPS = 8
-_SURE_WITHIN = {1: 0.03, 2: 0.015}  # by the most bits of a group
+# In rows of up to 2 bits a value and of at least this many groups, the best of FINE_SCALES alone has 0.0 to
+# 1.3 % more error than those two. The codes found with it have a best scale of their own. Where the two
+# differ by more than the share below, the row is searched once more, with a scale that is three times as far
+# away. Errors are then 0.9984 to 1.0031 of those with two scales (all-MiniLM-L6-v2, SmolLM2, Gemma 3 and
+# normal values), 0.97 in rows with outliers, and a row takes 1.2 to 1.6 searches instead of 2.
+_SURE_GROUPS, _SURE_BITS = 8, 2
+_SURE_WITHIN, _SURE_WITHIN_OF_ONE_BIT = 0.015, 0.03
 _FURTHER = 3
 
 
@@ -105,10 +105,10 @@ class RowCodes:
         codes, scales, projections = self._scalar(tier, values, FINE_SCALES, wide)
         if wide:
             return codes, scales, projections
-        within = _SURE_WITHIN.get(max(tier.bits, default=0))
-        if within is None or len(tier.bits) < _SURE_GROUPS:
+        if len(tier.bits) < _SURE_GROUPS or tier.words > _SURE_BITS * len(tier.bits):
             return self._trellis(tier, values, scales.unsqueeze(1) * torch.tensor(TRELLIS_SCALES))
         codes, found, projections = self._trellis(tier, values, scales.unsqueeze(1))
+        within = _SURE_WITHIN if max(tier.bits) > 1 else _SURE_WITHIN_OF_ONE_BIT
         change = torch.where(scales > 0, found / scales, 1.0).clamp(0.5, 2)
         unsure = torch.nonzero((change - 1).abs() > within).flatten()
         if len(unsure):

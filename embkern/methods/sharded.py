@@ -1,13 +1,18 @@
-"""Distributed runs: the rows of the table are sharded, and all processes have the same weights, bit for bit.
+"""Distributed runs: processes divide the rows of a table, and all have the same result, bit for bit.
 
-The table is cut into a fixed number of shards, whatever the number of processes. A process owns consecutive
-shards and reads only their rows. In a step of the autoencoder every shard's gradient is summed over its rows
-of the batch; the gradients of all shards are gathered and added in the order of the shards, and every process
-takes the same step of Adam. The result depends on the number of shards, but not on the number of processes or
-threads. A step communicates and stores shards x (parameters + 1) values on every process, so it is meant for
-large batches and steps on the whole table. Everything that torch computes (the ELU variant, the final codes,
-and all steps without the native extension) runs on one thread per process. Processors of different kinds may
-round differently, which ``check_equal_weights`` detects.
+For the factors of ``autoencoder`` and ``direction`` the table is cut into a fixed number of shards, whatever
+the number of processes. A process owns consecutive shards and reads only their rows. In a step of the
+autoencoder every shard's gradient is summed over its rows of the batch; the gradients of all shards are
+gathered and added in the order of the shards, and every process takes the same step of Adam. The result
+depends on the number of shards, but not on the number of processes or threads. A step communicates and stores
+shards x (parameters + 1) values on every process, so it is meant for large batches and steps on the whole
+table. Everything that torch computes (the ELU variant, the final codes, and all steps without the native
+extension) runs on one thread per process. Processors of different kinds may round differently, which
+``check_equal_weights`` detects.
+
+``allocate`` divides blocks of rows among the processes in turns. Each quantises its own blocks, which are
+then merged, and sums over blocks are added in the order of the blocks. What is decided for the whole table,
+the basis and the rate of every row, is decided by the first process. The result does not depend on shards.
 """
 
 from __future__ import annotations
@@ -32,6 +37,7 @@ from .base import Rows
 
 SHARDS = 8  # default number of shards of a table
 TIMEOUT = 60.0  # seconds to wait for another process
+_MERGED = 2**24  # values that are merged at a time
 GRACE_SECONDS = 2.0  # for another process to report its error before torchrun stops it
 
 # torch 2.10 lacks all_gather_single, and torch 2.13 deprecates all_gather_into_tensor.
@@ -102,9 +108,36 @@ class World:
         """Return the values of all processes in order of rank."""
         return [value]
 
+    def own_blocks(self, count: int) -> range:
+        """Return the numbers of the blocks of rows that belong to this process, which take turns."""
+        return range(self.rank, count, self.size)
+
+    def sum_blocks(self, parts: Iterable[Tensor], count: int, shape: tuple[int, ...]) -> Tensor:
+        """Add a float64 tensor per block in the order of the ``count`` blocks, given those of this process.
+
+        A part is taken from the iterable when its turn comes, so that one is in memory at a time.
+        """
+        total = torch.zeros(shape, dtype=torch.float64)
+        for part in parts:
+            total += part
+        return total
+
+    def merge(self, tensor: Tensor) -> Tensor:
+        """Fill in, in place, what other processes have of a tensor; each has zeros where it has nothing."""
+        return tensor
+
     def on_first(self, function: Callable[[], Result]) -> Result:
         """Call a function on the first process; return its result, or raise its error, on all processes."""
         return function()
+
+    def check_equal_arguments(self, describe: Callable[[], dict[str, Any]]) -> None:
+        """Raise on all processes unless they describe their arguments, by name, alike.
+
+        Raises:
+            ValueError: descriptions differ, or ``describe`` raised an error on another process.
+            Exception: what ``describe`` raised on this process.
+        """
+        describe()
 
     def check_equal_weights(self, weights: Tensor) -> None:
         """Raise RuntimeError unless all processes have the same weights."""
@@ -126,11 +159,24 @@ class World:
 
 
 class DistributedWorld(World):
-    """The processes of torch.distributed's default group, with gloo for CPU tensors and NCCL for CUDA."""
+    """The processes of a group of torch.distributed, with gloo for CPU tensors and NCCL for CUDA.
 
-    def __init__(self, shards: int) -> None:
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        super().__init__(shards)
+    Args:
+        shards: the number of shards; None for one per process.
+        group: the processes; None for the default group, which ``joined`` makes of those of torchrun.
+
+    Raises:
+        ValueError: there are fewer shards than processes, this process is not in the group, or the group does
+            not send CPU tensors.
+    """
+
+    def __init__(self, shards: int | None = None, group: dist.ProcessGroup | None = None) -> None:
+        self.rank, self.size, self.group = dist.get_rank(group), dist.get_world_size(group), group
+        if self.rank < 0:
+            raise ValueError("group: expected one that this process is in")
+        if "cpu:" not in (backends := dist.get_backend_config(group)):
+            raise ValueError(f"group: expected one that sends CPU tensors (cpu:gloo), got {backends}")
+        super().__init__(self.size if shards is None else shards)
         self.failing = False  # whether this process is about to report an error and end
         self.write_lock = threading.Lock()  # held while the first process writes files
 
@@ -141,7 +187,7 @@ class DistributedWorld(World):
         padded[: len(owned)] = owned
         gathered = padded.new_empty(self.size, *padded.shape)
         with self._collective():
-            _ALL_GATHER(gathered.view(-1), padded.view(-1))
+            _ALL_GATHER(gathered.view(-1), padded.view(-1), group=self.group)
         return super().sum(
             vector for rank, part in enumerate(gathered) for vector in part[: len(self.owned(rank))]
         )
@@ -157,14 +203,15 @@ class DistributedWorld(World):
                 part.copy_(next(own))
             if len(part):
                 with self._collective():
-                    dist.broadcast(part.view(torch.uint8), owner)  # as bytes, since gloo lacks some dtypes
+                    # as bytes, since gloo lacks some dtypes
+                    dist.broadcast(part.view(torch.uint8), self._global(owner), group=self.group)
         return whole
 
     def gather(self, value: Result) -> list[Result]:
         """Return the values of all processes in order of rank."""
         values: list[Any] = [None] * self.size
         with self._collective():
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     def on_first(self, function: Callable[[], Result]) -> Result:
@@ -178,7 +225,7 @@ class DistributedWorld(World):
             except Exception as raised:
                 error, outcome[1] = raised, f"{raised}"
         with self._collective():
-            dist.broadcast_object_list(outcome, 0)
+            dist.broadcast_object_list(outcome, self._global(0), group=self.group)
         if error is not None:
             raise error
         if outcome[1] is not None:
@@ -190,6 +237,49 @@ class DistributedWorld(World):
         checksums = self.gather(zlib.crc32(weights.cpu().numpy().tobytes()))
         if len(set(checksums)) > 1:
             self.on_first(_raise_unequal_weights)
+
+    def sum_blocks(self, parts: Iterable[Tensor], count: int, shape: tuple[int, ...]) -> Tensor:
+        """Add a float64 tensor per block in the order of the blocks, given those of this process."""
+        total, own = torch.zeros(shape, dtype=torch.float64), iter(parts)
+        nothing, gathered = torch.zeros_like(total), torch.empty(self.size, *shape, dtype=torch.float64)
+        for first in range(0, count, self.size):
+            part = next(own, nothing)
+            with self._collective():
+                _ALL_GATHER(gathered.view(-1), part.reshape(-1), group=self.group)
+            for each in gathered[: count - first]:
+                total += each
+        return total
+
+    def merge(self, tensor: Tensor) -> Tensor:
+        """Fill in, in place, what other processes have of a tensor; each has zeros where it has nothing."""
+        for part in tensor.view(-1).split(_MERGED):  # gloo's buffers are as large as what it sends
+            with self._collective():
+                dist.all_reduce(part, group=self.group)
+        return tensor
+
+    def check_equal_arguments(self, describe: Callable[[], dict[str, Any]]) -> None:
+        """Raise on all processes unless they describe their arguments, by name, alike."""
+        own, error = dict[str, Any](), None
+        try:
+            own = describe()
+        except Exception as raised:
+            error = raised
+        described = self.gather(own if error is None else f"{error}")
+        if error is not None:
+            raise error
+        for rank, other in enumerate(described):
+            if isinstance(other, str):
+                raise ValueError(f"rank {rank}: {other}")
+            for name, value in other.items():
+                if value != own[name]:
+                    raise ValueError(
+                        f"{name}: expected the same on all ranks, got {own[name]} on rank {self.rank} and "
+                        f"{value} on rank {rank}"
+                    )
+
+    def _global(self, rank: int) -> int:
+        """Return the rank in the default group of a process of this group."""
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
 
     @contextlib.contextmanager
     def _collective(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..io.mapped_table import TableFile
 from .base import Rows, take_rows
+from .sharded import World
 
 BLOCK_ROWS = 4096  # rows that are quantised at a time
 
@@ -20,10 +21,11 @@ class TableRows:
     Args:
         table: (V, H), floating-point, on any device.
         exponents: (V,) int32, powers of two by which rows of extreme length are divided; None for none.
+        world: the processes among which the blocks are divided; None for this one alone.
     """
 
-    def __init__(self, table: Rows, exponents: Tensor | None = None) -> None:
-        self.table, self.exponents = table, exponents
+    def __init__(self, table: Rows, exponents: Tensor | None = None, world: World | None = None) -> None:
+        self.table, self.exponents, self.world = table, exponents, world or World()
 
     def __len__(self) -> int:
         return len(self.table)
@@ -36,12 +38,20 @@ class TableRows:
     @functools.cached_property
     def norms(self) -> Tensor:
         """Lengths (V,) of the rows."""
-        return torch.cat([torch.linalg.vector_norm(rows, dim=1) for _, rows in self.blocks()])
+        norms = torch.zeros(len(self))
+        for place, rows in self.blocks():
+            norms[place] = torch.linalg.vector_norm(rows, dim=1)
+        return self.world.merge(norms)
+
+    @property
+    def block_count(self) -> int:
+        """The number of blocks of all processes."""
+        return -(-len(self) // BLOCK_ROWS)
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the rows in blocks, and where each block lies in the table."""
-        for start in range(0, len(self), BLOCK_ROWS):
-            stop = min(start + BLOCK_ROWS, len(self))
+        """Yield the rows in blocks, those of this process, and where each block lies in the table."""
+        for block in self.world.own_blocks(self.block_count):
+            start, stop = block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, len(self))
             table = self.table
             rows = table.read(start, stop) if isinstance(table, TableFile) else table[start:stop]
             place = slice(start, stop)

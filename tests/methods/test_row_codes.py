@@ -12,32 +12,46 @@ from embkern.ops.packed_format import Tier
 from tests.conftest import seed_of
 
 
-def error(values: torch.Tensor, projections: torch.Tensor) -> float:
+def error(rows: torch.Tensor, projections: torch.Tensor) -> float:
     """The mean squared error of directions."""
-    return float((1 - (projections / values.norm(dim=1)).square()).double().mean())
+    return float((1 - (projections / rows.norm(dim=1)).square()).double().mean())
 
 
-@pytest.mark.parametrize("bits", [1, 2])
+@pytest.mark.parametrize("bits", [(1,) * 12, (2,) * 12, (4, 3, *[2] * 7, 1, 1, 1), (3, *[1] * 11)], ids=str)
 @pytest.mark.parametrize("outliers", [False, True])
 def test_a_second_search_of_some_rows_is_as_good_as_two_of_all(bits, outliers):
     torch.manual_seed(seed_of(0))
-    values, tier = torch.randn(96, 12 * GROUP), Tier(False, (bits,) * 12)
+    values, tier = torch.randn(96, 12 * GROUP), Tier(True, bits)
     if outliers:
         values[:, ::37] *= 6
-    codes = RowCodes(None)
+    spread = torch.tensor(bits).repeat_interleave(GROUP).exp2()  # groups get their bits for their variances
+    codes = RowCodes(spread / spread.max())
     scales = codes._scalar(tier, values, FINE_SCALES, False)[1]
     two = codes._trellis(tier, values, scales.unsqueeze(1) * torch.tensor(TRELLIS_SCALES))
     one = codes._trellis(tier, values, scales.unsqueeze(1))
     found = codes.encode(tier, values)
     assert bool((found[2] >= one[2]).all())  # what the second search finds is taken only where it is better
-    assert error(values, found[2]) < 1.01 * error(values, two[2])
+    rows = values * codes.spread
+    assert error(rows, found[2]) < 1.01 * error(rows, two[2])
+
+
+def test_rows_of_more_bits_are_searched_with_both_scales(monkeypatch):
+    torch.manual_seed(seed_of(0))
+    searched, search = [], row_codes.quantize_trellis
+    monkeypatch.setattr(
+        row_codes, "quantize_trellis", lambda *a, **k: searched.append(a[4].shape[1]) or search(*a, **k)
+    )
+    for bits, scales in (((4, *[2] * 7), 2), ((4, *[1] * 7), 1), ((2,) * 7, 2), ((3,) * 8, 2)):
+        searched.clear()
+        RowCodes(None).encode(Tier(True, bits), torch.randn(1, len(bits) * GROUP))
+        assert searched[0] == scales, bits
 
 
 def test_codes_and_scales_are_those_of_the_better_search(monkeypatch):
     torch.manual_seed(seed_of(0))
     values, tier = torch.randn(16, 8 * GROUP), Tier(False, (2,) * 8)
     codes = RowCodes(None)
-    monkeypatch.setattr(row_codes, "_SURE_WITHIN", {2: -1.0})  # every row is searched twice
+    monkeypatch.setattr(row_codes, "_SURE_WITHIN", -1.0)  # every row is searched twice
     found = codes.encode(tier, values)
     scales = codes._scalar(tier, values, FINE_SCALES, False)[1].unsqueeze(1)
     first = codes._trellis(tier, values, scales)

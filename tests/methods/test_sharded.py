@@ -216,7 +216,7 @@ def test_an_error_of_the_first_process_is_raised_on_all(world, monkeypatch):
     monkeypatch.setattr(world, "rank", 1)
     monkeypatch.setattr(
         "torch.distributed.broadcast_object_list",
-        lambda outcome, source: outcome.__setitem__(slice(None), [None, "what"]),
+        lambda outcome, source, group: outcome.__setitem__(slice(None), [None, "what"]),
     )
     with pytest.raises(FirstProcessError, match="^what$"):
         world.on_first(lambda: pytest.fail("called on a second process"))
