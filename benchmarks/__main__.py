@@ -12,6 +12,7 @@ BENCHMARKS = {
     "packed_cross_entropy": "the loss of that head beside dense logits: time, extra memory",
     "generate": "whole language models beside dense and quantised ones: prefill, decoding, memory",
     "language_models": "rate against KL divergence: the table of language models, input only and tied",
+    "masked_samples": "a masked model's own samples as a calibration, beside none and one on text",
     "codes": "codes of 1 to 4 bits: signal to noise on normal values against cycles of decoding",
     "quality": "rate against distortion: every method from 4x to 64x, as a table and a picture",
     "cosine_mse": "the loss beside plain and compiled torch: time, share of the copy bandwidth, peak memory",

@@ -3,12 +3,14 @@
 A ratio is bytes of the fp32 table over bytes of everything that replaces it. Direction error is 1 - cos(row,
 reconstruction), as a mean over rows and weighted by token frequency. Fidelity is the Spearman correlation of
 pairwise sentence similarities before and after compression, on held-out sentences of the kind that was
-counted, and of another kind. `allocate (calibrated)` knows what the sentence embeddings depend on, too.
+counted, of another kind, and of another language. `allocate (calibrated)` knows what the sentence embeddings
+depend on, too.
 
 Tokens are counted in sentences of docstrings (benchmarks/text.py) or of `--text FILE`; the last 800 lines are
 held out. The other kind is the general English of embkern/data/sentences.txt, or the first 800 lines of
-`--other FILE`. The results also have the bits per token of both kinds under four frequencies: uniform, by the
-order of the vocabulary, mixed, and the text's own.
+`--other FILE`. The other language is German: 800 messages of the programs of this installation, where it has
+catalogues of them (/usr/share/locale/de). The results also have the bits per token of each kind under four
+frequencies: uniform, by the order of the vocabulary, mixed, and the text's own.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from embkern.text.prior import vocabulary_prior
 from .results_file import RESULTS, command_line, write_results
 from .runner import table_line
 from .shapes import SENTENCES
-from .text import docstrings
+from .text import docstrings, translated_messages
 
 RATIOS = [4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0]
 HELD_OUT = 800
@@ -49,6 +51,7 @@ COLUMNS = {
     "worst cos": ("worst_cosine", ".3f"),
     "same kind": ("spearman", ".4f"),
     "other": ("spearman_other", ".4f"),
+    "German": ("spearman_german", ".4f"),
     "seconds": ("seconds", ".1f"),
 }
 SLOW = ("nonlinear_autoencoder",)  # minutes to hours on a CPU; only run if `--methods` names it
@@ -128,19 +131,24 @@ class Quality:
         lines = docstrings() if text is None else read_sentences(text, COUNTED + HELD_OUT)
         if len(lines) < 2 * HELD_OUT:
             raise SystemExit(f"--text: expected at least {2 * HELD_OUT} lines, got {len(lines)}")
-        self.counted, self.same = lines[-HELD_OUT - COUNTED : -HELD_OUT], lines[-HELD_OUT:]
-        self.other = read_sentences(other or SENTENCES, HELD_OUT)
+        self.counted = lines[-HELD_OUT - COUNTED : -HELD_OUT]
+        self.sentences = {
+            "spearman": lines[-HELD_OUT:],
+            "spearman_other": read_sentences(other or SENTENCES, HELD_OUT),
+            "spearman_german": translated_messages("de")[:HELD_OUT],
+        }
+        self.sentences = {name: each for name, each in self.sentences.items() if each}
         count = count_tokens(self.counted, self.tokenizer, num_embeddings=len(self.table), progress=False)
         self.prior = vocabulary_prior(self.tokenizer, len(self.table))
         self.counts = expected_frequencies(count, self.prior, strength=strength)
-        self.before = [self._embed(self.same), self._embed(self.other)]
+        self.before = {name: self._embed(each) for name, each in self.sentences.items()}
         self.facts: dict[str, Any] = {
             "text": "docstrings" if text is None else text.name,
             "other": (other or SENTENCES).name,
             "counted_sentences": len(self.counted),
             "counted_tokens": int(count.counts.sum()),
-            "sentences": [len(self.same), len(self.other)],
-            "bits_per_token": [self._bits(self.same), self._bits(self.other)],
+            "sentences": [len(each) for each in self.sentences.values()],
+            "bits_per_token": [self._bits(each) for each in self.sentences.values()],
         }
 
     @functools.cached_property
@@ -172,10 +180,10 @@ class Quality:
         rebuilt = result.to(torch.float32).to_dense()
         cosine = F.cosine_similarity(self.table, rebuilt.float()).double()
         self.weight.data.copy_(rebuilt)
-        fidelity = [
-            sentence_fidelity(before, self._embed(lines))
-            for before, lines in zip(self.before, (self.same, self.other), strict=True)
-        ]
+        fidelity = {
+            name: sentence_fidelity(self.before[name], self._embed(lines)).spearman
+            for name, lines in self.sentences.items()
+        }
         self.weight.data.copy_(self.table)
         return {
             **row,
@@ -184,8 +192,7 @@ class Quality:
             "direction_error": float(1 - cosine.mean()),
             "direction_error_read": float(1 - (self.counts * cosine).sum()),
             "worst_cosine": float(cosine.min()),
-            "spearman": fidelity[0].spearman,
-            "spearman_other": fidelity[1].spearman,
+            **fidelity,
             "seconds": round(seconds, 2),
         }
 

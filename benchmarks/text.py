@@ -1,15 +1,18 @@
-"""Real text that every Python installation has: the sentences of docstrings."""
+"""Real text of an installation: the sentences of docstrings, and messages of programs in other languages."""
 
 from __future__ import annotations
 
 import ast
 import functools
+import gettext
 import random
 import re
+import struct
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+CATALOGUES = Path("/usr/share/locale")
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "matplotlib", "huggingface_hub", "pydantic")
 
 
@@ -49,6 +52,29 @@ def _docstrings(path: Path) -> Iterator[str]:
             text := ast.get_docstring(node)
         ):
             yield text
+
+
+@functools.cache
+def translated_messages(language: str, catalogues: Path = CATALOGUES) -> list[str]:
+    """Return messages of the installed programs in another language, shuffled.
+
+    They are the translations in ``catalogues/LANGUAGE/LC_MESSAGES/*.mo``, the catalogues of GNU gettext that
+    Debian's packages bring along. Each is such a sentence as those of ``docstrings``, has no place for an
+    argument, and differs from its original. The list is empty where no program has a catalogue.
+    """
+    found: set[str] = set()
+    for path in sorted((catalogues / language / "LC_MESSAGES").glob("*.mo")):
+        try:
+            with open(path, "rb") as file:
+                messages = gettext.GNUTranslations(file)._catalog  # type: ignore[attr-defined]
+        except (OSError, ValueError, LookupError, struct.error):
+            continue  # a broken link, another format, or another encoding than it says
+        for original, message in messages.items():
+            if isinstance(original, str) and original not in ("", message) and "%" not in message:
+                found.update(_sentences(message))  # a plural's key is no string
+    shuffled = sorted(found)
+    random.Random(0).shuffle(shuffled)
+    return shuffled
 
 
 def _sentences(text: str) -> Iterator[str]:

@@ -30,4 +30,6 @@ def test_quality_counts_every_byte_and_measures_both_kinds_of_text(tmp_path, mon
         assert rows[name]["bytes"] == pytest.approx(30522 * 384 * 4 / rows[name]["ratio"], rel=1e-4)
     assert rows["allocate"]["spearman"] > 0.9 > rows["svd"]["spearman"]
     assert rows["allocate"]["direction_error_read"] < rows["allocate"]["direction_error"]
+    german = contents["sentences"][2:]  # where the installation has catalogues of messages
+    assert all(("spearman_german" in row) == bool(german) for row in rows.values() if "bytes" in row)
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
