@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -39,9 +40,9 @@ inline void check_shape(const char* name, const std::optional<torch::stable::Ten
 
 // The shape of a lookup's output: that of the ids, and the width of a row.
 inline std::vector<int64_t> lookup_sizes(const torch::stable::Tensor& ids, int64_t width) {
-  std::vector<int64_t> sizes;
-  for (int64_t dim = 0; dim < ids.dim(); ++dim) sizes.push_back(ids.size(dim));
-  sizes.push_back(width);
+  const auto own = ids.sizes();
+  std::vector<int64_t> sizes(own.size() + 1, width);
+  std::copy(own.begin(), own.end(), sizes.begin());
   return sizes;
 }
 

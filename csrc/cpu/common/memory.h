@@ -46,7 +46,8 @@ inline torch::stable::Tensor empty(const std::vector<int64_t>& sizes, ScalarType
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
                                aoti_torch_device_type_cpu(), 0, &handle));
   torch::stable::Tensor tensor(handle);
-  poison(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
+  if (poison_memory.load(std::memory_order_relaxed))
+    poison(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
   return tensor;
 }
 
@@ -64,7 +65,8 @@ inline void prefer_huge_pages(void* data, int64_t bytes) {
 inline torch::stable::Tensor empty_in_huge_pages(const std::vector<int64_t>& sizes, ScalarType type,
                                                  int64_t element_bytes) {
   torch::stable::Tensor tensor = empty(sizes, type);
-  const int64_t bytes = tensor.numel() * element_bytes;
+  int64_t bytes = element_bytes;
+  for (const int64_t size : sizes) bytes *= size;
   if (bytes >= kLargeOutputBytes) prefer_huge_pages(tensor.mutable_data_ptr(), bytes);
   return tensor;
 }

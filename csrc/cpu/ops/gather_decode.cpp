@@ -29,11 +29,12 @@ namespace embkern {
 namespace {
 
 constexpr int64_t kFewRows = 16;  // rows whose records are on their way before the first one is decoded
-constexpr int64_t kFewestRows = 256, kMostRows = 4096;  // positions in a task of the first pass
-constexpr int64_t kProductRows = 48;                    // rows of coefficients in a task
-constexpr int64_t kStreamedBytes = 16 << 20;            // the least output that is written past the caches
-constexpr int64_t kHeldBytes = 192 << 10;               // of decoded rows that are kept for that, in L2
+constexpr int64_t kFewestRows = 32, kMostRows = 4096;  // positions in a task of the first pass
+constexpr int64_t kProductRows = 48;                   // rows of coefficients in a task
+constexpr int64_t kStreamedBytes = 16 << 20;           // the least output that is written past the caches
+constexpr int64_t kHeldBytes = 192 << 10;              // of decoded rows that are kept for that, in L2
 constexpr int64_t kLineBytes = 64;
+constexpr int64_t kValueWork = 4;  // of decoding a value, in multiplications
 
 uint64_t hashed(int64_t id) { return static_cast<uint64_t>(id) * 0x9E3779B97F4A7C15u >> 32; }
 
@@ -221,8 +222,9 @@ struct Lookup {
         refuse(ids, count);
       return few_products(products, found);
     }
-    const int64_t threads = useful_threads(2 * count * table.width);
-    const int64_t share = (count + 4 * threads - 1) / (4 * threads);
+    // Few tasks, since a row is copied only from its own task. Rows of values take about the same time each.
+    const int64_t threads = useful_threads(kValueWork * count * table.width);
+    const int64_t share = (count + threads - 1) / threads;
     const int64_t size = std::clamp(share, kFewestRows, kMostRows), tasks = (count + size - 1) / size;
     std::vector<std::vector<Row>> found(tasks);
     std::atomic<bool> valid{true};
@@ -254,17 +256,17 @@ Tensor gather_decode_forward(const Tensor& ids_, const Tensor& records_, const T
                              const std::optional<Tensor>& basis_, const std::optional<Tensor>& offset_,
                              int64_t embedding_dim, double scale) {
   check(ids_.is_cpu(), "ids: expected a CPU tensor");
-  dispatch_index(ids_.scalar_type(), "ids", [](auto) {});
+  const ScalarType index_type = ids_.scalar_type();
+  dispatch_index(index_type, "ids", [](auto) {});
   const Contiguous ids(ids_), records(records_), directory(directory_), tiers(tiers_), levels(levels_),
       scales(scales_);
   const std::optional<Tensor> basis = as_contiguous(basis_), offset = as_contiguous(offset_);
   const PackedTable table =
       checked_table(*records, *directory, *tiers, *levels, *scales, basis, offset, embedding_dim);
-  const ScalarType type = scales->scalar_type();
-  Tensor out = empty_in_huge_pages(lookup_sizes(*ids, embedding_dim), type, scales->element_size());
+  Tensor out = empty_in_huge_pages(lookup_sizes(*ids, embedding_dim), table.type, scales->element_size());
   const int64_t count = ids->numel();
   if (count == 0) return out;
-  dispatch_floating(type, "scales", [&](auto element) {
+  dispatch_floating(table.type, "scales", [&](auto element) {
     using T = decltype(element);
     const Lookup<T> look_up{kernels<T>(),
                             table,
@@ -273,7 +275,7 @@ Tensor gather_decode_forward(const Tensor& ids_, const Tensor& records_, const T
                             optional_data<T>(offset),
                             static_cast<acc_t<T>>(scale),
                             static_cast<T*>(out.mutable_data_ptr())};
-    dispatch_index(ids->scalar_type(), "ids", [&](auto index) {
+    dispatch_index(index_type, "ids", [&](auto index) {
       look_up(static_cast<const decltype(index)*>(ids->const_data_ptr()), count);
     });
   });

@@ -121,7 +121,7 @@ std::shared_ptr<const Derived> derived(From... from) {
 
 inline const int8_t* checked_levels(const Tensor& tensor) {
   const bool fits = tensor.dim() == 2 && tensor.size(0) == kLevelTables && tensor.size(1) == kTableEntries;
-  if (!fits || tensor.scalar_type() != ScalarType::Char) {
+  if (!fits || !has_dtype(tensor, ScalarType::Char)) {
     std::string shape;
     for (int64_t dim = 0; dim < tensor.dim(); ++dim)
       shape += (dim ? ", " : "") + std::to_string(tensor.size(dim));
@@ -137,6 +137,7 @@ EMBKERN_INLINE int64_t first_word(const int32_t* entry) { return static_cast<uin
 
 // A checked table.
 struct PackedTable {
+  ScalarType type;  // of scales, basis and offset
   const int32_t *records, *directory;
   const int8_t* levels;
   std::shared_ptr<const Tiers> tiers;
@@ -185,36 +186,37 @@ struct PackedTable {
 inline PackedTable checked_table(const Tensor& records, const Tensor& directory, const Tensor& tiers,
                                  const Tensor& levels, const Tensor& scales, const std::optional<Tensor>& basis,
                                  const std::optional<Tensor>& offset, int64_t width) {
-  const ScalarType type = scales.scalar_type();
+  PackedTable table;
+  const ScalarType type = table.type = scales.scalar_type();
   check_tensor("records", records, 1, ScalarType::Int);
   check_tensor("directory", directory, 2, ScalarType::Int);
   check_tensor("tiers", tiers, 2, ScalarType::Byte);
   check_tensor("scales", scales, 1, type);
-  check_size("directory", directory, 0, (scales.size(0) + kGroup - 1) / kGroup);
+  table.vocabulary = scales.size(0), table.words = records.size(0), table.count = tiers.size(0);
+  const int64_t groups = tiers.size(1) - 1;
+  check_size("directory", directory, 0, (table.vocabulary + kGroup - 1) / kGroup);
   check_size("directory", directory, 1, 5);
-  check(scales.size(0) > 0, "scales: expected at least 1, got 0");
-  check(records.size(0) > 0, "records: expected at least 1 word, got 0");
-  check(tiers.size(0) >= 1 && tiers.size(0) <= kMaxTiers && tiers.size(1) >= 2,
+  check(table.vocabulary > 0, "scales: expected at least 1, got 0");
+  check(table.words > 0, "records: expected at least 1 word, got 0");
+  check(table.count >= 1 && table.count <= kMaxTiers && groups >= 1,
         "tiers: expected shape (T, 1 + G) with T up to 16 and G >= 1");
   check(width > 0, "embedding_dim: expected at least 1, got ", width);
-  PackedTable table;
   table.records = static_cast<const int32_t*>(records.const_data_ptr());
   table.directory = static_cast<const int32_t*>(directory.const_data_ptr());
   table.levels = checked_levels(levels);
-  table.count = tiers.size(0), table.vocabulary = scales.size(0);
-  table.words = records.size(0), table.width = width, table.basis_rows = 0;
+  table.width = width, table.basis_rows = 0;
   if (basis) {
     check_tensor("basis", *basis, 2, type);
     check_size("basis", *basis, 1, width);
-    check(basis->size(0) % kGroup == 0, "basis: expected a multiple of 32 rows, got ", basis->size(0));
     table.basis_rows = basis->size(0);
+    check(table.basis_rows % kGroup == 0, "basis: expected a multiple of 32 rows, got ", table.basis_rows);
   }
   if (offset) {
     check_tensor("offset", *offset, 1, type);
     check_size("offset", *offset, 0, width);
   }
-  table.tiers = derived<Tiers>(static_cast<const uint8_t*>(tiers.const_data_ptr()), table.count,
-                               tiers.size(1) - 1, table.basis_rows, width);
+  table.tiers = derived<Tiers>(static_cast<const uint8_t*>(tiers.const_data_ptr()), table.count, groups,
+                               table.basis_rows, width);
   table.size = table.tiers->size.data(), table.used = table.tiers->used.data();
   return table;
 }
