@@ -34,7 +34,8 @@ void check(bool condition, const Parts&... parts) {
 // Whether a tensor has a dtype. Tensor::scalar_type compares the number with those of all dtypes, a call each.
 inline bool has_dtype(const torch::stable::Tensor& tensor, torch::headeronly::ScalarType dtype) {
   int32_t number;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &number));
+  // The headers of torch 2.10 and 2.11 lack STABLE_TORCH_ERROR_CODE_CHECK, which expands to the same for 2.10.
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &number));
   return number == torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
 }
 

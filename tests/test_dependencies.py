@@ -38,6 +38,7 @@ NAMES_IN_TORCH_2_10 = {
     "aoti_torch_device_type_cpu",
     "aoti_torch_empty_strided",
     "aoti_torch_get_current_cuda_stream",
+    "aoti_torch_get_dtype",
     "torch::headeronly::BFloat16",
     "torch::headeronly::Half",
     "torch::headeronly::ScalarType",
@@ -45,10 +46,13 @@ NAMES_IN_TORCH_2_10 = {
     "torch::stable::Tensor",
     "torch::stable::accelerator::DeviceGuard",
     "torch::stable::contiguous",
+    "torch::stable::copy_",
     "torch::stable::detail::from",
     "torch::stable::detail::to",
+    "torch::stable::flatten",
     "torch::stable::get_num_threads",
     "torch::stable::new_empty",
+    "torch::stable::new_zeros",
     "torch::stable::parallel_for",
 }
 
