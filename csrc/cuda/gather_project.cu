@@ -7,6 +7,7 @@
 
 #include "checks.h"
 #include "cuda/gather_project.cuh"
+#include "cuda/gather_project_tensors.cuh"
 #include "cuda/ops.h"
 #include "cuda/tensors.h"
 
@@ -27,19 +28,9 @@ using torch::headeronly::ScalarType;
 template <class T>
 void run(const Tensor& ids, const Tensor& codes, const Tensor& basis, const std::optional<Tensor>& offset,
          double scale, const Tensor& out) {
-  Problem<T> problem{};
-  problem.ids = ids.const_data_ptr();
-  problem.wide_ids = ids.scalar_type() == ScalarType::Long;
-  problem.count = ids.numel();
-  problem.num_embeddings = codes.size(0);
-  problem.rank = to_int("codes", codes.size(1));
-  problem.width = to_int("basis", basis.size(1));
-  problem.codes = static_cast<const T*>(codes.const_data_ptr());
-  problem.codes_stride = codes.stride(0);
-  problem.basis = static_cast<const T*>(basis.const_data_ptr());
+  Problem<T> problem = lookup_of<T>(ids, codes, basis, scale);
   problem.offset = offset ? static_cast<const T*>(offset->const_data_ptr()) : nullptr;
   problem.out = static_cast<T*>(out.mutable_data_ptr());
-  problem.scale = static_cast<acc_t<T>>(scale);
   set_alignment(problem);
 
   const int device = codes.get_device_index();

@@ -11,6 +11,7 @@
 
 #include "checks.h"
 #include "cuda/gather_project_gradients.cuh"
+#include "cuda/gather_project_tensors.cuh"
 #include "cuda/ops.h"
 #include "cuda/tensors.h"
 
@@ -80,17 +81,8 @@ void run(const Tensor& grad, const Tensor& ids, const Tensor& codes, const Tenso
          int64_t padding_idx, const Wanted& wanted) {
   using A = acc_t<T>;
   Gradients<T> problem{};
-  Problem<T>& lookup = problem.lookup;
-  lookup.ids = ids.const_data_ptr();
-  lookup.wide_ids = ids.scalar_type() == ScalarType::Long;
-  lookup.count = ids.numel();
-  lookup.num_embeddings = codes.size(0);
-  lookup.rank = to_int("codes", codes.size(1));
-  lookup.width = to_int("basis", basis.size(1));
-  lookup.codes = static_cast<const T*>(codes.const_data_ptr());
-  lookup.codes_stride = codes.stride(0);
-  lookup.basis = static_cast<const T*>(basis.const_data_ptr());
-  lookup.scale = static_cast<A>(scale);
+  problem.lookup = lookup_of<T>(ids, codes, basis, scale);
+  const Problem<T>& lookup = problem.lookup;
   problem.grad = static_cast<const T*>(grad.const_data_ptr());
   problem.padding_idx = padding_idx;
   set_alignment(problem);

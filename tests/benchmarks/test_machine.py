@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.machine import peak_bytes
+from benchmarks.machine import peak_bytes, resident_bytes
 
 pytestmark = pytest.mark.slow
 
@@ -14,3 +14,9 @@ def test_peak_bytes_counts_result_and_scratch():
     megabyte = 2**20
     got = peak_bytes(lambda: torch.ones(16 * megabyte) + 1, "cpu")
     assert got == pytest.approx(2 * 64 * megabyte, rel=0.1)
+
+
+def test_resident_bytes_rise_by_what_is_written():
+    before = resident_bytes()
+    written = torch.ones(2**26)  # 256 MiB: what the system reclaims meanwhile is a small part
+    assert resident_bytes() - before == pytest.approx(written.nbytes, rel=0.25)
