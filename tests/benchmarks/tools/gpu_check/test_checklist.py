@@ -262,7 +262,7 @@ def test_every_module_with_tests_of_a_device_is_run():
 
 @pytest.mark.slow
 def test_a_rehearsal_passes(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.tools.gpu_check", "--rehearse"]
+    command = [sys.executable, "-m", "benchmarks.tools.gpu_check", "--rehearse", "--only", "fp32 odd"]
     ran = subprocess.run(
         [*command, "--out", str(tmp_path)],
         cwd=ROOT,
