@@ -30,7 +30,7 @@ def convert(
     in_place: bool = False,
     overwrite: bool = False,
 ) -> Converted:
-    """Convert packed tables of the format ``embkern.packed/1`` to ``embkern.packed/2``, which has kernels.
+    """Convert packed tables of the format ``embkern.packed/1``, which torch decodes, to ``embkern.packed/2``.
 
     Each row keeps its tier, so that the records take the same bytes. What codes of 1 to 4 bits decode to is
     encoded again, and scales are fitted to the new codes; rows of more bits, basis and offset stay as they

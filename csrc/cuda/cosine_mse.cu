@@ -5,17 +5,12 @@
 
 #include <vector>
 
-#include "checks.h"
 #include "cuda/cosine_mse.cuh"
 #include "cuda/ops.h"
 #include "cuda/tensors.h"
 
 namespace embkern::cuda {
 namespace {
-
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
 
 ScalarType accumulation_type(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -113,23 +108,7 @@ std::tuple<Tensor, Tensor, Tensor> cosine_mse_forward(const Tensor& output, cons
     cosine_mse(problem, static_cast<double*>(scratch.mutable_data_ptr()), device,
                current_stream(device_index, kOp));
   };
-  switch (output.scalar_type()) {
-    case ScalarType::Float:
-      run(float{});
-      break;
-    case ScalarType::Double:
-      run(double{});
-      break;
-    case ScalarType::BFloat16:
-      run(BFloat16{});
-      break;
-    case ScalarType::Half:
-      run(Half{});
-      break;
-    default:
-      check(false, "output: expected dtype Float, Double, BFloat16 or Half, got ",
-            torch::headeronly::toString(output.scalar_type()));
-  }
+  dispatch_floating(output.scalar_type(), "output", run);
   return {loss, grad_output, grad_target};
 }
 

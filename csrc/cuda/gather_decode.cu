@@ -5,7 +5,6 @@
 
 #include <vector>
 
-#include "checks.h"
 #include "cuda/gather_decode.cuh"
 #include "cuda/ops.h"
 #include "cuda/packed_tensors.h"
@@ -15,14 +14,10 @@ namespace embkern::cuda {
 // Instantiated in gather_project.cu.
 extern template void gather_project(const Problem<float>&, const Device&, Stream);
 extern template void gather_project(const Problem<double>&, const Device&, Stream);
-extern template void gather_project(const Problem<torch::headeronly::BFloat16>&, const Device&, Stream);
-extern template void gather_project(const Problem<torch::headeronly::Half>&, const Device&, Stream);
+extern template void gather_project(const Problem<BFloat16>&, const Device&, Stream);
+extern template void gather_project(const Problem<Half>&, const Device&, Stream);
 
 namespace {
-
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
 
 template <class T>
 void run(const Tensor& ids, const PackedTable& table, const Tensor& scales, const std::optional<Tensor>& basis,
@@ -44,9 +39,8 @@ void run(const Tensor& ids, const PackedTable& table, const Tensor& scales, cons
   const torch::stable::accelerator::DeviceGuard guard(device);
   std::optional<Tensor> coefficients, factors, places;
   if (problem.terms > 0) {
-    constexpr auto kSums = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
     coefficients = torch::stable::new_empty(scales, std::vector<int64_t>{problem.count, problem.terms});
-    factors = torch::stable::new_empty(scales, std::vector<int64_t>{problem.count}, kSums);
+    factors = torch::stable::new_empty(scales, std::vector<int64_t>{problem.count}, scalar_type_of<acc_t<T>>());
     places = torch::stable::new_empty(scales, std::vector<int64_t>{problem.count}, ScalarType::Int);
     problem.coefficients = static_cast<T*>(coefficients->mutable_data_ptr());
     problem.factors = static_cast<acc_t<T>*>(factors->mutable_data_ptr());
@@ -70,23 +64,9 @@ Tensor gather_decode_forward(const Tensor& ids, const Tensor& records, const Ten
   const Tensor out = torch::stable::new_empty(scales, shape);
   if (out.numel() == 0) return out;
   check(ids.numel() <= INT32_MAX, kDecodeOp, ": expected fewer than 2^31 ids, got ", ids.numel());
-  switch (scales.scalar_type()) {
-    case ScalarType::Float:
-      run<float>(ids, table, scales, basis, offset, scale, out);
-      break;
-    case ScalarType::Double:
-      run<double>(ids, table, scales, basis, offset, scale, out);
-      break;
-    case ScalarType::BFloat16:
-      run<BFloat16>(ids, table, scales, basis, offset, scale, out);
-      break;
-    case ScalarType::Half:
-      run<Half>(ids, table, scales, basis, offset, scale, out);
-      break;
-    default:
-      check(false, "scales: expected dtype Float, Double, BFloat16 or Half, got ",
-            torch::headeronly::toString(scales.scalar_type()));
-  }
+  dispatch_floating(scales.scalar_type(), "scales", [&](auto element) {
+    run<decltype(element)>(ids, table, scales, basis, offset, scale, out);
+  });
   return out;
 }
 

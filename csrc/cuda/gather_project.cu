@@ -5,7 +5,6 @@
 
 #include <vector>
 
-#include "checks.h"
 #include "cuda/gather_project.cuh"
 #include "cuda/gather_project_tensors.cuh"
 #include "cuda/ops.h"
@@ -16,14 +15,10 @@ namespace embkern::cuda {
 // For gather_decode.cu, too.
 template void gather_project(const Problem<float>&, const Device&, Stream);
 template void gather_project(const Problem<double>&, const Device&, Stream);
-template void gather_project(const Problem<torch::headeronly::BFloat16>&, const Device&, Stream);
-template void gather_project(const Problem<torch::headeronly::Half>&, const Device&, Stream);
+template void gather_project(const Problem<BFloat16>&, const Device&, Stream);
+template void gather_project(const Problem<Half>&, const Device&, Stream);
 
 namespace {
-
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
 
 template <class T>
 void run(const Tensor& ids, const Tensor& codes, const Tensor& basis, const std::optional<Tensor>& offset,
@@ -46,19 +41,8 @@ void gather_project_out(const Tensor& ids, const Tensor& codes, const Tensor& ba
   check(out.is_cuda() && out.is_contiguous() && out.numel() == ids.numel() * basis.size(1), kOp,
         ": expected out contiguous with one row of H for each id");
   if (out.numel() == 0) return;
-  switch (codes.scalar_type()) {
-    case ScalarType::Float:
-      return run<float>(ids, codes, basis, offset, scale, out);
-    case ScalarType::Double:
-      return run<double>(ids, codes, basis, offset, scale, out);
-    case ScalarType::BFloat16:
-      return run<BFloat16>(ids, codes, basis, offset, scale, out);
-    case ScalarType::Half:
-      return run<Half>(ids, codes, basis, offset, scale, out);
-    default:
-      check(false, "codes: expected dtype Float, Double, BFloat16 or Half, got ",
-            torch::headeronly::toString(codes.scalar_type()));
-  }
+  dispatch_floating(codes.scalar_type(), "codes",
+                    [&](auto element) { run<decltype(element)>(ids, codes, basis, offset, scale, out); });
 }
 
 Tensor gather_project_forward(const Tensor& ids, const Tensor& codes, const Tensor& basis,

@@ -9,7 +9,6 @@
 #include <optional>
 #include <vector>
 
-#include "checks.h"
 #include "cuda/gather_project_gradients.cuh"
 #include "cuda/gather_project_tensors.cuh"
 #include "cuda/ops.h"
@@ -17,10 +16,6 @@
 
 namespace embkern::cuda {
 namespace {
-
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
 
 struct Sorted {
   Tensor values, order;
@@ -53,10 +48,9 @@ template <class T>
 void sum_codes(const Gradients<T>& problem, const Tensor& ids, const Tensor& grad_codes, const Device& device,
                Stream stream) {
   using A = acc_t<T>;
-  constexpr auto kSums = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
   const int64_t count = problem.lookup.count, stride = ceil_div(problem.lookup.rank, 4) * 4;
   const auto scratch = [&](int64_t rows) {
-    return torch::stable::new_empty(grad_codes, std::vector<int64_t>{rows, stride}, kSums);
+    return torch::stable::new_empty(grad_codes, std::vector<int64_t>{rows, stride}, scalar_type_of<A>());
   };
   const Tensor rows = scratch(count), ends = scratch(2 * ceil_div(count, kSegmentBlock));
   grad_rows(problem, data<A>(rows), stride, device, stream);
@@ -97,9 +91,8 @@ void run(const Tensor& grad, const Tensor& ids, const Tensor& codes, const Tenso
     sum_codes(problem, ids, wanted.codes, device, stream);
   if (wanted.basis.numel() || wanted.offset.numel()) {
     auto plan = plan_grad_basis(lookup, wanted.basis.numel() > 0, wanted.offset.numel() > 0, device);
-    constexpr auto kSums = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
     const Tensor partial = torch::stable::new_empty(
-        grad, std::vector<int64_t>{plan.splits, int64_t{lookup.rank} + 1, plan.stride}, kSums);
+        grad, std::vector<int64_t>{plan.splits, int64_t{lookup.rank} + 1, plan.stride}, scalar_type_of<A>());
     plan.partial = data<A>(partial);
     grad_basis(problem, plan, data<T>(wanted.basis), data<T>(wanted.offset), device, stream);
   }
@@ -131,23 +124,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_project_backward(const Tensor&
   const std::tuple<Tensor, Tensor, Tensor, Tensor> gradients{code_ids, grad_codes, grad_basis, grad_offset};
   if (grad.numel() == 0) return gradients;
   const Wanted wanted{grad_codes, grad_basis, grad_offset, sparse};
-  switch (codes.scalar_type()) {
-    case ScalarType::Float:
-      run<float>(grad, ids, codes, basis, scale, padding_idx, wanted);
-      break;
-    case ScalarType::Double:
-      run<double>(grad, ids, codes, basis, scale, padding_idx, wanted);
-      break;
-    case ScalarType::BFloat16:
-      run<BFloat16>(grad, ids, codes, basis, scale, padding_idx, wanted);
-      break;
-    case ScalarType::Half:
-      run<Half>(grad, ids, codes, basis, scale, padding_idx, wanted);
-      break;
-    default:
-      check(false, "codes: expected dtype Float, Double, BFloat16 or Half, got ",
-            torch::headeronly::toString(codes.scalar_type()));
-  }
+  dispatch_floating(codes.scalar_type(), "codes", [&](auto element) {
+    run<decltype(element)>(grad, ids, codes, basis, scale, padding_idx, wanted);
+  });
   return gradients;
 }
 

@@ -1,20 +1,17 @@
 // gather_project, backward, for grad (N, H):
 //
-//   rows[n]     = scale * grad[n] @ basis^T, zero where ids[n] = padding_idx; (N, r)
-//   grad_codes  = sums of the rows of equal ids (segment_sums.cuh), or the rows themselves for a sparse
-//   gradient grad_basis  = scale * sum over n of codes[ids[n]]^T grad[n], grad_offset = scale * sum over n of
-//   grad[n],
-//                 both without the positions of padding_idx
+//   rows[n]      = scale * grad[n] @ basis^T, zero where ids[n] = padding_idx; (N, r)
+//   grad_codes   = sums of the rows of equal ids (segment_sums.cuh); for a sparse gradient the rows themselves
+//   grad_basis   = scale * sum over n of codes[ids[n]]^T grad[n], without the positions of padding_idx
+//   grad_offset  = scale * sum over n of grad[n], without them, too
 //
 // Sums are made in fp32 (fp64 for fp64) and rounded once. There are no atomics and the order of every sum is
 // fixed: the same call gives the same bits.
 //
-//   rows: a block per tile of positions and ranks. Blocks of the same positions are adjacent, so that grad
-//   comes
-//     from DRAM once. Bytes: N H + (N / kRows) r H (from L2) + N r.
-//   basis: the positions are the inner dimension. They are divided into as many splits as fill the device; a
-//   block
-//     multiplies one split for a tile of ranks and columns, or adds up its columns of grad for the offset.
+//   rows: a block per tile of positions and ranks. Blocks of the same positions are adjacent, so that grad is
+//     read from DRAM once. Bytes: N H + (N / kRows) r H (from L2) + N r.
+//   basis: the positions are the inner dimension. They are divided into as many splits as fill the device.
+//     A block multiplies one split for a tile of ranks and columns, or adds up columns of grad for the offset.
 //     Bytes: N H + N r, (r / kRows) times from L2 + (r + 1) H per split.
 //   splits: adds the splits in their order.
 #pragma once

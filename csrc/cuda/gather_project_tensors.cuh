@@ -11,7 +11,6 @@ namespace embkern::cuda {
 template <class T>
 Problem<T> lookup_of(const torch::stable::Tensor& ids, const torch::stable::Tensor& codes,
                      const torch::stable::Tensor& basis, double scale) {
-  using torch::headeronly::ScalarType;
   Problem<T> problem{};
   problem.ids = ids.const_data_ptr();
   problem.wide_ids = ids.scalar_type() == ScalarType::Long;

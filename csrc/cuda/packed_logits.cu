@@ -6,17 +6,12 @@
 #include <type_traits>
 #include <vector>
 
-#include "checks.h"
 #include "cuda/ops.h"
 #include "cuda/packed_logits.cuh"
 #include "cuda/packed_tensors.h"
 
 namespace embkern::cuda {
 namespace {
-
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
 
 Element element_of(const char* name, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -29,9 +24,8 @@ Element element_of(const char* name, const Tensor& tensor) {
     case ScalarType::Half:
       return Element::kHalf;
     default:
-      check(false, name, ": expected dtype Float, Double, BFloat16 or Half, got ",
-            torch::headeronly::toString(tensor.scalar_type()));
-      return Element::kFloat;
+      fail(name, ": expected dtype Float, Double, BFloat16 or Half, got ",
+           torch::headeronly::toString(tensor.scalar_type()));
   }
 }
 
@@ -52,10 +46,11 @@ void run(const Tensor& hidden, const PackedTable& table, const Tensor& scales,
 
   const int device = scales.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  constexpr auto kSums = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
   const int64_t size = problem.width + problem.terms;
-  const Tensor states = torch::stable::new_empty(scales, std::vector<int64_t>{kMostStates, size}, kSums);
-  const Tensor shifts = torch::stable::new_empty(scales, std::vector<int64_t>{kMostStates}, kSums);
+  const Tensor states =
+      torch::stable::new_empty(scales, std::vector<int64_t>{kMostStates, size}, scalar_type_of<A>());
+  const Tensor shifts =
+      torch::stable::new_empty(scales, std::vector<int64_t>{kMostStates}, scalar_type_of<A>());
   problem.states = static_cast<A*>(states.mutable_data_ptr());
   problem.shifts = static_cast<A*>(shifts.mutable_data_ptr());
   packed_logits(problem, device_properties(device, kLogitsOp), current_stream(device, kLogitsOp));
@@ -80,20 +75,9 @@ Tensor packed_logits_forward(const Tensor& hidden, const Tensor& records, const 
   check_floats(kLogitsOp, basis, offset, hidden.size(1));
   const Tensor logits = torch::stable::new_empty(hidden, std::vector<int64_t>{hidden.size(0), scales.numel()});
   if (logits.numel() == 0) return logits;
-  switch (element_of("scales", scales)) {
-    case Element::kFloat:
-      run_in<float>(hidden, table, scales, basis, offset, logits);
-      break;
-    case Element::kDouble:
-      run_in<double>(hidden, table, scales, basis, offset, logits);
-      break;
-    case Element::kBFloat16:
-      run_in<BFloat16>(hidden, table, scales, basis, offset, logits);
-      break;
-    case Element::kHalf:
-      run_in<Half>(hidden, table, scales, basis, offset, logits);
-      break;
-  }
+  dispatch_floating(scales.scalar_type(), "scales", [&](auto element) {
+    run_in<decltype(element)>(hidden, table, scales, basis, offset, logits);
+  });
   return logits;
 }
 

@@ -2,17 +2,12 @@
 // Run: the backward of embkern.ops.cosine_mse_loss on CUDA.
 #include <torch/csrc/stable/accelerator.h>
 
-#include "checks.h"
 #include "cuda/ops.h"
 #include "cuda/scale_gradient.cuh"
 #include "cuda/tensors.h"
 
 namespace embkern::cuda {
 namespace {
-
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
 
 template <class T>
 void run(const Tensor& grad, const Tensor& grad_loss) {
@@ -36,19 +31,7 @@ void scale_gradient(Tensor grad, const Tensor& grad_loss) {
   check(grad_loss.dim() == 0 || (grad_loss.dim() == 1 && grad.dim() > 0 && grad_loss.size(0) == grad.size(0)),
         "grad_loss: expected a scalar or one value per row");
   if (grad.numel() == 0) return;
-  switch (grad.scalar_type()) {
-    case ScalarType::Float:
-      return run<float>(grad, grad_loss);
-    case ScalarType::Double:
-      return run<double>(grad, grad_loss);
-    case ScalarType::BFloat16:
-      return run<BFloat16>(grad, grad_loss);
-    case ScalarType::Half:
-      return run<Half>(grad, grad_loss);
-    default:
-      check(false, "grad: expected dtype Float, Double, BFloat16 or Half, got ",
-            torch::headeronly::toString(grad.scalar_type()));
-  }
+  dispatch_floating(grad.scalar_type(), "grad", [&](auto element) { run<decltype(element)>(grad, grad_loss); });
 }
 
 }  // namespace embkern::cuda

@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
-#include "checks.h"
 #include "cuda/launch.cuh"
+#include "element_types.h"
 
 namespace embkern::cuda {
 

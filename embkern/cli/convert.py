@@ -30,7 +30,7 @@ def convert(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing output")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Convert packed tables of the format's first edition to the second one, which has kernels.
+    """Convert packed tables of the format's first edition, which torch decodes, to the second one.
 
     Rows keep their bits, and everything else of a model stays as it is. Codes of 1 to 4 bits are encoded
     again from what they decode to, so that the new error, which is printed, adds to the old one. Compress the

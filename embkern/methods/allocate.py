@@ -246,17 +246,14 @@ def _described(
     read: Tensor | None,
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return what the arguments of ``allocate`` are, by name, to compare those of several processes."""
+    """Return what the arguments of ``allocate`` are, by name, to compare those of several processes.
+
+    What cannot be described raises here, with the message that a single process gives.
+    """
     check_shape(table)
     row_weights(counts, len(table))
-    sums: list[Tensor | None] = []
-    if calibration is not None:
-        sums = [
-            calibration.inputs,
-            calibration.input_moment,
-            calibration.predictions,
-            calibration.head_moment,
-        ]
+    of = calibration
+    sums = [] if of is None else [of.inputs, of.input_moment, of.predictions, of.head_moment]
     tensors = {"counts": [counts], "calibration": sums, "read": [read]}
     given = {name: [each for each in parts if each is not None] for name, parts in tensors.items()}
     return {

@@ -67,13 +67,21 @@ class Checkpoint:
     Args:
         folder: a folder with the checkpoint of a model, in one file or several.
 
+    Attributes:
+        places: the file of every tensor.
+        owners: prefixes of the names of the tensors of packed tables.
+        first: those whose tables are of the first edition.
+        config: content of config.json, if it describes compressed tables.
+        named: names of the tables beside that of the input in it.
+        states: its descriptions of tables of the first edition, by name.
+
     Raises:
         ValueError: a file is truncated, or the description of a table is damaged or fits none in the files.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.places: dict[str, Path] = {}  # of every tensor
+        self.places: dict[str, Path] = {}
         for path in sorted(folder.glob("*.safetensors")):
             with _opened(path) as file:
                 self.places |= dict.fromkeys(file.keys(), path)
@@ -156,8 +164,8 @@ class Checkpoint:
         index = self.folder / _INDEX
         if index.is_file():
             found = json.loads(index.read_text(encoding="utf-8"))
-            before = sum(self.tensor(key).nbytes for key in changed)
             if "total_size" in (metadata := found.get("metadata") or {}):
+                before = sum(self.tensor(key).nbytes for key in changed)
                 metadata["total_size"] += sum(each.nbytes for each in changed.values()) - before
             (target / _INDEX).write_text(_as_transformers(found), encoding="utf-8")
         if self.config is not None and states:

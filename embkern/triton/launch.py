@@ -42,9 +42,10 @@ _compiled: dict[tuple[Any, ...], CompiledKernel] = {}
 
 @functools.cache
 def _parameters(kernel: Any) -> tuple[Any, Any, Any]:
-    """Return what takes all arguments of a kernel from a dict, its constants, and the others."""
+    """Return what takes from a dict all arguments of a kernel, its constants, and the others, as tuples."""
     constants = [each.name for each in kernel.params if each.is_constexpr]
     others = [each.name for each in kernel.params if not each.is_constexpr]
+    # Of a single name itemgetter returns no tuple: the first one is taken twice.
     return itemgetter(*kernel.arg_names), itemgetter(*constants, constants[0]), itemgetter(*others, others[0])
 
 

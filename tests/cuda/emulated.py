@@ -7,8 +7,9 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import pytest
 import torch
@@ -49,6 +50,20 @@ def build_sanitized(op: str, folder: Path) -> Path:
         pytest.skip("the compiler has no address sanitizer")
 
 
+def programs(op: str) -> tuple[Any, Any]:
+    """Return the fixtures of a module's program: plain, and with checks of bounds and alignment."""
+
+    @pytest.fixture(scope="module")
+    def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return build(op, tmp_path_factory.mktemp("emulator"))
+
+    @pytest.fixture(scope="module")
+    def sanitized_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return build_sanitized(op, tmp_path_factory.mktemp("sanitized"))
+
+    return program, sanitized_program
+
+
 def start(program: Path, calls: Iterable[bytes], folder: Path) -> subprocess.CompletedProcess:
     """Run serialised calls; the outputs go to the file ``out``."""
     (folder / "in").write_bytes(b"".join(calls))
@@ -87,6 +102,24 @@ class Outputs:
         size = torch.Size(shape).numel() * dtype.itemsize
         taken, self.data = self.data[:size], self.data[size:]
         return torch.frombuffer(taken, dtype=dtype).view(shape) if size else torch.empty(shape, dtype=dtype)
+
+
+class SerialisedCall(Protocol):
+    """A call of an op."""
+
+    def serialised(self) -> bytes:
+        """Return it in the format of the program."""
+
+    def take(self, outputs: Outputs) -> Any:
+        """Read its results."""
+
+
+def run(program: Path, calls: Sequence[SerialisedCall], folder: Path) -> list[Any]:
+    """Run calls and return the results of each."""
+    outputs = Outputs(program, (call.serialised() for call in calls), folder)
+    results = [call.take(outputs) for call in calls]
+    assert not outputs.data
+    return results
 
 
 def gather_project_call(

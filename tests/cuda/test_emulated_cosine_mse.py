@@ -19,13 +19,14 @@ from tests.cuda.emulated import (
     MARKS,
     ORDERS,
     Outputs,
-    build,
-    build_sanitized,
     cosine_mse_call,
     cosine_mse_results,
+    programs,
+    run,
 )
 
 pytestmark = MARKS
+program, sanitized_program = programs("cosine_mse")
 NAMES = ("loss", "grad_output", "grad_target")
 
 
@@ -58,8 +59,10 @@ class Call:
         shape = (self.N,) if self.reduction == "none" else ()
         self.grad_loss = torch.rand(shape).to(accumulation) + 0.5 if self.upstream else None
 
-    def shapes(self) -> list[tuple[torch.dtype, tuple[int, ...]]]:
-        return cosine_mse_results(self.output, reference.REDUCTIONS.index(self.reduction), self.needs)
+    def take(self, outputs: Outputs) -> list[torch.Tensor]:
+        reduction = reference.REDUCTIONS.index(self.reduction)
+        shapes = cosine_mse_results(self.output, reduction, self.needs)
+        return [outputs.take(dtype, *shape) for dtype, shape in shapes]
 
     def serialised(self) -> bytes:
         tensors = (self.output, self.target, self.row_weight, self.target_norm, self.grad_loss)
@@ -81,23 +84,6 @@ class Call:
             *(each if each is None else each.to(wide) for each in values),
             *(reference.REDUCTIONS.index(self.reduction), *self.weights, self.alpha, self.eps, *self.needs),
         )
-
-
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build("cosine_mse", tmp_path_factory.mktemp("emulator"))
-
-
-@pytest.fixture(scope="module")
-def sanitized_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_sanitized("cosine_mse", tmp_path_factory.mktemp("sanitized"))
-
-
-def run(program: Path, calls: list[Call], folder: Path) -> list[list[torch.Tensor]]:
-    outputs = Outputs(program, (call.serialised() for call in calls), folder)
-    results = [[outputs.take(dtype, *shape) for dtype, shape in call.shapes()] for call in calls]
-    assert not outputs.data
-    return results
 
 
 def check(program: Path, calls: list[Call], folder: Path) -> None:

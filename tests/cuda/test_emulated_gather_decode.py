@@ -14,29 +14,19 @@ from tests.cuda.emulated import (
     MARKS,
     ORDERS,
     Outputs,
-    build,
-    build_sanitized,
     gather_decode_call,
+    programs,
     start,
 )
 from tests.ops.packed_problems import Problem, problem
 
 pytestmark = MARKS
+program, sanitized_program = programs("gather_decode")
 
 SCALE = 0.37
 # (V, H, K, N): few rows and many; odd rows; no basis; a basis of one group, and one wider than the rows.
 SHAPES = [(301, 160, 128, 40), (97, 97, 96, 9), (70, 33, 32, 1), (200, 70, 0, 21), (64, 40, 64, 130)]
 LARGE, SMALL = dict(multiprocessors=1), dict(multiprocessors=132)
-
-
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build("gather_decode", tmp_path_factory.mktemp("emulator"))
-
-
-@pytest.fixture(scope="module")
-def sanitized_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_sanitized("gather_decode", tmp_path_factory.mktemp("sanitized"))
 
 
 def serialised(p: Problem, **options) -> bytes:

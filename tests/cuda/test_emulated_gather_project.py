@@ -21,14 +21,15 @@ from tests.cuda.emulated import (
     MARKS,
     ORDERS,
     Outputs,
-    build,
-    build_sanitized,
     gather_project_call,
+    programs,
+    run,
     spaced,
     start,
 )
 
 pytestmark = MARKS
+program, sanitized_program = programs("gather_project")
 
 
 @dataclass
@@ -63,26 +64,12 @@ class Call:
         device = dict(multiprocessors=self.multiprocessors, shared=self.shared, order=self.order)
         return gather_project_call(*tensors, self.scale, misaligned=self.misaligned, **device)
 
+    def take(self, outputs: Outputs) -> torch.Tensor:
+        return outputs.take(self.dtype, self.N, self.H)
+
     def plain(self, dtype: torch.dtype) -> torch.Tensor:
         rows = F.embedding(self.ids, self.codes.to(dtype)) @ self.basis.to(dtype)
         return self.scale * (rows if self.shift is None else rows + self.shift.to(dtype))
-
-
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build("gather_project", tmp_path_factory.mktemp("emulator"))
-
-
-@pytest.fixture(scope="module")
-def sanitized_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_sanitized("gather_project", tmp_path_factory.mktemp("sanitized"))
-
-
-def run(program: Path, calls: list[Call], folder: Path) -> list[torch.Tensor]:
-    outputs = Outputs(program, (call.serialised() for call in calls), folder)
-    tensors = [outputs.take(call.dtype, call.N, call.H) for call in calls]
-    assert not outputs.data
-    return tensors
 
 
 def check(program: Path, calls: list[Call], folder: Path) -> None:

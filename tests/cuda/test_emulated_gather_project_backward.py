@@ -15,14 +15,15 @@ from tests.cuda.emulated import (
     MARKS,
     ORDERS,
     Outputs,
-    build,
-    build_sanitized,
     gather_project_backward_call,
+    programs,
+    run,
     spaced,
     start,
 )
 
 pytestmark = MARKS
+program, sanitized_program = programs("gather_project_backward")
 
 
 @dataclass
@@ -74,23 +75,6 @@ class Call:
             outputs.take(self.dtype, *((self.r, self.H) if self.needs_basis else (0,))),
             outputs.take(self.dtype, self.H if self.needs_offset else 0),
         ]
-
-
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build("gather_project_backward", tmp_path_factory.mktemp("emulator"))
-
-
-@pytest.fixture(scope="module")
-def sanitized_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_sanitized("gather_project_backward", tmp_path_factory.mktemp("sanitized"))
-
-
-def run(program: Path, calls: list[Call], folder: Path) -> list[list[torch.Tensor]]:
-    outputs = Outputs(program, (call.serialised() for call in calls), folder)
-    tensors = [call.take(outputs) for call in calls]
-    assert not outputs.data
-    return tensors
 
 
 def check(program: Path, calls: list[Call], folder: Path) -> None:

@@ -9,23 +9,14 @@ import torch
 import torch.nn.functional as F
 
 from tests.conftest import assert_no_worse_over_draws, seed_of
-from tests.cuda.emulated import DTYPES, MARKS, ORDERS, Outputs, build, build_sanitized, packed_logits_call
+from tests.cuda.emulated import DTYPES, MARKS, ORDERS, Outputs, packed_logits_call, programs
 from tests.ops.packed_problems import Problem, problem
 
 pytestmark = MARKS
+program, sanitized_program = programs("packed_logits")
 
 # (V, H, K, states): odd rows, no basis, a basis wider than the rows; one state, several, more than at a time.
 SHAPES = [(301, 160, 128, 1), (97, 97, 96, 3), (70, 33, 32, 16), (200, 70, 0, 5), (64, 40, 64, 19)]
-
-
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build("packed_logits", tmp_path_factory.mktemp("emulator"))
-
-
-@pytest.fixture(scope="module")
-def sanitized_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_sanitized("packed_logits", tmp_path_factory.mktemp("sanitized"))
 
 
 def run(program: Path, p: Problem, hidden: torch.Tensor, folder: Path, **options) -> torch.Tensor:

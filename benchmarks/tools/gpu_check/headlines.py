@@ -64,7 +64,8 @@ class Cell:
 
 def _lookup(place: Device, compiled: bool, shape: Shape, small: Shape) -> Cell:
     """gather_project beside a dense table and two steps."""
-    N, H, r, V = vars(small if place.rehearsal else shape).values()
+    shape = small if place.rehearsal else shape
+    N, H, r, V = shape.N, shape.H, shape.r, shape.V
     dtype = torch.float32 if place.rehearsal else torch.bfloat16
     generator = torch.Generator(place.type).manual_seed(0)
     floats = (_normal(generator, V, r), _normal(generator, r, H) / r**0.5, _normal(generator, H))
@@ -92,7 +93,7 @@ def _lookup(place: Device, compiled: bool, shape: Shape, small: Shape) -> Cell:
     distinct = sum(len(ids.unique()) for ids in sets) / len(sets)
     least = 8 * N + (distinct * r + (r + 1) * H + N * H) * dtype.itemsize
     kind = "fp32" if place.rehearsal else "bf16"
-    return Cell(str(Shape(N, H, r, V)), kind, calls, check, least, 2 * distinct * r * H)
+    return Cell(str(shape), kind, calls, check, least, 2 * distinct * r * H)
 
 
 def _loss(place: Device, compiled: bool) -> Cell:

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "checks.h"
-#include "cpu/common/types.h"
+#include "element_types.h"
 
 namespace embkern {
 

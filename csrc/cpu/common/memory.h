@@ -16,7 +16,7 @@
 #include <sys/mman.h>
 #endif
 
-#include "cpu/common/types.h"
+#include "element_types.h"
 
 namespace embkern {
 

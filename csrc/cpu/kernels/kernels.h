@@ -2,9 +2,9 @@
 // set. Operands are lists of pointers to contiguous vectors, so that gathering rows needs no copy.
 #pragma once
 
-#include "cpu/common/types.h"
 #include "cpu/kernels/trellis_levels.h"
 #include "cpu/simd/features.h"
+#include "element_types.h"
 
 namespace embkern {
 

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "checks.h"
-#include "cpu/common/types.h"
+#include "element_types.h"
 
 namespace embkern {
 

@@ -20,6 +20,7 @@ using torch::headeronly::ScalarType;
 template <class T>
 using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// That of an accumulation type, float or double.
 template <class T>
 constexpr ScalarType scalar_type_of() {
   if constexpr (std::is_same_v<T, double>)
@@ -40,8 +41,7 @@ void dispatch_floating(ScalarType type, const char* name, Body body) {
     case ScalarType::Half:
       return body(Half{});
     default:
-      check(false, name, ": expected dtype Float, Double, BFloat16 or Half, got ",
-            torch::headeronly::toString(type));
+      fail(name, ": expected dtype Float, Double, BFloat16 or Half, got ", torch::headeronly::toString(type));
   }
 }
 
@@ -53,7 +53,7 @@ void dispatch_index(ScalarType type, const char* name, Body body) {
     case ScalarType::Long:
       return body(int64_t{});
     default:
-      check(false, name, ": expected dtype Int or Long, got ", torch::headeronly::toString(type));
+      fail(name, ": expected dtype Int or Long, got ", torch::headeronly::toString(type));
   }
 }
 
