@@ -20,6 +20,7 @@ BENCHMARKS = {
     "direction": "the direction solver beside a Gram matrix, SVD and the paper's recipe: time, quality, gap",
     "methods": "SVD, PCA and the paper's autoencoder on a real table: quality and seconds",
     "vocabulary": "a multilingual table cut to two languages: bytes, errors of rows that are read or not",
+    "large_tables": "compressing tables of large vocabularies: seconds, memory beyond table and result",
     "tensor_trains": "tensor trains beside an SVD of equal bytes, and a core that two tables share: errors",
     "finetune": "training dense and compressed tables at the same learning rates: loss, movement of rows",
     "import_time": "what `import embkern` costs beyond torch",

@@ -133,13 +133,13 @@ def _row(name: str, table: Tensor, found: Any, counts: Tensor, seconds: float) -
     }
 
 
-def random_table(num_embeddings: int) -> Tensor:
-    """Return rows (V, 384) with a common part, a decaying spectrum and different norms, like embeddings."""
+def random_table(num_embeddings: int, width: int = H) -> Tensor:
+    """Return rows (V, width) with a common part, a decaying spectrum and different norms, like embeddings."""
     generator = torch.Generator().manual_seed(0)
-    rotation = torch.linalg.qr(torch.randn(H, H, generator=generator))[0]
-    basis = torch.arange(1, H + 1).float().pow(-0.3).unsqueeze(1) * rotation
+    rotation = torch.linalg.qr(torch.randn(width, width, generator=generator))[0]
+    basis = torch.arange(1, width + 1).float().pow(-0.3).unsqueeze(1) * rotation
     norms = 0.5 + torch.rand(num_embeddings, 1, generator=generator)
-    return (torch.randn(num_embeddings, H, generator=generator) @ basis + 0.3 * rotation[0]) * norms
+    return (torch.randn(num_embeddings, width, generator=generator) @ basis + 0.3 * rotation[0]) * norms
 
 
 def zipf(num_embeddings: int, share: float) -> Tensor:
