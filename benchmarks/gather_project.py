@@ -178,9 +178,7 @@ class GatherProject(Bench):
                 lookups[name] = [PROVIDERS[name].build(problem) for problem in problems]
         title = f"{table.model} r={table.r} {table.dtype}"
         print(f"\nmedian us\n{table_line(title, {name: name for name in lookups}, lookups)}")
-        for cell in cells:
-            if self.late():
-                return
+        for cell in self.before_deadline(cells, lambda left: f"{len(left)} cells of {title}"):
             try:
                 sets = self._id_sets(table, cell)
             except UnavailableError as error:

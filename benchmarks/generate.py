@@ -111,12 +111,9 @@ class Generate(Bench):
         models = self._models(name, places)
         self._check(name, models, compressed)
         inputs = self._inputs(name, directory)
-        for op, count in calls.items():
-            if self.late():
-                return
-            if op not in self.options.ops:
-                continue
-            self._run_cell(name, op, count, models, inputs[op])
+        wanted = [op for op in calls if op in self.options.ops]
+        for op in self.before_deadline(wanted, lambda left: f"{' and '.join(left)} of {name}"):
+            self._run_cell(name, op, calls[op], models, inputs[op])
         timed = list(models)
         models.clear()
         if "memory" in self.options.ops:

@@ -87,9 +87,10 @@ class PackedHeadBench(Bench):
         for mode in self.options.modes:
             shown = [each for each in heads if mode == "forward" or each not in FORWARD_ONLY]
             print(table_line(f"median us, {mode}", {each: each for each in shown}, shown))
-            for count in self.options.hidden:
-                if self.late():
-                    return
+            for count in self.before_deadline(
+                self.options.hidden,
+                lambda left, mode=mode: f"{mode} of {left} hidden states ({name}, {ratio:g}x)",
+            ):
                 self._run_cell(name, table, dense, ratio, mode, count, {each: heads[each] for each in shown})
             self.write()
 

@@ -203,9 +203,9 @@ class Train(Bench):
     def _peaks(self, cell: Cell, rows: Tensor) -> dict[str, int | None]:
         """Return the peak of every provider beyond the table; on the CPU, each in a new process."""
         peaks: dict[str, int | None] = {}
-        for name in self._available(cell):
-            if self.late():
-                break
+        for name in self.before_deadline(
+            self._available(cell), lambda left: f"peaks of {', '.join(left)} ({cell})"
+        ):
             with self.recorded(name, f"{cell}, peak memory"):
                 if self.options.device == "cuda":
                     peaks[name] = _peak(name, cell, "cuda", rows)
