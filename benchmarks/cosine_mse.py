@@ -110,7 +110,7 @@ class CosineMSE(Bench):
     def run(self, cells: list[Cell]) -> None:
         """Measure every cell; the results file is written after each."""
         heading: tuple[str, str] | None = None
-        for cell in self.before_deadline(cells, lambda left: f"{len(left)} cells"):
+        for cell in self.before_deadline(cells, "cells"):
             names = self._available(cell)
             if heading != (cell.terms, cell.dtype):
                 heading = (cell.terms, cell.dtype)

@@ -146,16 +146,12 @@ class GatherDecode(Bench):
         lookups = self._lookups(table, factors, ratio)
         for kind in self.kinds:
             print(table_line(f"median us, {kind}", {name: name for name in lookups}, lookups))
-            for count in self.before_deadline(
-                self.options.counts, lambda left, kind=kind: f"lookups of {left} ids ({kind}, {ratio:g}x)"
-            ):
+            for count in self.before_deadline(self.options.counts, f"numbers of ids ({kind}, {ratio:g}x)"):
                 self._run_lookup(table, ratio, kind, count, lookups)
             self.write()
         heads = self._heads(table)
         print(table_line("median us, tied head", {name: name for name in heads}, heads))
-        for count in self.before_deadline(
-            self.options.hidden, lambda left: f"heads of {left} hidden states ({ratio:g}x)"
-        ):
+        for count in self.before_deadline(self.options.hidden, f"numbers of hidden states ({ratio:g}x)"):
             self._run_head(table, ratio, count, heads)
         self.write()
 

@@ -154,9 +154,7 @@ class GatherProject(Bench):
 
     def run(self, tables: list[tuple[Table, list[Cell]]]) -> None:
         """Measure every cell; the results file is written after each table."""
-        for table, cells in self.before_deadline(
-            tables, lambda left: f"{sum(len(cells) for _, cells in left)} cells of {len(left)} tables"
-        ):
+        for table, cells in self.before_deadline(tables, "tables"):
             if table.dtype not in self.gemm:
                 self.gemm[table.dtype] = gemm_peak(DTYPES[table.dtype], self.options.device)
                 self.facts["gemm_gflops"][table.dtype] = round(self.gemm[table.dtype], 1)
@@ -178,7 +176,7 @@ class GatherProject(Bench):
                 lookups[name] = [PROVIDERS[name].build(problem) for problem in problems]
         title = f"{table.model} r={table.r} {table.dtype}"
         print(f"\nmedian us\n{table_line(title, {name: name for name in lookups}, lookups)}")
-        for cell in self.before_deadline(cells, lambda left: f"{len(left)} cells of {title}"):
+        for cell in self.before_deadline(cells, f"cells of {title}"):
             try:
                 sets = self._id_sets(table, cell)
             except UnavailableError as error:

@@ -112,7 +112,7 @@ class Generate(Bench):
         self._check(name, models, compressed)
         inputs = self._inputs(name, directory)
         wanted = [op for op in calls if op in self.options.ops]
-        for op in self.before_deadline(wanted, lambda left: f"{' and '.join(left)} of {name}"):
+        for op in self.before_deadline(wanted, f"ops of {name}"):
             self._run_cell(name, op, calls[op], models, inputs[op])
         timed = list(models)
         models.clear()

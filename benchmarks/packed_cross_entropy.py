@@ -73,9 +73,7 @@ class PackedCrossEntropyBench(Bench):
         for mode in self.options.modes:
             names = self.available(self.options.providers or DEFAULT, lambda _: None)
             print(table_line(f"median us, {mode}", {each: each for each in names}, names))
-            for count in self.before_deadline(
-                self.options.tokens, lambda left, mode=mode: f"{mode} of {left} tokens at {ratio:g}x"
-            ):
+            for count in self.before_deadline(self.options.tokens, f"numbers of tokens ({mode}, {ratio:g}x)"):
                 self._run_cell(table, factors, dense, ratio, mode, count, names)
             self.write()
 

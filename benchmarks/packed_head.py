@@ -88,8 +88,7 @@ class PackedHeadBench(Bench):
             shown = [each for each in heads if mode == "forward" or each not in FORWARD_ONLY]
             print(table_line(f"median us, {mode}", {each: each for each in shown}, shown))
             for count in self.before_deadline(
-                self.options.hidden,
-                lambda left, mode=mode: f"{mode} of {left} hidden states ({name}, {ratio:g}x)",
+                self.options.hidden, f"numbers of hidden states ({name}, {mode}, {ratio:g}x)"
             ):
                 self._run_cell(name, table, dense, ratio, mode, count, {each: heads[each] for each in shown})
             self.write()

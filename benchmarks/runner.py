@@ -166,11 +166,12 @@ class Bench:
         """Return whether the time is over, so that no cell may be started."""
         return time.monotonic() > self.deadline
 
-    def before_deadline(self, items: Sequence[T], left_out: Callable[[Sequence[T]], str]) -> Iterator[T]:
-        """Yield items until the time is over; print ``left_out`` of those that remain."""
+    def before_deadline(self, items: Sequence[T], what: str) -> Iterator[T]:
+        """Yield items until the time is over; print how many of ``what`` remain, and the first of them."""
         for position, item in enumerate(items):
             if self.late():
-                print(f"--limit-seconds: {left_out(items[position:])} were not measured")
+                left = len(items) - position
+                print(f"--limit-seconds: {left} of {len(items)} {what} were not measured, from {item} on")
                 return
             yield item
 

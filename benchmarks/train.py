@@ -138,7 +138,7 @@ class Train(Bench):
 
     def run(self, cells: list[Cell]) -> None:
         """Measure every cell; the results file is written after each."""
-        for cell in self.before_deadline(cells, lambda left: f"{len(left)} cells"):
+        for cell in self.before_deadline(cells, "cells"):
             rows, reason = table_rows(cell.table, self.options.device)
             if reason:
                 self.missing(cell.table, reason)
@@ -203,9 +203,7 @@ class Train(Bench):
     def _peaks(self, cell: Cell, rows: Tensor) -> dict[str, int | None]:
         """Return the peak of every provider beyond the table; on the CPU, each in a new process."""
         peaks: dict[str, int | None] = {}
-        for name in self.before_deadline(
-            self._available(cell), lambda left: f"peaks of {', '.join(left)} ({cell})"
-        ):
+        for name in self.before_deadline(self._available(cell), f"peaks of {cell}"):
             with self.recorded(name, f"{cell}, peak memory"):
                 if self.options.device == "cuda":
                     peaks[name] = _peak(name, cell, "cuda", rows)

@@ -15,6 +15,10 @@ from typing import Any
 import torch
 
 from .._version import __version__
+from ..ops.library import cpu_capability, load_native
+
+# Instructions that kernels of embkern, of torch or of rivals use where a processor has them.
+CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512vbmi", "gfni", "amx_bf16", "amx_int8")
 
 
 def environment() -> dict[str, Any]:
@@ -27,7 +31,9 @@ def environment() -> dict[str, Any]:
         "transformers": version_of("transformers"),
         "triton": version_of("triton"),
         "python": platform.python_version(),
-        "cpu": _cpu_name(),
+        "cpu": _of_processor("model name") or platform.machine(),
+        "cpu_flags": [flag for flag in CPU_FLAGS if flag in _of_processor("flags").split()],
+        "native": None if load_native() else cpu_capability(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cuda": torch.cuda.get_device_name() if cuda else None,
@@ -61,7 +67,7 @@ def _commit() -> str | None:
     return subprocess.run(command, capture_output=True, text=True, cwd=root).stdout.strip() or None
 
 
-def _cpu_name() -> str:
+def _of_processor(field: str) -> str:
+    """Return what Linux says of the first processor, or nothing."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names and names[0] else platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")

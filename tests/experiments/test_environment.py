@@ -9,6 +9,7 @@ import torch
 import embkern
 from embkern.experiments import environment as module
 from embkern.experiments.environment import environment, environment_in_words, version_of
+from embkern.ops.library import cpu_capability, load_native
 
 
 def test_the_record_names_versions_processor_and_threads():
@@ -17,6 +18,8 @@ def test_the_record_names_versions_processor_and_threads():
     assert record["torch"] == torch.__version__
     assert record["threads"] == torch.get_num_threads()
     assert record["cpu"]
+    assert set(record["cpu_flags"]) <= set(module.CPU_FLAGS)
+    assert record["native"] == (None if load_native() else cpu_capability())
     assert (record["cuda"] is None) == (not torch.cuda.is_available())
 
 
