@@ -55,9 +55,10 @@ def quantize_trellis(
 
     For every scale s, Viterbi's algorithm finds the codes of a row whose decoded values ``d`` (see
     ``packed_codes.values_of_records``) minimise ``((values / s - d) * spread).square().sum(1)``. Their
-    windows form a ring, whose beginning is taken from a search without this condition. With ``y = d *
-    spread`` and ``x = values * spread``, the scale with the largest ``projection = (x * y).sum(1) /
-    y.norm(dim=1)`` is chosen, and ``(x * y).sum(1) / y.square().sum(1)`` is returned for it.
+    windows form a ring, whose beginning is taken from a search without this condition. The native backend
+    adds squared errors in whole numbers of 16 bits, which makes mean squared errors up to 0.1 % larger.
+    With ``y = d * spread`` and ``x = values * spread``, the scale with the largest ``projection =
+    (x * y).sum(1) / y.norm(dim=1)`` is chosen, and ``(x * y).sum(1) / y.square().sum(1)`` is returned for it.
 
     Args:
         values: (N, 32 G) float32, without gradient.
@@ -71,7 +72,8 @@ def quantize_trellis(
     Returns:
         codes (N, 32 G) uint8, empty unless needed; scales (N,); projections (N,). A code of 2 to 4 bits has
         the bits of its step below its further bits, one of 1 bit is its bit of the step. A row of zeros has
-        projection 0. Where two paths have equal errors, backends may choose either.
+        projection 0. Where paths have nearly equal errors, backends may choose either; native codes
+        are the same at every instruction set.
 
     Raises:
         TypeError: a dtype is not the one above.

@@ -1,4 +1,4 @@
-"""quantize_trellis: the kernel finds the codes of the definition, and no closed path has less error."""
+"""quantize_trellis: the kernel finds as near codes as the definition, the same at every instruction set."""
 
 import functools
 
@@ -9,7 +9,7 @@ from torch.testing import assert_close
 pytest.importorskip("pydantic", reason="the methods need pydantic")
 
 from embkern.methods.quantizer_levels import TRELLIS_DISTORTION, distortion
-from embkern.ops.library import load_native
+from embkern.ops.library import cpu_capability, load_native
 from embkern.ops.packed_codes import levels_of_windows, packed_levels
 from embkern.ops.packed_format import Tier
 from embkern.ops.quantize_trellis import quantize_trellis
@@ -53,11 +53,18 @@ def _defined(profile: tuple[int, ...], spread: bool):
     return quantize_trellis(*_arguments(profile, spread), needs_codes=True, backend="torch")
 
 
-def _assert_same_up_to_ties(profile, given, expected) -> None:
-    codes, scales, projections = quantize_trellis(*given, needs_codes=True, backend="native")
-    tied = (codes != expected[0]).any(1)  # Where two paths have equal errors, either may be taken.
-    assert int(tied.sum()) <= 1
-    assert_close(projections[~tied], expected[2][~tied], rtol=TOLERANCE, atol=TOLERANCE)
+# The kernel adds squared errors in 16 bits. Its paths have up to this part more error than the best one,
+# unless nearly equal costs make it begin elsewhere in the ring. The definition may then have less, or more.
+ROUNDING = 0.005
+
+
+def _assert_as_near(errors: torch.Tensor, least: torch.Tensor) -> None:
+    """Check the squared errors (N,) of rows against those of the best paths."""
+    assert int((errors > (1 + ROUNDING) * least).sum()) <= 1
+    assert (errors < 2 * least).all()
+
+
+def _assert_consistent(profile, given, codes, scales, projections) -> None:
     values, each = given[0].double(), 1.0 if given[1] is None else given[1].double()
     decoded, x = _decoded(codes, profile, given[3]) * each, values * each
     dot, norm = (x * decoded).sum(1), decoded.norm(dim=1)
@@ -70,7 +77,12 @@ def _assert_same_up_to_ties(profile, given, expected) -> None:
 @pytest.mark.parametrize("spread", [False, True])
 @pytest.mark.parametrize("profile", PROFILES, ids=str)
 def test_the_kernel_finds_what_the_definition_finds(profile, spread, level) -> None:
-    _assert_same_up_to_ties(profile, _arguments(profile, spread), _defined(profile, spread))
+    given = _arguments(profile, spread)
+    codes, scales, projections = quantize_trellis(*given, needs_codes=True, backend="native")
+    _assert_consistent(profile, given, codes, scales, projections)
+    squares = (given[0] * (1 if spread is False else given[1])).double().square().sum(1)
+    errors, least = (squares - each.double().square() for each in (projections, _defined(profile, spread)[2]))
+    _assert_as_near(errors + 1e-5, least + 1e-5)
 
 
 @native
@@ -78,15 +90,49 @@ def test_sums_that_wrap_around_are_searched_as_they_are_decoded(level) -> None:
     profile = (4, 1, 3)
     values, each, bits, _, scales = _arguments(profile, True, rows=4)
     given = (2 * values, each, bits, random_levels(), scales[:, :1])
-    expected = quantize_trellis(*given, needs_codes=True, backend="torch")
-    _assert_same_up_to_ties(profile, given, expected)
+    codes, found, projections = quantize_trellis(*given, needs_codes=True, backend="native")
+    _assert_consistent(profile, given, codes, found, projections)
+    _assert_as_near(*(_weighted_errors(given, each, profile) for each in (codes, _exact_codes(given))))
+
+
+def _kinds() -> dict[str, tuple]:
+    """Arguments for which a search may take other ways: by bits, weights, outliers and levels."""
+    generator = torch.Generator().manual_seed(seed_of(5))
+    kinds = {}
+    for bits in (1, 2, 3, 4):
+        given = list(_arguments((bits,) * 4, False))
+        kinds[f"{bits} bits"] = tuple(given)
+        given[0] = given[0].clone()
+        given[0][:, ::23] *= torch.logspace(0.5, 4, 8).unsqueeze(1)
+        kinds[f"{bits} bits, outliers"] = tuple(given)
+    for profile in ((1, 2, 3, 4), (4, 0, 1, 1)):
+        values, _, bits, levels, scales = _arguments(profile, False)
+        for name, spread in (
+            ("falling", torch.logspace(1, -1, 128)),
+            ("any", torch.rand(128, generator=generator) + 0.01),
+            ("far apart", torch.logspace(-6, 0, 128)),
+        ):
+            kinds[f"{profile}, {name}"] = (values, spread, bits, levels, scales)
+        kinds[f"{profile}, levels that wrap around"] = (2 * values, None, bits, random_levels(), scales)
+    kinds["far too small scales"] = (*_arguments((1, 2, 3, 4), False)[:4], torch.full((8, 1), 1e-30))
+    return kinds
+
+
+@native
+def test_every_instruction_set_finds_the_same(level) -> None:
+    for kind, given in _kinds().items():
+        found = quantize_trellis(*given, needs_codes=True, backend="native")
+        cpu_capability("portable")
+        expected = quantize_trellis(*given, needs_codes=True, backend="native")
+        cpu_capability(level)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), kind
 
 
 @functools.cache
 def _far_apart(profile: tuple[int, ...], reverse: bool):
-    """Arguments whose weights fall or rise by 12 orders in a row, with one scale, and their exact codes."""
-    given = list(_arguments(profile, False, rows=4))
-    spread = torch.logspace(0, -6, given[0].shape[1])
+    """Arguments whose weights fall or rise by 6 orders in a row, with one scale, and their exact codes."""
+    given = list(_arguments(profile, False, rows=16))
+    spread = torch.logspace(0, -3, given[0].shape[1])
     given[1] = spread.flip(0) if reverse else spread
     given[4] = given[4][:, :1]
     return given, _exact_codes(given)
@@ -105,22 +151,23 @@ def test_rows_with_outliers_are_as_near_as_in_double(profile, level) -> None:
     given = list(_arguments(profile, False))
     given[0][:, ::17] *= torch.logspace(0.5, 3, 8).unsqueeze(1)
     codes = quantize_trellis(*given[:4], given[4][:, :1], needs_codes=True, backend="native")[0]
-    found, least = (_weighted_errors(given, each, profile) for each in (codes, _exact_codes(given)))
-    assert_close(found, least, rtol=1e-5, atol=0)
+    _assert_as_near(*(_weighted_errors(given, each, profile) for each in (codes, _exact_codes(given))))
 
 
 @native
 @pytest.mark.parametrize("reverse", [False, True])
 def test_rows_with_weights_far_apart_are_as_near_as_in_double(reverse, level) -> None:
-    """A sum of all squared errors of the row in fp32 would hide some."""
+    """Groups whose weights are small have a part of the error, too, which a coarse unit would hide."""
     profile = (2, 3, 1, 4)
     given, exact = _far_apart(profile, reverse)
     codes = quantize_trellis(*given, needs_codes=True, backend="native")[0]
+    total = _weighted_errors(given, exact, profile)
+    _assert_as_near(_weighted_errors(given, codes, profile), total)
     for group in range(4):
         alone = torch.zeros(128).index_fill_(0, torch.arange(32 * group, 32 * group + 32), 1)
-        known = (given[0], alone, *given[2:])
-        found, least = (_weighted_errors(known, each, profile).mean() for each in (codes, exact))
-        assert found < 1.05 * least
+        known = (given[0], alone * given[1], *given[2:])
+        found, least = (_weighted_errors(known, each, profile).sum() for each in (codes, exact))
+        assert found < 1.1 * least or least < 0.01 * total.sum()
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
@@ -137,8 +184,11 @@ def test_levels_by_one_code_alone_make_it_round_to_the_nearest(bits, kernel) -> 
     values, scale = torch.randn(3, 64), torch.rand(3, 1) + 0.5
     width = torch.tensor([bits, bits], dtype=torch.uint8)
     codes, _, _ = quantize_trellis(values, None, width, levels, scale, needs_codes=True, backend=kernel)
-    nearest = known[torch.bucketize(values / scale, (known[1:] + known[:-1]) / 2)]
-    assert torch.equal(_decoded(codes, (bits, bits), levels).float(), nearest)
+    x = (values / scale).double()
+    nearest = known[torch.bucketize(x, (known[1:].double() + known[:-1]) / 2)]
+    # The search reads values of 1 bit in steps of levels, others 256 times as fine.
+    step = 2**-5 if bits == 1 else 2**-8
+    assert ((_decoded(codes, (bits, bits), levels) - x).abs() < (nearest - x).abs() + step).all()
 
 
 def _least_errors(x: torch.Tensor) -> torch.Tensor:
@@ -170,7 +220,9 @@ def test_the_path_has_the_least_error_of_all_closed_paths_through_a_window(kerne
     steps = (codes[:, :16] + 2 * codes[:, 16:]).long().view(-1, 4, 4).transpose(1, 2).flatten(1)
     beginning = (steps[:, :6] << 2 * torch.arange(6)).sum(1)
     least = torch.stack([_least_errors(x) for x in values])
-    assert_close(found.float(), least.gather(1, beginning.unsqueeze(1)).squeeze(1), rtol=1e-5, atol=0)
+    own = least.gather(1, beginning.unsqueeze(1)).squeeze(1)
+    assert (found > 0.9999 * own).all()
+    assert (found < (1 + ROUNDING) * own).all()
     assert found.sum() < 1.6 * least.amin(1).sum()
 
 

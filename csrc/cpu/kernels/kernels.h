@@ -138,29 +138,27 @@ struct RowToPack {
   int64_t tries;
 };
 
-// A row to be quantized by trellis codes.
-struct TrellisRow {
-  const float *values, *squares;
-  const uint8_t* bits;  // per group, up to 4
-  int64_t groups;
-  const TrellisLevels* levels;
-  const float* scales;  // that divide the values, to be tried
-  int64_t tries;
-};
-
-// A step of the stream of a row: one value or, at 1 bit, two.
+// A step of the stream of a row as the search reads it: one value or, at 1 bit, two. The error of a level is
+// (scale * level / 2^15 - value) in units of the search, twice that at 4 bits; its square is divided by 2^15.
+// If levels are not scaled, the scale is 1. At 1 bit value[0] is both values then, two numbers of 8 bits in
+// steps of levels, and squares are not divided. All sums saturate.
 struct TrellisStep {
-  int32_t bits, place;  // of the first value in the row; the other one is 16 places further on
-  float values[2];      // in units of the scale
-  float weight, other;  // of the first squared error, and the root of the second one's relative to it
+  uint8_t bits;
+  bool scaled;
+  int16_t scale[2], value[2];
+  uint16_t least;   // that all squared errors have if levels are scaled; it is subtracted
+  uint16_t factor;  // of the costs of paths, in units of 2^-16, to be those of this step; 0 is 1
+  uint16_t power;   // of two, another factor
 };
 
-// Memory for the search.
-struct TrellisMemory {
-  float (*costs)[kTrellisWindows];  // two
-  uint8_t *choices, *codes;         // kChoiceBytes and 2 per value
-  TrellisStep* steps;               // one per value
-  static constexpr int64_t kChoiceBytes = kTrellisWindows / 16;
+// The steps of a row, a ring, and memory for the search for its codes.
+struct TrellisRing {
+  const TrellisLevels* levels;
+  const TrellisStep* steps;
+  int64_t count;                      // at least 16
+  uint16_t (*costs)[kTrellisStates];  // two
+  uint8_t* choices;                   // kChoiceBytes a step, for at least kLeastSteps
+  static constexpr int64_t kLeastSteps = 64, kChoiceBytes = kTrellisStates / 4;
 };
 
 // The result of quantizing a row: the scale of the decoded row that is nearest to the row, and the length of
@@ -227,7 +225,8 @@ struct TrainingKernels {
 struct PackingKernels {
   // `codes` (32 groups) are written unless null.
   PackedFit (*quantize_row)(const RowToPack&, uint8_t* codes);
-  PackedFit (*trellis_row)(const TrellisRow&, const TrellisMemory&, uint8_t* codes);
+  // The two bits of every step on the best path through a ring.
+  void (*search_trellis)(const TrellisRing&, uint8_t* bits);
 };
 
 // The tables of the level in use.

@@ -65,7 +65,7 @@ const TrainingKernels<T>& training_kernels() {
 
 template <class T>
 const PackingKernels& packing_kernels() {
-  static constexpr PackingKernels table = {quantize_row, trellis_row};
+  static constexpr PackingKernels table = {quantize_row, search_trellis};
   return table;
 }
 

@@ -3,245 +3,269 @@
 //
 // The window of a step has its own 2 bits in the lowest places and those of the steps after it above. The
 // search therefore runs from the last step to the first: a step shifts its bits in from below, and drops the
-// highest two. Windows that differ only in these have the same four successors, 4 p to 4 p + 3 for the rest p.
-// Such a set of windows is called a parent here.
+// highest two. What the steps before it in the ring see of a path are the other 10 bits, its state. A step
+// extends a path in state s to the windows 4 s to 4 s + 3; of the four windows that end in the same state, that
+// of the cheapest path is kept.
 //
-// The window before the first step of the search is that after its last one. A first pass without this
-// condition, over the steps on either side of the ring's end, gives a good choice of this window: the one that
-// its path passes there. The second pass begins and ends in it.
+// A path has to end in the state in which it begins. The search goes kBefore steps, then around the ring. The
+// best path passes a good state for the beginning. The best path that ends in this state mostly begins in it as
+// well, since the paths of a long search share their first steps. If it does not, the ring is searched once
+// more, from this state alone. The steps before are the last ones of a row: of coefficients in a basis, these
+// have the smallest weights, so that what such a short search misses costs least.
 //
-// Work: a step extends 4096 paths. With AVX-512 these are 256 vectors of costs; each takes three operations and
-// more for further bits, one load of levels and a store. Two buffers of costs and one table of levels fill an
-// L1 cache of 48 KB.
+// Costs are 16 bits without a sign, relative to that of the best path and in units that the steps of a ring
+// choose (cpu/ops/trellis_steps.h). They saturate. Whole numbers make the codes the same at every instruction
+// set.
+//
+// Work: a step extends 1024 paths to 4096 windows. With AVX-512 these are 128 vectors, each of which takes an
+// instruction for spreading costs, three for squared errors at 1 and 2 bits (four at 3, nine at 4 bits) and two
+// for the choice of the best. Costs and levels fill half of an L1 cache of 32 KB.
 
-constexpr int kParents = kTrellisWindows / 4;
-constexpr int64_t kMostOfFirstPass = 64;  // steps on either side of the end of the ring
+constexpr int kStates = kTrellisStates, kQuarter = kStates / 4;
+constexpr int kDigits = 5;           // of 2 bits in a state
+constexpr int64_t kBefore = 48;      // steps that the search goes before the path begins
+constexpr int64_t kStepsToBest = 4;  // from which costs are made relative to the best one
 
-// A class of errors adds the squared errors of a step, divided by its weight, to the costs of windows from
-// `window` on, a multiple of 4 kLanes plus QUARTER kLanes. `shift` is minus a value.
-struct ErrorsOf1 {
-  const uint32_t* levels;
-  Vector<float> shift, root, other_shift;  // of the second value, times the root of its weight
+// The levels of a step less its value.
+template <bool SCALED>
+struct Difference {
+  Differences scale, value;
 
-  template <int QUARTER>
-  EMBKERN_INLINE Vector<float> add(int window, Vector<float> cost) const {
-    const Halves of = halves(levels + window);
-    const Vector<float> first = of.upper + shift, second = multiply_add(of.lower, root, other_shift);
-    return multiply_add(second, second, multiply_add(first, first, cost));
+  Difference(const TrellisStep& step, int which)
+      : scale(constant(step.scale[which])), value(constant(step.value[which])) {}
+
+  EMBKERN_INLINE Differences operator()(const int16_t* level) const {
+    Differences at = load_as<Differences>(level);
+    if constexpr (SCALED) at = multiply_rounded(at, scale);
+    return subtract_saturated(at, value);
   }
 };
 
-struct ErrorsOf2 {
-  const float* levels;
-  Vector<float> shift;
+// A class of errors has the squared errors of a step at windows from `window` on, a multiple of 4 lanes plus
+// QUARTER lanes; window >> 10 is `part`.
+struct ErrorsOf1 {
+  const TrellisLevels& levels;
+  Difference<true> first, second;
+
+  ErrorsOf1(const TrellisLevels& given, const TrellisStep& step)
+      : levels(given), first(step, 0), second(step, 1) {}
 
   template <int QUARTER>
-  EMBKERN_INLINE Vector<float> add(int window, Vector<float> cost) const {
-    const Vector<float> error = load(levels + window) + shift;
-    return multiply_add(error, error, cost);
+  EMBKERN_INLINE Costs at(int window, int) const {
+    return add_saturated(rounded_square(first(levels.one[0] + window)),
+                         rounded_square(second(levels.one[1] + window)));
+  }
+};
+
+// The same of levels that are not scaled.
+struct ErrorsOfPairs {
+  const TrellisLevels& levels;
+  Differences values;
+
+  ErrorsOfPairs(const TrellisLevels& given, const TrellisStep& step)
+      : levels(given), values(constant(step.value[0])) {}
+
+  template <int QUARTER>
+  EMBKERN_INLINE Costs at(int window, int) const {
+    return squares_of_pairs(load_as<Differences>(levels.pairs + window), values);
+  }
+};
+
+template <bool SCALED>
+struct ErrorsOf2 {
+  const TrellisLevels& levels;
+  Difference<SCALED> difference;
+
+  ErrorsOf2(const TrellisLevels& given, const TrellisStep& step) : levels(given), difference(step, 0) {}
+
+  template <int QUARTER>
+  EMBKERN_INLINE Costs at(int window, int) const {
+    return rounded_square(difference(levels.two + window));
   }
 };
 
 // The nearer of two levels is as far away as the value is from their middle, less half of their distance.
+template <bool SCALED>
 struct ErrorsOf3 {
-  const uint32_t* levels;
-  Vector<float> shift;
+  const TrellisLevels& levels;
+  Difference<SCALED> difference;
+
+  ErrorsOf3(const TrellisLevels& given, const TrellisStep& step) : levels(given), difference(step, 0) {}
 
   template <int QUARTER>
-  EMBKERN_INLINE Vector<float> add(int window, Vector<float> cost) const {
-    const Halves of = halves(levels + window);
-    const Vector<float> error = absolute(of.upper + shift) - of.lower;
-    return multiply_add(error, error, cost);
+  EMBKERN_INLINE Costs at(int window, int) const {
+    Differences half = load_as<Differences>(levels.three[1] + window);
+    if constexpr (SCALED) half = multiply_rounded(half, difference.scale);
+    return rounded_square(subtract_saturated(absolute(difference(levels.three[0] + window)), half));
   }
 };
 
+template <bool SCALED>
 struct ErrorsOf4 {
-  static constexpr int kVectors = 16 / kLanes<float>;
-  const float* levels;
-  Vector<float> shift, own[5][kVectors];
+  static constexpr int kLane = kLanes<int16_t>, kVectors = kLane < 16 ? 16 / kLane : 1;
+  const TrellisLevels& levels;
+  Difference<SCALED> difference;
+  Differences own[4][5][kVectors];
 
-  ErrorsOf4(const float* common, const float (*rest)[16], float value)
-      : levels(common), shift(constant(-value)) {
-    EMBKERN_UNROLL for (int i = 0; i < 5; ++i) EMBKERN_UNROLL for (int v = 0; v < kVectors; ++v) own[i][v] =
-        load(rest[i] + v * kLanes<float>);
+  ErrorsOf4(const TrellisLevels& given, const TrellisStep& step) : levels(given), difference(step, 0) {
+    EMBKERN_UNROLL for (int part = 0; part < 4; ++part) EMBKERN_UNROLL for (int i = 0; i < 5; ++i) {
+      EMBKERN_UNROLL for (int v = 0; v < kVectors; ++v) {
+        const Differences each = load_as<Differences>(levels.own[part][i] + v * kLane);
+        own[part][i][v] = SCALED ? multiply_rounded(each, difference.scale) : each;
+      }
+    }
   }
 
   template <int QUARTER>
-  EMBKERN_INLINE Vector<float> add(int window, Vector<float> cost) const {
-    constexpr int kOwn = QUARTER % kVectors;
-    const Vector<float> rest = load(levels + window) + shift;
-    const auto side = [&](int i) { return if_larger(rest, own[0][kOwn], own[i][kOwn], own[i + 1][kOwn]); };
-    const Vector<float> error = absolute(rest - side(1)) - side(3);
-    return multiply_add(error, error, cost);
+  EMBKERN_INLINE Costs at(int window, int part) const {
+    const auto parts = [&](int i) { return own[part][i][QUARTER % kVectors]; };
+    const Differences rest = difference(levels.common + window);
+    const auto side = [&](int i) { return if_larger(rest, parts(0), parts(i), parts(i + 1)); };
+    const Differences error = subtract_saturated(absolute(subtract_saturated(rest, side(1))), side(3));
+    return rounded_square(add_saturated(error, error));
   }
 };
 
 // The same where sums of the tables wrap around.
+template <bool SCALED>
 struct ErrorsOfAny4 {
-  const float (*levels)[kTrellisWindows];
-  Vector<float> shift;
+  const TrellisLevels& levels;
+  Difference<SCALED> difference;
 
-  template <int>
-  EMBKERN_INLINE Vector<float> add(int window, Vector<float> cost) const {
-    Vector<float> least = constant(-std::numeric_limits<float>::infinity());
-    for (int i = 0; i < 4; ++i) least = larger(least, -1.0f * absolute(load(levels[i] + window) + shift));
-    return multiply_add(least, least, cost);
+  ErrorsOfAny4(const TrellisLevels& given, const TrellisStep& step) : levels(given), difference(step, 0) {}
+
+  template <int QUARTER>
+  EMBKERN_INLINE Costs at(int window, int) const {
+    Costs least = constant<uint16_t>(65535);
+    for (const int16_t (&each)[kTrellisWindows] : levels.four) {
+      const Differences error = difference(each + window);
+      least = smaller(least, rounded_square(add_saturated(error, error)));
+    }
+    return least;
   }
 };
 
-// Extends the paths of parents `first` to `last` by a step. Their choices take two bits each. Costs are
-// relative to that of one path, so that their precision does not depend on the length of the row.
-template <class Errors>
-EMBKERN_INLINE void extend_paths(const float* cost, float* next, uint8_t* choices, int first, int last,
-                                 float factor, const Errors& errors) {
-  const Vector<float> factors = constant(factor),
-                      start = constant(std::isfinite(cost[0]) ? -factor * cost[0] : 0);
-  for (int p = first; p < last; p += kLanes<float>) {
-    const Vector<float> best = multiply_add(least_of_four(cost + p, kParents, choices + p / 4), factors, start);
+constexpr int kAnyPart = 4;
+
+// Extends the paths by a step. Costs fall by `best`; the least cost of those that are kept is returned if it is
+// needed, else 0. Only paths from states whose highest two bits are `from` are extended, or all of them.
+template <bool SCALED, class Errors>
+EMBKERN_INLINE uint16_t extend_paths(const uint16_t* cost, uint16_t best, int from, const TrellisStep& step,
+                                     const Errors& errors, uint16_t* next, uint8_t* choices, bool needs_best) {
+  constexpr int kLane = kLanes<uint16_t>;
+  const Costs all_best = constant(best), least = constant(step.least), factor = constant(step.factor),
+              power = constant(step.power), most = constant<uint16_t>(65535 / step.power);
+  Costs next_best = constant<uint16_t>(65535);
+  for (int s = 0; s < kQuarter; s += kLane) {
+    Costs before[4];
+    EMBKERN_UNROLL for (int part = 0; part < 4; ++part) {
+      before[part] = load_as<Costs>(cost + part * kQuarter + s);
+      if (best) before[part] = subtract_saturated(before[part], all_best);
+      if (step.factor) before[part] = smaller(multiply_high(before[part], factor), most) * power;
+      if (from != kAnyPart && from != part) before[part] = constant<uint16_t>(65535);
+    }
     for_quarters([&](auto quarter) {
-      constexpr int kQuarter = quarter.value;
-      const int window = 4 * p + kQuarter * kLanes<float>;
-      store(errors.template add<kQuarter>(window, spread_quarter<kQuarter>(best)), next + window);
+      constexpr int kOwn = quarter.value;
+      const int state = 4 * s + kOwn * kLane;
+      Costs after[4];
+      EMBKERN_UNROLL for (int part = 0; part < 4; ++part) {
+        Costs squares = errors.template at<kOwn>(part * kStates + state, part);
+        if constexpr (SCALED) squares = subtract_saturated(squares, least);
+        after[part] = add_saturated(spread_quarter<kOwn>(before[part]), squares);
+      }
+      const Costs kept = least_of_four(after, choices + state / 4);
+      if (needs_best) next_best = smaller(next_best, kept);
+      std::memcpy(next + state, &kept, sizeof(kept));
     });
   }
+  return needs_best ? smallest_lane(next_best) : 0;
 }
 
 class TrellisSearch {
  public:
-  TrellisSearch(const TrellisLevels& levels, const TrellisMemory& memory, int64_t steps)
-      : levels_(levels), memory_(memory), steps_(steps), cost_(memory.costs[0]), next_(memory.costs[1]) {}
+  explicit TrellisSearch(const TrellisRing& ring) : ring_(ring), cost_(ring.costs[0]), next_(ring.costs[1]) {}
 
   // Writes the two bits of every step.
   void solve(uint8_t* bits) {
-    const int64_t before = std::min(steps_ / 2, kMostOfFirstPass), all = std::min(steps_, 2 * kMostOfFirstPass);
-    std::fill_n(cost_, kTrellisWindows, 0.0f);
-    for (int64_t i = 0; i < all; ++i) extend(i, (steps_ + before - 1 - i) % steps_);
-    int window = 0;
-    for (int s = 1; s < kTrellisWindows; ++s)
-      if (cost_[s] < cost_[window]) window = s;
-    for (int64_t i = all - 1; i >= before; --i) window = predecessor(i, window);
-    std::fill_n(cost_, kTrellisWindows, std::numeric_limits<float>::infinity());
-    cost_[window] = 0;
-    for (int64_t i = 0; i < steps_; ++i) extend(i, steps_ - 1 - i);
-    for (int64_t step = 0; step < steps_; ++step) {
-      bits[step] = window & 3;
-      window = predecessor(steps_ - 1 - step, window);
-    }
+    const int64_t steps = ring_.count, ahead = std::max(steps, TrellisRing::kLeastSteps);
+    begin();
+    for (int64_t i = -kBefore; i < ahead; ++i) extend(i, kAnyPart);
+    int end = static_cast<int>(std::min_element(cost_, cost_ + kStates) - cost_);
+    for (int64_t i = ahead - 1; i >= 0; --i) end = previous(end, choice(i, end));
+    if (trace(end, bits, false) == end) return;
+    begin();
+    for (int64_t i = 0; i < steps; ++i) extend(i, i < kDigits ? dropped(end, i) : kAnyPart);
+    trace(end, bits, true);
   }
 
  private:
-  static constexpr int64_t kChoiceBytes = TrellisMemory::kChoiceBytes;
-
-  // The window before `window` on the path that the i-th step of a pass has extended.
-  int predecessor(int64_t i, int window) const {
-    const int parent = window / 4, bit = parent / kLanes<float> * 2 * kLanes<float> + parent % kLanes<float>;
-    const uint8_t* choices = memory_.choices + i * kChoiceBytes;
-    const auto at = [&](int place) { return choices[place / 8] >> place % 8 & 1; };
-    return (at(bit) + 2 * at(bit + kLanes<float>)) * kParents + parent;
+  // Writes the bits of the path that ends in a state, which it also begins in if `closed`; returns the state in
+  // which it begins.
+  int trace(int end, uint8_t* bits, bool closed) const {
+    int state = end;
+    for (int64_t i = ring_.count - 1; i >= 0; --i) {
+      bits[step_at(i)] = state & 3;
+      state = previous(state, closed && i < kDigits ? dropped(end, i) : choice(i, state));
+    }
+    return state;
   }
 
-  // Extends the paths by step `at` of the ring, the i-th of a pass; the search comes from the step after it.
-  void extend(int64_t i, int64_t at) {
-    const TrellisStep &step = memory_.steps[at], &previous = memory_.steps[(at + 1) % steps_];
-    uint8_t* const choices = memory_.choices + i * kChoiceBytes;
-    const float factor = previous.weight / step.weight;  // Costs are in units of the weight of a step.
-    const auto all = [&](const auto& errors) {
-      extend_paths(cost_, next_, choices, 0, kParents, factor, errors);
+  // The i-th step of the search, from -kBefore on.
+  int64_t step_at(int64_t i) const {
+    const int64_t back = (i + kBefore) % ring_.count;
+    return ring_.count - 1 - back;
+  }
+
+  // What the i-th step of a path drops that begins in a state.
+  static int dropped(int state, int64_t i) { return state >> (2 * (kDigits - 1 - i)) & 3; }
+
+  void begin() {
+    std::fill_n(cost_, kStates, static_cast<uint16_t>(0));
+    best_ = 0;
+  }
+
+  // The highest two bits of the state before `state` on the path that the i-th step of a pass has kept.
+  int choice(int64_t i, int state) const {
+    const int bit = state / kChoiceLanes * 2 * kChoiceLanes + state % kChoiceLanes;
+    const uint8_t* choices = ring_.choices + i * TrellisRing::kChoiceBytes;
+    const auto at = [&](int place) { return choices[place / 8] >> place % 8 & 1; };
+    return at(bit) + 2 * at(bit + kChoiceLanes);
+  }
+
+  static int previous(int state, int highest) { return highest * kQuarter + state / 4; }
+
+  // Extends the paths by step `at` of the ring, the i-th of a pass.
+  void extend(int64_t i, int from) {
+    const TrellisStep& step = ring_.steps[step_at(i)];
+    const TrellisLevels& levels = *ring_.levels;
+    const bool needs_best = step.scaled || i % kStepsToBest == 0;
+    const auto with = [&](const auto& errors, auto scaled) {
+      uint8_t* const choices = ring_.choices + std::max<int64_t>(i, 0) * TrellisRing::kChoiceBytes;
+      best_ = extend_paths<scaled.value>(cost_, best_, from, step, errors, next_, choices, needs_best);
     };
-    const Vector<float> shift = constant(-step.values[0]);
-    if (step.bits == 1) {
-      all(ErrorsOf1{levels_.one, shift, constant(step.other), constant(-step.other * step.values[1])});
-    } else if (step.bits == 2) {
-      all(ErrorsOf2{levels_.two, shift});
-    } else if (step.bits == 3) {
-      all(ErrorsOf3{levels_.three, shift});
-    } else if (!levels_.split) {
-      all(ErrorsOfAny4{levels_.four, shift});
-    } else {
-      for (int part = 0; part < 4; ++part) {
-        const int first = part * kParents / 4;
-        extend_paths(cost_, next_, choices, first, first + kParents / 4, factor,
-                     ErrorsOf4(levels_.common, levels_.own[part], step.values[0]));
-      }
-    }
+    const auto of_bits = [&](auto scaled) {
+      if (step.bits == 1 && scaled.value)
+        with(ErrorsOf1(levels, step), scaled);
+      else if (step.bits == 1)
+        with(ErrorsOfPairs(levels, step), scaled);
+      else if (step.bits == 2)
+        with(ErrorsOf2<scaled.value>(levels, step), scaled);
+      else if (step.bits == 3)
+        with(ErrorsOf3<scaled.value>(levels, step), scaled);
+      else if (levels.split)
+        with(ErrorsOf4<scaled.value>(levels, step), scaled);
+      else
+        with(ErrorsOfAny4<scaled.value>(levels, step), scaled);
+    };
+    if (step.scaled)
+      of_bits(std::true_type{});
+    else
+      of_bits(std::false_type{});
     std::swap(cost_, next_);
   }
 
-  const TrellisLevels& levels_;
-  const TrellisMemory& memory_;
-  const int64_t steps_;
-  float *cost_, *next_;
+  const TrellisRing& ring_;
+  uint16_t *cost_, *next_, best_ = 0;
 };
 
-// The place in its group of the value of a step, of two values that of the first one. 16 values are a matrix of
-// 4 x 4, transposed.
-constexpr int place_of_step(int step) { return step / 16 * 16 + step % 4 * 4 + step / 4 % 4; }
-
-// Weights below this part of the largest one are raised to it: costs in units of them stay finite.
-constexpr float kLeastWeight = 1e-12f;
-
-// The steps of a row, in units of its scale; returns how many there are.
-inline int64_t trellis_steps(const TrellisRow& row, float inverse, TrellisStep* steps) {
-  float most = 0;
-  if (row.squares)
-    for (int64_t i = 0; i < 32 * row.groups; ++i) most = std::max(most, row.squares[i]);
-  const auto weight = [&](int64_t place) {
-    return most > 0 ? std::max(row.squares[place], kLeastWeight * most) : 1.0f;
-  };
-  int64_t count = 0;
-  for (int64_t group = 0; group < row.groups; ++group) {
-    const int bits = row.bits[group];
-    for (int i = 0; i < (bits == 0 ? 0 : bits == 1 ? 16 : 32); ++i) {
-      const int64_t place = group * 32 + place_of_step(i), other = place + (bits == 1 ? 16 : 0);
-      steps[count++] = {bits,
-                        static_cast<int32_t>(place),
-                        {inverse * row.values[place], inverse * row.values[other]},
-                        weight(place),
-                        std::sqrt(weight(other) / weight(place))};
-    }
-  }
-  return count;
-}
-
-// Writes the codes of a row, given the bits of its steps, and adds up its products with the decoded row.
-inline void finish_codes(const TrellisRow& row, const TrellisStep* steps, int64_t count, const uint8_t* bits,
-                         uint8_t* codes, double* dot, double* square) {
-  int window = 0;
-  for (int64_t i = std::min<int64_t>(count, 5); i-- > 0;) window = window << 2 | bits[i];
-  for (int64_t i = count; i-- > 0;) {
-    window = (window << 2 | bits[i]) % kTrellisWindows;
-    const TrellisStep& step = steps[i];
-    for (int value = 0; value < (step.bits == 1 ? 2 : 1); ++value) {
-      const auto level = [&](int further) { return row.levels->at(step.bits, value, further, window); };
-      int further = 0;
-      for (int e = 1; e < 1 << std::max(step.bits - 2, 0); ++e)
-        if (std::abs(level(e) - step.values[0]) < std::abs(level(further) - step.values[0])) further = e;
-      const int64_t place = step.place + 16 * value;
-      codes[place] = static_cast<uint8_t>(step.bits == 1 ? bits[i] >> value & 1 : bits[i] | further << 2);
-      const double own = level(further), weighted = row.squares ? own * row.squares[place] : own;
-      *dot += weighted * row.values[place];
-      *square += weighted * own;
-    }
-  }
-}
-
-inline PackedFit trellis_row(const TrellisRow& row, const TrellisMemory& memory, uint8_t* codes) {
-  PackedFit best{};
-  const int64_t width = 32 * row.groups;
-  uint8_t *own = memory.codes, *bits = own + width;
-  std::memset(own, 0, width);  // Groups of no bits have no steps.
-  for (int64_t i = 0; i < row.tries; ++i) {
-    const float inverse = row.scales[i] > 0 ? 1 / row.scales[i] : 0;
-    const int64_t steps = trellis_steps(row, inverse, memory.steps);
-    if (steps > 0) TrellisSearch(*row.levels, memory, steps).solve(bits);
-    double dot = 0, square = 0;
-    finish_codes(row, memory.steps, steps, bits, own, &dot, &square);
-    square = std::max(square, 1e-30);
-    const float projection = static_cast<float>(dot / std::sqrt(square));
-    if (i == 0 || projection > best.projection) {  // negative where the scale is far too large
-      best = {static_cast<float>(dot / square), projection};
-      if (codes) std::memcpy(codes, own, width);
-    }
-  }
-  return best;
-}
+inline void search_trellis(const TrellisRing& ring, uint8_t* bits) { TrellisSearch(ring).solve(bits); }

@@ -48,25 +48,68 @@ EMBKERN_INLINE void store_streamed(const char* from, char* to) {
       reinterpret_cast<__m256i*>(to + at), _mm256_load_si256(reinterpret_cast<const __m256i*>(from + at)));
 }
 
-// Of each lane the least of four vectors, `stride` apart and aligned, the first one if several have it. Its
-// number takes two bits: the lower ones of all lanes, then the higher ones.
-EMBKERN_INLINE Vector<float> least_of_four(const float* from, int64_t stride, uint8_t* choice) {
-  const __m256 a = _mm256_load_ps(from), b = _mm256_load_ps(from + stride),
-               c = _mm256_load_ps(from + 2 * stride), d = _mm256_load_ps(from + 3 * stride);
-  const __m256 second = _mm256_cmp_ps(b, a, _CMP_LT_OQ), fourth = _mm256_cmp_ps(d, c, _CMP_LT_OQ);
-  const __m256 low = _mm256_min_ps(b, a), high = _mm256_min_ps(d, c);
-  const __m256 upper = _mm256_cmp_ps(high, low, _CMP_LT_OQ);
-  choice[0] = static_cast<uint8_t>(_mm256_movemask_ps(_mm256_blendv_ps(second, fourth, upper)));
-  choice[1] = static_cast<uint8_t>(_mm256_movemask_ps(upper));
-  return (Vector<float>)_mm256_min_ps(high, low);
+// ---- whole numbers of 16 bits -------------------------------------------------------------------------------
+
+EMBKERN_INLINE Costs add_saturated(Costs x, Costs y) {
+  return (Costs)_mm256_adds_epu16((__m256i)x, (__m256i)y);
+}
+EMBKERN_INLINE Differences add_saturated(Differences x, Differences y) {
+  return (Differences)_mm256_adds_epi16((__m256i)x, (__m256i)y);
+}
+EMBKERN_INLINE Costs subtract_saturated(Costs x, Costs y) {
+  return (Costs)_mm256_subs_epu16((__m256i)x, (__m256i)y);
+}
+EMBKERN_INLINE Differences subtract_saturated(Differences x, Differences y) {
+  return (Differences)_mm256_subs_epi16((__m256i)x, (__m256i)y);
+}
+// -2^15 stays.
+EMBKERN_INLINE Differences absolute(Differences x) { return (Differences)_mm256_abs_epi16((__m256i)x); }
+EMBKERN_INLINE Costs smaller(Costs x, Costs y) { return (Costs)_mm256_min_epu16((__m256i)x, (__m256i)y); }
+// x * y / 2^15, rounded, and x * x / 2^15.
+EMBKERN_INLINE Differences multiply_rounded(Differences x, Differences y) {
+  return (Differences)_mm256_mulhrs_epi16((__m256i)x, (__m256i)y);
+}
+EMBKERN_INLINE Costs rounded_square(Differences x) { return (Costs)multiply_rounded(x, x); }
+// x * y / 2^16, rounded down.
+EMBKERN_INLINE Costs multiply_high(Costs x, Costs y) {
+  return (Costs)_mm256_mulhi_epu16((__m256i)x, (__m256i)y);
 }
 
-// Lane i is lane QUARTER * kLanes / 4 + i / 4.
+// The sum of the squares of the differences of both bytes, which saturate. -128 counts as a difference whose
+// square is 3 * 2^14.
+EMBKERN_INLINE Costs squares_of_pairs(Differences x, Differences y) {
+  const __m256i size = _mm256_abs_epi8(_mm256_subs_epi8((__m256i)x, (__m256i)y));
+  return (Costs)_mm256_maddubs_epi16(size, size);
+}
+
+EMBKERN_INLINE uint16_t smallest_lane(Costs x) {
+  const __m128i half =
+      _mm_min_epu16(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+  return static_cast<uint16_t>(_mm_cvtsi128_si32(_mm_minpos_epu16(half)));
+}
+
+// Of each lane the least of four vectors, the first one if several have it. Its number takes two bits: of every
+// kChoiceLanes lanes the lower ones, then the higher ones.
+constexpr int kChoiceLanes = 8;
+EMBKERN_INLINE Costs least_of_four(const Costs (&from)[4], uint8_t* choice) {
+  const __m256i a = (__m256i)from[0], b = (__m256i)from[1], c = (__m256i)from[2], d = (__m256i)from[3];
+  const __m256i low = _mm256_min_epu16(b, a), high = _mm256_min_epu16(d, c),
+                least = _mm256_min_epu16(high, low);
+  // There is no comparison without a sign other than for equality, so bits that are not set are found.
+  const __m256i not_upper = _mm256_cmpeq_epi16(least, low);
+  const __m256i not_lower =
+      _mm256_blendv_epi8(_mm256_cmpeq_epi16(high, c), _mm256_cmpeq_epi16(low, a), not_upper);
+  const int masks = ~_mm256_movemask_epi8(_mm256_packs_epi16(not_lower, not_upper));
+  std::memcpy(choice, &masks, sizeof(masks));
+  return (Costs)least;
+}
+
+// Lane i is lane QUARTER * lanes / 4 + i / 4.
 template <int QUARTER>
-EMBKERN_INLINE Vector<float> spread_quarter(Vector<float> x) {
-  const __m256i lane = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
-  return (Vector<float>)_mm256_permutevar8x32_ps((__m256)x,
-                                                 _mm256_add_epi32(lane, _mm256_set1_epi32(2 * QUARTER)));
+EMBKERN_INLINE Costs spread_quarter(Costs x) {
+  const __m256i word = _mm256_setr_epi8(0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3, 2, 3, 4, 5, 4, 5, 4, 5, 4, 5,
+                                        6, 7, 6, 7, 6, 7, 6, 7);
+  return (Costs)_mm256_shuffle_epi8(_mm256_permute4x64_epi64((__m256i)x, 0x55 * QUARTER), word);
 }
 
 #include "cpu/simd/lanewise.inl"

@@ -53,35 +53,74 @@ EMBKERN_INLINE void store_streamed(const char* from, char* to) {
   _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_load_si512(from));
 }
 
-// ---- minima -------------------------------------------------------------------------------------------------
+// ---- whole numbers of 16 bits -------------------------------------------------------------------------------
+
+EMBKERN_INLINE Costs add_saturated(Costs x, Costs y) {
+  return (Costs)_mm512_adds_epu16((__m512i)x, (__m512i)y);
+}
+EMBKERN_INLINE Differences add_saturated(Differences x, Differences y) {
+  return (Differences)_mm512_adds_epi16((__m512i)x, (__m512i)y);
+}
+EMBKERN_INLINE Costs subtract_saturated(Costs x, Costs y) {
+  return (Costs)_mm512_subs_epu16((__m512i)x, (__m512i)y);
+}
+EMBKERN_INLINE Differences subtract_saturated(Differences x, Differences y) {
+  return (Differences)_mm512_subs_epi16((__m512i)x, (__m512i)y);
+}
+// -2^15 stays.
+EMBKERN_INLINE Differences absolute(Differences x) { return (Differences)_mm512_abs_epi16((__m512i)x); }
+EMBKERN_INLINE Costs smaller(Costs x, Costs y) { return (Costs)_mm512_min_epu16((__m512i)x, (__m512i)y); }
+// x * y / 2^15, rounded, and x * x / 2^15.
+EMBKERN_INLINE Differences multiply_rounded(Differences x, Differences y) {
+  return (Differences)_mm512_mulhrs_epi16((__m512i)x, (__m512i)y);
+}
+EMBKERN_INLINE Costs rounded_square(Differences x) { return (Costs)multiply_rounded(x, x); }
+// x * y / 2^16, rounded down.
+EMBKERN_INLINE Costs multiply_high(Costs x, Costs y) {
+  return (Costs)_mm512_mulhi_epu16((__m512i)x, (__m512i)y);
+}
+
+// The sum of the squares of the differences of both bytes, which saturate. -128 counts as a difference whose
+// square is 3 * 2^14.
+EMBKERN_INLINE Costs squares_of_pairs(Differences x, Differences y) {
+  const __m512i size = _mm512_abs_epi8(_mm512_subs_epi8((__m512i)x, (__m512i)y));
+  return (Costs)_mm512_maddubs_epi16(size, size);
+}
+
+EMBKERN_INLINE uint16_t smallest_lane(Costs x) {
+  const __m256i half =
+      _mm256_min_epu16(_mm512_castsi512_si256((__m512i)x), _mm512_extracti64x4_epi64((__m512i)x, 1));
+  const __m128i quarter = _mm_min_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  return static_cast<uint16_t>(_mm_cvtsi128_si32(_mm_minpos_epu16(quarter)));
+}
+
+// Of each lane the least of four vectors, the first one if several have it. Its number takes two bits: of every
+// kChoiceLanes lanes the lower ones, then the higher ones.
+constexpr int kChoiceLanes = 32;
+EMBKERN_INLINE Costs least_of_four(const Costs (&from)[4], uint8_t* choice) {
+  const __m512i a = (__m512i)from[0], b = (__m512i)from[1], c = (__m512i)from[2], d = (__m512i)from[3];
+  const __m512i low = _mm512_min_epu16(b, a), high = _mm512_min_epu16(d, c);
+  const __mmask32 upper = _mm512_cmplt_epu16_mask(high, low);
+  const __mmask32 lower = _kor_mask32(_mm512_mask_cmplt_epu16_mask(upper, d, c),
+                                      _mm512_mask_cmplt_epu16_mask(_knot_mask32(upper), b, a));
+  _store_mask32(reinterpret_cast<__mmask32*>(choice), lower);
+  _store_mask32(reinterpret_cast<__mmask32*>(choice + 4), upper);
+  return (Costs)_mm512_min_epu16(high, low);
+}
+
+// Lane i is lane QUARTER * lanes / 4 + i / 4.
+template <int QUARTER>
+EMBKERN_INLINE Costs spread_quarter(Costs x) {
+  const __m512i lane = _mm512_set_epi16(7, 7, 7, 7, 6, 6, 6, 6, 5, 5, 5, 5, 4, 4, 4, 4, 3, 3, 3, 3, 2, 2, 2, 2,
+                                        1, 1, 1, 1, 0, 0, 0, 0);
+  return (Costs)_mm512_permutexvar_epi16(_mm512_add_epi16(lane, _mm512_set1_epi16(8 * QUARTER)), (__m512i)x);
+}
+
+// ---- quantization -------------------------------------------------------------------------------------------
 
 EMBKERN_INLINE void store_bytes(__m512i values, uint8_t* to) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(values));
 }
-
-// Of each lane the least of four vectors, `stride` apart and aligned, the first one if several have it. Its
-// number takes two bits: the lower ones of all lanes, then the higher ones.
-EMBKERN_INLINE Vector<float> least_of_four(const float* from, int64_t stride, uint8_t* choice) {
-  const __m512 a = _mm512_load_ps(from), b = _mm512_load_ps(from + stride),
-               c = _mm512_load_ps(from + 2 * stride), d = _mm512_load_ps(from + 3 * stride);
-
-  const __mmask16 second = _mm512_cmp_ps_mask(b, a, _CMP_LT_OQ), fourth = _mm512_cmp_ps_mask(d, c, _CMP_LT_OQ);
-  const __m512 low = _mm512_min_ps(b, a), high = _mm512_min_ps(d, c);
-  const __mmask16 upper = _mm512_cmp_ps_mask(high, low, _CMP_LT_OQ);
-  const uint16_t masks[2] = {static_cast<uint16_t>((upper & fourth) | (~upper & second)), upper};
-  std::memcpy(choice, masks, sizeof(masks));
-  return (Vector<float>)_mm512_min_ps(high, low);
-}
-
-// Lane i is lane QUARTER * kLanes / 4 + i / 4.
-template <int QUARTER>
-EMBKERN_INLINE Vector<float> spread_quarter(Vector<float> x) {
-  const __m512i lane = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-  return (Vector<float>)_mm512_permutexvar_ps(_mm512_add_epi32(lane, _mm512_set1_epi32(4 * QUARTER)),
-                                              (__m512)x);
-}
-
-// ---- quantization -------------------------------------------------------------------------------------------
 
 struct Rounded {
   Vector<float> value;

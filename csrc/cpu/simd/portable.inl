@@ -18,40 +18,145 @@ EMBKERN_INLINE Vector<float> multiply_add(Vector<float> x, Vector<float> y, Vect
   return x * y + z;
 }
 
-// Of each lane the least of four vectors, `stride` apart and aligned, the first one if several have it. Its
-// number takes two bits: the lower ones of all lanes, then the higher ones.
-EMBKERN_INLINE Vector<float> least_of_four(const float* from, int64_t stride, uint8_t* choice) {
-  Vector<float> a = load(from), b = load(from + stride), c = load(from + 2 * stride),
-                d = load(from + 3 * stride);
+// ---- whole numbers of 16 bits -------------------------------------------------------------------------------
+
 #if defined(__GNUC__)
-  typedef int32_t Bits __attribute__((vector_size(kVectorBytes)));
+EMBKERN_INLINE Costs add_saturated(Costs x, Costs y) {
+  const Costs sum = x + y;
+  return sum | (Costs)(sum < x);
+}
+EMBKERN_INLINE Costs subtract_saturated(Costs x, Costs y) { return (x - y) & (Costs)(x > y); }
+
+// `exact` unless it has another sign than x where `same` is negative, which means that it wrapped around.
+EMBKERN_INLINE Differences saturated(Differences exact, Differences x, Differences same) {
+  const Differences wrapped = (same & (x ^ exact)) >> 15;
+  return (exact & ~wrapped) | ((x >> 15 ^ static_cast<int16_t>(32767)) & wrapped);
+}
+EMBKERN_INLINE Differences add_saturated(Differences x, Differences y) {
+  return saturated((Differences)((Costs)x + (Costs)y), x, ~(x ^ y));
+}
+EMBKERN_INLINE Differences subtract_saturated(Differences x, Differences y) {
+  return saturated((Differences)((Costs)x - (Costs)y), x, x ^ y);
+}
+
+// -2^15 stays.
+EMBKERN_INLINE Differences absolute(Differences x) {
+  const Differences sign = x >> 15;
+  return (Differences)((Costs)(x ^ sign) - (Costs)sign);
+}
+EMBKERN_INLINE Costs smaller(Costs x, Costs y) { return x - subtract_saturated(x, y); }
+// x * y / 2^15, rounded, and x * x / 2^15.
+EMBKERN_INLINE Differences multiply_rounded(Differences x, Differences y) {
+  typedef int32_t Wide __attribute__((vector_size(2 * kVectorBytes)));
+  const Wide product = __builtin_convertvector(x, Wide) * __builtin_convertvector(y, Wide);
+  return __builtin_convertvector((product + (1 << 14)) >> 15, Differences);
+}
+EMBKERN_INLINE Costs rounded_square(Differences x) { return (Costs)multiply_rounded(x, x); }
+// x * y / 2^16, rounded down.
+EMBKERN_INLINE Costs multiply_high(Costs x, Costs y) {
+  typedef uint32_t Wide __attribute__((vector_size(2 * kVectorBytes)));
+  const Wide product = __builtin_convertvector(x, Wide) * __builtin_convertvector(y, Wide);
+  return __builtin_convertvector(product >> 16, Costs);
+}
+#else
+template <class T>
+EMBKERN_INLINE T limited(int value) {
+  using Limits = std::numeric_limits<T>;
+  return static_cast<T>(std::min<int>(std::max<int>(value, Limits::min()), Limits::max()));
+}
+template <class V>
+EMBKERN_INLINE V add_saturated(V x, V y) {
+  for (int i = 0; i < kLanes<int16_t>; ++i) x[i] = limited<std::decay_t<decltype(x[i])> >(x[i] + y[i]);
+  return x;
+}
+template <class V>
+EMBKERN_INLINE V subtract_saturated(V x, V y) {
+  for (int i = 0; i < kLanes<int16_t>; ++i) x[i] = limited<std::decay_t<decltype(x[i])> >(x[i] - y[i]);
+  return x;
+}
+// -2^15 stays.
+EMBKERN_INLINE Differences absolute(Differences x) {
+  return each_lane(x, [](int value) { return static_cast<int16_t>(std::abs(value)); });
+}
+EMBKERN_INLINE Costs smaller(Costs x, Costs y) {
+  for (int i = 0; i < kLanes<uint16_t>; ++i) x[i] = std::min(x[i], y[i]);
+  return x;
+}
+// x * y / 2^15, rounded, and x * x / 2^15.
+EMBKERN_INLINE Differences multiply_rounded(Differences x, Differences y) {
+  for (int i = 0; i < kLanes<int16_t>; ++i) x[i] = static_cast<int16_t>((x[i] * y[i] + (1 << 14)) >> 15);
+  return x;
+}
+EMBKERN_INLINE Costs rounded_square(Differences x) {
+  Costs result;
+  for (int i = 0; i < kLanes<int16_t>; ++i) result[i] = static_cast<uint16_t>((x[i] * x[i] + (1 << 14)) >> 15);
+  return result;
+}
+// x * y / 2^16, rounded down.
+EMBKERN_INLINE Costs multiply_high(Costs x, Costs y) {
+  for (int i = 0; i < kLanes<uint16_t>; ++i) x[i] = static_cast<uint16_t>(uint32_t{x[i]} * y[i] >> 16);
+  return x;
+}
+#endif
+
+// The sum of the squares of the differences of both bytes, which saturate. -128 counts as a difference whose
+// square is 3 * 2^14.
+EMBKERN_INLINE Costs squares_of_pairs(Differences x, Differences y) {
+  Costs result;
+  for (int i = 0; i < kLanes<uint16_t>; ++i) {
+    const auto square = [](int a, int b) {
+      const int size = std::min(std::abs(std::max(a - b, -128)), a < b ? 128 : 127);
+      return size == 128 ? 3 << 14 : size * size;
+    };
+    const int low = square(static_cast<int8_t>(x[i]), static_cast<int8_t>(y[i]));
+    result[i] = static_cast<uint16_t>(low + square(x[i] >> 8, y[i] >> 8));
+  }
+  return result;
+}
+
+EMBKERN_INLINE uint16_t smallest_lane(Costs x) {
+  uint16_t least = x[0];
+  for (int i = 1; i < kLanes<uint16_t>; ++i) least = std::min<uint16_t>(least, x[i]);
+  return least;
+}
+
+// Of each lane the least of four vectors, the first one if several have it. Its number takes two bits: of every
+// kChoiceLanes lanes the lower ones, then the higher ones.
+constexpr int kChoiceLanes = 8;
+EMBKERN_INLINE Costs least_of_four(const Costs (&from)[4], uint8_t* choice) {
+  Costs a = from[0], b = from[1], c = from[2], d = from[3];
+#if defined(__GNUC__)
   typedef int64_t Pairs __attribute__((vector_size(kVectorBytes)));
-  const Bits second = b < a, fourth = d < c;
-  const Vector<float> low = second ? b : a, high = fourth ? d : c;
-  const Bits upper = high < low, lower = upper ? fourth : second;
-  const Pairs both = (Pairs)((lower & Bits{1, 2, 4, 8}) | (upper & Bits{16, 32, 64, 128}));
-  const int64_t all = both[0] | both[1];
-  *choice = static_cast<uint8_t>(all | all >> 32);
+  const Differences second = b < a, fourth = d < c;
+  const Costs low = second ? b : a, high = fourth ? d : c;
+  const Differences upper = high < low, lower = upper ? fourth : second;
+  const auto mask = [](Differences set) {
+    const Pairs bits = (Pairs)(set & Differences{1, 2, 4, 8, 16, 32, 64, 128});
+    const int64_t both = bits[0] | bits[1], half = both | both >> 32;
+    return static_cast<uint8_t>(half | half >> 16);
+  };
+  choice[0] = mask(lower);
+  choice[1] = mask(upper);
   return upper ? high : low;
 #else
-  Vector<float> least = a;
-  int all = 0;
-  for (int i = 0; i < kLanes<float>; ++i) {
+  choice[0] = choice[1] = 0;
+  for (int i = 0; i < kLanes<uint16_t>; ++i) {
     const bool second = b[i] < a[i], fourth = d[i] < c[i];
-    const float low = second ? b[i] : a[i], high = fourth ? d[i] : c[i];
+    const uint16_t low = second ? b[i] : a[i], high = fourth ? d[i] : c[i];
     const bool upper = high < low;
-    least[i] = upper ? high : low;
-    all |= ((upper ? fourth : second) | upper << 4) << i;
+    choice[0] |= (upper ? fourth : second) << i;
+    choice[1] |= upper << i;
+    a[i] = upper ? high : low;
   }
-  *choice = static_cast<uint8_t>(all);
-  return least;
+  return a;
 #endif
 }
 
-// Lane i is lane QUARTER * kLanes / 4 + i / 4.
+// Lane i is lane QUARTER * lanes / 4 + i / 4.
 template <int QUARTER>
-EMBKERN_INLINE Vector<float> spread_quarter(Vector<float> x) {
-  return constant(static_cast<float>(x[QUARTER]));
+EMBKERN_INLINE Costs spread_quarter(Costs x) {
+  const uint16_t low = x[2 * QUARTER], high = x[2 * QUARTER + 1];
+  return Costs{low, low, low, low, high, high, high, high};
 }
 
 #include "cpu/simd/lanewise.inl"

@@ -139,25 +139,11 @@ EMBKERN_INLINE Vector<float> absolute(Vector<float> x) {
 #endif
 }
 
-// The floats whose upper halves are those of words, and those whose upper halves are their lower ones.
-struct Halves {
-  Vector<float> upper, lower;
-};
-EMBKERN_INLINE Halves halves(const uint32_t* words) {
-  Halves result;
-#if defined(__GNUC__)
-  Words all;
-  std::memcpy(&all, words, sizeof(all));
-  result = {(Vector<float>)(all & 0xffff0000u), (Vector<float>)(all << 16)};
-#else
-  for (int i = 0; i < kLanes<float>; ++i) {
-    const uint32_t upper = words[i] & 0xffff0000u, lower = words[i] << 16;
-    std::memcpy(&result.upper[i], &upper, sizeof(upper));
-    std::memcpy(&result.lower[i], &lower, sizeof(lower));
-  }
-#endif
-  return result;
-}
+// ---- whole numbers of 16 bits
+// --------------------------------------------------------------------------------
+
+using Costs = Vector<uint16_t>;
+using Differences = Vector<int16_t>;
 
 // ---- loads and stores ---------------------------------------------------------------------------------------
 

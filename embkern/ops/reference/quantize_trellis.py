@@ -10,8 +10,9 @@ from torch import Tensor
 from ..packed_codes import GROUP, STEP_BITS, WINDOW_BITS, lanes, levels_of_windows
 
 _WINDOWS, _CHOICES = 2**WINDOW_BITS, 2**STEP_BITS
+_STATES = _WINDOWS // _CHOICES
 _ROWS = 32  # whose costs fit into a cache of L2
-_MOST_BEFORE = 64  # steps on either side of the ring's end in the pass that finds the window there
+_BEFORE, _LEAST = 48, 64  # steps that the search goes before the path begins, and at least goes then
 
 
 class _Step(NamedTuple):
@@ -65,24 +66,28 @@ def _steps(bits: list[int], levels: list[Tensor]) -> list[_Step]:
 def _nearest(x: Tensor, squares: Tensor, steps: list[_Step]) -> tuple[Tensor, Tensor]:
     """Return the codes (N, 32 G) uint8 whose path through all steps is the best, and what they decode to.
 
-    A window has the codes of later steps above its own, so the search goes from the last step to the first. A
-    path has to end in the window in which it begins. A first pass without this condition, over the steps on
-    either side of the ring's end, gives that window.
+    A window has the codes of later steps above its own, so the search goes from the last step to the first.
+    What earlier steps see of it, all but its highest bits, is its state. A path has to end in the state in
+    which it begins. The best path without this condition begins in a state after some steps, and mostly ends
+    in it when the search has gone around the ring from there; if not, a search from this state alone does.
     """
     codes, decoded = torch.zeros_like(x, dtype=torch.uint8), torch.zeros_like(x)
     if not steps:
         return codes, decoded
-    order = list(reversed(range(len(steps))))
-    before = min(len(steps) // 2, _MOST_BEFORE)
-    around = (order + order)[len(order) - before :][: min(len(steps), 2 * _MOST_BEFORE)]
-    roots = squares.sqrt()
+    roots, count = squares.sqrt(), len(steps)
     targets = x * roots
-    free = x.new_zeros(len(x), _WINDOWS)
-    boundary = _path(targets, roots, [steps[each] for each in around], free, None)[:, before - 1]
-    closed = torch.full_like(free, torch.inf).scatter(1, boundary.unsqueeze(1), 0)
-    path = _path(targets, roots, [steps[each] for each in order], closed, boundary)
-    for window, each in zip(path.t(), order, strict=True):
-        step = steps[each]
+    order = [steps[count - 1 - i % count] for i in range(_BEFORE + max(count, _LEAST))]
+    ring = order[_BEFORE:][:count]
+    cost, _ = _search(targets, roots, order[:_BEFORE], x.new_zeros(len(x), _STATES))
+    cost, dropped = _search(targets, roots, order[_BEFORE:], cost)
+    state = _trace(dropped, cost.argmin(1))[1]
+    path, beginning = _trace(dropped[:count], state)
+    rest = beginning != state
+    if rest.any():
+        alone = x.new_full((int(rest.sum()), _STATES), torch.inf).scatter(1, state[rest].unsqueeze(1), 0)
+        _, dropped = _search(targets[rest], roots, ring, alone)
+        path[rest] = _trace(dropped, state[rest])[0]
+    for window, step in zip(path.t(), ring, strict=True):
         further, own = _further(targets, roots, step, window), window % _CHOICES
         for place, column in enumerate(step.columns):
             codes[:, column] = own >> place & 1 if len(step.columns) > 1 else own + _CHOICES * further
@@ -110,21 +115,28 @@ def _errors(targets: Tensor, roots: Tensor, step: _Step) -> Tensor:
     return errors
 
 
-def _path(targets: Tensor, roots: Tensor, steps: list[_Step], cost: Tensor, end: Tensor | None) -> Tensor:
-    """Windows (N, steps) of the cheapest paths, given costs (N, 4096) at their start and the last window."""
-    parents, dropped = _WINDOWS // _CHOICES, []
+def _search(targets: Tensor, roots: Tensor, steps: list[_Step], cost: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Extend the cheapest paths to each state, given their costs (N, 1024).
+
+    Returns:
+        costs (N, 1024); for each step the highest bits (N, 1024) of the windows of the paths to each state.
+    """
+    dropped = []
     for step in steps:
-        best, which = _least(cost.view(len(targets), _CHOICES, parents))
-        cost = _errors(targets, roots, step)
-        cost.view(-1, parents, _CHOICES).add_(best.unsqueeze(2))
+        errors = _errors(targets, roots, step)
+        errors.view(-1, _STATES, _CHOICES).add_(cost.unsqueeze(2))
+        cost, which = _least(errors.view(-1, _CHOICES, _STATES))
         dropped.append(which)
-    window = cost.argmin(1) if end is None else end
+    return cost, dropped
+
+
+def _trace(dropped: list[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the windows (N, steps) of the paths that end in states (N,), and the states before them."""
     windows = []
     for which in reversed(dropped):
-        windows.append(window)
-        kept = window // _CHOICES
-        window = which.gather(1, kept.unsqueeze(1)).squeeze(1).long() * parents + kept
-    return torch.stack(windows[::-1], 1)
+        windows.append(which.gather(1, state.unsqueeze(1)).squeeze(1).long() * _STATES + state)
+        state = windows[-1] // _CHOICES
+    return torch.stack(windows[::-1], 1), state
 
 
 def _least(cost: Tensor) -> tuple[Tensor, Tensor]:
