@@ -125,9 +125,8 @@ class Allocation(ABC):
                 for position, index in enumerate(kept):
                     chosen = torch.nonzero(choice[place] == position).flatten()
                     if len(chosen):
-                        own = values.of(self.tiers[index])[chosen]
-                        codes, found, _ = self.codes[index].encode(self.tiers[index], own)
-                        ids = place.start + chosen
+                        ids, tier = place.start + chosen, self.tiers[index]
+                        codes, found, _ = self.codes[index].encode(tier, values.of(tier)[chosen])
                         scales[ids] = found
                         yield position, ids, codes
 
@@ -167,14 +166,14 @@ class Allocation(ABC):
         width = self.rows.width
         weights = torch.where(read_often(self.weights), 0.0, self.weights).sqrt().float()
 
-        def moments() -> Iterator[list[Tensor]]:
-            for place, rows in self.rows.blocks():
-                norms = self.norms[place]
-                directions = rows / torch.where(norms > 0, norms, 1.0).unsqueeze(1)
-                directions *= weights[place].unsqueeze(1)
-                yield [directions.t() @ directions]
+        def moment(place: slice, rows: Tensor) -> Iterator[Tensor]:
+            norms = self.norms[place]
+            directions = rows / torch.where(norms > 0, norms, 1.0).unsqueeze(1)
+            directions *= weights[place].unsqueeze(1)
+            yield directions.t() @ directions
 
-        total = self.rows.world.sum_blocks(moments(), self.rows.block_count, width * width)
+        moments = (moment(*block) for block in self.rows.blocks())
+        total = self.rows.world.sum_blocks(moments, self.rows.block_count, width * width)
         return total.div_(weights.double().square().sum()).view(width, width)
 
     def refitted(self, packed: PackedTable, floor: float | None) -> PackedTable:
@@ -198,16 +197,19 @@ class Allocation(ABC):
         after = basis.float()
         factors, gains = torch.zeros(len(self.rows)), torch.zeros(len(parts), dtype=torch.float64)
         worst = 1.0
-        for part in world.own_blocks(len(parts)):
-            ids = parts[part]
+
+        def refit(ids: Tensor) -> tuple[float, float]:
+            """Set the factors of rows; return by how much their cost falls, and their worst cosine."""
             x, values = self.rows.take(ids), wide.coefficients(ids)
             y = values @ after
-            factors[ids] = self._projected(x, y)
-            cost = self._cost(ids, x, y)
-            if floor is not None:
-                worst = min(worst, float(row_cosines(x, y).min()))
-            y = values @ before
-            gains[part] = self._cost(ids, x, y) - cost
+            factors[ids], cost = self._projected(x, y), self._cost(ids, x, y)
+            least = 1.0 if floor is None else float(row_cosines(x, y).min())
+            del y
+            return self._cost(ids, x, values @ before) - cost, least
+
+        for part in world.own_blocks(len(parts)):
+            gains[part], least = refit(parts[part])
+            worst = min(worst, least)
         world.merge(factors)
         if world.merge(gains).sum() <= 0 or min(world.gather(worst)) < (floor or -1):
             return packed
@@ -260,11 +262,11 @@ class DirectionAllocation(Allocation):
         """Estimate the costs from scalar codes, which some rows turn into those of trellis codes."""
         errors = torch.zeros(len(self.tiers), len(self.rows), dtype=torch.float64)
         some = torch.arange(0, len(self.rows), max(1, len(self.rows) // SAMPLED_ROWS))
-        samples, own = [], torch.zeros(len(some), dtype=torch.bool)
+        samples, own = Values.empty(self, len(some)), torch.zeros(len(some), dtype=torch.bool)
         for place, rows in self.rows.blocks():
             values, norms = Values(self, rows), self.norms[place]
             sampled = (some >= place.start) & (some < place.stop)
-            samples.append(values.part(some[sampled] - place.start))
+            samples.copy(sampled, values, some[sampled] - place.start)
             own |= sampled
             for index, (codes, tier) in enumerate(zip(self.codes, self.tiers, strict=True)):
                 found = codes.scalar_projections(tier, values.of(tier))
@@ -278,12 +280,12 @@ class DirectionAllocation(Allocation):
         own = Values(self, self.rows.take(ids)).of(tier)
         return 1 - _error(self.encoded(index, own)[2], self.norms[ids]).double()
 
-    def _trellis_errors(self, samples: list[Values], some: Tensor, own: Tensor) -> Tensor:
+    def _trellis_errors(self, samples: Values, some: Tensor, own: Tensor) -> Tensor:
         """Return the errors (T, n) of trellis codes of the rows ``some``, of which a process has its own."""
         errors = torch.zeros(len(self.tiers), len(some))
         for index, (codes, tier) in enumerate(zip(self.codes, self.tiers, strict=True)):
             if own.any():
-                values = torch.cat([each.of(tier) for each in samples])
+                values = samples.of(tier)[own]
                 errors[index, own] = _error(codes.encode(tier, values)[2], self.norms[some[own]])
         return self.rows.world.merge(errors)
 
@@ -323,12 +325,19 @@ class Values:
         """Return what a tier quantises, (n, 32 G)."""
         return self.coefficients if tier.transform else self.padded
 
-    def part(self, chosen: Tensor) -> Values:
-        """Return some of the rows, with the coefficients that they have in the block."""
-        found = Values(self.allocation, self.rows[chosen])
-        if self.allocation.analysis is not None:
-            found.coefficients = self.coefficients[chosen]
+    @classmethod
+    def empty(cls, allocation: Allocation, count: int) -> Values:
+        """Return values of rows that are to be copied, before their padded ones are used."""
+        found = cls(allocation, torch.zeros(count, allocation.rows.width))
+        if allocation.analysis is not None:
+            found.coefficients = torch.zeros(count, allocation.analysis.shape[1])
         return found
+
+    def copy(self, place: Tensor, other: Values, chosen: Tensor) -> None:
+        """Copy chosen rows of a block to a place, with the coefficients that they have in the block."""
+        self.rows[place] = other.rows[chosen]
+        if self.allocation.analysis is not None:
+            self.coefficients[place] = other.coefficients[chosen]
 
     @functools.cached_property
     def padded(self) -> Tensor:
