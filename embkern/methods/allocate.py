@@ -132,8 +132,10 @@ def allocate(
             same bits as one process makes with as many threads.
         options: the fields of ``AllocateOptions``.
 
-    The table is read in blocks of rows, a few times. Beside it and the result, memory holds some hundred
-    bytes a row, the costs of the tiers, and what does not depend on V.
+    The table is read in blocks of rows, a few times. Beside it and the result, memory holds less than 250
+    bytes a row, most of them the costs of the tiers, and what does not depend on V: some copies of a block,
+    and matrices of 32 bytes per H^2 for the eigenvectors of the basis. ``unseen`` copies the rows that are
+    read.
 
     Returns:
         A packed table on the CPU with fp16 scales and basis (bf16 for a bf16 table, fp32 where the range of
