@@ -110,7 +110,7 @@ def test_an_adapter_of_rows_is_saved_and_loaded(ids, tmp_path):
 def test_merging_rows_is_refused_and_unloading_restores(ids):
     model = compressed("llama-tied")
     before = logits(model, ids)
-    adapted = peft.get_peft_model(model, config_of("alone"))
+    adapted = peft.get_peft_model(model, config_of("lora"))
     with torch.no_grad():
         rows_of(adapted).normal_()
     with pytest.raises((AttributeError, RuntimeError), match="weight.* dense table"):
