@@ -2,8 +2,8 @@
 
 ``install`` runs when embkern is imported, and by the entry point ``torch.backends`` when torch is: a
 compressed model then loads although nobody wrote ``import embkern``. It only watches for the import of
-transformers' quantizers and base class and of sentence-transformers' static embeddings, and must never raise,
-as ``import torch`` would.
+transformers' quantizers and base class, of sentence-transformers' static embeddings and of PEFT's wrappers
+that train rows or copies of modules, and must never raise, as ``import torch`` would.
 """
 
 from __future__ import annotations
@@ -137,12 +137,62 @@ class _FromConfig(classmethod):
         super().__init__(from_config)
 
 
+def _train_tokens(module: ModuleType) -> bool:
+    """Let PEFT train rows of compressed tables; return whether its module was complete."""
+    layer: Any = getattr(module, "TrainableTokensLayer", None)
+    dense = getattr(layer, "__dict__", {}).get("forward_adapters")
+    if dense is None:
+        return False
+    if not hasattr(dense, _EXTENDED):
+
+        @functools.wraps(dense)
+        def forward_adapters(self: Any, x: Any, active_adapters: Any, *args: Any, **kwargs: Any) -> Any:
+            if not active_adapters or self.disable_adapters or self.merged or not _is_table(self.base_layer):
+                return dense(self, x, active_adapters, *args, **kwargs)
+            self._check_overlapping_tokens(active_adapters)
+            tokens = importlib.import_module(".models.trainable_tokens", __package__)
+            return tokens.with_trained_rows(self, x, active_adapters)
+
+        setattr(forward_adapters, _EXTENDED, True)
+        layer.forward_adapters = forward_adapters
+    return True
+
+
+def _refuse_copies(module: ModuleType) -> bool:
+    """Let PEFT refuse to train a copy of a compressed table; return whether its module was complete."""
+    wrapper: Any = getattr(module, "ModulesToSaveWrapper", None)
+    dense = getattr(wrapper, "__dict__", {}).get("__init__")
+    if dense is None:
+        return False
+    if not hasattr(dense, _EXTENDED):
+
+        @functools.wraps(dense)
+        def init(self: Any, module_to_save: Any, *args: Any, **kwargs: Any) -> None:
+            if _is_table(module_to_save):
+                importlib.import_module(".models.trainable_tokens", __package__).refuse_copy(module_to_save)
+            dense(self, module_to_save, *args, **kwargs)
+
+        setattr(init, _EXTENDED, True)
+        wrapper.__init__ = init
+    return True
+
+
+def _is_table(module: Any) -> bool:
+    """Return whether a module is compressed, which none is before embkern's are imported."""
+    tables = sys.modules.get(f"{__package__}.nn.table_module")
+    return tables is not None and isinstance(module, tables.TableModule)
+
+
+_EXTENDED = "_embkern"  # marks functions of other libraries that have been extended
+
 # By the module that reads it, what registers a format and returns whether the module was complete.
 _READERS: dict[str, Callable[[ModuleType], bool]] = {
     "transformers.quantizers.auto": _add_quantizer,
     "transformers.modeling_utils": _extend_models,
     "sentence_transformers.sentence_transformer.modules.static_embedding": _read_packed_bags,
     "sentence_transformers.models.StaticEmbedding": _read_packed_bags,  # before version 5.4
+    "peft.tuners.trainable_tokens.layer": _train_tokens,
+    "peft.utils.other": _refuse_copies,
 }
 
 

@@ -29,7 +29,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
 import torch
 from pydantic import Field
@@ -132,8 +132,10 @@ def allocate(
             same bits as one process makes with as many threads.
         options: the fields of ``AllocateOptions``.
 
-    The table is read in blocks of rows, a few times. Beside it and the result, memory holds some hundred
-    bytes a row, the costs of the tiers, and what does not depend on V.
+    The table is read in blocks of rows, a few times. Beside it and the result, memory holds less than 250
+    bytes a row, most of them the costs of the tiers, and what does not depend on V: some copies of a block,
+    and matrices of 32 bytes per H^2 for the eigenvectors of the basis. ``unseen`` copies the rows that are
+    read.
 
     Returns:
         A packed table on the CPU with fp16 scales and basis (bf16 for a bf16 table, fp32 where the range of
@@ -207,34 +209,81 @@ def _packed(
         forms = forms_of(calibration, counts, tied=tied, exponent=chosen.exponent)
         sizes = _basis_sizes(most_groups, row_bytes / max(1, budget))
         candidates = (MetricAllocation(rows, forms, dtype, size) for size in sizes)
-    best: _Plan | None = None
-    searches: list[tuple[RateSearch, RowFloor | None]] = []
     fast = world.on_first(lambda: _fast_rows(counts, len(table), chosen.speed))
+    best = _best_plan(candidates, budget, tiers, fast, chosen, refusal)
+    packed = best.allocation.refitted(best.allocation.packed(best.kept, best.choice), chosen.floor)
+    return packed if exponents is None else multiplied(packed, exponents)
+
+
+class _Plan(NamedTuple):
+    """The tiers, and the tier of every row, that an allocation chose within the budget."""
+
+    cost: float
+    allocation: Allocation
+    kept: list[int]
+    choice: Tensor
+
+
+_Search: TypeAlias = tuple[RateSearch, RowFloor | None]
+
+
+def _best_plan(
+    candidates: Iterator[Allocation],
+    budget: int,
+    most: int,
+    fast: Tensor,
+    chosen: AllocateOptions,
+    refusal: Callable[[float, str], ValueError],
+) -> _Plan:
+    """Return the plan of up to ``most`` tiers that costs least; a candidate that costs more is the last one.
+
+    The costs of the rows take more memory than anything else that grows with V. Those of one candidate exist
+    at a time, and none after the return.
+    """
+    best: _Plan | None = None
+    refused: list[_Search] = []
     for allocation in candidates:
-        costs, before = allocation.costs(), best
-        costs[fast.unsqueeze(1) & torch.tensor([tier.transform for tier in allocation.tiers])] = math.inf
-        floor = None if chosen.floor is None else RowFloor(allocation, chosen.floor, costs)
-        # The search drops tiers one by one. It would keep a basis that only pays for none at all.
-        for count in (len(costs[0]), *([] if calibration is None else [len(ROW_BITS)])):
-            search = RateSearch(costs[:, :count], allocation.tiers[:count], allocation.shared_bytes)
-            searches.append((search, floor))
-            choose = functools.partial(search.within, budget, tiers)
-            while (found := world.on_first(choose)) and floor and not floor.holds(*found):
-                pass  # Some rows may no longer have the tiers that were chosen for them.
-            if found:
-                cost = world.on_first(functools.partial(search.cost_of, *found))
-                plan = _Plan(cost, allocation, *found)
-                best = plan if best is None or plan.cost < best.cost else best
-        if before is not None and best is before:
+        searches = _searches(allocation, fast, chosen.floor)
+        plans = [plan for each in searches if (plan := _plan_of(allocation, budget, most, *each))]
+        plan = min([*([] if best is None else [best]), *plans], key=lambda each: each.cost, default=None)
+        if best is not None and plan is best:
             break
+        best = plan
+        refused = refused + searches if best is None else []
+        del searches
     if best is None:
         conditions = {"floor": chosen.floor, "speed": chosen.speed or None}
         given = [f"{name} {value:g}" for name, value in conditions.items() if value is not None]
         condition = f" with {' and '.join(given)}" if given else ""
-        least = min(_least_bytes(*each) for each in searches)
-        raise refusal(least, condition)
-    packed = best.allocation.refitted(best.allocation.packed(best.kept, best.choice), chosen.floor)
-    return packed if exponents is None else multiplied(packed, exponents)
+        raise refusal(min(_least_bytes(*each) for each in refused), condition)
+    return best
+
+
+def _searches(allocation: Allocation, fast: Tensor, floor: float | None) -> list[_Search]:
+    """Return searches for the tiers of an allocation, of which rows that are ``fast`` (V,) take no basis."""
+    costs = allocation.costs()
+    for index, tier in enumerate(allocation.tiers):
+        if tier.transform:
+            costs[index].masked_fill_(fast, math.inf)
+    row_floor = None if floor is None else RowFloor(allocation, floor, costs)
+    # A search drops tiers one by one. It would keep a basis that only pays for none at all.
+    counts = [len(costs), *([len(ROW_BITS)] if allocation.also_without_basis else [])]
+    return [
+        (RateSearch(costs[:count], allocation.tiers[:count], allocation.shared_bytes), row_floor)
+        for count in counts
+    ]
+
+
+def _plan_of(
+    allocation: Allocation, budget: int, most: int, search: RateSearch, floor: RowFloor | None
+) -> _Plan | None:
+    """Return what a search finds within the budget, with all rows above the floor, or None."""
+    world, choose = allocation.rows.world, functools.partial(search.within, budget, most)
+    while (found := world.on_first(choose)) and floor and not floor.holds(*found):
+        pass  # Some rows may no longer have the tiers that were chosen for them.
+    if not found:
+        return None
+    return _Plan(world.on_first(functools.partial(search.cost_of, *found)), allocation, *found)
 
 
 def _described(
@@ -264,15 +313,6 @@ def _described(
         "options": dict(sorted(options.items())),
         "embkern": __version__,
     }
-
-
-class _Plan(NamedTuple):
-    """The tiers, and the tier of every row, that an allocation chose within the budget."""
-
-    cost: float
-    allocation: Allocation
-    kept: list[int]
-    choice: Tensor
 
 
 def _fast_rows(counts: Tensor | None, num_embeddings: int, share: float) -> Tensor:

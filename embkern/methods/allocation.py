@@ -21,10 +21,11 @@ from ..ops.packed_format import Tier, lay_out, packed_bytes
 from ..tables.packed import PackedTable, pack
 from .quantizer_levels import UNIFORM_STEPS
 from .row_codes import RowCodes, profiles
-from .table_rows import BLOCK_ROWS, TableRows
+from .table_rows import TableRows
 
 ROW_BITS = (8, 6, 4, 3, 2, 1)
 SAMPLED_ROWS = 512  # on which the error of trellis codes is measured against that of scalar codes
+COMPARED_ROWS = 256  # at a time
 
 
 @dataclasses.dataclass
@@ -56,6 +57,7 @@ class Allocation(ABC):
 
     weights: Tensor
     most_bits = 2  # of coefficients, on average over all groups
+    also_without_basis = False  # whether the tiers of values are to be searched by themselves as well
 
     def __init__(self, rows: TableRows, dtype: torch.dtype, basis_groups: int) -> None:
         self.rows, self.dtype, self.norms = rows, dtype, rows.norms
@@ -79,11 +81,11 @@ class Allocation(ABC):
 
     @abstractmethod
     def costs(self) -> Tensor:
-        """Return what the error of every row at every tier costs, (V, T) float64, estimated."""
+        """Return what the error of every row at every tier costs, (T, V) float64, estimated."""
 
     def cosines(self, index: int, ids: Tensor) -> Tensor:
         """Return the cosines (n,) float64 of rows with what is decoded at a tier; 1 for rows of zeros."""
-        parts = [self._cosines(index, part) for part in ids.split(BLOCK_ROWS) if len(part)]
+        parts = [self._cosines(index, part) for part in ids.split(self.rows.block_rows) if len(part)]
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
     @abstractmethod
@@ -123,9 +125,8 @@ class Allocation(ABC):
                 for position, index in enumerate(kept):
                     chosen = torch.nonzero(choice[place] == position).flatten()
                     if len(chosen):
-                        own = values.of(self.tiers[index])[chosen]
-                        codes, found, _ = self.codes[index].encode(self.tiers[index], own)
-                        ids = place.start + chosen
+                        ids, tier = place.start + chosen, self.tiers[index]
+                        codes, found, _ = self.codes[index].encode(tier, values.of(tier)[chosen])
                         scales[ids] = found
                         yield position, ids, codes
 
@@ -165,40 +166,50 @@ class Allocation(ABC):
         width = self.rows.width
         weights = torch.where(read_often(self.weights), 0.0, self.weights).sqrt().float()
 
-        def moments() -> Iterator[Tensor]:
-            for place, rows in self.rows.blocks():
-                norms = self.norms[place]
-                directions = rows / torch.where(norms > 0, norms, 1.0).unsqueeze(1)
-                weighted = directions * weights[place].unsqueeze(1)
-                yield (weighted.t() @ weighted).double()
+        def moment(place: slice, rows: Tensor) -> Iterator[Tensor]:
+            norms = self.norms[place]
+            directions = rows / torch.where(norms > 0, norms, 1.0).unsqueeze(1)
+            directions *= weights[place].unsqueeze(1)
+            yield directions.t() @ directions
 
-        total = self.rows.world.sum_blocks(moments(), self.rows.block_count, (width, width))
-        return total / weights.double().square().sum()
+        moments = (moment(*block) for block in self.rows.blocks())
+        total = self.rows.world.sum_blocks(moments, self.rows.block_count, width * width)
+        return total.div_(weights.double().square().sum()).view(width, width)
 
     def refitted(self, packed: PackedTable, floor: float | None) -> PackedTable:
         """Fit the basis to the codes by least squares, and the scales to the rows' projections.
 
         Coarse codes have less error with another basis than the one that they were made for. The given table
-        is returned unless the fit lowers the cost and respects the floor.
+        is returned unless the fit lowers the cost and respects the floor. This is the last step: the
+        allocation no longer has its own basis.
         """
         if packed.basis is None:
             return packed
+        self.analysis = self.basis = None  # 33 MB at H = 2048
         in_basis = packed.tiers[packed.tier_of_rows(), 0].bool() & (self.norms > 0)
         fitted = torch.nonzero(in_basis).flatten()
-        parts = [ids for ids in fitted.split(BLOCK_ROWS) if len(ids)]
+        parts = [ids for ids in fitted.split(self.rows.block_rows) if len(ids)]
         wide, world = packed.to(torch.float32), self.rows.world
+        before = wide.basis
+        assert before is not None, "a copy of that of the packed table"
         basis = self._best_basis(wide, parts)
         basis = world.on_first(lambda: basis)
+        after = basis.float()
         factors, gains = torch.zeros(len(self.rows)), torch.zeros(len(parts), dtype=torch.float64)
         worst = 1.0
-        for part in world.own_blocks(len(parts)):
-            ids = parts[part]
+
+        def refit(ids: Tensor) -> tuple[float, float]:
+            """Set the factors of rows; return by how much their cost falls, and their worst cosine."""
             x, values = self.rows.take(ids), wide.coefficients(ids)
-            y = values @ basis.float()
-            factors[ids] = self._projected(x, y)
-            gains[part] = self._cost(ids, x, values @ packed.basis.float()) - self._cost(ids, x, y)
-            if floor is not None:
-                worst = min(worst, float(F.cosine_similarity(x, y, eps=1e-30).min()))
+            y = values @ after
+            factors[ids], cost = self._projected(x, y), self._cost(ids, x, y)
+            least = 1.0 if floor is None else float(row_cosines(x, y).min())
+            del y
+            return self._cost(ids, x, values @ before) - cost, least
+
+        for part in world.own_blocks(len(parts)):
+            gains[part], least = refit(parts[part])
+            worst = min(worst, least)
         world.merge(factors)
         if world.merge(gains).sum() <= 0 or min(world.gather(worst)) < (floor or -1):
             return packed
@@ -211,18 +222,24 @@ class Allocation(ABC):
         assert packed.basis is not None, "rows without a basis have no coefficients"
         size, world = len(packed.basis), self.rows.world
 
-        def sums() -> Iterator[Tensor]:
-            for part in world.own_blocks(len(parts)):
-                values = packed.coefficients(parts[part])
-                weighted = (values * self._fit_weights(parts[part]).float().unsqueeze(1)).t()
-                yield torch.cat([weighted @ values, weighted @ self.rows.take(parts[part])], 1).double()
+        def sums(ids: Tensor) -> Iterator[Tensor]:
+            values = packed.coefficients(ids)
+            weighted = (values * self._fit_weights(ids).float().unsqueeze(1)).t()
+            yield weighted @ values
+            del values
+            yield weighted @ self.rows.take(ids)
 
-        shape = (size, size + self.rows.width)
-        gram, moment = world.sum_blocks(sums(), len(parts), shape).split([size, self.rows.width], 1)
+        shapes = (size, size), (size, self.rows.width)
+        found = (sums(parts[part]) for part in world.own_blocks(len(parts)))
+        total = world.sum_blocks(found, len(parts), sum(map(math.prod, shapes)))
+        gram, moment = (
+            each.view(shape)
+            for each, shape in zip(total.split([*map(math.prod, shapes)]), shapes, strict=True)
+        )
         # A coefficient that no row uses gets a row of zeros in the basis.
         diagonal = gram.diagonal()
-        ridge = torch.where(diagonal > 0, 1e-6 * diagonal.mean(), 1.0)
-        return torch.linalg.solve(gram + torch.diag(ridge), moment).to(self.dtype).contiguous()
+        diagonal += torch.where(diagonal > 0, 1e-6 * diagonal.mean(), 1.0)
+        return torch.linalg.solve(gram, moment).to(self.dtype).contiguous()
 
 
 class DirectionAllocation(Allocation):
@@ -243,44 +260,44 @@ class DirectionAllocation(Allocation):
 
     def costs(self) -> Tensor:
         """Estimate the costs from scalar codes, which some rows turn into those of trellis codes."""
-        errors = torch.zeros(len(self.rows), len(self.tiers), dtype=torch.float64)
-        some = torch.arange(0, len(errors), max(1, len(errors) // SAMPLED_ROWS))
-        samples, own = [], torch.zeros(len(some), dtype=torch.bool)
+        errors = torch.zeros(len(self.tiers), len(self.rows), dtype=torch.float64)
+        some = torch.arange(0, len(self.rows), max(1, len(self.rows) // SAMPLED_ROWS))
+        samples, own = Values.empty(self, len(some)), torch.zeros(len(some), dtype=torch.bool)
         for place, rows in self.rows.blocks():
             values, norms = Values(self, rows), self.norms[place]
             sampled = (some >= place.start) & (some < place.stop)
-            samples.append(values.part(some[sampled] - place.start))
+            samples.copy(sampled, values, some[sampled] - place.start)
             own |= sampled
             for index, (codes, tier) in enumerate(zip(self.codes, self.tiers, strict=True)):
                 found = codes.scalar_projections(tier, values.of(tier))
-                errors[place, index] = _error(found, norms).double()
+                errors[index, place] = _error(found, norms).double()
         self.rows.world.merge(errors)
         exact = self._trellis_errors(samples, some, own)
-        return self._corrected(errors, some, exact).clamp_min_(0).mul_(self.weights.unsqueeze(1))
+        return self._corrected(errors, some, exact).clamp_min_(0).mul_(self.weights)
 
     def _cosines(self, index: int, ids: Tensor) -> Tensor:
         tier = self.tiers[index]
         own = Values(self, self.rows.take(ids)).of(tier)
         return 1 - _error(self.encoded(index, own)[2], self.norms[ids]).double()
 
-    def _trellis_errors(self, samples: list[Values], some: Tensor, own: Tensor) -> Tensor:
+    def _trellis_errors(self, samples: Values, some: Tensor, own: Tensor) -> Tensor:
         """Return the errors (T, n) of trellis codes of the rows ``some``, of which a process has its own."""
         errors = torch.zeros(len(self.tiers), len(some))
         for index, (codes, tier) in enumerate(zip(self.codes, self.tiers, strict=True)):
             if own.any():
-                values = torch.cat([each.of(tier) for each in samples])
+                values = samples.of(tier)[own]
                 errors[index, own] = _error(codes.encode(tier, values)[2], self.norms[some[own]])
         return self.rows.world.merge(errors)
 
     def _corrected(self, errors: Tensor, some: Tensor, exact: Tensor) -> Tensor:
-        """Turn errors (V, T) of scalar codes into those of trellis codes, given those of rows ``some``."""
+        """Turn errors (T, V) of scalar codes into those of trellis codes, given those of rows ``some``."""
         for index in range(len(self.tiers)):
-            found, scalar = exact[index].mean(), errors[:, index].float()
+            found, scalar = exact[index].mean(), errors[index].float()
             expected = scalar[some].mean()
             # Where trellis codes are worse, their difference is added: rows of signs have a scalar error of
             # 0.
             better = scalar * (found / expected) if found < expected else scalar + (found - expected)
-            errors[:, index] = better.double()
+            errors[index] = better.double()
         return errors
 
     def _fit_weights(self, ids: Tensor) -> Tensor:
@@ -290,7 +307,7 @@ class DirectionAllocation(Allocation):
         return (x * y).sum(1) / y.square().sum(1).clamp_min(1e-30)
 
     def _cost(self, ids: Tensor, x: Tensor, y: Tensor) -> float:
-        return -float((self.weights[ids] * F.cosine_similarity(x, y, eps=1e-30).double()).sum())
+        return -float((self.weights[ids] * row_cosines(x, y).double()).sum())
 
 
 def _error(projections: Tensor, norms: Tensor) -> Tensor:
@@ -308,24 +325,37 @@ class Values:
         """Return what a tier quantises, (n, 32 G)."""
         return self.coefficients if tier.transform else self.padded
 
-    def part(self, chosen: Tensor) -> Values:
-        """Return some of the rows, with the coefficients that they have in the block."""
-        found = Values(self.allocation, self.rows[chosen])
-        if self.allocation.analysis is not None:
-            found.coefficients = self.coefficients[chosen]
+    @classmethod
+    def empty(cls, allocation: Allocation, count: int) -> Values:
+        """Return values of rows that are to be copied, before their padded ones are used."""
+        found = cls(allocation, torch.zeros(count, allocation.rows.width))
+        if allocation.analysis is not None:
+            found.coefficients = torch.zeros(count, allocation.analysis.shape[1])
         return found
+
+    def copy(self, place: Tensor, other: Values, chosen: Tensor) -> None:
+        """Copy chosen rows of a block to a place, with the coefficients that they have in the block."""
+        self.rows[place] = other.rows[chosen]
+        if self.allocation.analysis is not None:
+            self.coefficients[place] = other.coefficients[chosen]
 
     @functools.cached_property
     def padded(self) -> Tensor:
-        """The rows, (n, 32 G), padded with zeros."""
+        """The rows, (n, 32 G), padded with zeros where H is no multiple of 32."""
         width = self.rows.shape[1]
-        return F.pad(self.rows, (0, GROUP * groups_of(width) - width))
+        return F.pad(self.rows, (0, -width % GROUP)) if width % GROUP else self.rows
 
     @functools.cached_property
     def coefficients(self) -> Tensor:
         """The coefficients of the rows over their spread, (n, K)."""
         assert self.allocation.analysis is not None, "tiers of coefficients have a basis"
-        return (self.rows @ self.allocation.analysis) * self.allocation.inverse
+        return (self.rows @ self.allocation.analysis).mul_(self.allocation.inverse)
+
+
+def row_cosines(x: Tensor, y: Tensor) -> Tensor:
+    """Return the cosines (n,) of rows (n, H), some at a time: torch makes three copies of its arguments."""
+    pairs = zip(x.split(COMPARED_ROWS), y.split(COMPARED_ROWS), strict=True)
+    return torch.cat([F.cosine_similarity(*pair, eps=1e-30) for pair in pairs])
 
 
 def read_often(weights: Tensor) -> Tensor:

@@ -24,7 +24,9 @@ def extreme_exponents(table: Rows, *, alike: bool) -> Tensor | None:
     Raises:
         ValueError: ``alike``, and some rows are extreme in comparison with others; the message names up to 8.
     """
-    largest = torch.cat([rows.abs().amax(1).to("cpu", torch.float64) for rows in blocks(table)])
+    # Not by rows.abs(): malloc would not take the place of one block, under its result, for the next one.
+    ends = (torch.stack(rows.aminmax(dim=1)) for rows in blocks(table))
+    largest = torch.cat([each.abs().amax(0).to("cpu", torch.float64) for each in ends])
     exponents = torch.frexp(largest).exponent
     extreme = (largest > 0) & (exponents.abs() > _USUAL)
     if not extreme.any():

@@ -20,10 +20,10 @@ from torch import Tensor
 from ..tables.reading import AnyTable, rows_of, shape_of
 from ..text.frequencies import COMPRESSION_STRENGTH
 from ..text.prior import normalized, vocabulary_prior
-from .allocation import SAMPLED_ROWS, Allocation, Basis, Values
+from .allocation import SAMPLED_ROWS, Allocation, Basis, Values, row_cosines
 from .base import row_weights
 from .calibration import Calibration
-from .table_rows import BLOCK_ROWS, TableRows
+from .table_rows import TableRows, block_rows
 
 # Added to the metric, relative to its mean eigenvalue: a calibration may have no sample of a direction.
 RIDGE = 1e-3
@@ -144,7 +144,7 @@ def predicted_divergence(
         if (shape := shape_of(rows)) != expected:
             raise ValueError(f"{name}: expected shape {expected} as in calibration, got {shape}")
     forms, total = forms_of(calibration, frequencies, tied=tied), 0.0
-    for ids in torch.arange(len(table)).split(BLOCK_ROWS):
+    for ids in torch.arange(len(table)).split(block_rows(expected[1])):
         errors = table[ids].cpu().float() - rows_of(compressed, ids).cpu().float()
         total += sum(float((form.weights[ids] * form.of(errors)).sum()) for form in forms)
     return total
@@ -154,6 +154,7 @@ class MetricAllocation(Allocation):
     """Weighs errors as a model sees them: a row costs ``sum(weight * e @ matrix @ e)`` over some forms."""
 
     most_bits = 4
+    also_without_basis = True
 
     def __init__(self, rows: TableRows, forms: list[Form], dtype: torch.dtype, basis_groups: int) -> None:
         self.forms = forms
@@ -190,23 +191,23 @@ class MetricAllocation(Allocation):
         measured = torch.cat([sample, heavy])
         exact, columns = Values(self, self.rows.take(measured)), self._scalar_errors()
         for index in range(len(self.tiers)):
-            estimate = columns[:, index]
+            estimate = columns[index]
             found = self._decoded_forms(index, exact)
             expected = estimate[sample].sum().clamp_min(1e-300)
             cost = torch.zeros(V, dtype=torch.float64)
             for form, values in zip(self.forms, found, strict=True):
                 cost += form.weights * (values[: len(sample)].sum() / expected) * estimate
-            columns[:, index] = cost.index_copy_(0, measured, self._weighted(measured, found))
+            columns[index] = cost.index_copy_(0, measured, self._weighted(measured, found))
         return columns
 
     def _cosines(self, index: int, ids: Tensor) -> Tensor:
         rows, norms = self.rows.take(ids), self.norms[ids]
         y = self.decoded(index, Values(self, rows).of(self.tiers[index]))
-        return torch.where(norms > 0, F.cosine_similarity(rows, y, eps=1e-30), 1.0).double()
+        return torch.where(norms > 0, row_cosines(rows, y), 1.0).double()
 
     def _scalar_errors(self) -> Tensor:
-        """Return the squared errors (V, T) float64 of scalar codes, each in the geometry of its tier."""
-        errors = torch.zeros(len(self.rows), len(self.tiers), dtype=torch.float64)
+        """Return the squared errors (T, V) float64 of scalar codes, each in the geometry of its tier."""
+        errors = torch.zeros(len(self.tiers), len(self.rows), dtype=torch.float64)
         for place, rows in self.rows.blocks():
             values, squares = Values(self, rows), dict[bool, Tensor]()
             for index, (codes, tier) in enumerate(zip(self.codes, self.tiers, strict=True)):
@@ -215,7 +216,7 @@ class MetricAllocation(Allocation):
                     squares[tier.transform] = codes.squared_norms(own)
                 projections = codes.scalar_projections(tier, own).double()
                 # Negative only by rounding.
-                errors[place, index] = (squares[tier.transform] - projections.square()).clamp_min(0)
+                errors[index, place] = (squares[tier.transform] - projections.square()).clamp_min(0)
         return self.rows.world.merge(errors)
 
     def _decoded_forms(self, index: int, values: Values) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,8 +16,10 @@ _ROWS = 1 << 14  # rows whose costs are compared at a time
 class RateSearch:
     """Chooses a subset of the tiers, and one tier of the subset for every row.
 
+    The costs are read in blocks of rows and never copied; beside them a search holds 8 bytes a row.
+
     Args:
-        cost: (V, T) float64, what every row costs at every tier; infinite where a tier is not allowed.
+        cost: (T, V) float64, what every row costs at every tier; infinite where a tier is not allowed.
         tiers: the T tiers.
         shared_bytes: maps the tiers in use to the bytes of a table besides its records.
     """
@@ -42,14 +44,16 @@ class RateSearch:
             return None
         while True:
             choice = self._fill_budget(kept, budget)
-            used = torch.unique(choice)
+            used = torch.nonzero(choice.bincount(minlength=len(kept))).flatten().tolist()
             if len(used) == len(kept):
                 return kept, choice
-            kept = [kept[i] for i in used.tolist()]  # unused tiers are dropped, and their share is spent
+            kept = [kept[i] for i in used]  # unused tiers are dropped, and their share is spent
 
     def cost_of(self, kept: list[int], choice: Tensor) -> float:
         """Return the total cost of what ``within`` returned."""
-        return float(self.cost[:, kept].gather(1, choice.unsqueeze(1)).sum())
+        tier_of = torch.tensor(kept)
+        parts = (self._taken(tier_of[choice[rows]], rows.start) for rows in self._blocks())
+        return float(torch.cat(list(parts)).sum())
 
     def least_bytes(self) -> float:
         """Return the bytes of the smallest table, with or without a basis."""
@@ -62,28 +66,40 @@ class RateSearch:
 
     def smallest(self, kept: list[int]) -> Tensor:
         """Return the choice (V,) of the fewest bytes among these tiers."""
-        return self._sizes(kept).argmin(1)
+        return torch.cat([_least(self._sizes(kept, rows))[1] for rows in self._blocks()])
 
-    def _sizes(self, kept: list[int]) -> Tensor:
-        """Return the bytes (V, T) of rows at these tiers, infinite where a tier is not allowed."""
-        return torch.where(torch.isfinite(self.cost[:, kept]), self.bytes[kept], math.inf)
+    def _blocks(self) -> Iterator[slice]:
+        """Yield where blocks of rows lie in the table."""
+        count = self.cost.shape[1]
+        return (slice(start, min(start + _ROWS, count)) for start in range(0, count, _ROWS))
+
+    def _taken(self, tier_of: Tensor, first: int) -> Tensor:
+        """Return the costs (n,) of consecutive rows from the first on, each at its tier (n,)."""
+        return self.cost[tier_of, torch.arange(first, first + len(tier_of))]
+
+    def _sizes(self, kept: list[int], rows: slice) -> Iterator[Tensor]:
+        """Yield by tier the bytes (n,) of rows, infinite where the tier is not allowed."""
+        return (torch.where(torch.isfinite(self.cost[i, rows]), self.bytes[i], math.inf) for i in kept)
+
+    def _prices(self, kept: list[int], rows: slice, price: float) -> Iterator[Tensor]:
+        """Yield by tier what rows (n,) cost, bytes included."""
+        return (self.cost[i, rows] + price * self.bytes[i] for i in kept)
 
     def _smallest(self, kept: list[int]) -> float:
         """Return the bytes of the smallest table with these tiers."""
-        return float(self._sizes(kept).amin(1).sum()) + self._shared(kept)
+        least = sum(float(_least(self._sizes(kept, rows))[0].sum()) for rows in self._blocks())
+        return least + self._shared(kept)
 
     def _shared(self, kept: list[int]) -> int:
         return self.shared_bytes([self.tiers[i] for i in kept])
 
-    def _spent(self, kept: list[int], choice: Tensor) -> float:
-        return float(self.bytes[kept][choice].sum()) + self._shared(kept)
-
     def _price(self, kept: list[int], budget: int) -> float:
         """Bisect for the least multiplier whose choice fits the budget, to a relative accuracy of 1e-6."""
-        cost, size = self.cost[:, kept], self.bytes[kept]
+        size, shared = self.bytes[kept], self._shared(kept)
 
         def fits(price: float) -> bool:
-            return self._spent(kept, _choice(cost, size, price)) <= budget
+            chosen = (_least(self._prices(kept, rows, price))[1] for rows in self._blocks())
+            return sum(float(size[choice].sum()) for choice in chosen) + shared <= budget
 
         low, high = 0.0, 1e-9
         while not fits(high):
@@ -99,10 +115,10 @@ class RateSearch:
 
     def _cheapest_to_drop(self, kept: list[int], price: float, budget: int) -> int | None:
         """Return the tier whose removal raises the Lagrangian least while the rest still fits, or None."""
-        value = self.cost[:, kept] + price * self.bytes[kept]
-        two = value.topk(2, dim=1, largest=False)
         rise = torch.zeros(len(kept), dtype=torch.float64)
-        rise.index_add_(0, two.indices[:, 0], two.values[:, 1] - two.values[:, 0])
+        for rows in self._blocks():
+            least, second, number = _two_least(self._prices(kept, rows, price))
+            rise.index_add_(0, number, second - least)
         everything = self._shared(kept)
         for position, index in enumerate(kept):
             rise[position] += price * (self._shared([i for i in kept if i != index]) - everything)
@@ -113,19 +129,42 @@ class RateSearch:
 
     def _fill_budget(self, kept: list[int], budget: int) -> Tensor:
         """Return the choice (V,) at the budget's price, remaining bytes spent where they gain most."""
-        price, cost, size = self._price(kept, budget), self.cost[:, kept], self.bytes[kept]
-        choice = _choice(cost, size, price)
-        richer = _choice(cost, size, price * (1 - 1e-5))
-        more = (size[richer] - size[choice]).clamp_min(0)
-        rows = torch.nonzero(more > 0).flatten()
-        gain = (cost.gather(1, choice[:, None]) - cost.gather(1, richer[:, None])).squeeze(1)
-        rows = rows[(gain[rows] / more[rows]).argsort(descending=True, stable=True)]
-        room = budget - self._spent(kept, choice)
-        upgraded = rows[more[rows].cumsum(0) <= room]
-        choice[upgraded] = richer[upgraded]
+        price, size, tier_of = self._price(kept, budget), self.bytes[kept], torch.tensor(kept)
+        choice, spent = torch.empty(self.cost.shape[1], dtype=torch.int64), float(self._shared(kept))
+        upgrades = []
+        for rows in self._blocks():
+            own, richer = (_least(self._prices(kept, rows, each))[1] for each in (price, price * (1 - 1e-5)))
+            choice[rows] = own
+            spent += float(size[own].sum())
+            more = size[richer] - size[own]
+            gain = self._taken(tier_of[own], rows.start) - self._taken(tier_of[richer], rows.start)
+            some = torch.nonzero(more > 0).flatten()
+            upgrades.append((rows.start + some, richer[some], more[some], gain[some]))
+        ids, richer, more, gain = (torch.cat(parts) for parts in zip(*upgrades, strict=True))
+        order = (gain / more).argsort(descending=True, stable=True)
+        upgraded = order[more[order].cumsum(0) <= budget - spent]
+        choice[ids[upgraded]] = richer[upgraded]
         return choice
 
 
-def _choice(cost: Tensor, size: Tensor, price: float) -> Tensor:
-    """Return the tier (V,) of every row that is the cheapest at a price of bytes."""
-    return torch.cat([(part + price * size).argmin(1) for part in cost.split(_ROWS)])
+def _least(values: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the least of some tensors (n,), value by value, and the number (n,) of the first that has it."""
+    values = iter(values)
+    least = next(values)
+    number = torch.zeros(len(least), dtype=torch.int64)
+    for index, value in enumerate(values, 1):
+        number.masked_fill_(value < least, index)
+        least = torch.minimum(least, value)
+    return least, number
+
+
+def _two_least(values: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the two least of some tensors (n,), value by value, and the number (n,) of the first of them."""
+    values = iter(values)
+    least = next(values)
+    second, number = torch.full_like(least, math.inf), torch.zeros(len(least), dtype=torch.int64)
+    for index, value in enumerate(values, 1):
+        number.masked_fill_(value < least, index)
+        second = torch.minimum(second, torch.maximum(least, value))
+        least = torch.minimum(least, value)
+    return least, second, number

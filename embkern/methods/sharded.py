@@ -38,6 +38,7 @@ from .base import Rows
 SHARDS = 8  # default number of shards of a table
 TIMEOUT = 60.0  # seconds to wait for another process
 _MERGED = 2**24  # values that are merged at a time
+_ADDED = 2**18  # values that are added at a time: torch first converts all of them to the dtype of the sum
 GRACE_SECONDS = 2.0  # for another process to report its error before torchrun stops it
 
 # torch 2.10 lacks all_gather_single, and torch 2.13 deprecates all_gather_into_tensor.
@@ -112,14 +113,18 @@ class World:
         """Return the numbers of the blocks of rows that belong to this process, which take turns."""
         return range(self.rank, count, self.size)
 
-    def sum_blocks(self, parts: Iterable[Tensor], count: int, shape: tuple[int, ...]) -> Tensor:
-        """Add a float64 tensor per block in the order of the ``count`` blocks, given those of this process.
+    def sum_blocks(self, parts: Iterable[Iterable[Tensor]], count: int, size: int) -> Tensor:
+        """Add a vector (size,) per block in float64, in the order of the blocks.
 
-        A part is taken from the iterable when its turn comes, so that one is in memory at a time.
+        Args:
+            parts: of the blocks of this process, each the tensors whose values in a row are the vector. They
+                are taken when their turn comes, so that one of them is in memory at a time.
+            count: the number of blocks of all processes.
+            size: the number of values.
         """
-        total = torch.zeros(shape, dtype=torch.float64)
+        total = torch.zeros(size, dtype=torch.float64)
         for part in parts:
-            total += part
+            _add(total, part)
         return total
 
     def merge(self, tensor: Tensor) -> Tensor:
@@ -239,14 +244,15 @@ class DistributedWorld(World):
         if len(set(checksums)) > 1:
             self.on_first(_raise_unequal_weights)
 
-    def sum_blocks(self, parts: Iterable[Tensor], count: int, shape: tuple[int, ...]) -> Tensor:
-        """Add a float64 tensor per block in the order of the blocks, given those of this process."""
-        total, own = torch.zeros(shape, dtype=torch.float64), iter(parts)
-        nothing, gathered = torch.zeros_like(total), torch.empty(self.size, *shape, dtype=torch.float64)
+    def sum_blocks(self, parts: Iterable[Iterable[Tensor]], count: int, size: int) -> Tensor:
+        """Add a vector (size,) per block in float64, in the order of the blocks."""
+        total, own = torch.zeros(size, dtype=torch.float64), iter(parts)
+        gathered = torch.empty(self.size, size, dtype=torch.float64)
         for first in range(0, count, self.size):
-            part = next(own, nothing)
+            vector = torch.zeros_like(total)
+            _add(vector, next(own, ()))
             with self._collective():
-                _ALL_GATHER(gathered.view(-1), part.reshape(-1), group=self.group)
+                _ALL_GATHER(gathered.view(-1), vector, group=self.group)
             for each in gathered[: count - first]:
                 total += each
         return total
@@ -306,6 +312,15 @@ class DistributedWorld(World):
             message = self.message(", or the run was stopped (SIGTERM)")
             os.write(2, f"\nembkern: {message}\n".encode())
         os._exit(128 + signal.SIGTERM)
+
+
+def _add(total: Tensor, part: Iterable[Tensor]) -> None:
+    """Add tensors, whose values in a row are a vector, to a float64 vector in place."""
+    first = 0
+    for values in part:
+        for some in values.reshape(-1).split(_ADDED):
+            total[first : first + len(some)] += some
+            first += len(some)
 
 
 def _raise_unequal_weights() -> None:

@@ -13,6 +13,12 @@ from .base import Rows, take_rows
 from .sharded import World
 
 BLOCK_ROWS = 4096  # rows that are quantised at a time
+BLOCK_VALUES = 4096 * 768  # upper bound of their values, 13 MB in fp32, for wide rows
+
+
+def block_rows(width: int) -> int:
+    """Return the number of rows of this width in a block."""
+    return max(1, min(BLOCK_ROWS, BLOCK_VALUES // width))
 
 
 class TableRows:
@@ -44,14 +50,20 @@ class TableRows:
         return self.world.merge(norms)
 
     @property
+    def block_rows(self) -> int:
+        """The number of rows in a block."""
+        return block_rows(self.width)
+
+    @property
     def block_count(self) -> int:
         """The number of blocks of all processes."""
-        return -(-len(self) // BLOCK_ROWS)
+        return -(-len(self) // self.block_rows)
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield the rows in blocks, those of this process, and where each block lies in the table."""
+        size = self.block_rows
         for block in self.world.own_blocks(self.block_count):
-            start, stop = block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, len(self))
+            start, stop = block * size, min((block + 1) * size, len(self))
             table = self.table
             rows = table.read(start, stop) if isinstance(table, TableFile) else table[start:stop]
             place = slice(start, stop)

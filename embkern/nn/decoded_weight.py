@@ -144,6 +144,8 @@ class DecodedWeight(Tensor):
             return self._of(self._rows[index])
         if type(index) is int and isinstance(self._rows, range):
             return self._of(self._rows[index])
+        if isinstance(index, list) and index and all(type(each) is int for each in index):
+            index = torch.tensor(index)
         if isinstance(index, Tensor) and index.dtype in (torch.int32, torch.int64) and self._whole:
             ids = index.to(self.device)
             return self._decode(torch.where(ids < 0, ids + len(self), ids), None)

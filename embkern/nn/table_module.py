@@ -23,7 +23,7 @@ _ADVICE = (
 )
 _UNFREEZE = (
     "the table of a compressed model is frozen; to train it, call embkern.unfreeze_table(model) before the "
-    "optimizer is made (with PEFT, instead of modules_to_save)"
+    "optimizer is made"
 )
 ADJUSTMENT = "adjustment"
 AnyTableModule = TypeVar("AnyTableModule", bound="TableModule")

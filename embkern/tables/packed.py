@@ -140,8 +140,8 @@ class PackedTable:
         plain[:, 0] = 0  # so that the coefficients are decoded like the values of a row
         width = GROUP * (plain.shape[1] - 1)
         codes = (self.records, self.directory, plain, self.levels)
-        values = decode_rows(ids, PackedTensors(*codes, self.scales, None, None), width)[:, :size]
-        return F.pad(values, (0, size - values.shape[1]))
+        values = decode_rows(ids, PackedTensors(*codes, self.scales, None, None), width)
+        return values if width == size else F.pad(values[:, :size], (0, max(0, size - width)))
 
     def to_dense(self) -> Tensor:
         """Return the whole reconstructed table, (V, H)."""

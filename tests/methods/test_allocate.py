@@ -268,3 +268,27 @@ def test_a_table_in_a_file_is_never_whole_in_memory(tmp_path) -> None:
     command = [sys.executable, "-c", RESIDENT, str(tmp_path / "t")]
     grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert grown < table.nbytes / 2
+
+
+PEAK = """
+import resource, sys, torch
+from embkern.io.mapped_table import TableFile
+from embkern.methods import allocate
+torch.set_num_threads(1)  # every thread has scratch memory of its own
+table = TableFile(sys.argv[1], "t")
+counts = 1 / torch.arange(1, len(table) + 1, dtype=torch.float64)
+packed = allocate(table, ratio=16, counts=counts)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - packed.nbytes - counts.nbytes)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+def test_memory_grows_by_some_bytes_a_row(tmp_path) -> None:
+    """The costs of 10 tiers take 80 bytes a row, and the table itself, of which no copy is made, 256."""
+    rows, peaks = (30_000, 120_000), []
+    for V in rows:
+        save_file({"t": _table(V, 64)}, tmp_path / "t")
+        command = [sys.executable, "-c", PEAK, str(tmp_path / "t")]
+        peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    assert (peaks[1] - peaks[0]) / (rows[1] - rows[0]) < 250

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from embkern import Calibration
 from embkern.io.mapped_table import TableFile
-from embkern.methods import allocate, allocation, table_rows
+from embkern.methods import allocate, table_rows
 from embkern.methods.sharded import DistributedWorld, World, joined
 from tests.methods.processes import environments
 from tests.methods.test_metric_allocation import calibration
@@ -42,10 +42,10 @@ WORKER = """
 import sys, torch
 from embkern import Calibration
 from embkern.io.mapped_table import TableFile
-from embkern.methods import allocate, allocation, table_rows
+from embkern.methods import allocate, table_rows
 from embkern.methods.sharded import joined
 
-table_rows.BLOCK_ROWS = allocation.BLOCK_ROWS = int(sys.argv[2])
+table_rows.BLOCK_ROWS = int(sys.argv[2])
 known, counts = Calibration.load(sys.argv[1] + ".calibration"), torch.load(sys.argv[1] + ".counts")
 with joined(timeout=60) as world:
     for number, (name, options) in enumerate(eval(sys.argv[3])):
@@ -78,8 +78,7 @@ def path(tmp_path) -> Path:
 @pytest.fixture
 def one_thread(monkeypatch):
     """As many threads as the processes have, and blocks as small as theirs."""
-    for module in (table_rows, allocation):
-        monkeypatch.setattr(module, "BLOCK_ROWS", BLOCK)
+    monkeypatch.setattr(table_rows, "BLOCK_ROWS", BLOCK)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -201,7 +200,8 @@ def test_blocks_are_divided_in_turns_and_added_in_their_order():
         owned = [set(each.own_blocks(4)) for each in worlds]
         assert sorted(block for blocks in owned for block in blocks) == [0, 1, 2, 3]
     parts = [torch.tensor([1e16, 1.0]), torch.tensor([1.0, 2.0]), torch.tensor([-1e16, 3.0])]
-    total = World().sum_blocks((part.double() for part in parts), 3, (2,))
+    total = World().sum_blocks((part.split(1) for part in parts), 3, 2)
+    assert total.dtype == torch.float64
     assert total.tolist() == [0.0, 6.0]  # 1 is lost beside 1e16, as in every order of processes
 
 

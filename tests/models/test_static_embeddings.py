@@ -10,13 +10,15 @@ import sys
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 T = pytest.importorskip("transformers")
 sentence_transformers = pytest.importorskip("sentence_transformers")
+from tokenizers import Tokenizer
 
 import embkern
 from embkern import PackedEmbedding, PackedEmbeddingBag
+from embkern.io.mapped_table import TableFile
 from embkern.models.find_table import UnsupportedModelError
 from embkern.models.report import read_report
 from embkern.models.static_embeddings import _module_classes
@@ -217,3 +219,25 @@ def test_loading_in_a_fresh_process(static, tmp_path):
     ):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
         assert (done.returncode == 0) == works, done.stderr
+
+
+def test_a_file_of_one_table_beside_a_tokenizer(static, tmp_path):
+    """wordllama has such files: ``embedding.weight`` in fp16, and a tokenizer without a model's config."""
+    weights, tokenizer = tmp_path / "l2_256.safetensors", tmp_path / "l2_tokenizer_config.json"
+    save_file({"embedding.weight": static[0].embedding.weight.detach().half()}, weights)
+    static[0].tokenizer.save(str(tokenizer))
+    before = static.encode(TEXTS)
+    embedding, normalize = _module_classes()
+    table = load_file(weights)["embedding.weight"].float()
+    made = embedding(Tokenizer.from_file(str(tokenizer)), embedding_weights=table)
+    model = sentence_transformers.SentenceTransformer(modules=[made, normalize()])
+    report = embkern.compress(model, ratio=8, output=tmp_path / "small")
+    assert report.ratio >= 8
+    loaded = sentence_transformers.SentenceTransformer(str(tmp_path / "small"))
+    assert np.array_equal(loaded.encode(TEXTS), model.encode(TEXTS))
+    assert (cosines(before, loaded.encode(TEXTS))[[0, 1, 3]] > 0.95).all()
+    packed = embkern.methods.allocate(TableFile(weights, "embedding.weight"), ratio=4)  # of fp16
+    ids = torch.tensor([[4, 5, 6], [6, 6, 4]])
+    expected = torch.nn.functional.embedding_bag(ids, table)
+    found = PackedEmbeddingBag(packed, mode="mean")(ids)
+    assert (torch.cosine_similarity(found.float(), expected) > 0.95).all()

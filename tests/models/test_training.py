@@ -44,7 +44,7 @@ def test_a_table_is_frozen_whatever_the_flags_say(kind, unfrozen):
     before = {name: tensor.clone() for name, tensor in held(model.get_input_embeddings()).items()}
     expected = nullcontext()
     if unfrozen:
-        model.requires_grad_(True)  # as scripts do to everything, and PEFT to modules_to_save
+        model.requires_grad_(True)  # as scripts do to everything
         expected = pytest.warns(
             UserWarning, match=r"gets no gradients: .*call embkern.unfreeze_table\(model\)"
         )

@@ -74,6 +74,7 @@ def test_what_is_known_without_a_row_decodes_none(module, decoded):
         (lambda w: F.embedding(torch.tensor([[1, 12, 1]]), w), 3),
         (lambda w: w[torch.arange(13) % 2 == 0], 13),
         (lambda w: w[:, 3], 13),
+        (lambda w: w[[1, -1, 5]], 3),
         (lambda w: w[[0, 2], [1, 1]], 13),
         (lambda w: w @ torch.ones(8), 13),
         (lambda w: F.linear(torch.ones(2, 8), w), 13),
