@@ -227,7 +227,7 @@ class LossTile(NamedTuple):
 
 
 # Up to this many states of the cross-entropy are taken in small blocks; greater ones read the table less.
-FEW_STATES, _FEW_BLOCK = 64, 32
+FEW_STATES = 64
 
 # (kernel, bytes per element) -> a tile for more states; chosen by the compiler's report. States of up to
 # BLOCK_K columns are loaded once; the gradients of states and rows take no wider ones.
@@ -247,8 +247,8 @@ def loss_tile_of(kernel: str, device: Device, dtype: torch.dtype, N: int, K: int
     """Return the tile of a kernel of the cross-entropy for N states of K columns."""
     tile = LOSS_TILES[kernel, dtype.itemsize]
     # Rows that do not start on 16 bytes are loaded element by element; greater blocks spilled registers.
-    few = N <= FEW_STATES or K * dtype.itemsize % 16
-    states = min(tile.BLOCK_N, _FEW_BLOCK) if few else tile.BLOCK_N
+    bound = tile.BLOCK_N if K * dtype.itemsize % 16 == 0 else 32
+    states = min(tile.BLOCK_N, 16 if N <= FEW_STATES else bound)
     columns = max(16, next_power_of_2(K))
     if columns > tile.BLOCK_K:  # in steps, for which mma.sync needs more registers than wgmma
         columns = min(tile.BLOCK_K, 64)
