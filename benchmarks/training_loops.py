@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from embkern.methods.autoencoder import AutoencoderOptions
 from embkern.methods.autoencoder.engines import ENGINES
 from embkern.methods.autoencoder.objective import Objective
+from embkern.methods.autoencoder.targets import Targets
 from embkern.methods.autoencoder.trainer import Trainer
 from embkern.methods.autoencoder.weights import Weights
 from embkern.methods.base import parse_options
@@ -172,13 +173,13 @@ class EngineLoop:
     """An engine of ``embkern.methods.autoencoder``, on whole batches."""
 
     def __init__(self, rows: Tensor, table: Table, terms: Terms, batch_size: int, engine: str) -> None:
-        self.rows, self.batch_size, self.state = rows, batch_size, _start(table, rows)
+        self.targets, self.batch_size, self.state = Targets.of(rows), batch_size, _start(table, rows)
         objective = Objective(terms.cosine_weight, terms.mse_weight, 0.0, terms.power_weight, terms.eps)
         self.engine = ENGINES[engine](self.state, objective)
 
     def run(self, order: Tensor, alpha: float, lr: float) -> Tensor:
         """Take the steps of ``order``."""
-        return self.engine.run(self.rows, order, self.batch_size, alpha, lr)
+        return self.engine.run(self.targets, order, self.batch_size, alpha, lr)
 
     def weights(self) -> Tensor:
         """Its weights, flat."""

@@ -26,8 +26,8 @@ from embkern.experiments.timing import cuda_sampler, paired_rounds
 from ..results_file import command_line, write_results
 
 KERNELS = ("forward", "project_grad", "grad_basis")
-# The shape that stands for its class in embkern/triton/tiles.py.
-LENGTHS = {"decode": 16, "prompt": 512, "batch": 16384}
+# The positions that stand for the small and for the large tile in embkern/triton/tiles.py.
+LENGTHS = {"few": 16, "many": 16384}
 RANKS = {75: 768, 256: 2048, 512: 4096, 640: 2048}
 V = 128256
 BATCHES = 8
@@ -87,19 +87,20 @@ def main(arguments: list[str]) -> int:
 
 def candidates(case: Case, device: Any) -> list[Any]:
     """Return the tiles to compare, the one in use first."""
-    from embkern.triton.tiles import Tile, fit_rank, shared_estimate, tile_of
+    from embkern.triton.tiles import TILES, Tile, fit_rank, shared_estimate, tile_of
 
     N, itemsize = LENGTHS[case.length], case.dtype.itemsize
-    rows: tuple[int, ...] = {"decode": (16,), "prompt": (16, 32, 64), "batch": (64, 128)}[case.length]
+    on_chip = TILES[case.kernel, itemsize][0].on_chip
+    rows: tuple[int, ...] = {"few": (16, 32), "many": (64, 128)}[case.length]
     columns: tuple[int, ...] = (32, 64, 128)
     ranks: tuple[int, ...] = (64, 128, 256)
     warps: tuple[int, ...] = (4, 8)
     if case.kernel == "forward":
-        ranks = (512,) if case.r <= 512 else (64, 128)
+        ranks = (64,) if case.r <= on_chip else (64, 128)
     if case.kernel == "project_grad":
         columns = (64,)
     if case.kernel == "grad_basis":
-        rows = (32, 64) if case.length == "batch" else (16, 32)
+        rows = (32, 64) if case.length == "many" else (16, 32)
         columns, ranks = (64, 128), (64, 128)
     if itemsize > 2:  # registers bound the products of fp32
         rows, columns, ranks, warps = (16, 32, 64), (32, 64), (16, 32, 64), (4,)
@@ -107,7 +108,7 @@ def candidates(case: Case, device: Any) -> list[Any]:
     for BLOCK_N, BLOCK_H, BLOCK_R, num_warps, num_stages in itertools.product(
         rows, columns, ranks, warps, (2, 3)
     ):
-        tile = fit_rank(case.kernel, Tile(BLOCK_N, BLOCK_H, BLOCK_R, num_warps, num_stages), case.r)
+        tile = fit_rank(Tile(BLOCK_N, BLOCK_H, BLOCK_R, num_warps, num_stages, on_chip=on_chip), case.r)
         if tile not in found and shared_estimate(case.kernel, tile, case.r, itemsize) <= device.shared_bytes:
             found.append(tile)
     return found
@@ -229,12 +230,9 @@ def _tune(cases: list[Case], command: str, deadline: float) -> int:
                 flush=True,
             )
             path = write_results("tune_gather_project", command, rows)
-    print(
-        f"\n# For TILES in embkern/triton/tiles.py: capability {device.capability}, one tile per rank class"
-    )
+    print("\n# The fastest, for TILES in embkern/triton/tiles.py:")
     for case, tile in best:
-        entry = f"{(case.kernel, device.capability, case.dtype.itemsize)!r}, {case.length!r}, r={case.r}"
-        print(f"# {entry}\n{_entry(case, tile)},")
+        print(f"# {case}\n{tile},")
     print("->", path)
     return 0
 
@@ -278,14 +276,3 @@ def _plain(kernel: str, tensors: dict[str, torch.Tensor], ids: torch.Tensor) -> 
 def _row(case: Case, tile: Any, **more: Any) -> dict[str, Any]:
     shape = dict(kernel=case.kernel, length=case.length, N=LENGTHS[case.length], r=case.r, H=case.H)
     return {**shape, "dtype": str(case.dtype), "tile": asdict(tile), **more}
-
-
-def _entry(case: Case, tile: Any) -> str:
-    """Return the entry of the table: its BLOCK_R fits every rank of the class."""
-    block_r = tile.BLOCK_R
-    if case.kernel == "forward" and case.r <= tile.BLOCK_R + tile.BLOCK_TAIL:
-        block_r = next(bound for bound in (128, 256, 512) if case.r <= bound)
-    return (
-        f"Tile({tile.BLOCK_N}, {tile.BLOCK_H}, {block_r}, {tile.num_warps}, {tile.num_stages}, "
-        f"measured_on={tile.measured_on!r})"
-    )

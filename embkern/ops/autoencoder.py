@@ -214,12 +214,13 @@ def autoencoder_loss(
 def autoencoder_forward(
     target: Tensor,
     parameters: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None],
+    target_norm: Tensor | None,
     options: tuple[int, float, float, float, float, float, float],
     needs_grad: bool,
     backend: str,
 ) -> tuple[Tensor, ...]:
     """Run the raw op of a backend, for trainers: the terms (4,) and the gradients of the five parameters."""
-    return _FORWARD[backend](target, *parameters, None, None, *options, needs_grad)
+    return _FORWARD[backend](target, *parameters, None, target_norm, *options, needs_grad)
 
 
 def _check(

@@ -30,7 +30,7 @@ from triton.compiler import CompiledKernel
 
 from ..ops.packed_codes import GROUP, LEVELS_SHAPE
 from ..ops.packed_format import ENTRY_WORDS, PackedTensors
-from ..ops.reference import MEAN, NONE, accumulation_dtype
+from ..ops.reference import MEAN, NONE, SUM, accumulation_dtype
 from . import cosine_mse as cm
 from . import gather_decode as gd
 from .autoencoder import gram_form, row_form
@@ -66,12 +66,12 @@ class Shape:
         return f"N={self.N} r={rank} H={self.H} {str(self.dtype).removeprefix('torch.')}"
 
 
-# Every class of length and rank, aligned and not; the widths of BERT and Llama; an odd width.
+# Both tiles, ranks on chip and in steps, aligned and not; the widths of BERT and Llama; an odd width.
 SHAPES = (
     *(Shape(16384, r, H) for r, H in ((256, 2048), (75, 768), (299, 768), (512, 4096), (640, 2048))),
-    *(Shape(512, r, H) for r, H in ((256, 2048), (75, 768))),
-    *(Shape(4, r, H) for r, H in ((256, 2048), (75, 768))),
-    *(Shape(N, 75, 768, apart=5) for N in (16384, 512, 4)),
+    *(Shape(4, r, H) for r, H in ((256, 2048), (75, 768), (640, 2048))),
+    *(Shape(N, 75, 768, apart=5) for N in (16384, 4)),
+    Shape(16384, 299, 768, apart=5),
     Shape(16384, 63, 77, ids_dtype=torch.int32),
     Shape(16384, 256, 2048, torch.float16),
     *(Shape(N, r, H, torch.float32) for N in (16384, 4) for r, H in ((256, 2048), (75, 768))),
@@ -163,9 +163,9 @@ class PackedShape:
         return f"N={self.N} K={self.K} H={self.H} {str(self.dtype).removeprefix('torch.')}"
 
 
-# Every class of length; coefficients on chip and in steps; widths of small and large models; odd; no basis.
+# Many and few rows; coefficients on chip and in steps; widths of small and large models; odd; no basis.
 PACKED_SHAPES = (
-    *(PackedShape(N, 128, 768, dtype) for N in (16384, 512, 4) for dtype in (torch.float32, torch.bfloat16)),
+    *(PackedShape(N, 128, 768, dtype) for N in (16384, 4) for dtype in (torch.float32, torch.bfloat16)),
     PackedShape(16384, 128, 384),
     PackedShape(16384, 256, 4096, torch.bfloat16),
     PackedShape(16384, 640, 2048, torch.bfloat16),
@@ -256,6 +256,9 @@ def autoencoder_launches(shape: AutoencoderShape) -> Iterator[Launch]:
     power = options._replace(power_weight=0.0025)
     for tile in (row_form.FEW_ROWS_TILE, row_form.ROWS_TILE):
         yield row_form.rows_launch(target, target, norm, weight, sums, power, tile)
+    by_block = power._replace(reduction=SUM, rmse_weight=0.0)
+    for terms in (by_block, by_block._replace(cosine_weight=0.0, power_weight=0.0)):
+        yield from row_form.gradient_launches(target, target, norm, weight, torch.empty_like(target), terms)
 
 
 def packed_launches(shape: PackedShape, device: Device) -> Iterator[Launch]:

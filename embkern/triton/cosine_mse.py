@@ -154,15 +154,16 @@ def _cosine_mse_kernel(
 
     cosine, mse, rmse (of each row) and power ("power", "linear" for alpha 1, or None) say which terms there
     are; all weights but that of the cosine are per column. loss_ptr receives a value per row with
-    ``per_row``, otherwise one per program. For the root of the batch, a first pass stores the largest root of
-    a row per program and a sum of squares relative to it (largest_ptr, squares_ptr); the second pass reads
-    the root of the batch from root_ptr.
+    ``per_row``, otherwise one per program; what only the loss needs is not computed if it is None. For the
+    root of the batch, a first pass stores the largest root of a row per program and a sum of squares relative
+    to it (largest_ptr, squares_ptr); the second pass reads the root of the batch from root_ptr.
     """
     accumulator: tl.constexpr = tl.float64 if output_ptr.dtype.element_ty == tl.float64 else tl.float32
     WIDTH: tl.constexpr = PARTS * BLOCK_H
     RESIDENT: tl.constexpr = H <= WIDTH  # One block stays in registers; several are loaded in each loop.
     x_known: tl.constexpr = target_norm_ptr is not None
-    error: tl.constexpr = mse or rmse or largest_ptr is not None
+    has_loss: tl.constexpr = loss_ptr is not None
+    error: tl.constexpr = (mse and has_loss) or rmse or largest_ptr is not None
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < N
     columns = tl.arange(0, BLOCK_H)
@@ -180,7 +181,7 @@ def _cosine_mse_kernel(
         if not RESIDENT:
             ys, xs, ps = _load_block(output_ptr, target_ptr, n, start + columns, N, exponent, H, PARTS, power)
         sums = _add_sums(sums, ys, xs, inverse, PARTS, cosine, x_known, error)
-        if power is not None:
+        if power is not None and has_loss:
             values = tl.zeros_like(ys[0])
             for part in tl.static_range(PARTS):
                 there = (start + part * BLOCK_H + columns < H)[None, :]
@@ -260,7 +261,8 @@ def _cosine_mse_kernel(
         root = e_scale * square_root(divide(ee, H))
     if mse:
         factor = tl.full((), mse_weight, accumulator)
-        rows += factor * (ee * e_scale * e_scale)
+        if has_loss:
+            rows += factor * (ee * e_scale * e_scale)
         from_error += slope * (2.0 * factor)
     if largest_ptr is not None:
         largest = tl.max(tl.where(weight > 0, root, 0.0), 0)
@@ -277,7 +279,7 @@ def _cosine_mse_kernel(
     if power is not None:
         rows += tl.full((), power_weight, accumulator) * powers
         from_power = slope * tl.full((), power_slope, accumulator)
-    if loss_ptr is not None:
+    if has_loss:
         if per_row:
             tl.store(loss_ptr + n, weight * rows, mask=inside)
         else:
@@ -405,16 +407,19 @@ def forward_launches(
     weights: tuple[float, float, float, float],
     alpha: float,
     eps: float,
-    loss: Tensor,
+    loss: Tensor | None,
     grad_output: Tensor | None,
     grad_target: Tensor | None,
 ) -> list[Launch]:
-    """Return the launches of cosine_mse_forward in order."""
+    """Return the launches of cosine_mse_forward in order; a loss or gradient that is None is not computed."""
     N, H = output.shape
     cosine_weight, mse_weight, rmse_weight, power_weight = weights
     tile = row_tile_of(output.dtype, N, H)
     programs = cdiv(N, tile.BLOCK_N)
     launches: list[Launch] = []
+
+    def sums(*size: int) -> Tensor:
+        return output.new_empty(size, dtype=accumulation_dtype(output.dtype))
 
     weight_sums, row_scale = None, 1.0
     if reduction == MEAN and row_weight is None:
@@ -422,7 +427,7 @@ def forward_launches(
     elif reduction == MEAN:
         assert row_weight is not None
         chunk = cdiv(cdiv(N, _WEIGHT_SUMS), _WEIGHT_BLOCK) * _WEIGHT_BLOCK
-        weight_sums = loss.new_empty(cdiv(N, chunk))
+        weight_sums = sums(cdiv(N, chunk))
         launches.append(_sum_launch(row_weight, None, weight_sums, 0.0, chunk, _WEIGHT_BLOCK))
 
     rows = dict(
@@ -464,12 +469,16 @@ def forward_launches(
     def add(arguments: dict[str, Any]) -> None:
         launches.append(Launch(_cosine_mse_kernel, (programs,), rows | nothing | arguments, tile.num_warps))
 
-    partial = loss if reduction == NONE else loss.new_empty(programs)
-    results = dict(loss_ptr=partial, grad_output_ptr=grad_output, grad_target_ptr=grad_target)
+    partial = None if loss is None or reduction == NONE else sums(programs)
+    results = dict(
+        loss_ptr=loss if partial is None else partial,
+        grad_output_ptr=grad_output,
+        grad_target_ptr=grad_target,
+    )
     root = None
     if batch_root:
-        root = loss.new_empty(())
-        parts = dict(largest_ptr=loss.new_empty(programs), squares_ptr=loss.new_empty(programs))
+        root = sums()
+        parts = dict(largest_ptr=sums(programs), squares_ptr=sums(programs))
         one_pass = grad_output is None and grad_target is None
         add(terms | results | parts if one_pass else no_terms | parts)
         finish = dict(parts, root_ptr=root, N=programs, BLOCK=_ROOT_BLOCK)
@@ -478,7 +487,7 @@ def forward_launches(
             add(terms | results | dict(root_ptr=root))
     else:
         add(terms | results)
-    if reduction != NONE:
+    if loss is not None and partial is not None:
         launches.append(_sum_launch(partial, root, loss, rmse_weight, programs, _PARTIAL_BLOCK))
     return launches
 

@@ -1,10 +1,11 @@
-"""Tile sizes of the Triton kernels: a table, and the rules for devices and shapes that are not in it.
+"""Tile sizes of the Triton kernels: a table, and the rules that fit its entries to shapes and devices.
 
-**No entry has been measured yet.** They are chosen by arithmetic (programs per multiprocessor, shared memory,
-bytes read again from L2) and by the compiler's report (`python -m embkern.triton.aot`: no spills, tensor
-cores in use). On a device, `python -m benchmarks tune_gather_project` measures candidates and prints the
-entries. There is no `@triton.autotune`: it would time kernels inside the first call and break the capture of
-CUDA graphs.
+**No entry has been measured yet.** Until one is, a kernel has two tiles per size of elements, a small one for
+few positions or rows and a large one. They are chosen by arithmetic (programs per multiprocessor, shared
+memory, bytes read again from L2) and by the compiler's report (`python -m embkern.triton.aot`: no spills,
+tensor cores in use). On a device, `python -m benchmarks tune_gather_project` measures candidates and prints
+the entries. There is no `@triton.autotune`: it would time kernels inside the first call and break the capture
+of CUDA graphs.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ class Device:
 class Tile:
     """Positions, columns and ranks per program or step, and the compiler's warps and pipeline stages.
 
-    The forward keeps BLOCK_R + BLOCK_TAIL ranks on chip if that covers r; otherwise it takes r in steps of
-    BLOCK_R. ``measured_on`` names the device whose timings chose the entry; None if arithmetic did.
+    The forward keeps codes of up to ``on_chip`` ranks on chip, in blocks of BLOCK_R and BLOCK_TAIL that
+    ``fit_rank`` chooses; it takes more, and the other kernels all, in steps of BLOCK_R. ``measured_on`` names
+    the device whose timings chose the entry; None if arithmetic did.
     """
 
     BLOCK_N: int
@@ -43,6 +45,7 @@ class Tile:
     num_warps: int
     num_stages: int
     BLOCK_TAIL: int = 0
+    on_chip: int = 0
     measured_on: str | None = None
 
     def blocks(self) -> dict[str, int]:
@@ -50,94 +53,27 @@ class Tile:
         return dict(BLOCK_N=self.BLOCK_N, BLOCK_H=self.BLOCK_H, BLOCK_R=self.BLOCK_R)
 
 
-# Upper bounds of the classes of positions: decoding, a prompt, and "batch" beyond.
-LENGTHS = {"decode": 64, "prompt": 1024}
-# Upper bounds of the classes of ranks that the forward keeps on chip. Greater ones, which it takes in steps,
-# are a fourth class.
-RANKS = (128, 256, 512)
+# Most positions that take the small tile of a product. At 2048 columns the large tile of the forward makes 64
+# programs of 256 positions, and 128 of 512, for the 132 multiprocessors of an H100.
+FEW_POSITIONS = 256
 
-# (kernel, capability, bytes per element) -> {length: a tile per class of ranks, the last one for the rest}.
-# A capability without a row or without that length takes those of the newest older capability.
-TILES: dict[tuple[str, int, int], dict[str, tuple[Tile, ...]]] = {
-    # Batches: 128 rows halve the reads of the basis from L2; from r = 257 on, the codes need the space.
-    ("forward", 80, 2): {
-        "decode": (
-            Tile(16, 32, 128, 4, 2),
-            Tile(16, 32, 256, 4, 2),
-            Tile(16, 32, 512, 4, 2),
-            Tile(16, 32, 128, 4, 3),
-        ),
-        "prompt": (
-            Tile(64, 32, 128, 4, 3),
-            Tile(64, 32, 256, 4, 2),
-            Tile(64, 32, 512, 8, 2),
-            Tile(64, 64, 64, 8, 3),
-        ),
-        "batch": (
-            Tile(128, 64, 128, 8, 3),
-            Tile(128, 64, 256, 8, 2),
-            Tile(64, 32, 512, 8, 2),
-            Tile(64, 64, 64, 8, 3),
-        ),
-    },
-    # 227 KiB of shared memory hold a third stage of the basis beside 128 rows of 256 codes.
-    ("forward", 90, 2): {
-        "batch": (
-            Tile(128, 64, 128, 8, 3),
-            Tile(128, 64, 256, 8, 3),
-            Tile(64, 64, 512, 8, 2),
-            Tile(128, 128, 64, 8, 3),
-        ),
-    },
+# (kernel, bytes per element) -> a tile for few positions and one for more, on every device: `shrink` makes
+# them fit its shared memory.
+TILES: dict[tuple[str, int], tuple[Tile, Tile]] = {
+    # 128 rows halve the reads of the basis from L2; from about r = 257 on, the codes leave room for 64.
+    ("forward", 2): (Tile(16, 32, 64, 4, 2, on_chip=512), Tile(128, 64, 64, 8, 3, on_chip=512)),
     # fp32 products run outside the tensor cores, fp64 ones in small tiles: registers are the bound, and r is
     # taken in steps. With 4 warps, a batch of fp32 spilled registers in the product of packed coefficients.
-    ("forward", 80, 4): {
-        "decode": (Tile(16, 32, 64, 4, 3),),
-        "prompt": (Tile(32, 32, 32, 4, 3),),
-        "batch": (Tile(64, 64, 16, 8, 3),),
-    },
-    ("forward", 80, 8): {
-        "decode": (Tile(16, 32, 16, 4, 2),),
-        "prompt": (Tile(32, 32, 16, 4, 2),),
-        "batch": (Tile(32, 32, 16, 4, 2),),
-    },
+    ("forward", 4): (Tile(16, 32, 64, 4, 3), Tile(64, 64, 16, 8, 3)),
+    ("forward", 8): (Tile(16, 32, 16, 4, 2), Tile(32, 32, 16, 4, 2)),
     # One program reads a row of grad once for up to BLOCK_R ranks.
-    ("project_grad", 80, 2): {
-        "decode": (Tile(16, 64, 32, 4, 3),),
-        "prompt": (Tile(64, 64, 64, 4, 3),),
-        "batch": (Tile(128, 64, 128, 8, 3),),
-    },
-    ("project_grad", 90, 2): {
-        "batch": (Tile(128, 64, 128, 8, 3), Tile(128, 64, 256, 8, 3), Tile(128, 64, 128, 8, 3)),
-    },
-    # For Blackwell, Triton 3.7 and 3.8 spill registers with 256 ranks at a time.
-    ("project_grad", 100, 2): {"batch": (Tile(128, 64, 128, 8, 3),)},
-    ("project_grad", 80, 4): {
-        "decode": (Tile(16, 32, 32, 4, 3),),
-        "prompt": (Tile(32, 32, 32, 4, 3),),
-        "batch": (Tile(64, 32, 64, 4, 3),),
-    },
-    ("project_grad", 80, 8): {
-        "decode": (Tile(16, 16, 32, 4, 2),),
-        "prompt": (Tile(32, 16, 32, 4, 2),),
-        "batch": (Tile(32, 16, 32, 4, 2),),
-    },
+    ("project_grad", 2): (Tile(16, 64, 32, 4, 3), Tile(128, 64, 128, 8, 3)),
+    ("project_grad", 4): (Tile(16, 32, 32, 4, 3), Tile(64, 32, 64, 4, 3)),
+    ("project_grad", 8): (Tile(16, 16, 32, 4, 2), Tile(32, 16, 32, 4, 2)),
     # Positions are the inner dimension of this product: BLOCK_N is the length of a step.
-    ("grad_basis", 80, 2): {
-        "decode": (Tile(16, 64, 64, 4, 3),),
-        "prompt": (Tile(64, 64, 64, 4, 3),),
-        "batch": (Tile(64, 128, 128, 8, 3),),
-    },
-    ("grad_basis", 80, 4): {
-        "decode": (Tile(16, 64, 64, 4, 3),),
-        "prompt": (Tile(16, 64, 64, 4, 3),),
-        "batch": (Tile(16, 64, 64, 4, 3),),
-    },
-    ("grad_basis", 80, 8): {
-        "decode": (Tile(16, 32, 32, 4, 2),),
-        "prompt": (Tile(16, 32, 32, 4, 2),),
-        "batch": (Tile(16, 32, 32, 4, 2),),
-    },
+    ("grad_basis", 2): (Tile(16, 64, 64, 4, 3), Tile(64, 128, 128, 8, 3)),
+    ("grad_basis", 4): (Tile(16, 64, 64, 4, 3), Tile(16, 64, 64, 4, 3)),
+    ("grad_basis", 8): (Tile(16, 32, 32, 4, 2), Tile(16, 32, 32, 4, 2)),
 }
 
 
@@ -150,20 +86,12 @@ def tile_of(
     """
     aligned = (r * dtype.itemsize) % 16 == 0 if aligned_codes is None else aligned_codes
     aligned &= (H * dtype.itemsize) % 16 == 0
-    return _tile_of(kernel, device, dtype.itemsize, _length(N), r, aligned)
+    return _tile_of(kernel, device.shared_bytes, dtype.itemsize, N > FEW_POSITIONS, r, aligned)
 
 
 @functools.cache
-def _tile_of(kernel: str, device: Device, itemsize: int, length: str, r: int, aligned: bool) -> Tile:
-    capabilities = [
-        capability
-        for (name, capability, size), row in TILES.items()
-        if name == kernel and size == itemsize and length in row
-    ]
-    # A device older than every row takes the oldest row.
-    capability = max((each for each in capabilities if each <= device.capability), default=min(capabilities))
-    ranks = TILES[kernel, capability, itemsize][length]
-    tile = ranks[min(sum(r > bound for bound in RANKS), len(ranks) - 1)]
+def _tile_of(kernel: str, shared_bytes: int, itemsize: int, many: bool, r: int, aligned: bool) -> Tile:
+    tile = TILES[kernel, itemsize][many]
     if not aligned:
         # Rows that do not start on 16 bytes are loaded element by element; greater blocks spilled registers.
         bound = 64 if itemsize == 2 and kernel != "grad_basis" else 32
@@ -171,31 +99,29 @@ def _tile_of(kernel: str, device: Device, itemsize: int, length: str, r: int, al
         if kernel == "grad_basis" and itemsize == 4:
             # Its BLOCK_N is minimal already; with 4 warps, Triton 3.6 took 255 registers and spilled.
             tile = replace(tile, num_warps=8)
-    return shrink(kernel, fit_rank(kernel, tile, r), r, itemsize, device.shared_bytes)
+    return shrink(kernel, fit_rank(tile, r), r, itemsize, shared_bytes)
 
 
-def _length(N: int) -> str:
-    return next((name for name, bound in LENGTHS.items() if bound >= N), "batch")
-
-
-def fit_rank(kernel: str, tile: Tile, r: int) -> Tile:
-    """Reduce BLOCK_R to what r needs; in the forward to two powers of two, which pad r less than one does."""
+def fit_rank(tile: Tile, r: int) -> Tile:
+    """Reduce BLOCK_R to what r needs; on chip to two powers of two, which pad r less than one does."""
     whole = max(16, next_power_of_2(r))
-    if kernel != "forward":
-        return replace(tile, BLOCK_R=min(tile.BLOCK_R, whole))
-    if r > tile.BLOCK_R:
-        return tile
+    if r > tile.on_chip:
+        return replace(tile, BLOCK_R=min(tile.BLOCK_R, whole), BLOCK_TAIL=0)
     half = whole // 2
     tail = max(16, next_power_of_2(r - half))
-    return replace(tile, BLOCK_R=half, BLOCK_TAIL=tail) if 16 <= half > tail else replace(tile, BLOCK_R=whole)
+    two = 16 <= half > tail
+    return replace(tile, BLOCK_R=half if two else whole, BLOCK_TAIL=tail if two else 0)
 
 
 def shrink(kernel: str, tile: Tile, r: int, itemsize: int, shared_bytes: int) -> Tile:
-    """Take stages, then positions, then columns off a tile until it fits ``shared_bytes``."""
+    """Take stages off a tile until it fits ``shared_bytes``, then positions and columns.
+
+    Positions beyond 64 go first, then columns beyond 32, and then the rest in the same order.
+    """
     while shared_estimate(kernel, tile, r, itemsize) > shared_bytes:
         if tile.num_stages > 2:
             tile = replace(tile, num_stages=tile.num_stages - 1)
-        elif tile.BLOCK_N > 16:
+        elif tile.BLOCK_N > 64 or (tile.BLOCK_H <= 32 and tile.BLOCK_N > 16):
             tile = replace(tile, BLOCK_N=tile.BLOCK_N // 2)
         else:
             tile = replace(tile, BLOCK_H=tile.BLOCK_H // 2)
@@ -234,19 +160,23 @@ class RowRule:
     measured_on: str | None = None
 
 
-# Bytes per element -> {length: rule}, for every capability. In a batch, a single warp holds a row of up to
-# 1024 columns: its sums need no barrier, and the registers of a multiprocessor hold 17 such rows, 100 KB of
-# fp32 or 50 KB of bf16 in flight. Fewer rows are spread over more warps, for latency.
-ROW_RULES: dict[int, dict[str, RowRule]] = {
-    2: {"decode": RowRule(8, 8192), "prompt": RowRule(8, 8192), "batch": RowRule(32, 8192)},
-    4: {"decode": RowRule(8, 8192), "prompt": RowRule(8, 8192), "batch": RowRule(32, 8192)},
-    8: {"decode": RowRule(4, 4096), "prompt": RowRule(4, 4096), "batch": RowRule(16, 4096)},
+# Up to this many rows are each spread over warps. With more, one warp per row makes more than seven for every
+# multiprocessor of an H100.
+FEW_ROWS = 1024
+
+# Bytes per element -> rules for few rows and for more, on every device. Of many rows, a single warp holds one
+# of up to 1024 columns: its sums need no barrier, and the registers of a multiprocessor hold 17 such rows,
+# 100 KB of fp32 or 50 KB of bf16 in flight. Fewer rows are spread over more warps, for latency.
+ROW_RULES: dict[int, tuple[RowRule, RowRule]] = {
+    2: (RowRule(8, 8192), RowRule(32, 8192)),
+    4: (RowRule(8, 8192), RowRule(32, 8192)),
+    8: (RowRule(4, 4096), RowRule(16, 4096)),
 }
 
 
 def row_tile_of(dtype: torch.dtype, N: int, H: int) -> RowTile:
     """Return the tile of a kernel that reduces over the rows of (N, H)."""
-    return _row_tile_of(ROW_RULES[dtype.itemsize][_length(N)], dtype.itemsize, H)
+    return _row_tile_of(ROW_RULES[dtype.itemsize][N > FEW_ROWS], dtype.itemsize, H)
 
 
 @functools.cache
@@ -272,10 +202,10 @@ def group_tile_of(N: int, groups: int) -> GroupTile:
     """Return the tile of a kernel that unpacks N rows of some groups; chosen by arithmetic.
 
     A program has one row, so that no thread waits for another one that locates the record, and a thread 8
-    values or 4. In a batch, a warp takes the row in steps of 8 or 4 groups, whichever leaves fewer groups of
+    values or 4. Of many rows, a warp takes one in steps of 8 or 4 groups, whichever leaves fewer groups of
     the last step empty. Fewer rows have up to 1024 columns at once, for latency.
     """
-    if _length(N) == "batch":
+    if N > FEW_ROWS:
         block = min((8, 4), key=lambda size: -(-groups // size) * size)
     else:
         block = min(32, next_power_of_2(groups))
@@ -296,8 +226,11 @@ class LossTile(NamedTuple):
         return dict(BLOCK_N=self.BLOCK_N, BLOCK_V=self.BLOCK_V, BLOCK_K=self.BLOCK_K)
 
 
-# (kernel, bytes per element) -> a tile, for every capability; chosen by the compiler's report. States of up
-# to BLOCK_K columns are loaded once; the gradients of states and rows take no wider ones.
+# Up to this many states of the cross-entropy are taken in small blocks; greater ones read the table less.
+FEW_STATES = 64
+
+# (kernel, bytes per element) -> a tile for more states; chosen by the compiler's report. States of up to
+# BLOCK_K columns are loaded once; the gradients of states and rows take no wider ones.
 LOSS_TILES: dict[tuple[str, int], LossTile] = {
     ("fold", 2): LossTile(128, 64, 128, 8, 2),
     ("fold", 4): LossTile(64, 64, 16, 8, 3),
@@ -315,7 +248,7 @@ def loss_tile_of(kernel: str, device: Device, dtype: torch.dtype, N: int, K: int
     tile = LOSS_TILES[kernel, dtype.itemsize]
     # Rows that do not start on 16 bytes are loaded element by element; greater blocks spilled registers.
     bound = tile.BLOCK_N if K * dtype.itemsize % 16 == 0 else 32
-    states = min(tile.BLOCK_N, bound, max(16, next_power_of_2(N)))
+    states = min(tile.BLOCK_N, 16 if N <= FEW_STATES else bound)
     columns = max(16, next_power_of_2(K))
     if columns > tile.BLOCK_K:  # in steps, for which mma.sync needs more registers than wgmma
         columns = min(tile.BLOCK_K, 64)

@@ -19,7 +19,7 @@ from tests.ops.factorised_problems import problem as factorised
 
 pytestmark = pytest.mark.gpu
 SCALE = 0.7
-# (V, r, H, N): every length and rank class of the tile table, aligned and not.
+# (V, r, H, N): both tiles, ranks on chip and in steps, aligned and not.
 SHAPES = [
     (101, 63, 77, 149),
     (37, 1, 5, 8),

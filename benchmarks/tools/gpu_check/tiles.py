@@ -26,7 +26,7 @@ SHAPES = {"aligned": LOOKUPS["aligned"]}
 # Kernel -> what to change of the tile in use.
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "forward": ({}, dict(num_stages=2), dict(BLOCK_H=128, num_stages=2), dict(BLOCK_N=64, num_stages=3)),
-    "project_grad": ({}, dict(num_stages=2), dict(BLOCK_R=128), dict(BLOCK_N=64, num_warps=4)),
+    "project_grad": ({}, dict(num_stages=2), dict(BLOCK_R=256), dict(BLOCK_N=64, num_warps=4)),
     "grad_basis": ({}, dict(BLOCK_N=128, num_stages=2), dict(BLOCK_H=64), dict(BLOCK_R=256)),
 }
 RESULTS = {"forward": ("out",), "project_grad": ("rows",), "grad_basis": ("grad_basis", "grad_offset")}
@@ -58,7 +58,7 @@ def tile_with(kernel: str, change: dict[str, Any], shape: Shape, dtype: torch.dt
     from embkern.triton.tiles import fit_rank, tile_of
 
     tile = replace(tile_of(kernel, device, dtype, shape.N, shape.r, shape.H), **change)
-    return fit_rank(kernel, tile, shape.r)
+    return fit_rank(tile, shape.r)
 
 
 def tiled(

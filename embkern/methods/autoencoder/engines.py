@@ -13,20 +13,21 @@ from ...ops.backends import select, unavailable
 from ...ops.library import NAMESPACE, overload
 from .graph import GraphSteps
 from .objective import Objective
+from .targets import Targets
 from .weights import ADAM_EPS, BETA1, BETA2, Adam, Weights
 
 
 class Steps(Protocol):
     """An engine that is bound to its weights and objective."""
 
-    def run(self, rows: Tensor, order: Tensor, batch_size: int, alpha: float, lr: float) -> Tensor:
+    def run(self, targets: Targets, order: Tensor, batch_size: int, alpha: float, lr: float) -> Tensor:
         """Take a step for every ``batch_size`` ids of ``order``; the last step may have fewer ids.
 
         The result has the same bits however an order is cut into calls, if each has whole batches.
 
         Args:
-            rows: (V, H), contiguous, fp32 or float64, on the weights' device. Passing the same tensor in
-                every call saves a new capture of CUDA graphs.
+            targets: rows (V, H), contiguous, fp32 or float64, on the weights' device, and their norms. The
+                same tensors in every call save a new capture of CUDA graphs.
             order: int64 ids of rows, on the CPU.
             batch_size: rows per step.
             alpha: exponent of the power term.
@@ -50,16 +51,14 @@ class TorchSteps:
         return None
 
     @torch.no_grad()
-    def run(self, rows: Tensor, order: Tensor, batch_size: int, alpha: float, lr: float) -> Tensor:
+    def run(self, targets: Targets, order: Tensor, batch_size: int, alpha: float, lr: float) -> Tensor:
         """Take the steps of ``order``; see ``Steps``."""
-        weights = self.weights
-        backend = select("autoencoder", rows.device.type, rows.dtype)
+        weights, device = self.weights, targets.rows.device
+        backend = select("autoencoder", device.type, targets.rows.dtype)
         optimizer, losses = Adam(weights), []
         with _threads_for(batch_size * weights.width * weights.rank):
-            for ids in order.to(rows.device).split(batch_size):
-                loss, gradients = self.objective.gradients(
-                    weights, rows.index_select(0, ids), alpha, backend=backend
-                )
+            for batch in targets.batches(order.to(device), batch_size):
+                loss, gradients = self.objective.gradients(weights, batch, alpha, backend=backend)
                 optimizer.step(gradients, lr)
                 losses.append(loss)
         return torch.stack(losses)
@@ -86,11 +85,11 @@ class NativeSteps:
         return None
 
     @torch.no_grad()
-    def run(self, rows: Tensor, order: Tensor, batch_size: int, alpha: float, lr: float) -> Tensor:
+    def run(self, targets: Targets, order: Tensor, batch_size: int, alpha: float, lr: float) -> Tensor:
         """Take the steps of ``order``; see ``Steps``."""
         weights, objective = self.weights, self.objective
         losses = overload("autoencoder_train", "native")(
-            rows,
+            targets.rows,
             order,
             batch_size,
             weights.parameters,

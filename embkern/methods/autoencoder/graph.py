@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...ops.backends import select
 from .objective import Objective
+from .targets import Targets
 from .weights import Adam, Weights
 
 GRAPH_STEPS = 32  # steps in one graph, which share its launch and the copy of its ids
@@ -61,13 +62,14 @@ class GraphSteps:
         return None
 
     @torch.no_grad()
-    def run(self, rows: Tensor, order: Tensor, batch_size: int, alpha: float, lr: float) -> Tensor:
+    def run(self, targets: Targets, order: Tensor, batch_size: int, alpha: float, lr: float) -> Tensor:
         """Take the steps of ``order``; see ``Steps``."""
-        ids = order.to(rows.device)
+        device = targets.rows.device
+        ids = order.to(device)
         whole = len(ids) // (GRAPH_STEPS * batch_size) * GRAPH_STEPS * batch_size
         losses = []
         if whole:
-            self._prepare(rows, batch_size, alpha)
+            self._prepare(targets, batch_size, alpha)
             assert self.replay is not None
             self._set_inputs(lr)
             for chunk in ids[:whole].split(GRAPH_STEPS * batch_size):
@@ -77,25 +79,24 @@ class GraphSteps:
             self.weights.step += whole // batch_size
         if whole < len(ids):
             optimizer = Adam(self.weights)
-            rate = torch.full((), lr, device=rows.device)
-            rest = [
-                self._step(rows, batch, alpha, optimizer, rate) for batch in ids[whole:].split(batch_size)
-            ]
+            rate = torch.full((), lr, device=device)
+            batches = targets.batches(ids[whole:], batch_size)
+            rest = [self._step(batch, alpha, optimizer, rate) for batch in batches]
             self.weights.step += len(rest)
             losses.append(torch.stack(rest))
         return torch.cat(losses)
 
-    def _step(self, rows: Tensor, ids: Tensor, alpha: float, optimizer: Adam, lr: Tensor) -> Tensor:
-        backend = select("autoencoder", rows.device.type, rows.dtype)
-        batch = rows.index_select(0, ids)
+    def _step(self, batch: Targets, alpha: float, optimizer: Adam, lr: Tensor) -> Tensor:
+        backend = select("autoencoder", batch.rows.device.type, batch.rows.dtype)
         loss, gradients = self.objective.gradients(self.weights, batch, alpha, backend=backend)
         optimizer.update(gradients, lr)
         return loss
 
-    def _prepare(self, rows: Tensor, batch_size: int, alpha: float) -> None:
+    def _prepare(self, targets: Targets, batch_size: int, alpha: float) -> None:
         """Capture GRAPH_STEPS steps, unless the current graph is for the same arguments."""
-        weights = self.weights
-        wanted = (rows.data_ptr(), rows.shape, weights.parameters.data_ptr(), batch_size, alpha)
+        weights, rows = self.weights, targets.rows
+        addresses = (rows.data_ptr(), targets.norms.data_ptr(), weights.parameters.data_ptr())
+        wanted = (*addresses, rows.shape, batch_size, alpha)
         if self.captured_for == wanted:
             return
         self.replay = None  # frees the memory of the old graph before the capture
@@ -106,8 +107,8 @@ class GraphSteps:
         before = {k: v.clone() if isinstance(v, Tensor) else v for k, v in weights.state().items()}
 
         def steps() -> None:
-            for k in range(GRAPH_STEPS):
-                self.losses[k] = self._step(rows, self.ids[k], alpha, self.optimizer, self.lr)
+            for k, batch in enumerate(targets.batches(self.ids.view(-1), batch_size)):
+                self.losses[k] = self._step(batch, alpha, self.optimizer, self.lr)
 
         self.replay = self.capture(steps)
         weights.load(before)  # undoes the steps on row 0 that ran before the capture

@@ -15,6 +15,7 @@ from ...ops.autoencoder import autoencoder_forward
 from ...ops.backends import select
 from ...ops.reference import MEAN, SUM
 from ...tables.factors import activate
+from .targets import Targets
 from .weights import Weights
 
 PART_ROWS = 1024  # rows whose sums torch computes at a time, with a dozen temporaries of their size
@@ -31,24 +32,31 @@ class Objective:
     eps: float
 
     def gradients(
-        self, weights: Weights, rows: Tensor, alpha: float, reduction: int = MEAN, backend: str | None = None
+        self,
+        weights: Weights,
+        targets: Targets,
+        alpha: float,
+        reduction: int = MEAN,
+        backend: str | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Return the loss of a block of rows and its gradients by the four parts of the weights.
 
         Args:
             weights: the weights.
-            rows: (N, H).
+            targets: rows (N, H) and their norms.
             alpha: exponent of the power term.
             reduction: ``MEAN`` or ``SUM`` over the rows.
             backend: of the op; None selects one.
         """
+        rows = targets.rows
         if reduction == SUM and len(rows) > PART_ROWS and self.computed_by_torch(weights):
-            return self._gradients_in_parts(weights, rows, alpha)
+            return self._gradients_in_parts(weights, targets, alpha)
         backend = backend or select("autoencoder", rows.device.type, rows.dtype)
         if weights.activation is None and backend != "torch":
             terms, _, *gradients = autoencoder_forward(
                 rows,
                 (None, *weights.parts()),
+                targets.norms,
                 (reduction, *self.term_weights, alpha, self.eps),
                 needs_grad=True,
                 backend=backend,
@@ -58,13 +66,13 @@ class Objective:
         with torch.enable_grad():
             codes = activate(F.linear(rows, *parts[:2]), weights.activation)
             output = activate(torch.addmm(parts[3], codes, parts[2]), weights.activation)
-            loss = self._loss(output, rows, alpha, "mean" if reduction == MEAN else "sum")
+            loss = self._loss(output, targets, alpha, "mean" if reduction == MEAN else "sum")
         return loss.detach(), list(torch.autograd.grad(loss, parts))
 
     def _gradients_in_parts(
-        self, weights: Weights, rows: Tensor, alpha: float
+        self, weights: Weights, targets: Targets, alpha: float
     ) -> tuple[Tensor, list[Tensor]]:
-        first, *others = rows.split(PART_ROWS)
+        first, *others = targets.split(PART_ROWS)
         loss, gradients = self.gradients(weights, first, alpha, SUM)
         for part in others:
             part_loss, part_gradients = self.gradients(weights, part, alpha, SUM)
@@ -73,23 +81,26 @@ class Objective:
                 gradient += addition
         return loss, gradients
 
-    def term_sums(self, weights: Weights, rows: Tensor, alpha: float) -> Tensor:
+    def term_sums(self, weights: Weights, targets: Targets, alpha: float) -> Tensor:
         """Return sums (3,) over a block of rows: cosine distance, squared error (mean over H) and power term.
 
         The power term is 0 where ``power_weight`` is.
         """
+        rows = targets.rows
         if len(rows) > PART_ROWS and self.computed_by_torch(weights):
-            parts = rows.split(PART_ROWS)
+            parts = targets.split(PART_ROWS)
             return torch.stack([self.term_sums(weights, part, alpha) for part in parts]).sum(0)
         if weights.activation is None:
             backend = select("autoencoder", rows.device.type, rows.dtype)
             options = (SUM, 0.0, 0.0, 0.0, self.power_weight, alpha, self.eps)
             parameters = (None, *weights.parts())
-            return autoencoder_forward(rows, parameters, options, needs_grad=False, backend=backend)[0][1:]
+            return autoencoder_forward(
+                rows, parameters, targets.norms, options, needs_grad=False, backend=backend
+            )[0][1:]
         output = weights.decode(weights.encode(rows))
         no_terms = Objective(0.0, 0.0, 0.0, 0.0, self.eps)
         sums = [
-            dataclasses.replace(no_terms, **{name: 1.0})._loss(output, rows, alpha, "sum")
+            dataclasses.replace(no_terms, **{name: 1.0})._loss(output, targets, alpha, "sum")
             for name in ("cosine_weight", "mse_weight", "power_weight")
             if name != "power_weight" or self.power_weight
         ]
@@ -119,10 +130,13 @@ class Objective:
             + self.power_weight * power
         )
 
-    def _loss(self, output: Tensor, rows: Tensor, alpha: float, reduction: Literal["mean", "sum"]) -> Tensor:
+    def _loss(
+        self, output: Tensor, targets: Targets, alpha: float, reduction: Literal["mean", "sum"]
+    ) -> Tensor:
         return cosine_mse_loss(
             output,
-            rows,
+            targets.rows,
+            target_norm=targets.norms,
             cosine_weight=self.cosine_weight,
             mse_weight=self.mse_weight,
             rmse_weight=self.rmse_weight,

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ...ops.reference import SUM
-from ..base import row_blocks
-from ..sharded import Section, World
+from ..sharded import World
 from .objective import Objective
+from .targets import TargetSection
 from .weights import Adam, Weights
 
 
@@ -25,7 +24,9 @@ class SummedSteps:
         self.weights, self.objective, self.world = weights, objective, world
 
     @torch.no_grad()
-    def run(self, sections: list[Section], order: Tensor, batch_size: int, alpha: float, lr: float) -> Tensor:
+    def run(
+        self, sections: list[TargetSection], order: Tensor, batch_size: int, alpha: float, lr: float
+    ) -> Tensor:
         """Take the steps of ``order``, which has the same ids on all processes; see ``Steps``."""
         optimizer, losses = Adam(self.weights), []
         with self.world.one_thread(self.objective.computed_by_torch(self.weights)):
@@ -39,18 +40,20 @@ class SummedSteps:
                 losses.append(total[-1] + loss_difference)
         return torch.stack(losses)
 
-    def _section_sum(self, section: Section, ids: Tensor, objective: Objective, alpha: float) -> Tensor:
+    def _section_sum(self, section: TargetSection, ids: Tensor, objective: Objective, alpha: float) -> Tensor:
         """Return the flat gradient followed by the loss (P + 1,), summed over the ids in a section."""
         total = self.weights.parameters.new_zeros(self.weights.parameters.numel() + 1)
         parts = self.weights.parts(total[:-1])
-        for rows in self._blocks(section, ids):
-            loss, gradients = objective.gradients(self.weights, rows, alpha, SUM)
+        for targets in section.blocks_of(ids):
+            loss, gradients = objective.gradients(self.weights, targets, alpha, SUM)
             for part, gradient in zip(parts, gradients, strict=True):
                 part += gradient
             total[-1] += loss
         return total
 
-    def _linearised_root(self, sections: list[Section], ids: Tensor, alpha: float) -> tuple[Objective, float]:
+    def _linearised_root(
+        self, sections: list[TargetSection], ids: Tensor, alpha: float
+    ) -> tuple[Objective, float]:
         """Replace the RMSE term by a squared error with the same gradient, which can be summed by blocks.
 
         ``d sqrt(m) = dm / (2 sqrt(m))``, with m, the mean squared error of the batch, from a forward pass.
@@ -62,15 +65,9 @@ class SummedSteps:
         without_power = dataclasses.replace(objective, power_weight=0.0)
         sums = torch.zeros(len(sections), 1, dtype=torch.float64, device=self.weights.parameters.device)
         for total, section in zip(sums, sections, strict=True):
-            for rows in self._blocks(section, ids):
-                total += without_power.term_sums(self.weights, rows, alpha)[1]
+            for targets in section.blocks_of(ids):
+                total += without_power.term_sums(self.weights, targets, alpha)[1]
         root = float(self.world.sum(sums) / len(ids)) ** 0.5
         slope = objective.rmse_weight / (2 * root) if root else 0.0
         changed = dataclasses.replace(objective, rmse_weight=0.0, mse_weight=objective.mse_weight + slope)
         return changed, slope * root**2
-
-    def _blocks(self, section: Section, ids: Tensor) -> Iterator[Tensor]:
-        """Yield the rows of those sorted ids that are in a section, in blocks, in the dtype of training."""
-        ends = torch.tensor([section.start, section.start + len(section.rows)], device="cpu")
-        first, last = torch.searchsorted(ids, ends).tolist()
-        yield from row_blocks(section.rows, ids[first:last] - section.start)

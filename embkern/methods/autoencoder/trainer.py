@@ -22,7 +22,6 @@ from ..base import (
     seeded,
     table_checksum,
     take_rows,
-    training_blocks,
     training_dtype,
 )
 from ..sharded import World
@@ -33,6 +32,7 @@ from .graph import GRAPH_STEPS
 from .objective import Objective
 from .options import AutoencoderOptions
 from .summed_steps import SummedSteps
+from .targets import Targets, TargetSection
 from .weights import Weights
 
 CHUNK_SECONDS = 0.1  # of steps between two updates of the progress bar and checks for Ctrl-C
@@ -70,7 +70,8 @@ class Trainer:
         self.rows: Rows = table
         if isinstance(table, Tensor):
             self.rows = table.to(training_dtype(table)).contiguous()
-        self.sections = world.sections(self.rows)
+        with world.one_thread():
+            self.sections = [TargetSection.of(section) for section in world.sections(self.rows)]
         self.objective = Objective(
             options.cosine_weight, options.mse_weight, options.rmse_weight, options.power_weight, options.eps
         )
@@ -92,15 +93,20 @@ class Trainer:
             summed = SummedSteps(self.weights, self.objective, self.world)
             return lambda ids, alpha, lr: summed.run(self.sections, ids, size, alpha, lr)
         steps = ENGINES[engine](self.weights, self.objective)
+        norms = self.sections[0].norms
         if isinstance(rows, Tensor):
-            return lambda ids, alpha, lr: steps.run(rows, ids, size, alpha, lr)
+            targets = Targets(rows, norms)
+            return lambda ids, alpha, lr: steps.run(targets, ids, size, alpha, lr)
         self.max_chunk_steps = max(1, block_rows(rows) // size)
-        buffer = torch.empty(self.max_chunk_steps * size, rows.shape[1], dtype=training_dtype(rows))
-        positions = torch.arange(len(buffer), device="cpu")
+        most = self.max_chunk_steps * size
+        # Reused, as a captured graph reads from their addresses.
+        buffers = Targets(norms.new_empty(most, rows.shape[1]), norms.new_empty(most))
+        positions = torch.arange(most, device="cpu")
 
         def streamed(ids: Tensor, alpha: float, lr: float) -> Tensor:
-            buffer[: len(ids)] = take_rows(rows, ids)  # reused, as a captured graph reads from its address
-            return steps.run(buffer, positions[: len(ids)], size, alpha, lr)
+            buffers.rows[: len(ids)] = take_rows(rows, ids)
+            buffers.norms[: len(ids)] = norms[ids.to(norms.device)]
+            return steps.run(buffers, positions[: len(ids)], size, alpha, lr)
 
         return streamed
 
@@ -215,7 +221,7 @@ class Trainer:
         sums = torch.zeros(len(self.sections), 3, dtype=torch.float64, device=self.rows.device)
         with self.world.one_thread(self.objective.computed_by_torch(self.weights)):
             for total, section in zip(sums, self.sections, strict=True):
-                for block in training_blocks(section.rows):
+                for block in section.blocks():
                     total += self.objective.term_sums(self.weights, block, self.options.alpha_end)
         direction, squared, power = (self.world.sum(sums) / len(self.rows)).tolist()
         loss = self.objective.value(direction, squared, power)
@@ -234,9 +240,9 @@ class Trainer:
         with self.world.one_thread():
             for part, section in zip(codes, self.sections, strict=True):
                 first = 0
-                for block in training_blocks(section.rows):
-                    part[first : first + len(block)] = weights.encode(block)
-                    first += len(block)
+                for rows, _ in section.blocks():
+                    part[first : first + len(rows)] = weights.encode(rows)
+                    first += len(rows)
         basis, offset = weights.basis.to(dtype, copy=True), weights.offset.to(dtype, copy=True)
         return Factors(self.world.gather_rows(codes), basis, offset, weights.activation)
 

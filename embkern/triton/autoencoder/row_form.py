@@ -1,8 +1,8 @@
 """The form of autoencoder_loss that writes the reconstruction, a block of rows at a time.
 
 y is written, 32 MiB of it at a time, where it is needed (the power term), where it is cheaper
-(few rows, or a rank near H) or safer (fp16: t would leave its range). Its gradient then comes from
-cosine_mse_forward.
+(few rows, or a rank near H) or safer (fp16: t would leave its range). Its gradient then comes from the
+kernel of cosine_mse_loss, without a loss.
 """
 # mypy: disable-error-code="no-untyped-def"
 # (Triton reads the annotations of a jit kernel: only constants and fp64 scalars have one.)
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ops import reference
-from ...ops.library import overload
+from ..cosine_mse import forward_launches
 from ..device_functions import POWER_BIAS, error_power
 from ..launch import Launch
 from ..sizes import cdiv
@@ -133,9 +133,11 @@ def loss_by_rows(
     squares = blockwise._replace(cosine_weight=0.0, mse_weight=1.0, power_weight=0.0)
 
     def slope(rows: slice, y: Tensor, weight: Tensor | None, options: Options) -> Tensor:
-        cosine_mse = overload("cosine_mse_forward", "triton")
-        weight, norm = _part(weight, rows), _part(target_norm, rows)
-        return cosine_mse(y, target[rows], weight, norm, None, *options, True, False)[1]
+        grad = torch.empty_like(y)
+        norm, weight = _part(target_norm, rows), _part(weight, rows)
+        for launch in gradient_launches(y, target[rows], norm, weight, grad, options):
+            launch.run()
+        return grad
 
     grad_codes = target.new_empty((N, r) if needs_grad and codes is not None else 0)
     grads: list[Tensor | None] = [None] * 4  # of encoder_weight, encoder_bias, basis and offset
@@ -198,3 +200,28 @@ def rows_launch(
         BLOCK_H=tile[1],
     )
     return Launch(_rows_kernel, (cdiv(N, tile[0]),), arguments, num_warps=4)
+
+
+def gradient_launches(
+    y: Tensor,
+    target: Tensor,
+    target_norm: Tensor | None,
+    row_weight: Tensor | None,
+    grad: Tensor,
+    options: Options,
+) -> list[Launch]:
+    """Return the launches that fill the gradient of y (N, H), which compute no loss."""
+    return forward_launches(
+        y,
+        target,
+        row_weight,
+        target_norm,
+        grad_loss=None,
+        reduction=options.reduction,
+        weights=options[1:5],
+        alpha=options.alpha,
+        eps=options.eps,
+        loss=None,
+        grad_output=grad,
+        grad_target=None,
+    )

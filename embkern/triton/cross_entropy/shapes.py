@@ -40,7 +40,7 @@ HEAD_SHAPES = (
         for everything in (True, False)
     ),
     *(HeadShape(8192, K) for K in (16, 75, 127, 255, 577)),
-    *(HeadShape(N, 128) for N in (7, 32, 64)),
+    *(HeadShape(7, K) for K in (128, 768)),
     HeadShape(8192, 128, dtype=torch.float16),
     *(HeadShape(8192, K, dtype=dtype) for K in (128, 768) for dtype in (torch.float32, torch.float64)),
     HeadShape(8192, 75, dtype=torch.float32),

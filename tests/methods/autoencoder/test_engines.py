@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from embkern.methods.autoencoder.engines import ENGINES, TorchSteps, select_engine
 from embkern.methods.autoencoder.objective import Objective
+from embkern.methods.autoencoder.targets import Targets
 from embkern.methods.autoencoder.weights import Weights
 from tests.conftest import seed_of
 from tests.methods.autoencoder.losses import AUTHORS, EVERY_TERM, formula, weights_of
@@ -51,7 +52,7 @@ def test_a_thousand_steps_have_the_losses_of_a_plain_loop(engine, objective):
     plain, *modules = plain_loop(rows, 8, order, 32, objective, 0.7, 1e-3)
     torch.manual_seed(seed_of(7))
     weights = Weights.random(8, 40)
-    losses = ENGINES[engine](weights, objective).run(rows, order, 32, 0.7, 1e-3)
+    losses = ENGINES[engine](weights, objective).run(Targets.of(rows), order, 32, 0.7, 1e-3)
     assert (len(losses), weights.step) == (1000, 1000)
     assert_close(losses[:300], plain[:300], rtol=1e-6, atol=0)
     # Later an error passes 0, where the slope of the power term is discontinuous, a step earlier or later
@@ -67,17 +68,17 @@ def test_elu_steps_have_the_losses_of_a_plain_loop():
     rows, order = torch.randn(50, 12), torch.arange(50).repeat(4)
     plain = plain_loop(rows, 5, order, 16, EVERY_TERM, 0.7, 1e-2, "elu")[0]
     torch.manual_seed(seed_of(7))
-    losses = TorchSteps(Weights.random(5, 12, "elu"), EVERY_TERM).run(rows, order, 16, 0.7, 1e-2)
+    losses = TorchSteps(Weights.random(5, 12, "elu"), EVERY_TERM).run(Targets.of(rows), order, 16, 0.7, 1e-2)
     assert_close(losses, plain, rtol=1e-5, atol=0)
 
 
 def test_steps_have_the_same_bits_however_an_order_is_cut(engine):
-    rows, order = torch.randn(60, 12), torch.randperm(60)
+    targets, order = Targets.of(torch.randn(60, 12)), torch.randperm(60)
     whole, cut = weights_of(5, 12), weights_of(5, 12)
     cut.parameters.copy_(whole.parameters)
-    losses = ENGINES[engine](whole, AUTHORS).run(rows, order, 8, 0.7, 1e-2)
+    losses = ENGINES[engine](whole, AUTHORS).run(targets, order, 8, 0.7, 1e-2)
     steps = ENGINES[engine](cut, AUTHORS)
-    parts = [steps.run(rows, ids, 8, 0.7, 1e-2) for ids in (order[:8], order[8:32], order[32:])]
+    parts = [steps.run(targets, ids, 8, 0.7, 1e-2) for ids in (order[:8], order[8:32], order[32:])]
     assert torch.equal(losses, torch.cat(parts))
     assert all(torch.equal(torch.as_tensor(cut.state()[name]), torch.as_tensor(each))
                for name, each in whole.state().items())  # fmt: skip

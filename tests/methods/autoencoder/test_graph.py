@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from embkern.methods.autoencoder.engines import TorchSteps, select_engine
 from embkern.methods.autoencoder.graph import GRAPH_STEPS, GraphSteps
 from embkern.methods.autoencoder.objective import Objective
+from embkern.methods.autoencoder.targets import Targets
 from embkern.methods.autoencoder.weights import Weights
 from tests.conftest import seed_of
 
@@ -19,7 +20,7 @@ def start(device):
     torch.manual_seed(seed_of(1))
     weights = Weights.random(5, 24).to(torch.device(device), torch.float32)
     rows = torch.randn(700, 24, generator=torch.Generator().manual_seed(seed_of(2))).to(device)
-    return weights, rows
+    return weights, Targets.of(rows)
 
 
 def runs():
@@ -35,12 +36,12 @@ def runs():
 
 
 def compare(device, **options):
-    weights, rows = start(device)
+    weights, targets = start(device)
     expected_weights, _ = start(device)
     engine, expected = GraphSteps(weights, OBJECTIVE, **options), TorchSteps(expected_weights, OBJECTIVE)
     for order, alpha, lr in runs():
-        got = engine.run(rows, order, 8, alpha, lr)
-        assert_close(got, expected.run(rows, order, 8, alpha, lr), rtol=1e-5, atol=1e-6)
+        got = engine.run(targets, order, 8, alpha, lr)
+        assert_close(got, expected.run(targets, order, 8, alpha, lr), rtol=1e-5, atol=1e-6)
         assert weights.step == expected_weights.step
         assert_close(weights.parameters, expected_weights.parameters, rtol=1e-4, atol=1e-5)
 

@@ -10,11 +10,16 @@ from embkern.methods.autoencoder import AutoencoderOptions, autoencoder
 from embkern.methods.autoencoder.engines import TorchSteps
 from embkern.methods.autoencoder.objective import Objective
 from embkern.methods.autoencoder.summed_steps import SummedSteps
+from embkern.methods.autoencoder.targets import Targets, TargetSection
 from embkern.methods.autoencoder.weights import Weights
 from embkern.methods.base import BLOCK_ROWS
 from embkern.methods.sharded import World
 from tests.conftest import seed_of
 from tests.methods.autoencoder.losses import AUTHORS, EVERY_TERM, weights_of
+
+
+def sections_of(world, rows):
+    return [TargetSection.of(section) for section in world.sections(rows)]
 
 
 @pytest.mark.parametrize("activation", [None, "elu"])
@@ -24,9 +29,9 @@ def test_summed_steps_are_the_steps_of_the_whole_batch(activation, shards):
     rows, order = torch.randn(50, 12, dtype=torch.float64), torch.randperm(50)
     expected, weights = (weights_of(5, 12, activation, torch.float64) for _ in range(2))
     weights.parameters.copy_(expected.parameters)
-    losses = TorchSteps(expected, EVERY_TERM).run(rows, order, 20, 0.7, 1e-2)
+    losses = TorchSteps(expected, EVERY_TERM).run(Targets.of(rows), order, 20, 0.7, 1e-2)
     world = World(shards)
-    summed = SummedSteps(weights, EVERY_TERM, world).run(world.sections(rows), order, 20, 0.7, 1e-2)
+    summed = SummedSteps(weights, EVERY_TERM, world).run(sections_of(world, rows), order, 20, 0.7, 1e-2)
     assert_close(summed, losses)
     assert_close(weights.parameters, expected.parameters)
 
@@ -37,7 +42,7 @@ def test_a_perfect_fit_has_a_finite_gradient_with_a_root():
     weights.set_projection(torch.eye(4, 6))
     only_root = Objective(0.0, 0.0, 1.0, 0.0, 1e-6)
     world = World()
-    SummedSteps(weights, only_root, world).run(world.sections(rows), torch.arange(4), 4, 1.0, 1e-2)
+    SummedSteps(weights, only_root, world).run(sections_of(world, rows), torch.arange(4), 4, 1.0, 1e-2)
     assert torch.isfinite(weights.parameters).all()
 
 
@@ -51,6 +56,7 @@ def test_large_batches_are_steps_on_as_many_rows(batch_size):
     for epoch in range(2):
         generator = torch.Generator().manual_seed(options.seed * 1_000_003 + epoch)
         order = torch.randperm(V, generator=generator)
-        TorchSteps(weights, AUTHORS).run(rows, order, min(V, batch_size), options.alpha(epoch), 1e-2)
+        alpha = options.alpha(epoch)
+        TorchSteps(weights, AUTHORS).run(Targets.of(rows), order, min(V, batch_size), alpha, 1e-2)
     assert_close(factors.basis, weights.basis, rtol=1e-3, atol=1e-4)
     assert_close(factors.codes, weights.encode(rows), rtol=1e-3, atol=1e-3)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from embkern.ops import autoencoder_loss, reference
 from embkern.triton import autoencoder as ae
 from embkern.triton.autoencoder import gram_form, row_form
+from embkern.triton.launch import Launch
 from tests.conftest import assert_no_worse_than, relative_error
 from tests.triton.gram_bounds import assert_gradients_within_bounds
 
@@ -93,6 +94,16 @@ def test_the_power_term_by_rows(monkeypatch, reduction, alpha, bytes):
     check(problem((18, 5, 33), **given), options(POWER, reduction, alpha))
 
 
+def test_the_gradient_by_rows_is_computed_without_a_loss(monkeypatch):
+    monkeypatch.setattr(gram_form, "gram_pays", lambda *_: False)
+    launched, run = [], Launch.run
+    monkeypatch.setattr(Launch, "run", lambda launch: (launched.append(launch), run(launch)))
+    ae.autoencoder_forward(*problem(ODD), *options(POWER))
+    losses = [each.arguments["loss_ptr"] for each in launched if "loss_ptr" in each.arguments]
+    assert losses
+    assert not any(each is not None for each in losses)
+
+
 @pytest.mark.parametrize("encoder", [True, False])
 @pytest.mark.usefixtures("poisoned")
 def test_factors_of_16_bits(form, encoder):
@@ -135,6 +146,15 @@ def test_the_loss_of_a_good_fit_does_not_cancel(monkeypatch, fit, condition):
     assert_no_worse_than(got[0], native[0], exact[0], 3e-7)
     target, codes, basis = arguments[0], arguments[1], arguments[4]
     assert_gradients_within_bounds(target, codes, basis, got, exact)
+
+
+def test_a_known_norm_costs_the_loss_its_rounding(monkeypatch):
+    monkeypatch.setattr(gram_form, "gram_pays", lambda *_: True)
+    arguments = fitted(0.3)
+    arguments[7] = arguments[0].norm(dim=1)
+    terms = ae.autoencoder_forward(*arguments, *options())[0]
+    exact = reference.autoencoder_forward(*double([*arguments[:7], None]), *options())[0]
+    assert_close(terms.double(), exact, rtol=1.5e-5, atol=0)
 
 
 def test_without_the_second_sums_a_good_fit_would_cancel(monkeypatch):

@@ -105,6 +105,19 @@ def test_row_weights_and_an_incoming_gradient_in_every_kind_of_tile(monkeypatch,
     check(*pair(5, 77), reduction, grad_loss=grad_loss, row_weight=torch.tensor([0.5, 0.0, 2.0, 1.0, 3.0]))
 
 
+@pytest.mark.parametrize("weights", [TERMS, (0.0, 0.9, 0.0, 0.0)], ids=["every term", "squares"])
+@REDUCTIONS
+@pytest.mark.usefixtures("poisoned")
+def test_without_a_loss_the_gradient_has_the_same_bits(weights, reduction):
+    output, target = pair(5, 77)
+    grad = torch.full_like(output, math.nan)
+    arguments = (output, target, None, None, None, reduction, weights, 0.5, 1e-8)
+    for launch in cm.forward_launches(*arguments, None, grad, None):
+        assert launch.kernel is not cm._sum_kernel
+        launch.run()
+    assert torch.equal(grad, run(cm.cosine_mse_forward, output, target, reduction, weights=weights)[1])
+
+
 @pytest.mark.usefixtures("poisoned")
 def test_sums_of_many_programs_are_added_in_steps(monkeypatch):
     """There are three partial sums of weights, and the sums of 45 programs take six and twelve steps."""
