@@ -15,6 +15,7 @@ from embkern.ops.gather_decode import decode_rows
 from embkern.ops.packed_format import PackedTensors
 from embkern.tables.packed import TENSORS
 from tests.conftest import compile_counting
+from tests.ops.guard_pages import assert_reads_nothing_beyond
 from tests.ops.packed_problems import problem, random_levels, small
 
 OP = "gather_decode"
@@ -52,24 +53,21 @@ def test_non_contiguous_arguments(backend, device):
     assert torch.equal(strided, p.ours(p.ids, *p.factors, backend=backend))
 
 
-def test_no_read_beyond_tensors_that_end_at_a_page(level):
-    script = """
-import sys, torch
-from embkern.ops.library import cpu_capability
+@pytest.mark.usefixtures("native")
+def test_no_read_beyond_tensors_that_end_at_a_page():
+    assert_reads_nothing_beyond("""
+import torch
 from tests.ops.packed_problems import every_tier, guarded, problem
-cpu_capability(sys.argv[1])
-for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-    for H, K in ((33, 32), (97, 96)):
-        for tier in every_tier(H, K):  # the last record's width decides what lies beyond it
-            for N in (1, 40):
-                p = problem((35, H, K, N), dtype, tiers=[tier])
-                p.ids[-1] = 34
-                p = guarded(p)
-                p.ours(p.ids, *p.factors)
-print("read nothing beyond")
-"""
-    run = subprocess.run([sys.executable, "-c", script, level], capture_output=True, text=True)
-    assert run.stdout.strip() == "read nothing beyond", f"exit code {run.returncode}\n{run.stderr}"
+def run():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        for H, K in ((33, 32), (97, 96)):
+            for tier in every_tier(H, K):  # the last record's width decides what lies beyond it
+                for N in (1, 40):
+                    p = problem((35, H, K, N), dtype, tiers=[tier])
+                    p.ids[-1] = 34
+                    p = guarded(p)
+                    p.ours(p.ids, *p.factors)
+""")
 
 
 CORRUPT = [

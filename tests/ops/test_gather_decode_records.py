@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from embkern.ops.library import cpu_capability
 from embkern.ops.packed_format import Tier
 from embkern.tables.packed import pack
 from tests.conftest import assert_no_worse_than
+from tests.ops.guard_pages import assert_reads_nothing_beyond
 from tests.ops.packed_problems import problem, random_codes, random_levels, values_of
 
 OP = "gather_decode"
@@ -99,28 +98,25 @@ def test_products_are_no_worse_than_plain_torch(level):
         assert_no_worse_than(got, own @ rows.float().t(), own.double() @ rows.t())
 
 
-def test_no_read_beyond_the_last_record(level):
+@pytest.mark.usefixtures("native")
+def test_no_read_beyond_the_last_record():
     """Every sequence of bits is that of the last record, which ends at a page without read permission."""
-    script = """
-import sys, torch
+    assert_reads_nothing_beyond("""
+import torch
 from embkern.ops import gather_decode, packed_logits
-from embkern.ops.library import cpu_capability
 from tests.ops.guard_pages import at_the_end
 from tests.ops.test_gather_decode_records import SEQUENCES, rows_of, tensors
-cpu_capability(sys.argv[1])
-for bits in SEQUENCES:
-    table, values = rows_of(bits, 32 * len(bits))
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        records, directory, tiers, levels, *floats = tensors(table, dtype)
-        arguments = (at_the_end(records), directory, at_the_end(tiers), at_the_end(levels), *floats)
-        rows = gather_decode(torch.tensor([2]), *arguments, embedding_dim=values.shape[1])
-        assert torch.equal(rows, values[2:].to(dtype)), bits
-        for states in (1, 8, 9):
-            packed_logits(torch.ones(states, values.shape[1], dtype=dtype), *arguments)
-print("read nothing beyond")
-"""
-    run = subprocess.run([sys.executable, "-c", script, level], capture_output=True, text=True)
-    assert run.stdout.strip() == "read nothing beyond", f"exit code {run.returncode}\n{run.stderr}"
+def run():
+    for bits in SEQUENCES:
+        table, values = rows_of(bits, 32 * len(bits))
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            records, directory, tiers, levels, *floats = tensors(table, dtype)
+            arguments = (at_the_end(records), directory, at_the_end(tiers), at_the_end(levels), *floats)
+            rows = gather_decode(torch.tensor([2]), *arguments, embedding_dim=values.shape[1])
+            assert torch.equal(rows, values[2:].to(dtype)), bits
+            for states in (1, 8, 9):
+                packed_logits(torch.ones(states, values.shape[1], dtype=dtype), *arguments)
+""")
 
 
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.uint8], ids=str)
