@@ -41,9 +41,14 @@ def test_nothing_initialises_cuda():
     [
         "import embkern; import transformers",
         "import transformers; import embkern",
-        "import transformers.quantizers.auto; import embkern",
-        "import embkern; from transformers import AutoModel",
-        "import embkern, embkern.models.quantizer",
+        *(
+            pytest.param(order, marks=pytest.mark.slow)
+            for order in (
+                "import transformers.quantizers.auto; import embkern",
+                "import embkern; from transformers import AutoModel",
+                "import embkern, embkern.models.quantizer",
+            )
+        ),
     ],
 )
 def test_registration_with_transformers_in_either_order(order):

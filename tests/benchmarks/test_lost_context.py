@@ -76,7 +76,8 @@ def test_one(n):
 """
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
 def test_tests_stop_where_the_context_is_lost(tmp_path, workers):
     """In one process no test follows; xdist's worker is replaced, and the other tests run."""
     (tmp_path / "conftest.py").write_text(BREAKING_TESTS)

@@ -281,6 +281,7 @@ def test_an_error_of_a_command_in_its_own_process(dense, tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_traceback_is_shown_on_request(dense, tmp_path):
     done = run("compress", dense, "-o", tmp_path / "out", "--ratio", "0.5", EMBKERN_DEBUG="1")
     assert "Traceback" in done.stderr

@@ -50,7 +50,9 @@ def own_nodes(graph: torch.fx.Graph) -> list[str]:
     return [str(node.target) for node in graph.nodes if str(node.target).startswith("embkern.")]
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@pytest.mark.parametrize(
+    "strict", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["non-strict", "strict"]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_an_exported_model_computes_the_same_for_other_shapes(name, kind, strict):
     model = Inference(compressed(build(name), kind)).eval()

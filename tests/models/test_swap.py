@@ -80,7 +80,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind):
     assert {name for name, grad in grads[0].items() if grad is not None} == trained
 
 
-@pytest.mark.parametrize("name", ["bert", "bart", "gpt2"])
+@pytest.mark.parametrize("name", ["bert", pytest.param("bart", marks=pytest.mark.slow), "gpt2"])
 def test_a_compressed_model_compiles(name, kind):
     model = compressed(build(name), kind)
     torch._dynamo.reset()

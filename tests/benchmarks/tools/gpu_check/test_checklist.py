@@ -157,6 +157,7 @@ def test_a_failed_stage_stops_no_other(tmp_path, monkeypatch, capsys):
     assert kept[run.LOG] == (tmp_path / run.LOG).read_bytes()
 
 
+@pytest.mark.slow
 def test_everything_together_ends_in_time(tmp_path, monkeypatch):
     """Every stage hangs and ignores the interrupt; the last ones find no time and are not started."""
     hangs = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)"

@@ -37,7 +37,7 @@ def supervised(tmp_path, names, processes, seconds, patience):
     return results
 
 
-@pytest.mark.parametrize("processes", [1, 3])
+@pytest.mark.parametrize("processes", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_process_that_breaks_takes_no_other_name_with_it(tmp_path, processes):
     names = ["a", "loses", "b", "crashes", "c", "hangs", "d"]
     results = supervised(tmp_path, names, processes, seconds=120, patience=8.0)
