@@ -23,6 +23,7 @@ from embkern.methods import allocate
 
 from .machine import peak_bytes
 from .results_file import RESULTS, command_line, write_results
+from .runner import option_parser
 from .vocabulary import random_table, zipf
 
 SHAPES = ["250002x384", "128256x2048", "262144x640"]  # XLM-R's small relatives, Llama 3.2 1B, Gemma 3 270M
@@ -30,11 +31,7 @@ SHAPES = ["250002x384", "128256x2048", "262144x640"]  # XLM-R's small relatives,
 
 def main(arguments: list[str]) -> None:
     """Compress every table and print its line; write the results."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks large_tables",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = option_parser("large_tables", __doc__)
     add = parser.add_argument
     add("--shapes", nargs="+", default=SHAPES, metavar="VxH", help="of the tables")
     add("--ratio", type=float, default=16, help="bytes of the fp32 table over bytes of the result")

@@ -13,7 +13,6 @@ The lookup is that of 512 ids of the corpus, timed for all tables in turn.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import struct
@@ -34,7 +33,7 @@ from embkern.text.frequencies import COMPRESSION_STRENGTH, expected_frequencies
 from embkern.text.prior import vocabulary_prior
 
 from .results_file import RESULTS, command_line, write_results
-from .runner import table_line
+from .runner import option_parser, table_line
 
 V, H, BLOCK = 250_002, 384, 8192
 RUNS = ["mean=32", "mean=64", "mean=128", "allocate=32", "nearest=64"]
@@ -53,11 +52,7 @@ COLUMNS = {
 
 def main(arguments: list[str]) -> None:
     """Compress the table in several ways, print a table of bytes and errors, write it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks vocabulary",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = option_parser("vocabulary", __doc__)
     add = parser.add_argument
     add("--rows", type=int, default=V, help="of the random table")
     add("--e5", type=Path, help="file of multilingual-e5-small at 4 bits, in place of the random table")
