@@ -60,6 +60,7 @@ MOMENT_TOKENS = 8192
 SCORED_KINDS = ("manual pages", "documentation", "distributions")
 SCORED_CHARS = 7_000  # of each kind
 SCORED_TOKENS = 4096
+PARTS = ("test", "valid")  # of the scored text, of different documents
 WINDOW = 1024
 COLUMNS = {
     "bits": ("bits", ".3f"),
@@ -126,6 +127,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--methods", nargs="+", choices=list(METHODS), help="default: all but slow ones")
     add("--ratios", type=float, nargs="+", help="of the methods that take one; default: several for each")
     add("--tokens", type=int, default=SCORED_TOKENS, help="of the scored text")
+    add("--part", choices=PARTS, default=PARTS[0], help="other documents of the same kinds are scored")
     add("--threads", type=int, help="of torch")
     add("--cache", type=Path, help="directory of models and measured rows; default: the user's cache")
     add("--results", type=Path, default=RESULTS, help="directory of the JSON files")
@@ -176,15 +178,15 @@ class Subject:
 
 
 @functools.cache
-def scored_text() -> tuple[list[str], dict[str, int]]:
-    """Return paragraphs of another kind than docstrings, and their characters by source."""
+def scored_text(part: str = PARTS[0]) -> tuple[list[str], dict[str, int]]:
+    """Return a part of the paragraphs of another kind than docstrings, and their characters by source."""
     documents = list(installed_documents(SCORED_KINDS))
     texts, sources = [], {}
     for kind in SCORED_KINDS:
         of_kind = [document for document in documents if document.source == kind]
-        splits = split(of_kind, held_out_chars=SCORED_CHARS, train_chars=0)
-        texts += splits.test
-        sources[kind] = sum(map(len, splits.test))
+        own = split(of_kind, held_out_chars=SCORED_CHARS, train_chars=0).named()[part]
+        texts += own
+        sources[kind] = sum(map(len, own))
     return texts, sources
 
 
@@ -287,12 +289,14 @@ class LanguageModels:
     """Measures the tables of one model, and keeps their rows."""
 
     def __init__(self, name: str, directory: Path, options: argparse.Namespace) -> None:
-        self.name, self.options = name, options
+        self.options = options
+        self.file_name = f"language_models_{name}"
+        if options.part != PARTS[0]:
+            self.file_name += f"_{options.part}"
         self.subject = Subject(directory)
         self.weights = files_fingerprint(sorted(directory.glob("*.safetensors")))
         self.cache = (options.cache or cache_directory()) / "language_models" / "rows"
-        texts, sources = scored_text()
-        self.texts = texts
+        self.texts, sources = scored_text(options.part)
         self.protocol = {"max_length": WINDOW, "stride": WINDOW, "max_tokens": options.tokens}
         V, H = self.subject.table.shape
         self.facts: dict[str, Any] = {
@@ -301,7 +305,7 @@ class LanguageModels:
             "H": H,
             "dense": None,
             "counted": {"text": "docstrings", "sentences": len(docstrings()[:COUNTED])},
-            "scored": {"characters_by_source": sources, **self.protocol},
+            "scored": {"part": options.part, "characters_by_source": sources, **self.protocol},
         }
         self.rows: list[dict[str, Any]] = []
         self.unavailable: dict[str, str] = {}
@@ -315,7 +319,7 @@ class LanguageModels:
                 self.unavailable[method] = "this version of embkern does not have it"
             self._measure(entries)
             path = write_results(
-                f"language_models_{self.name}",
+                self.file_name,
                 command,
                 self.rows,
                 directory=self.options.results,

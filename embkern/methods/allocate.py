@@ -54,7 +54,7 @@ from .base import (
 )
 from .calibration import Calibration
 from .magnitude import extreme_exponents, multiplied
-from .metric_allocation import MetricAllocation, forms_of, input_frequencies
+from .metric_allocation import SHRINKAGE, MetricAllocation, forms_of, input_frequencies
 from .rate_search import RateSearch
 from .row_floor import RowFloor
 from .sharded import World
@@ -206,7 +206,7 @@ def _packed(
         groups = min(most_groups, round(BASIS_SHARE * budget / row_bytes))
         candidates = iter([DirectionAllocation(rows, weights, dtype, groups)])
     else:
-        forms = forms_of(calibration, counts, tied=tied, exponent=chosen.exponent)
+        forms = forms_of(calibration, counts, tied=tied, exponent=chosen.exponent, shrinkage=SHRINKAGE)
         sizes = _basis_sizes(most_groups, row_bytes / max(1, budget))
         candidates = (MetricAllocation(rows, forms, dtype, size) for size in sizes)
     fast = world.on_first(lambda: _fast_rows(counts, len(table), chosen.speed))

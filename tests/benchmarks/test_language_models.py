@@ -39,21 +39,29 @@ def text(monkeypatch):
     """Text that takes no time to collect."""
     scored = [f"The cat sat on the mat for {number} minutes." for number in range(40)]
     counted = [f"The dog did not see {number} cats in the house." for number in range(200)]
-    monkeypatch.setattr(language_models, "scored_text", lambda: (scored, {"manual pages": 1}))
+    parts = {"test": scored[:20], "valid": scored[20:]}
+    monkeypatch.setattr(language_models, "scored_text", lambda part: (parts[part], {"manual pages": 1}))
     monkeypatch.setattr(language_models, "docstrings", lambda: counted)
 
 
-def run(tiny, directory, *methods):
+def run(tiny, directory, *methods, part="test", name="language_models_tiny.json"):
     places = ["--cache", str(directory / "cache"), "--results", str(directory)]
-    selection = ["--models", str(tiny), "--ratios", "8", "--tokens", "400", "--methods", *methods]
-    language_models.main([*places, *selection])
-    return json.loads((directory / "language_models_tiny.json").read_text())
+    selection = ["--models", str(tiny), "--ratios", "8", "--tokens", "200", "--part", part]
+    language_models.main([*places, *selection, "--methods", *methods])
+    return json.loads((directory / name).read_text())
+
+
+def test_another_part_of_the_text_has_a_file_of_its_own(tiny, text, tmp_path):
+    other = run(tiny, tmp_path, "int, groups of 32", part="valid", name="language_models_tiny_valid.json")
+    assert other["scored"]["part"] == "valid"
+    assert not (tmp_path / "language_models_tiny.json").exists()
+    assert run(tiny, tmp_path, "int, groups of 32")["dense"]["perplexity"] != other["dense"]["perplexity"]
 
 
 def test_rows_count_every_byte_and_are_measured_once(tiny, text, tmp_path, monkeypatch):
     methods = ("allocate", "int, groups of 32", "Lloyd-Max, scale per row")
     first = run(tiny, tmp_path, *methods)
-    assert first["dense"]["tokens"] == 399
+    assert first["dense"]["tokens"] == 199
     rows = {(row["method"], row["setting"].get("bits")): row for row in first["rows"]}
     for bits in (8, 4, 3, 2):  # scale and minimum in fp16 for a group of 32
         assert rows["int, groups of 32", bits]["bits"] == bits + 1

@@ -1,4 +1,7 @@
-"""Compressed models as ONNX files: onnxruntime computes what torch does, and the table stays compressed."""
+"""Compressed models as ONNX files: onnxruntime computes what torch does, and the table stays compressed.
+
+The models have one layer: an export takes seconds for each, and the table is what is tested.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ CASES = [*((name, "packed") for name in MODELS), *((name, "factors") for name in
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_onnxruntime_computes_the_same(tmp_path, name, kind):
-    model = compressed(build(name), kind)
+    model = compressed(build(name, layers=1), kind)
     model.save_pretrained(tmp_path / "small")
     embkern.export_onnx(tmp_path / "small", tmp_path / "model.onnx")
     for batch, length in ((3, 12), (1, 5), (2, 1)):
@@ -62,7 +65,7 @@ def test_onnxruntime_computes_the_same(tmp_path, name, kind):
 
 def pruned(name: str, unseen: str, **recipe: Any) -> Any:
     """A model whose table stores every third row, quantised by ``allocate`` or, with ``prune``, as it is."""
-    model = build(name)
+    model = build(name, layers=1)
     counts = torch.zeros(V).index_fill(0, torch.arange(0, V, 3), 1.0)
     if recipe:
         embkern.compress(model, counts=counts, unknown=unseen, **recipe)
@@ -170,7 +173,7 @@ def decoded(table: BlockTable) -> Tensor:
 @pytest.mark.parametrize("name", ["bert", "gemma3", "albert", "t5", "llama-untied"])
 def test_the_operators_of_onnxruntime_look_up_blocks(tmp_path, name, bits):
     """Ties, scales, rows of half a block. The model in torch is given the rows of the blocks."""
-    model = compressed(build(name), "packed")
+    model = compressed(build(name, layers=1), "packed")
     model.save_pretrained(tmp_path / "small")
     embkern.export_onnx(tmp_path / "small", tmp_path / "model.onnx", bits=bits)
     embedding = model.get_input_embeddings()
@@ -212,7 +215,7 @@ def test_every_table_has_its_own_blocks(tmp_path, bits):
 
 
 def test_the_command_and_its_errors(tmp_path):
-    compressed(build("bert-backbone")).save_pretrained(tmp_path / "small")
+    compressed(build("bert-backbone", layers=1)).save_pretrained(tmp_path / "small")
     command = [sys.executable, "-m", "embkern", "export", tmp_path / "small", "--format", "onnx"]
     command += ["-o", tmp_path / "model.onnx"]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True)
@@ -222,6 +225,6 @@ def test_the_command_and_its_errors(tmp_path):
         embkern.export_onnx(tmp_path / "small", tmp_path / "model.onnx")
     with pytest.raises(ValueError, match="bits: expected one of 4, 8, got 3"):
         embkern.export_onnx(tmp_path / "small", tmp_path / "other.onnx", bits=3)
-    build("bert-backbone").save_pretrained(tmp_path / "dense")
+    build("bert-backbone", layers=1).save_pretrained(tmp_path / "dense")
     with pytest.raises(ValueError, match="model: expected one compressed by embkern, got a dense one"):
         embkern.export_onnx(tmp_path / "dense", tmp_path / "model.onnx", overwrite=True)
