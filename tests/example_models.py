@@ -10,20 +10,20 @@ import transformers as T
 
 V, H = 101, 32
 _COMMON = dict(
-    vocab_size=V, hidden_size=H, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=V, hidden_size=H, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     intermediate_size=48, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
 _SEQ2SEQ = dict(
-    vocab_size=V, d_model=H, encoder_attention_heads=4, decoder_attention_heads=4,
-    encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64,
+    vocab_size=V, d_model=H, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+    decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64,
 )  # fmt: skip
 
 
-Build = Callable[[int], Any]  # of a number of layers
+Build = Callable[..., Any]  # may be given a number of layers
 
 
 def _model(model: str, config: str, **kwargs: Any) -> Build:
-    def build(layers: int) -> Any:
+    def build(layers: int = 2) -> Any:
         return getattr(T, model)(
             getattr(T, config)(**{**_COMMON, "num_hidden_layers": layers, **kwargs})
         ).eval()
@@ -32,7 +32,7 @@ def _model(model: str, config: str, **kwargs: Any) -> Build:
 
 
 def _seq2seq(model: str, config: str, **kwargs: Any) -> Build:
-    def build(layers: int) -> Any:
+    def build(layers: int = 2) -> Any:
         sizes = {**_SEQ2SEQ, "encoder_layers": layers, "decoder_layers": layers}
         return getattr(T, model)(getattr(T, config)(**{**sizes, **kwargs})).eval()
 
@@ -43,14 +43,14 @@ MODELS: dict[str, Build] = {
     "bert": _model("BertForMaskedLM", "BertConfig"),
     "bert-backbone": _model("BertModel", "BertConfig"),
     "roberta": _model("RobertaForMaskedLM", "RobertaConfig"),
-    "distilbert": lambda layers: T.DistilBertForMaskedLM(
+    "distilbert": lambda layers=2: T.DistilBertForMaskedLM(
         T.DistilBertConfig(
             vocab_size=V, dim=H, n_layers=layers, n_heads=4, hidden_dim=48, max_position_embeddings=64
         )
     ).eval(),
     "modernbert": _model("ModernBertForMaskedLM", "ModernBertConfig", cls_token_id=1, sep_token_id=2),
     "albert": _model("AlbertForMaskedLM", "AlbertConfig", embedding_size=16),
-    "gpt2": lambda layers: T.GPT2LMHeadModel(
+    "gpt2": lambda layers=2: T.GPT2LMHeadModel(
         T.GPT2Config(
             vocab_size=V, n_embd=H, n_layer=layers, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
         )
@@ -62,7 +62,7 @@ MODELS: dict[str, Build] = {
     "gemma3": _model(
         "Gemma3ForCausalLM", "Gemma3TextConfig", tie_word_embeddings=True, head_dim=8, sliding_window=16
     ),
-    "t5": lambda layers: T.T5ForConditionalGeneration(
+    "t5": lambda layers=2: T.T5ForConditionalGeneration(
         T.T5Config(
             vocab_size=V, d_model=H, d_kv=8, d_ff=48, num_layers=layers, num_heads=4, decoder_start_token_id=0
         )
@@ -80,7 +80,7 @@ def build(name: str, layers: int = 2) -> Any:
 
 
 def tiny_bert(**kwargs: Any) -> Any:
-    return _model("BertModel", "BertConfig", **kwargs)(2)
+    return _model("BertModel", "BertConfig", **kwargs)()
 
 
 def gemma3n(**kwargs: Any) -> Any:
@@ -92,7 +92,7 @@ def gemma3n(**kwargs: Any) -> Any:
         altup_num_inputs=2, sliding_window=16, layer_types=["sliding_attention", "full_attention"],
         activation_sparsity_pattern=[0.0] * 2,
     )  # fmt: skip
-    model = _model("Gemma3nForCausalLM", "Gemma3nTextConfig", **{**config, **kwargs})(2)
+    model = _model("Gemma3nForCausalLM", "Gemma3nTextConfig", **{**config, **kwargs})()
     with torch.no_grad():
         for parameter in model.parameters():  # its factors of zero ignore the table
             if not parameter.any():

@@ -22,7 +22,8 @@ def calibrate(
         ),
     ] = None,
     own_samples: Annotated[
-        bool, typer.Option("--self", help="instead of text: samples of a causal language model itself")
+        bool,
+        typer.Option("--self", help="instead of text: samples of the model itself, which generates text"),
     ] = False,
     add: Annotated[
         list[Path] | None,

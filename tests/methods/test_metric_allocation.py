@@ -8,7 +8,7 @@ import torch
 from embkern import Calibration
 from embkern.methods import allocate, predicted_divergence
 from embkern.methods.calibration import CalibrationFacts, CalibrationRun
-from embkern.methods.metric_allocation import PREDICTION_STRENGTH, input_frequencies
+from embkern.methods.metric_allocation import PREDICTION_STRENGTH, forms_of, input_frequencies
 from embkern.text.frequencies import COMPRESSION_STRENGTH
 from tests.conftest import seed_of
 
@@ -68,6 +68,26 @@ def test_divergence_is_the_sum_of_two_quadratic_forms():
         got = predicted_divergence(x, y, c, counts, tied=tied)
         assert abs(got - float(expected)) <= bound * float(expected)
     assert predicted_divergence(x, x, c, counts, tied=True) == 0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+def test_shrinkage_raises_every_eigenvalue_to_a_share_of_the_mean(share):
+    c = calibration()
+    for form, moment_of in zip(
+        forms_of(c, None, tied=True, shrinkage=share), (c.input_moment, c.head_moment), strict=True
+    ):
+        values = torch.linalg.eigvalsh(moment_of) / SCORED
+        expected = (1 - share) * values + share * values.mean()
+        tolerance = H * torch.finfo(torch.float64).eps * float(values[-1])
+        torch.testing.assert_close(torch.linalg.eigvalsh(form.matrix), expected, rtol=0, atol=8 * tolerance)
+
+
+def test_a_matrix_that_is_no_moment_gives_finite_rows():
+    """The sum of outer products has no negative eigenvalue; a file may have one."""
+    indefinite = calibration().input_moment.fill_diagonal_(0)
+    c = calibration(head=False, input_moment=indefinite + 1e-3 * SCORED * torch.eye(H, dtype=torch.float64))
+    assert torch.linalg.eigvalsh(c.input_moment)[0] < 0
+    assert bool(torch.isfinite(allocate(table(), ratio=16, calibration=c).to_dense()).all())
 
 
 def test_frequencies_without_counts_are_those_of_the_calibration():

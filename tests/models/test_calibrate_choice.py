@@ -68,7 +68,15 @@ def test_a_causal_model_is_calibrated_on_its_own_samples(own_calibration):
     assert same(stored_table(model), expected)
 
 
-@pytest.mark.parametrize(("name", "recipe"), [("gpt2", {"calibrate": False}), ("bert", {})])
+@pytest.mark.usefixtures("few_samples")
+def test_an_encoder_decoder_is_calibrated_on_its_own_samples_on_request():
+    report = embkern.compress(build("t5"), **PACKED, calibrate=True)
+    assert report.calibration == "32 tokens of the model's own samples"
+    assert report.predicted_kl > 0
+    assert report.divergence is None, "nothing is held out"
+
+
+@pytest.mark.parametrize(("name", "recipe"), [("gpt2", {"calibrate": False}), ("bert", {}), ("t5", {})])
 def test_others_are_not_unless_asked(name, recipe, monkeypatch):
     monkeypatch.setattr(choice, "self_calibrate_holding_out", None)
     model = build(name)
@@ -193,7 +201,7 @@ def test_a_model_that_cannot_be_sampled_is_compressed_without(caplog):
     report = embkern.compress(model, **PACKED)
     assert report.calibration.startswith("none (")
     assert "calibration: none (" in caplog.text
-    with pytest.raises(ValueError, match="calibrate: expected a causal language model to sample from"):
+    with pytest.raises(ValueError, match="calibrate: expected a model that generates text"):
         embkern.compress(build("bert"), **PACKED, calibrate=True)
 
 

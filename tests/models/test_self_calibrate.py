@@ -9,19 +9,34 @@ import torch
 import transformers as T
 from torch.testing import assert_close
 
-from embkern.models.calibrate import CalibrationTooLongError, on_samples, self_calibrate
-from embkern.models.calibrate.objectives import generator_of
-from embkern.models.calibrate.on_samples import sample_windows
+from embkern.models.calibrate import CalibrationTooLongError, self_calibrate
+from embkern.models.calibrate.objectives import LanguageModel, generator_of, shifted
+from embkern.models.calibrate.on_text import run_of, weights_fingerprint
+from embkern.models.calibrate.passes import run_pass
+from embkern.models.calibrate.sampling import Beginning, beginning_of, sample_windows
+from embkern.models.calibrate.windows import Windows
 from embkern.models.find_table import find_table
 from tests.example_models import MODELS, V, build
 from tests.models.calibrating import sharp, tokenizer
 
 WINDOWS, LENGTH, SEED = 3, 12, 5
+FIRST = Beginning(1)
 
 
-def sampled(model, **options):
-    settings = {"first": 1, "windows": WINDOWS, "length": LENGTH, "seed": SEED, "progress": False, **options}
-    return torch.from_numpy(sample_windows(model, device=torch.device("cpu"), **settings))
+def sampled(model, beginning=FIRST, **options):
+    settings = {"windows": WINDOWS, "length": LENGTH, "seed": SEED, "progress": False, **options}
+    return torch.from_numpy(sample_windows(model, beginning, device=torch.device("cpu"), **settings))
+
+
+def check_draws(ids, probabilities):
+    """Check that tokens after the first are where the cumulative probabilities (N, T, V) pass their draws."""
+    cumulative = probabilities.cumsum(-1)
+    for number in range(WINDOWS):
+        draws = torch.from_numpy(generator_of(SEED, number, 1).random(ids.shape[1]))
+        for step in range(1, ids.shape[1]):
+            row, token = cumulative[number, step - 1], int(ids[number, step])
+            draw, least = float(draws[step] * row[-1]), float(row[token - 1]) if token else 0.0
+            assert least - 1e-9 <= draw < float(row[token]) + 1e-9
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-tied", "gemma3", "gpt-neox", "opt", "qwen3", "gemma2"])
@@ -31,13 +46,28 @@ def test_every_token_is_drawn_from_all_that_precede_it(name):
     assert ids.shape == (WINDOWS, LENGTH)
     assert bool((ids[:, 0] == 1).all())
     with torch.no_grad():
-        cumulative = model(input_ids=ids).logits.softmax(-1).cumsum(-1)
-    for number in range(WINDOWS):
-        draws = torch.from_numpy(generator_of(SEED, number, 1).random(LENGTH))
-        for step in range(1, LENGTH):
-            row, token = cumulative[number, step - 1], int(ids[number, step])
-            draw, least = float(draws[step] * row[-1]), float(row[token - 1]) if token else 0.0
-            assert least - 1e-9 <= draw < float(row[token]) + 1e-9
+        check_draws(ids, model(input_ids=ids).logits.softmax(-1))
+
+
+@pytest.mark.parametrize("name", ["t5", "bart-scaled", "m2m100"])
+def test_a_decoder_is_sampled_while_its_encoder_reads_an_empty_text(name):
+    model, source = sharp(name), [5, 2]
+    start = int(shifted(model, torch.zeros(1, 1, dtype=torch.int64))[0, 0])
+    ids = sampled(model, Beginning(start, source))
+    assert ids.shape == (WINDOWS, LENGTH)
+    with torch.no_grad():
+        read = torch.tensor([source]).expand(WINDOWS, -1)
+        check_draws(ids, model(input_ids=read, decoder_input_ids=ids).logits.softmax(-1))
+
+
+def test_what_an_encoder_decoder_begins_with():
+    model, own = build("t5"), tokenizer()
+    assert beginning_of(model, None) == Beginning(0, [model.config.eos_token_id])
+    empty = own("")["input_ids"]
+    assert beginning_of(model, own) == Beginning(0, empty or [model.config.eos_token_id])
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    with pytest.raises(ValueError, match=r"expected eos_token_id below 101 .* got None; give text"):
+        beginning_of(model, None)
 
 
 def test_samples_depend_on_the_seed_and_the_number_alone():
@@ -88,26 +118,29 @@ def test_the_sums_are_those_of_the_samples(name):
     assert torch.equal(again.input_moment, found.input_moment)
 
 
-def test_the_moments_are_those_of_the_pass_over_the_samples():
-    from embkern.models.calibrate.objectives import LanguageModel
-    from embkern.models.calibrate.on_text import run_of, weights_fingerprint
-    from embkern.models.calibrate.passes import run_pass
-    from embkern.models.calibrate.windows import Windows
-
-    model = sharp("gpt2")
-    read = Windows(list(sampled(model).numpy()))
+@pytest.mark.parametrize("name", ["gpt2", "t5", "bart"])
+def test_the_moments_are_those_of_the_pass_over_the_samples(name):
+    model = sharp(name)
+    encodes = model.config.is_encoder_decoder
+    ids = sampled(model, beginning_of(model, None), length=LENGTH + encodes)[:, int(encodes) :]
+    read = Windows(list(ids.numpy()))
     found = self_calibrate(model, windows=WINDOWS, length=LENGTH, seed=SEED, progress=False)
     facts = found.facts.model_copy(
         update={"weights": weights_fingerprint(model), "runs": (run_of("text", read, SEED),)}
     )
     other = run_pass(model, find_table(model), read, LanguageModel(model, read, SEED), facts, progress=False)
+    assert found.facts.runs[0].texts == read.fingerprint
     assert torch.equal(found.input_moment, other.input_moment)
+    if encodes:
+        assert torch.equal(found.inputs, other.inputs), "counts, of encoder and decoder"
+        assert float(found.inputs.sum()) == 2 * WINDOWS * LENGTH
     assert torch.equal(found.head_moment, other.head_moment)
 
 
 def test_the_first_token_is_the_models_or_the_tokenizers():
     def first(model, tokenizer=None):
-        return on_samples._first_token(model, tokenizer)
+        assert beginning_of(model, tokenizer).source is None
+        return beginning_of(model, tokenizer).token
 
     model = build("gpt2")
     assert first(model) == model.config.bos_token_id == 1
@@ -122,7 +155,7 @@ def test_the_first_token_is_the_models_or_the_tokenizers():
     assert first(model) == 9
     model.generation_config.eos_token_id = model.config.eos_token_id = None
     with pytest.raises(
-        ValueError, match="expected a bos_token_id or eos_token_id below 101 .* got None; give text"
+        ValueError, match="expected bos_token_id or eos_token_id below 101 .* got None; give text"
     ):
         first(model)
     model.config.bos_token_id = V
@@ -130,10 +163,10 @@ def test_the_first_token_is_the_models_or_the_tokenizers():
         self_calibrate(model)
 
 
-@pytest.mark.parametrize("name", ["bert", "t5", "bert-backbone"])
+@pytest.mark.parametrize("name", ["bert", "bert-backbone"])
 def test_other_models_are_refused(name):
     with pytest.raises(
-        ValueError, match="calibrate: expected a causal language model to sample from, .* give text"
+        ValueError, match="calibrate: expected a model that generates text, to sample from, .* give text"
     ):
         self_calibrate(build(name))
 

@@ -108,8 +108,11 @@ def _by_default(
     hold_out: bool,
 ) -> Choice:
     try:
-        if kind_of(model) != "causal":
-            return Choice(None, "none; text (--calibrate-text) would lower the error that the model sees")
+        if (kind := kind_of(model)) != "causal":
+            lower = "text (--calibrate-text)"
+            if kind == "encoder-decoder":
+                lower += " or the model's own samples (--calibrate)"
+            return Choice(None, f"none; {lower} would lower the error that the model sees")
         return _on_samples(model, tokenizer, progress, hold_out, LONGEST_SECONDS)
     except CalibrationTooLongError as error:
         minutes = f"{error.seconds / 60:.0f} minutes"

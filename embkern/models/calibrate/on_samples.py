@@ -1,41 +1,27 @@
-"""Calibrate a causal language model without text, on samples of its own."""
+"""Calibrate a language model without text, on samples of its own."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from ...methods.calibration import Calibration, CalibrationFacts
 from ...text.counts import fingerprint
 from ..find_table import find_table
-from ..inference import evaluating, longest_input
+from ..inference import longest_input
 from .kinds import kind_of
-from .objectives import (
-    CHUNK_VALUES,
-    LanguageModel,
-    NotFiniteError,
-    first_bad_row,
-    generator_of,
-    sample,
-)
+from .objectives import LanguageModel
 from .on_text import run_of, weights_fingerprint
-from .passes import not_finite, run_pass
+from .passes import run_pass
+from .sampling import beginning_of, sample_windows
 from .windows import HeldOut, Windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_STREAM = 1  # of the draws of the tokens; those of the labels have stream 0
-_TIMED_STEPS = 8  # after the first, which reads the weights from the disk
-_PASS_SHARE = 2.0  # the pass takes about as long as decoding token by token
 
 
 class CalibrationTooLongError(RuntimeError):
@@ -49,7 +35,7 @@ class CalibrationTooLongError(RuntimeError):
     def __init__(self, seconds: float, limit: float) -> None:
         super().__init__(
             f"calibrate: expected at most {_minutes(limit)} for the model's own samples, got an estimate of "
-            f"{_minutes(seconds)}; --calibrate self (limit_seconds=None) takes the time, text takes less"
+            f"{_minutes(seconds)}; limit_seconds=None takes the time, text takes less"
         )
         self.seconds, self.limit = seconds, limit
 
@@ -65,25 +51,29 @@ def self_calibrate(
     checkpoint: str | os.PathLike | None = None,
     limit_seconds: float | None = 600,
 ) -> Calibration:
-    """Calibrate a causal language model on samples of its own, for want of text.
+    """Calibrate a causal language model or an encoder-decoder on samples of its own, for want of text.
 
-    The samples begin with the model's beginning-of-text token, or else its end-of-text token, and go on
-    whatever tokens follow; every token is drawn from all of the model's probabilities, at temperature 1.
-    ``calibrate`` then measures on them, with one difference: ``inputs`` are the predicted probabilities, the
-    expected counts, which have less noise and no zeros.
+    The samples of a causal model begin with its beginning-of-text token, or else its end-of-text token, and
+    go on whatever tokens follow; every token is drawn from all of the model's probabilities, at temperature
+    1. ``calibrate`` then measures on them, with one difference: ``inputs`` are the predicted probabilities,
+    the expected counts, which have less noise and no zeros.
+
+    The decoder of an encoder-decoder is sampled in the same way, while its encoder reads an empty text. Then
+    both read the samples, as in ``calibrate``, and ``inputs`` are counts.
 
     Args:
-        model: a causal language model of transformers; it is as before afterwards.
+        model: a language model of transformers that generates text; it is as before afterwards.
         windows: number of samples.
         length: tokens of each, at least 2.
         seed: random seed of the samples and the labels, at least 0.
-        tokenizer: the model's tokenizer; its beginning-of-text token is used if the model's config has none.
+        tokenizer: the model's tokenizer; its special tokens are used where the model's config has none, and
+            those that it adds to an empty text.
         progress: whether to show progress bars on stderr; None shows them on a terminal.
         checkpoint: as in ``calibrate``, for the pass over the samples.
         limit_seconds: longest time; None has no limit.
 
     Raises:
-        ValueError: the model is no causal language model or has no token to begin with, it returns NaN, or an
+        ValueError: the model does not generate text or has no token to begin with, it returns NaN, or an
             argument is out of range.
         CalibrationTooLongError: by its first steps, it would take longer than ``limit_seconds``.
         UnsupportedModelError: the model has no table that ``find_table`` finds.
@@ -108,18 +98,23 @@ def self_calibrate_holding_out(
     checkpoint: str | os.PathLike | None = None,
     limit_seconds: float | None = 600,
 ) -> tuple[Calibration, HeldOut | None]:
-    """Return the result of ``self_calibrate``, and ``held_out`` further samples; None for none."""
+    """Return the result of ``self_calibrate``, and ``held_out`` further samples.
+
+    The latter are None for none, and for an encoder-decoder.
+    """
     for name, value, least in (("windows", windows, 1), ("length", length, 2), ("seed", seed, 0)):
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
     table = find_table(model)
     kind = kind_of(model)
-    if kind != "causal":
+    if kind not in ("causal", "encoder-decoder"):
         raise ValueError(
-            f"calibrate: expected a causal language model to sample from, got {type(model).__name__}; "
+            f"calibrate: expected a model that generates text, to sample from, got {type(model).__name__}; "
             "give text"
         )
-    first = _first_token(model, tokenizer)
+    causal = kind == "causal"
+    held_out *= causal
+    beginning = beginning_of(model, tokenizer)
     length = min(length, longest_input(model))
     began = time.monotonic()
 
@@ -128,16 +123,17 @@ def self_calibrate_holding_out(
         if limit_seconds is not None and estimate > limit_seconds:
             raise CalibrationTooLongError(estimate, limit_seconds)
 
+    # What a decoder begins with is not one of its tokens.
     samples = sample_windows(
         model,
-        first,
+        beginning,
         windows + held_out,
-        length,
+        length + (not causal),
         seed,
         device=table.weight.device,
         progress=progress,
         check_time=check_time,
-    )
+    )[:, 0 if causal else 1 :]
     read = Windows(list(samples[:windows]))
     unseen = HeldOut(Windows(list(samples[windows:]))) if held_out else None
     facts = CalibrationFacts(
@@ -157,100 +153,12 @@ def self_calibrate_holding_out(
         checkpoint=checkpoint,
         on_progress=check_time,
     )
-    if found.predictions is None:  # a head of another width than the table
+    if not causal or found.predictions is None:  # None: a head of another width than the table
         return found, unseen
     # Of the tokens that are read, all but the first of a window were predicted.
     inputs = found.predictions * ((length - 1) / length)
-    inputs[first] += windows
+    inputs[beginning.token] += windows
     return dataclasses.replace(found, inputs=inputs), unseen
-
-
-@torch.no_grad()
-def sample_windows(
-    model: PreTrainedModel,
-    first: int,
-    windows: int,
-    length: int,
-    seed: int,
-    *,
-    device: torch.device,
-    progress: bool | None = None,
-    check_time: Any = None,
-) -> np.ndarray:
-    """Return ids (windows, length) that are sampled from a causal model token by token, with its cache.
-
-    Args:
-        model: the model.
-        first: the token that every window begins with.
-        windows: number of windows; they are decoded together.
-        length: tokens of each.
-        seed: random seed; the draws of a window depend on the seed and its number alone.
-        device: device of the ids.
-        progress: whether to show a progress bar on stderr; None shows it on a terminal.
-        check_time: called with steps done, all steps with those that the pass will take, and seconds.
-    """
-    draws = np.stack([generator_of(seed, number, _STREAM).random(length) for number in range(windows)])
-    uniform = torch.from_numpy(draws)
-    ids = torch.full((windows, length), first, device=device)
-    cached, cache = "past_key_values" in inspect.signature(model.forward).parameters, None
-    bar = tqdm(
-        desc="sample", total=windows * (length - 1), unit="token", unit_scale=True,
-        disable=None if progress is None else not progress,
-    )  # fmt: skip
-    started = time.monotonic()
-    with bar, evaluating(model):
-        for step in range(1, length):
-            if cached:
-                output = model(input_ids=ids[:, step - 1 : step], past_key_values=cache, use_cache=True)
-                cache = output.past_key_values
-            else:
-                output = model(input_ids=ids[:, :step])
-            try:
-                ids[:, step] = _draw(output.logits[:, -1], uniform[:, step]).to(device)
-            except NotFiniteError as error:
-                raise ValueError(not_finite(model, "output", error.row)) from None
-            bar.update(windows)
-            if step == 1:
-                started = time.monotonic()
-            elif check_time is not None and (step == 1 + _TIMED_STEPS or step % 32 == 0):
-                check_time(step - 1, round(_PASS_SHARE * (length - 1)), time.monotonic() - started)
-    return ids.cpu().numpy()
-
-
-def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Return a token (n,) per row of logits (n, V)."""
-    rows, found = max(1, CHUNK_VALUES // logits.shape[-1]), []
-    for start in range(0, len(logits), rows):
-        probabilities, labels = sample(logits[start : start + rows], uniform[start : start + rows])
-        if (row := first_bad_row(probabilities)) is not None:
-            raise NotFiniteError(start + row)
-        found.append(labels)
-    return torch.cat(found)
-
-
-def _first_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> int:
-    """Return the token that a text begins with: the model's, the tokenizer's, or else the end of text.
-
-    Raises:
-        ValueError: there is none, or it is beyond the table.
-    """
-    configs = (getattr(model, "generation_config", None), model.config.get_text_config(), model.config)
-    sources = [
-        *(getattr(config, "bos_token_id", None) for config in configs),
-        getattr(tokenizer, "bos_token_id", None),
-        *(getattr(config, "eos_token_id", None) for config in configs),
-        getattr(tokenizer, "eos_token_id", None),
-    ]
-    found = next((each for each in sources if each not in (None, [])), None)
-    if isinstance(found, (list, tuple)):  # several tokens end a text
-        found = found[0]
-    rows = model.get_input_embeddings().weight.shape[0]
-    if found is None or not 0 <= found < rows:
-        raise ValueError(
-            "calibrate: expected a bos_token_id or eos_token_id below "
-            f"{rows} in the config of {type(model).__name__}, to begin samples with, got {found}; give text"
-        )
-    return int(found)
 
 
 def _minutes(seconds: float) -> str:
