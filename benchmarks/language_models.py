@@ -26,42 +26,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from embkern.evaluate.batches import Batch, grouped
-from embkern.evaluate.language_model import SplitModel
 from embkern.evaluate.perplexity import Perplexity, evaluate_perplexity
-from embkern.evaluate.windows import causal_windows
 from embkern.experiments.dependencies import code_hash, files_fingerprint, frequencies_code, method_code
 from embkern.experiments.engine import Result, key_of, read_result, write_result
 from embkern.io.cache import cache_directory
 from embkern.methods import METHODS as COMPRESSORS
 from embkern.methods import rank_for_ratio
 from embkern.models.calibrate import calibrate
-from embkern.models.find_table import find_table
-from embkern.models.inference import evaluating
-from embkern.models.loading import load_model, load_tokenizer
-from embkern.text.counts import count_tokens
-from embkern.text.frequencies import COMPRESSION_STRENGTH, expected_frequencies
-from embkern.text.prior import vocabulary_prior
 
 from .language_model_rivals import GGML_FORMATS, NUMPY_FORMATS, feed_forward, gguf_format
+from .language_model_subject import PARTS, WINDOW, Subject, counted_sentences, scored_text
 from .results_file import RESULTS, command_line, write_results
 from .runner import option_parser, table_line
-from .text import docstrings
 from .tools.installed_models import INSTALLED, dense_model
-from .tools.installed_text import installed_documents, split
 
 RATIOS = [4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0]
 FEW_RATIOS = [8.0, 16.0, 32.0]
 LOW_RANK_RATIOS = [4.0, 8.0, 16.0]
-COUNTED = 70_000  # sentences of docstrings
-MOMENT_TOKENS = 8192
-SCORED_KINDS = ("manual pages", "documentation", "distributions")
-SCORED_CHARS = 7_000  # of each kind
 SCORED_TOKENS = 4096
-PARTS = ("test", "valid")  # of the scored text, of different documents
-WINDOW = 1024
 COLUMNS = {
     "bits": ("bits", ".3f"),
     "ppl in": ("input_only", "perplexity", ".2f"),
@@ -137,59 +120,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-# ---- what is compressed, and on which text it is measured ------------------------------------------------
-
-
-class Subject:
-    """A model and its table, token frequencies, and the second moment of its hidden states."""
-
-    def __init__(self, directory: Path) -> None:
-        self.model, self.tokenizer = load_model(directory).eval(), load_tokenizer(directory)
-        assert self.tokenizer is not None, f"no tokenizer in {directory}"
-        self.table = find_table(self.model).weight.detach()
-
-    @functools.cached_property
-    def prior(self) -> Tensor:
-        """Frequencies by the order of the vocabulary."""
-        return vocabulary_prior(self.tokenizer, len(self.table))
-
-    @functools.cached_property
-    def counts(self) -> Tensor:
-        """Expected frequencies, from counts of docstrings and the prior."""
-        lines = docstrings()[:COUNTED]
-        counted = count_tokens(lines, self.tokenizer, num_embeddings=len(self.table), progress=False)
-        return expected_frequencies(counted, self.prior, strength=COMPRESSION_STRENGTH)
-
-    @functools.cached_property
-    @torch.no_grad()
-    def moment(self) -> Tensor:
-        """``(h.t() @ h) / N`` of the hidden states that the head reads, (H, H) fp64, on docstrings."""
-        windows = causal_windows(
-            docstrings(), self.tokenizer, max_length=WINDOW, stride=WINDOW, max_tokens=MOMENT_TOKENS
-        )
-        H = self.table.shape[1]
-        total, count = torch.zeros(H, H, dtype=torch.float64), 0
-        with evaluating(self.model):
-            split_model = SplitModel(self.model)
-            for group in grouped(windows, 2):
-                hidden = split_model.hidden(Batch.of(group, self.model)).double()
-                total, count = total + hidden.t() @ hidden, count + len(hidden)
-        return total / count
-
-
-@functools.cache
-def scored_text(part: str = PARTS[0]) -> tuple[list[str], dict[str, int]]:
-    """Return a part of the paragraphs of another kind than docstrings, and their characters by source."""
-    documents = list(installed_documents(SCORED_KINDS))
-    texts, sources = [], {}
-    for kind in SCORED_KINDS:
-        of_kind = [document for document in documents if document.source == kind]
-        own = split(of_kind, held_out_chars=SCORED_CHARS, train_chars=0).named()[part]
-        texts += own
-        sources[kind] = sum(map(len, own))
-    return texts, sources
-
-
 # ---- methods ---------------------------------------------------------------------------------------------
 
 
@@ -228,7 +158,7 @@ def _calibrated(ratios: Sequence[float]) -> Iterator[Entry]:
 
     @functools.cache
     def calibration(subject: Subject) -> Any:
-        return calibrate(subject.model, subject.tokenizer, docstrings()[:COUNTED], progress=False)
+        return calibrate(subject.model, subject.tokenizer, counted_sentences(), progress=False)
 
     def build(ratio: float, subject: Subject) -> Any:
         options = {"counts": subject.counts, "calibration": calibration(subject)}
@@ -304,7 +234,7 @@ class LanguageModels:
             "V": V,
             "H": H,
             "dense": None,
-            "counted": {"text": "docstrings", "sentences": len(docstrings()[:COUNTED])},
+            "counted": {"text": "docstrings", "sentences": len(counted_sentences())},
             "scored": {"part": options.part, "characters_by_source": sources, **self.protocol},
         }
         self.rows: list[dict[str, Any]] = []
@@ -342,7 +272,7 @@ class LanguageModels:
             "protocol": self.protocol,
             "measure": code_hash(*parts, follow=False),
             "scored": _digest(self.texts),
-            "counted": _digest(docstrings()[:COUNTED]),
+            "counted": _digest(counted_sentences()),
         }
 
     def _measure(self, entries: Sequence[Entry]) -> None:

@@ -7,7 +7,7 @@ import torch
 
 T = pytest.importorskip("transformers")
 from benchmarks import language_model_rivals as rivals
-from benchmarks import language_models, plots
+from benchmarks import language_model_subject, language_models, plots
 from embkern.methods.scalar import lloyd_max
 
 
@@ -41,7 +41,7 @@ def text(monkeypatch):
     counted = [f"The dog did not see {number} cats in the house." for number in range(200)]
     parts = {"test": scored[:20], "valid": scored[20:]}
     monkeypatch.setattr(language_models, "scored_text", lambda part: (parts[part], {"manual pages": 1}))
-    monkeypatch.setattr(language_models, "docstrings", lambda: counted)
+    monkeypatch.setattr(language_model_subject, "docstrings", lambda: counted)
 
 
 def run(tiny, directory, *methods, part="test", name="language_models_tiny.json"):
