@@ -123,17 +123,17 @@ def self_calibrate_holding_out(
         if limit_seconds is not None and estimate > limit_seconds:
             raise CalibrationTooLongError(estimate, limit_seconds)
 
-    # What a decoder begins with is not one of its tokens.
+    skipped = int(not causal)  # what a decoder begins with is not one of its tokens
     samples = sample_windows(
         model,
         beginning,
         windows + held_out,
-        length + (not causal),
+        length + skipped,
         seed,
         device=table.weight.device,
         progress=progress,
         check_time=check_time,
-    )[:, 0 if causal else 1 :]
+    )[:, skipped:]
     read = Windows(list(samples[:windows]))
     unseen = HeldOut(Windows(list(samples[windows:]))) if held_out else None
     facts = CalibrationFacts(
