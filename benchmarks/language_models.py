@@ -33,7 +33,7 @@ from embkern.experiments.engine import Result, key_of, read_result, write_result
 from embkern.io.cache import cache_directory
 from embkern.methods import METHODS as COMPRESSORS
 from embkern.methods import rank_for_ratio
-from embkern.models.calibrate import calibrate
+from embkern.models.calibrate import calibrate, self_calibrate
 
 from .language_model_rivals import GGML_FORMATS, NUMPY_FORMATS, feed_forward, gguf_format
 from .language_model_subject import PARTS, WINDOW, Subject, counted_sentences, scored_text
@@ -153,20 +153,24 @@ def _at_bits(method: str, label: str, settings: Sequence[dict[str, Any]]) -> Ite
         yield Entry(label, setting, functools.partial(build, setting), method_code(method))
 
 
-def _calibrated(ratios: Sequence[float]) -> Iterator[Entry]:
-    """Yield rate allocation in the metric in which the model sees its table."""
+def _calibrated(ratios: Sequence[float], *, own_samples: bool = False) -> Iterator[Entry]:
+    """Yield rate allocation in the metric in which the model sees its table, on docstrings or own samples."""
 
     @functools.cache
-    def calibration(subject: Subject) -> Any:
-        return calibrate(subject.model, subject.tokenizer, counted_sentences(), progress=False)
+    def known(subject: Subject) -> dict[str, Any]:
+        if own_samples:
+            return {"calibration": self_calibrate(subject.model, progress=False, limit_seconds=None)}
+        found = calibrate(subject.model, subject.tokenizer, counted_sentences(), progress=False)
+        return {"calibration": found, "counts": subject.counts}
 
     def build(ratio: float, subject: Subject) -> Any:
-        options = {"counts": subject.counts, "calibration": calibration(subject)}
-        return COMPRESSORS["allocate"].compress(subject.table, ratio=ratio, **options)
+        return COMPRESSORS["allocate"].compress(subject.table, ratio=ratio, **known(subject))
 
-    code = f"{method_code('allocate')},{code_hash('embkern.models.calibrate.on_text')}"
+    source = "on_samples" if own_samples else "on_text"
+    code = f"{method_code('allocate')},{code_hash(f'embkern.models.calibrate.{source}')}"
+    label = "allocate, own samples" if own_samples else "allocate, calibrated"
     for ratio in ratios:
-        yield Entry("allocate, calibrated", {"ratio": ratio}, functools.partial(build, ratio), code)
+        yield Entry(label, {"ratio": ratio}, functools.partial(build, ratio), code)
 
 
 def _formats(names: Sequence[str]) -> Iterator[Entry]:
@@ -195,6 +199,7 @@ GROUP = 32
 METHODS: dict[str, Callable[[Sequence[float] | None], Iterator[Entry]]] = {
     "allocate": lambda ratios: _by_ratio("allocate", ratios or RATIOS, "counts"),
     "allocate, calibrated": lambda ratios: _calibrated(ratios or RATIOS),
+    "allocate, own samples": lambda ratios: _calibrated(ratios or FEW_RATIOS, own_samples=True),
     "allocate, no text": lambda ratios: _by_ratio(
         "allocate", ratios or FEW_RATIOS, "prior", "allocate, no text"
     ),

@@ -44,6 +44,7 @@ TRAINING = {
 METHODS: dict[str, tuple[str, str, str]] = {
     "allocate, calibrated": ("#009E73", "-", "D"),
     "allocate": ("#D55E00", "-", "D"),
+    "allocate, own samples": ("#009E73", ":", "d"),
     "allocate, no text": ("#D55E00", ":", "d"),
     "one rate, errors fed forward": ("#0072B2", "-", "o"),
     "Lloyd-Max, scale per row": ("#56B4E9", "--", "o"),
