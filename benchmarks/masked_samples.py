@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from embkern.evaluate.perplexity import evaluate_perplexity
@@ -25,12 +24,12 @@ from embkern.io.cache import cache_directory
 from embkern.methods import METHODS, Calibration
 from embkern.methods.calibration import CalibrationFacts
 from embkern.models.calibrate import calibrate
-from embkern.models.calibrate.objectives import LanguageModel, generator_of, mask_of, sample
+from embkern.models.calibrate.objectives import LanguageModel, mask_of
 from embkern.models.calibrate.on_text import run_of, weights_fingerprint
 from embkern.models.calibrate.passes import run_pass
-from embkern.models.calibrate.windows import Windows
+from embkern.models.calibrate.sampling import resample_windows
 from embkern.models.find_table import find_table
-from embkern.models.inference import evaluating, longest_input
+from embkern.models.inference import longest_input
 from embkern.models.loading import load_model, load_tokenizer
 from embkern.text.counts import count_tokens
 from embkern.text.frequencies import COMPRESSION_STRENGTH, expected_frequencies
@@ -133,7 +132,10 @@ def _first(texts: Sequence[str], characters: int) -> list[str]:
 
 def sampled_calibration(model: Any, tokenizer: Any, rounds: int, seed: int) -> Calibration:
     """Return the calibration of a masked model on samples that it resampled for some rounds."""
-    windows = masked_windows(model, tokenizer, rounds, seed)
+    length, device = min(LENGTH, longest_input(model)), torch.device("cpu")
+    windows = resample_windows(
+        model, tokenizer, SAMPLES, length, seed, device=device, rounds=rounds, progress=False
+    )
     facts = CalibrationFacts(
         architecture=type(model).__name__,
         kind="masked",
@@ -143,26 +145,3 @@ def sampled_calibration(model: Any, tokenizer: Any, rounds: int, seed: int) -> C
     )
     objective = LanguageModel(model, windows, seed, mask_of(tokenizer))
     return run_pass(model, find_table(model), windows, objective, facts, progress=False)
-
-
-@torch.no_grad()
-def masked_windows(model: Any, tokenizer: Any, rounds: int, seed: int) -> Windows:
-    """Return ``SAMPLES`` windows of ``LENGTH`` tokens, the special ones at both ends included.
-
-    In round r of R, a share of ``1 - r / R`` of the tokens between them is masked and drawn.
-    """
-    mask, length = mask_of(tokenizer), min(LENGTH, longest_input(model))
-    ids = torch.full((SAMPLES, length), mask)
-    ids[:, 0], ids[:, -1] = tokenizer.cls_token_id, tokenizer.sep_token_id
-    generator = generator_of(seed, rounds, 1)
-    with evaluating(model):
-        for number in range(rounds):
-            chosen = max(1, round((1 - number / rounds) * (length - 2)))
-            order = torch.from_numpy(generator.random((SAMPLES, length - 2))).argsort(1)[:, :chosen] + 1
-            ids.scatter_(1, order, mask)
-            for part, places in zip(ids.split(8), order.split(8), strict=True):
-                logits = model(input_ids=part).logits
-                at = logits.gather(1, places[:, :, None].expand(-1, -1, logits.shape[-1])).flatten(0, 1)
-                draws = torch.from_numpy(generator.random(len(at)))
-                part.scatter_(1, places, sample(at, draws)[1].view(places.shape))
-    return Windows(list(np.ascontiguousarray(ids.numpy())), 1, 1)

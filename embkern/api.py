@@ -335,7 +335,7 @@ def calibrate_files(
         model: a directory, or a name on the hub.
         sources: sources of text, as ``read_texts`` takes them.
         output: file to write, with ``Calibration.save``.
-        own_samples: whether to calibrate a model that generates text on its own samples instead of text.
+        own_samples: whether to calibrate a language model on its own samples instead of text.
         add: calibrations of the same model to add, alone or with one on text or samples.
         tokens: number of tokens; None takes 16384 of text, or 8192 of samples.
         length: longest input in tokens.

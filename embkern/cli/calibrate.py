@@ -23,7 +23,7 @@ def calibrate(
     ] = None,
     own_samples: Annotated[
         bool,
-        typer.Option("--self", help="instead of text: samples of the model itself, which generates text"),
+        typer.Option("--self", help="instead of text: samples of a language model itself"),
     ] = False,
     add: Annotated[
         list[Path] | None,

@@ -69,6 +69,14 @@ def test_a_causal_model_is_calibrated_on_its_own_samples(own_calibration):
 
 
 @pytest.mark.usefixtures("few_samples")
+def test_a_masked_model_is_calibrated_on_its_own_samples_on_request():
+    report = embkern.compress(build("bert"), **PACKED, calibrate=True, tokenizer=tokenizer())
+    assert report.calibration == "32 tokens of the model's own samples"
+    assert report.predicted_kl > 0
+    assert report.divergence.mean > 0
+
+
+@pytest.mark.usefixtures("few_samples")
 def test_an_encoder_decoder_is_calibrated_on_its_own_samples_on_request():
     report = embkern.compress(build("t5"), **PACKED, calibrate=True)
     assert report.calibration == "32 tokens of the model's own samples"
@@ -201,8 +209,8 @@ def test_a_model_that_cannot_be_sampled_is_compressed_without(caplog):
     report = embkern.compress(model, **PACKED)
     assert report.calibration.startswith("none (")
     assert "calibration: none (" in caplog.text
-    with pytest.raises(ValueError, match="calibrate: expected a model that generates text"):
-        embkern.compress(build("bert"), **PACKED, calibrate=True)
+    with pytest.raises(ValueError, match="calibrate: expected a language model to sample from"):
+        embkern.compress(build("bert-backbone"), **PACKED, calibrate=True)
 
 
 @pytest.mark.usefixtures("few_samples")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 pytest.importorskip("transformers")
+import numpy as np
 import torch
 import transformers as T
 from torch.testing import assert_close
@@ -13,8 +14,8 @@ from embkern.models.calibrate import CalibrationTooLongError, self_calibrate
 from embkern.models.calibrate.objectives import LanguageModel, generator_of, shifted
 from embkern.models.calibrate.on_text import run_of, weights_fingerprint
 from embkern.models.calibrate.passes import run_pass
-from embkern.models.calibrate.sampling import Beginning, beginning_of, sample_windows
-from embkern.models.calibrate.windows import Windows
+from embkern.models.calibrate.sampling import Beginning, beginning_of, resample_windows, sample_windows
+from embkern.models.calibrate.windows import Windows, added_tokens
 from embkern.models.find_table import find_table
 from tests.example_models import MODELS, V, build
 from tests.models.calibrating import sharp, tokenizer
@@ -163,12 +164,70 @@ def test_the_first_token_is_the_models_or_the_tokenizers():
         self_calibrate(model)
 
 
-@pytest.mark.parametrize("name", ["bert", "bert-backbone"])
-def test_other_models_are_refused(name):
-    with pytest.raises(
-        ValueError, match="calibrate: expected a model that generates text, to sample from, .* give text"
-    ):
-        self_calibrate(build(name))
+def resampled(model, **options):
+    settings = {"windows": WINDOWS, "length": LENGTH, "seed": SEED, "progress": False, **options}
+    made = resample_windows(model, tokenizer(), device=torch.device("cpu"), **settings)
+    return torch.from_numpy(np.stack(made.ids)), made
+
+
+@pytest.mark.parametrize("rounds", [1, 4])
+def test_a_masked_model_fills_in_what_it_predicts(rounds):
+    model, own = build("bert").train(), tokenizer()
+    with torch.no_grad():
+        model.cls.predictions.bias[:] = -100
+        model.cls.predictions.bias[10:20] = 100
+    before, after = added_tokens(own)
+    ids, made = resampled(model, windows=20, length=40, rounds=rounds)
+    assert ids.shape == (20, 40)
+    assert (made.first, made.last) == (len(before), len(after))
+    inner = ids[:, len(before) : 40 - len(after)]
+    assert set(inner.unique().tolist()) == set(range(10, 20)), "each of ten likely tokens, and no mask"
+    assert ids[:, : len(before)].tolist() == [before] * 20
+    assert model.training
+    assert torch.equal(ids, resampled(model, windows=20, length=40, rounds=rounds)[0])
+    assert torch.equal(ids[:2], resampled(model, windows=2, length=40, rounds=rounds)[0])
+    assert not torch.equal(ids, resampled(model, windows=20, length=40, rounds=rounds, seed=6)[0])
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "modernbert"])
+def test_the_sums_of_a_masked_model_are_those_of_its_samples(name):
+    model, own = sharp(name), tokenizer()
+    found = self_calibrate(model, windows=WINDOWS, length=LENGTH, seed=SEED, tokenizer=own, progress=False)
+    _, read = resampled(model)
+    assert (found.facts.kind, found.facts.runs[0].source) == ("masked", "samples")
+    assert found.facts.runs[0].texts == read.fingerprint
+    facts = found.facts.model_copy(update={"runs": (run_of("text", read, SEED),)})
+    objective = LanguageModel(model, read, SEED, own.mask_token_id)
+    other = run_pass(model, find_table(model), read, objective, facts, progress=False)
+    assert torch.equal(found.input_moment, other.input_moment)
+    assert torch.equal(found.inputs, other.inputs)
+
+
+def test_a_masked_model_needs_a_tokenizer_with_a_mask():
+    with pytest.raises(ValueError, match="tokenizer: expected the masked language model's, .* got None"):
+        self_calibrate(build("bert"))
+    own = tokenizer()
+    own.mask_token = None
+    with pytest.raises(ValueError, match="tokenizer: expected a mask token"):
+        self_calibrate(build("bert"), tokenizer=own)
+
+
+def test_a_masked_model_that_returns_nan_is_refused():
+    model = build("bert")
+    with torch.no_grad():
+        model.cls.predictions.bias[3] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinity in the output of BertForMaskedLM in window 0"):
+        self_calibrate(model, tokenizer=tokenizer(), windows=2, length=9, progress=False)
+
+
+def test_a_masked_model_that_would_take_too_long():
+    with pytest.raises(CalibrationTooLongError):
+        self_calibrate(build("bert"), tokenizer=tokenizer(), limit_seconds=1e-9, progress=False)
+
+
+def test_a_sentence_encoder_is_refused():
+    with pytest.raises(ValueError, match="calibrate: expected a language model to sample from, .* give text"):
+        self_calibrate(build("bert-backbone"))
 
 
 @pytest.mark.parametrize(

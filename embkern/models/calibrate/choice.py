@@ -110,7 +110,7 @@ def _by_default(
     try:
         if (kind := kind_of(model)) != "causal":
             lower = "text (--calibrate-text)"
-            if kind == "encoder-decoder":
+            if kind in ("encoder-decoder", "masked"):
                 lower += " or the model's own samples (--calibrate)"
             return Choice(None, f"none; {lower} would lower the error that the model sees")
         return _on_samples(model, tokenizer, progress, hold_out, LONGEST_SECONDS)

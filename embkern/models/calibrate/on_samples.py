@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,10 +14,10 @@ from ...text.counts import fingerprint
 from ..find_table import find_table
 from ..inference import longest_input
 from .kinds import kind_of
-from .objectives import LanguageModel
+from .objectives import LanguageModel, mask_of
 from .on_text import run_of, weights_fingerprint
 from .passes import run_pass
-from .sampling import beginning_of, sample_windows
+from .sampling import Beginning, beginning_of, resample_windows, sample_windows
 from .windows import HeldOut, Windows
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def self_calibrate(
     checkpoint: str | os.PathLike | None = None,
     limit_seconds: float | None = 600,
 ) -> Calibration:
-    """Calibrate a causal language model or an encoder-decoder on samples of its own, for want of text.
+    """Calibrate a language model on samples of its own, for want of text.
 
     The samples of a causal model begin with its beginning-of-text token, or else its end-of-text token, and
     go on whatever tokens follow; every token is drawn from all of the model's probabilities, at temperature
@@ -61,20 +61,23 @@ def self_calibrate(
     The decoder of an encoder-decoder is sampled in the same way, while its encoder reads an empty text. Then
     both read the samples, as in ``calibrate``, and ``inputs`` are counts.
 
+    A masked language model fills in windows of masks in eight rounds: in each, fewer of the tokens are masked
+    anew, and drawn from what it predicts at them. Then ``calibrate`` measures on the result.
+
     Args:
-        model: a language model of transformers that generates text; it is as before afterwards.
+        model: a language model of transformers; it is as before afterwards.
         windows: number of samples.
         length: tokens of each, at least 2.
         seed: random seed of the samples and the labels, at least 0.
         tokenizer: the model's tokenizer; its special tokens are used where the model's config has none, and
-            those that it adds to an empty text.
+            those that it adds to a text. A masked language model needs it.
         progress: whether to show progress bars on stderr; None shows them on a terminal.
         checkpoint: as in ``calibrate``, for the pass over the samples.
         limit_seconds: longest time; None has no limit.
 
     Raises:
-        ValueError: the model does not generate text or has no token to begin with, it returns NaN, or an
-            argument is out of range.
+        ValueError: the model is no language model, has no token to begin with or no mask token, it returns
+            NaN, or an argument is out of range.
         CalibrationTooLongError: by its first steps, it would take longer than ``limit_seconds``.
         UnsupportedModelError: the model has no table that ``find_table`` finds.
     """
@@ -107,14 +110,12 @@ def self_calibrate_holding_out(
             raise ValueError(f"{name}: expected at least {least}, got {value}")
     table = find_table(model)
     kind = kind_of(model)
-    if kind not in ("causal", "encoder-decoder"):
+    if kind not in ("causal", "encoder-decoder", "masked"):
         raise ValueError(
-            f"calibrate: expected a model that generates text, to sample from, got {type(model).__name__}; "
-            "give text"
+            f"calibrate: expected a language model to sample from, got {type(model).__name__}; give text"
         )
-    causal = kind == "causal"
-    held_out *= causal
-    beginning = beginning_of(model, tokenizer)
+    if kind == "encoder-decoder":
+        held_out = 0
     length = min(length, longest_input(model))
     began = time.monotonic()
 
@@ -123,19 +124,23 @@ def self_calibrate_holding_out(
         if limit_seconds is not None and estimate > limit_seconds:
             raise CalibrationTooLongError(estimate, limit_seconds)
 
-    skipped = int(not causal)  # what a decoder begins with is not one of its tokens
-    samples = sample_windows(
-        model,
-        beginning,
-        windows + held_out,
-        length + skipped,
-        seed,
-        device=table.weight.device,
-        progress=progress,
-        check_time=check_time,
-    )[:, skipped:]
-    read = Windows(list(samples[:windows]))
-    unseen = HeldOut(Windows(list(samples[windows:]))) if held_out else None
+    settings: dict[str, Any] = {
+        "device": table.weight.device, "progress": progress, "check_time": check_time
+    }  # fmt: skip
+    count, beginning, mask = windows + held_out, Beginning(-1), None
+    if kind == "masked":
+        if tokenizer is None:
+            raise ValueError("tokenizer: expected the masked language model's, to sample from it, got None")
+        mask = mask_of(tokenizer)
+        samples = resample_windows(model, tokenizer, count, length, seed, **settings)
+    else:
+        beginning = beginning_of(model, tokenizer)
+        skipped = int(kind != "causal")  # what a decoder begins with is not one of its tokens
+        ids = sample_windows(model, beginning, count, length + skipped, seed, **settings)[:, skipped:]
+        samples = Windows(list(ids))
+    read = dataclasses.replace(samples, ids=samples.ids[:windows])
+    rest = dataclasses.replace(samples, ids=samples.ids[windows:])
+    unseen = HeldOut(rest, mask, seed) if held_out else None
     facts = CalibrationFacts(
         architecture=type(model).__name__,
         kind=kind,
@@ -147,13 +152,13 @@ def self_calibrate_holding_out(
         model,
         table,
         read,
-        LanguageModel(model, read, seed),
+        LanguageModel(model, read, seed, mask),
         facts,
         progress=progress,
         checkpoint=checkpoint,
         on_progress=check_time,
     )
-    if not causal or found.predictions is None:  # None: a head of another width than the table
+    if kind != "causal" or found.predictions is None:  # None: a head of another width than the table
         return found, unseen
     # Of the tokens that are read, all but the first of a window were predicted.
     inputs = found.predictions * ((length - 1) / length)

@@ -1,4 +1,4 @@
-"""Sample inputs from a model that generates text."""
+"""Sample inputs from a language model itself."""
 
 from __future__ import annotations
 
@@ -12,8 +12,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..inference import evaluating
-from .objectives import CHUNK_VALUES, NotFiniteError, first_bad_row, generator_of, sample, shifted
-from .passes import not_finite
+from .objectives import (
+    CHUNK_VALUES,
+    NotFiniteError,
+    first_bad_row,
+    generator_of,
+    mask_of,
+    sample,
+    shifted,
+)
+from .passes import LOGIT_BYTES, not_finite
+from .windows import Windows, added_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,6 +30,8 @@ if TYPE_CHECKING:
 _STREAM = 1  # of the draws of the tokens; those of the labels have stream 0
 _TIMED_STEPS = 8  # after the first, which reads the weights from the disk
 _PASS_SHARE = 2.0  # the pass takes about as long as decoding token by token
+_PASS_ROUNDS = 3  # forward passes that take as long as one with gradients
+ROUNDS = 8  # of a masked model; `python -m benchmarks masked_samples` compares numbers of them
 
 
 class Beginning(NamedTuple):
@@ -127,6 +138,71 @@ def sample_windows(
             elif check_time is not None and (step == 1 + _TIMED_STEPS or step % 32 == 0):
                 check_time(step - 1, round(_PASS_SHARE * (length - 1)), time.monotonic() - started)
     return ids.cpu().numpy()
+
+
+@torch.no_grad()
+def resample_windows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: int,
+    length: int,
+    seed: int,
+    *,
+    device: torch.device,
+    rounds: int = ROUNDS,
+    progress: bool | None = None,
+    check_time: Any = None,
+) -> Windows:
+    """Return inputs that a masked language model fills in itself, from masks alone.
+
+    In round r of R, counted from 0, a share of ``1 - r / R`` of the tokens is masked and drawn from the
+    predictions, at temperature 1: a few sweeps of Gibbs sampling by blocks.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer, whose special tokens begin and end every window.
+        windows: number of windows.
+        length: tokens of each, special ones included.
+        seed: random seed; the draws of a window depend on the seed and its number alone.
+        device: device of the ids.
+        rounds: number of rounds.
+        progress: whether to show a progress bar on stderr; None shows it on a terminal.
+        check_time: called with steps done, all steps with those that the pass will take, and seconds.
+
+    Raises:
+        ValueError: the tokenizer has no mask token, or the model returns NaN.
+    """
+    mask, (before, after) = mask_of(tokenizer), added_tokens(tokenizer)
+    inner = max(1, length - len(before) - len(after))
+    ids = torch.tensor([[*before, *[mask] * inner, *after]], device=device).repeat(windows, 1)
+    size = max(1, LOGIT_BYTES // (4 * model.get_input_embeddings().weight.shape[0] * ids.shape[1]))
+    generators = [generator_of(seed, number, _STREAM) for number in range(windows)]
+    starts, began = range(0, windows, size), time.monotonic()
+    bar = tqdm(
+        desc="sample", total=rounds * windows * inner, unit="token", unit_scale=True,
+        disable=None if progress is None else not progress,
+    )  # fmt: skip
+    with bar, evaluating(model):
+        for number in range(rounds):
+            chosen = max(1, round((1 - number / rounds) * inner))
+            for step, start in enumerate(starts):
+                own = generators[start : start + size]
+                order = np.stack([len(before) + each.permutation(inner)[:chosen] for each in own])
+                uniform = torch.from_numpy(np.stack([each.random(chosen) for each in own])).flatten()
+                part, places = ids[start : start + size], torch.from_numpy(order).to(device)
+                part.scatter_(1, places, mask)
+                logits = model(input_ids=part).logits
+                masked = logits.gather(1, places.unsqueeze(2).expand(-1, -1, logits.shape[2])).flatten(0, 1)
+                try:
+                    drawn = _draw(masked, uniform)
+                except NotFiniteError as error:
+                    raise ValueError(not_finite(model, "output", start + error.row // chosen)) from None
+                part.scatter_(1, places, drawn.view(places.shape).to(device))
+                bar.update(len(own) * inner)
+                if check_time is not None:
+                    done, every = number * len(starts) + step + 1, len(starts) * (rounds + _PASS_ROUNDS)
+                    check_time(done, every, time.monotonic() - began)
+    return Windows(list(ids.cpu().numpy()), len(before), len(after))
 
 
 def _draw(logits: Tensor, uniform: Tensor) -> Tensor:

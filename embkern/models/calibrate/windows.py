@@ -136,7 +136,7 @@ def windows_of_text(
         ValueError: the texts have fewer than two tokens, or an id is not below V.
     """
     _check_texts(texts)
-    before, after = _added_tokens(tokenizer)
+    before, after = added_tokens(tokenizer)
     added = len(before) + len(after)
     if length <= added:
         raise ValueError(f"length: expected more than the {added} special tokens, got {length}")
@@ -219,7 +219,7 @@ def _blocks(texts: Iterable[str], block_chars: int) -> Iterator[str]:
         yield "\n".join(block)
 
 
-def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Return the special tokens that a tokenizer adds before and after a text."""
     plain, whole = tokenizer("a", **_PLAIN)["input_ids"], tokenizer("a", verbose=False)["input_ids"]
     for start in range(len(whole) - len(plain) + 1 if plain else 0):
