@@ -17,7 +17,7 @@ from .kinds import kind_of
 from .objectives import LanguageModel, mask_of
 from .on_text import run_of, weights_fingerprint
 from .passes import run_pass
-from .sampling import Beginning, beginning_of, resample_windows, sample_windows
+from .sampling import beginning_of, resample_windows, sample_windows
 from .windows import HeldOut, Windows
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def self_calibrate_holding_out(
     settings: dict[str, Any] = {
         "device": table.weight.device, "progress": progress, "check_time": check_time
     }  # fmt: skip
-    count, beginning, mask = windows + held_out, Beginning(-1), None
+    count, mask, first = windows + held_out, None, None
     if kind == "masked":
         if tokenizer is None:
             raise ValueError("tokenizer: expected the masked language model's, to sample from it, got None")
@@ -135,7 +135,11 @@ def self_calibrate_holding_out(
         samples = resample_windows(model, tokenizer, count, length, seed, **settings)
     else:
         beginning = beginning_of(model, tokenizer)
-        skipped = int(kind != "causal")  # what a decoder begins with is not one of its tokens
+        skipped = 0
+        if kind == "causal":
+            first = beginning.token
+        else:
+            skipped = 1  # what a decoder begins with is not one of its tokens
         ids = sample_windows(model, beginning, count, length + skipped, seed, **settings)[:, skipped:]
         samples = Windows(list(ids))
     read = dataclasses.replace(samples, ids=samples.ids[:windows])
@@ -158,11 +162,11 @@ def self_calibrate_holding_out(
         checkpoint=checkpoint,
         on_progress=check_time,
     )
-    if kind != "causal" or found.predictions is None:  # None: a head of another width than the table
+    if first is None or found.predictions is None:  # the latter: a head of another width than the table
         return found, unseen
     # Of the tokens that are read, all but the first of a window were predicted.
     inputs = found.predictions * ((length - 1) / length)
-    inputs[beginning.token] += windows
+    inputs[first] += windows
     return dataclasses.replace(found, inputs=inputs), unseen
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _STREAM = 1  # of the draws of the tokens; those of the labels have stream 0
 _TIMED_STEPS = 8  # after the first, which reads the weights from the disk
 _PASS_SHARE = 2.0  # the pass takes about as long as decoding token by token
-_PASS_ROUNDS = 3  # forward passes that take as long as one with gradients
+_PASS_ROUNDS = 3  # rounds that take about as long as the pass, with its gradients
 ROUNDS = 8  # of a masked model; `python -m benchmarks masked_samples` compares numbers of them
 
 
@@ -200,8 +200,8 @@ def resample_windows(
                 part.scatter_(1, places, drawn.view(places.shape).to(device))
                 bar.update(len(own) * inner)
                 if check_time is not None:
-                    done, every = number * len(starts) + step + 1, len(starts) * (rounds + _PASS_ROUNDS)
-                    check_time(done, every, time.monotonic() - began)
+                    done, total = number * len(starts) + step + 1, len(starts) * (rounds + _PASS_ROUNDS)
+                    check_time(done, total, time.monotonic() - began)
     return Windows(list(ids.cpu().numpy()), len(before), len(after))
 
 
