@@ -172,7 +172,7 @@ def resampled(model, **options):
 
 @pytest.mark.parametrize("rounds", [1, 4])
 def test_a_masked_model_fills_in_what_it_predicts(rounds):
-    model, own = build("bert").train(), tokenizer()
+    model, own = build("bert").double().train(), tokenizer()  # the size of a batch changes the last bits
     with torch.no_grad():
         model.cls.predictions.bias[:] = -100
         model.cls.predictions.bias[10:20] = 100
