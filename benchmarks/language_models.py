@@ -40,6 +40,7 @@ from .language_model_subject import PARTS, WINDOW, Subject, counted_sentences, s
 from .results_file import RESULTS, command_line, write_results
 from .runner import option_parser, table_line
 from .tools.installed_models import INSTALLED, dense_model
+from .trellis_rings import trellis_rings
 
 RATIOS = [4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0]
 FEW_RATIOS = [8.0, 16.0, 32.0]
@@ -109,6 +110,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--models", nargs="+", default=list(INSTALLED), help=f"of {', '.join(INSTALLED)}, or directories")
     add("--methods", nargs="+", choices=list(METHODS), help="default: all but slow ones")
     add("--ratios", type=float, nargs="+", help="of the methods that take one; default: several for each")
+    add("--ring-bits", type=int, nargs="+", default=[1, 2, 3], choices=(1, 2, 3, 4), help="of EXL3 rings")
     add("--tokens", type=int, default=SCORED_TOKENS, help="of the scored text")
     add("--part", choices=PARTS, default=PARTS[0], help="other documents of the same kinds are scored")
     add("--threads", type=int, help="of torch")
@@ -195,26 +197,38 @@ def _fed_forward(settings: Sequence[int]) -> Iterator[Entry]:
         yield Entry("one rate, errors fed forward", {"bits": bits}, functools.partial(build, bits), code)
 
 
+def _rings(settings: Sequence[int]) -> Iterator[Entry]:
+    """Yield the format of ExLlamaV3, at one rate for all rows."""
+
+    def build(bits: int, subject: Subject) -> Any:
+        return trellis_rings(subject.table, bits)
+
+    code = code_hash("benchmarks.trellis_rings", "benchmarks.codes.trellis", follow=False)
+    for bits in settings:
+        yield Entry("EXL3 rings", {"bits": bits}, functools.partial(build, bits), code)
+
+
 GROUP = 32
-METHODS: dict[str, Callable[[Sequence[float] | None], Iterator[Entry]]] = {
-    "allocate": lambda ratios: _by_ratio("allocate", ratios or RATIOS, "counts"),
-    "allocate, calibrated": lambda ratios: _calibrated(ratios or RATIOS),
-    "allocate, own samples": lambda ratios: _calibrated(ratios or FEW_RATIOS, own_samples=True),
-    "allocate, no text": lambda ratios: _by_ratio(
-        "allocate", ratios or FEW_RATIOS, "prior", "allocate, no text"
+METHODS: dict[str, Callable[[argparse.Namespace], Iterator[Entry]]] = {
+    "allocate": lambda asked: _by_ratio("allocate", asked.ratios or RATIOS, "counts"),
+    "allocate, calibrated": lambda asked: _calibrated(asked.ratios or RATIOS),
+    "allocate, own samples": lambda asked: _calibrated(asked.ratios or FEW_RATIOS, own_samples=True),
+    "allocate, no text": lambda asked: _by_ratio(
+        "allocate", asked.ratios or FEW_RATIOS, "prior", "allocate, no text"
     ),
-    "int, groups of 32": lambda ratios: _at_bits(
+    "int, groups of 32": lambda asked: _at_bits(
         "rtn", "int, groups of 32", [{"bits": bits, "group": GROUP} for bits in (8, 4, 3, 2)]
     ),
-    "Lloyd-Max, scale per row": lambda ratios: _at_bits(
+    "Lloyd-Max, scale per row": lambda asked: _at_bits(
         "lloyd_max", "Lloyd-Max, scale per row", [{"bits": bits} for bits in (4, 3, 2)]
     ),
-    "one rate, errors fed forward": lambda ratios: _fed_forward((4, 3, 2)),
-    "GGUF": lambda ratios: _formats((*NUMPY_FORMATS, *GGML_FORMATS)),
-    "SVD": lambda ratios: _by_ratio("svd", ratios or LOW_RANK_RATIOS, label="SVD"),
-    "autoencoder": lambda ratios: _by_ratio("autoencoder", ratios or LOW_RANK_RATIOS),
+    "one rate, errors fed forward": lambda asked: _fed_forward((4, 3, 2)),
+    "GGUF": lambda asked: _formats((*NUMPY_FORMATS, *GGML_FORMATS)),
+    "EXL3 rings": lambda asked: _rings(asked.ring_bits),
+    "SVD": lambda asked: _by_ratio("svd", asked.ratios or LOW_RANK_RATIOS, label="SVD"),
+    "autoencoder": lambda asked: _by_ratio("autoencoder", asked.ratios or LOW_RANK_RATIOS),
 }
-SLOW = ("autoencoder",)  # only if `--methods` names it
+SLOW = ("autoencoder", "EXL3 rings")  # only if `--methods` names them
 
 
 # ---- measuring -------------------------------------------------------------------------------------------
@@ -249,7 +263,7 @@ class LanguageModels:
         """Measure all entries, method by method, and return the results file."""
         print(table_line(self.facts["model"], {name: name for name in COLUMNS}, COLUMNS, width=44))
         for method in self.options.methods or [each for each in METHODS if each not in SLOW]:
-            entries = list(METHODS[method](self.options.ratios))
+            entries = list(METHODS[method](self.options))
             if not entries:
                 self.unavailable[method] = "this version of embkern does not have it"
             self._measure(entries)

@@ -50,6 +50,7 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "Lloyd-Max, scale per row": ("#56B4E9", "--", "o"),
     "int, groups of 32": ("#CC79A7", "--", "^"),
     "GGUF": ("#000000", "", "s"),
+    "EXL3 rings": ("#000000", "-", "x"),
     "SVD": ("#E69F00", "--", "v"),
     "autoencoder": ("#E69F00", ":", "^"),
 }
