@@ -175,15 +175,22 @@ def _calibrated(ratios: Sequence[float], *, own_samples: bool = False) -> Iterat
         yield Entry(label, {"ratio": ratio}, functools.partial(build, ratio), code)
 
 
+def _rivals(
+    method: str, setting: str, values: Sequence[Any], build: Callable[[Any, Subject], Any], *modules: str
+) -> Iterator[Entry]:
+    """Yield what is no method of embkern at every value of a setting; its code is that of some modules."""
+    code = code_hash(*modules, follow=False)
+    for value in values:
+        yield Entry(method, {setting: value}, functools.partial(build, value), code)
+
+
 def _formats(names: Sequence[str]) -> Iterator[Entry]:
     """Yield formats of GGUF."""
 
     def build(name: str, subject: Subject) -> Any:
         return gguf_format(subject.table, name)
 
-    code = code_hash("benchmarks.language_model_rivals", follow=False)
-    for name in names:
-        yield Entry("GGUF", {"format": name}, functools.partial(build, name), code)
+    return _rivals("GGUF", "format", names, build, "benchmarks.language_model_rivals")
 
 
 def _fed_forward(settings: Sequence[int]) -> Iterator[Entry]:
@@ -192,9 +199,8 @@ def _fed_forward(settings: Sequence[int]) -> Iterator[Entry]:
     def build(bits: int, subject: Subject) -> Any:
         return feed_forward(subject.table, bits, subject.moment)
 
-    code = code_hash("benchmarks.language_model_rivals", "embkern.methods.scalar", follow=False)
-    for bits in settings:
-        yield Entry("one rate, errors fed forward", {"bits": bits}, functools.partial(build, bits), code)
+    modules = "benchmarks.language_model_rivals", "embkern.methods.scalar"
+    return _rivals("one rate, errors fed forward", "bits", settings, build, *modules)
 
 
 def _rings(settings: Sequence[int]) -> Iterator[Entry]:
@@ -203,9 +209,8 @@ def _rings(settings: Sequence[int]) -> Iterator[Entry]:
     def build(bits: int, subject: Subject) -> Any:
         return trellis_rings(subject.table, bits)
 
-    code = code_hash("benchmarks.trellis_rings", "benchmarks.codes.trellis", follow=False)
-    for bits in settings:
-        yield Entry("EXL3 rings", {"bits": bits}, functools.partial(build, bits), code)
+    modules = "benchmarks.trellis_rings", "benchmarks.codes.trellis"
+    return _rivals("EXL3 rings", "bits", settings, build, *modules)
 
 
 GROUP = 32

@@ -10,31 +10,31 @@ codebook, the rotation, the scales and the bytes are ExLlamaV3's, so that its de
 
 from __future__ import annotations
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .codes.trellis import Trellis
+from .codes.trellis import Trellis, sums_of_bytes
 from .reconstruction import Reconstruction
 
 RING, WINDOW = 256, 16
 MULTIPLIER = 0x83DCD12D
-# The sum of four bytes is turned into a level in fp16, as ExLlamaV3 1.6.5 does: (1024 + sum) * step + offset.
-STEP, OFFSET = torch.tensor([0x1EEE, 0xC931], dtype=torch.uint16).view(torch.float16).float().tolist()
-# By bits: a ring is scaled to the first number as its largest value, but to a root mean square of at most the
-# second, and at least LEAST. ExLlamaV3 1.6.5 has fitted them.
-AIMS = {1: (4.0, 1.16), 2: (3.6, 0.98), 3: (3.2, 0.98), 4: (3.0, 0.98)}
-LEAST = 0.55
+# A level is (1024 + sum of bytes) * STEP + OFFSET; both are numbers in fp16.
+STEP, OFFSET = 1774 / 2**18, -1329 / 2**7
+# By bits, the largest value and the largest root mean square that a ring is scaled to before the search: the
+# lesser scale of the two, but for a root mean square of at least LEAST_SPREAD. Those of ExLlamaV3 1.6.5.
+SCALED_TO = {1: (4.0, 1.16), 2: (3.6, 0.98), 3: (3.2, 0.98), 4: (3.0, 0.98)}
+LEAST_SPREAD = 0.55
 BLOCK = 256  # rings that a thread codes at a time
 
 
-def computed_levels() -> Tensor:
-    """Return the level of each window, (65536,) fp32 of fp16 values: a multiplication and a sum of bytes."""
-    product = torch.arange(1 << WINDOW) * MULTIPLIER % 2**32
-    total = sum((product >> shift & 255 for shift in (8, 16, 24)), product & 255)
-    return ((1024 + total).float() * STEP + OFFSET).half().float()
+@functools.cache
+def mul1_levels() -> Tensor:
+    """Return the level of each window of 16 bits, (65536,) fp32 that fp16 holds exactly."""
+    return ((1024 + sums_of_bytes(MULTIPLIER)).float() * STEP + OFFSET).half().float()
 
 
 def rotated(values: Tensor) -> Tensor:
@@ -72,12 +72,12 @@ def trellis_rings(table: Tensor, bits: int) -> Reconstruction:
 def coded_rings(rings: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the states (N, 256) int64, the scales (N, 1) in fp16 and what they decode to, of rings (N, 256).
 
-    The scale of the search follows from the ring's largest value and its root mean square; the one that is
-    stored gives the path that was found the least squared error.
+    The search scales a ring by its largest value and its root mean square. The scale that is stored is the
+    one with the least squared error for the path that was found.
     """
-    levels, (most, spread) = computed_levels(), AIMS[bits]
+    levels, (most, spread) = mul1_levels(), SCALED_TO[bits]
     size = rings.square().mean(1, keepdim=True).sqrt().clamp_min(1e-12)
-    aim = (most * size / rings.abs().amax(1, keepdim=True).clamp_min(1e-12)).clamp(LEAST, spread)
+    aim = (most * size / rings.abs().amax(1, keepdim=True).clamp_min(1e-12)).clamp(LEAST_SPREAD, spread)
     scale = (size / aim).half().float()
     scaled = rings / torch.where(scale > 0, scale, 1.0)
     states = Trellis(bits, WINDOW, RING).states(scaled, levels[None])

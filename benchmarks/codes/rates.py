@@ -15,7 +15,7 @@ from embkern.methods.quantizer_levels import distortion
 from embkern.ops.packed_codes import GROUP, LEVEL_BITS, LEVELS_PER_UNIT
 
 from .sums import ROW, SUMS_4096, Sums, packed_entries, trellis_of_sums
-from .trellis import Trellis, best_paths, free_levels, normal_samples
+from .trellis import Trellis, best_paths, free_levels, normal_samples, sums_of_bytes
 from .words import drawn, lloyd_words, nearest
 
 SAMPLES = 360_000  # values per figure; the standard error is below .02 dB
@@ -76,8 +76,7 @@ def first_edition_levels(bits: int) -> Tensor:
 
 def computed_levels(bits: int) -> Tensor:
     """Return levels (1, 65536) of QTIP, 1MAD: the sum of the bytes of (34038481 s + 76625530) mod 2^32."""
-    mixed = (torch.arange(2**16) * 34038481 + 76625530) % 2**32
-    total = sum((mixed >> shift & 255 for shift in (8, 16, 24)), mixed & 255).float() - 510
+    total = sums_of_bytes(34038481, 76625530).float() - 510
     return (total / total.std() * math.sqrt(1 - 4.0**-bits))[None]
 
 

@@ -109,6 +109,12 @@ def free_levels(trellis: Trellis, steps: int = 30, seed: int = 0) -> Tensor:
     return levels
 
 
+def sums_of_bytes(multiplier: int, increment: int = 0) -> Tensor:
+    """Return the sum of the four bytes of ``(multiplier * s + increment) % 2**32``, (65536,), of each s."""
+    mixed = (torch.arange(1 << 16) * multiplier + increment) % 2**32
+    return sum((mixed >> shift & 255 for shift in (8, 16, 24)), mixed & 255)
+
+
 def squared_error(trellis: Trellis, levels: Tensor, samples: Tensor) -> float:
     """Return the mean squared error of samples."""
     decoded = trellis.decoded(trellis.states(samples, levels), levels)

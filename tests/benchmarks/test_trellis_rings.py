@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-from benchmarks.trellis_rings import RING, coded_rings, computed_levels, rotated, trellis_rings
+from benchmarks.trellis_rings import RING, coded_rings, mul1_levels, rotated, trellis_rings
 
 
 def test_levels_are_nearly_normal_and_those_of_fp16():
-    levels = computed_levels()
+    levels = mul1_levels()
     assert levels.shape == (65536,)
     assert torch.equal(levels, levels.half().float())
     assert abs(float(levels.mean())) < 0.02
@@ -34,11 +34,11 @@ def test_rings_close_and_come_near_the_bound_of_any_code(bits):
     states, scales, values = coded_rings(samples, bits)
     before = states.roll(1, 1)  # the window before a value: its own code is shifted in from below
     assert torch.equal(states >> bits, before & ((1 << (16 - bits)) - 1))
-    assert torch.equal(values, computed_levels()[states] * scales.float())
+    assert torch.equal(values, mul1_levels()[states] * scales.float())
     rate = -10 * math.log10(float((samples - values).square().mean() / samples.square().mean()))
     bound = bits * 20 * math.log10(2)
     # Published for 2 bits: 0.44 dB below the bound. The standard error is 0.06 dB here.
-    assert bound - 0.95 < rate < bound + 0.3
+    assert bound - 0.8 < rate < bound + 0.3
 
 
 @pytest.mark.slow  # compiles

@@ -135,11 +135,8 @@ def self_calibrate_holding_out(
         samples = resample_windows(model, tokenizer, count, length, seed, **settings)
     else:
         beginning = beginning_of(model, tokenizer)
-        skipped = 0
-        if kind == "causal":
-            first = beginning.token
-        else:
-            skipped = 1  # what a decoder begins with is not one of its tokens
+        skipped = int(kind != "causal")  # what a decoder begins with is not one of its tokens
+        first = None if skipped else beginning.token
         ids = sample_windows(model, beginning, count, length + skipped, seed, **settings)[:, skipped:]
         samples = Windows(list(ids))
     read = dataclasses.replace(samples, ids=samples.ids[:windows])
