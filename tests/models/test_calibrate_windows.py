@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("transformers")
+from tokenizers import processors
 
 from embkern.models.calibrate import windows
 from embkern.models.calibrate.windows import Windows, sentences, windows_of_text
@@ -105,6 +106,17 @@ def test_too_little_text_is_refused(texts):
     if texts != ["w1"]:
         with pytest.raises(ValueError, match="texts: expected a text with at least one token .* got none"):
             sentences(texts, tokenizer(), tokens=10, length=5, V=V)
+
+
+@pytest.mark.parametrize("read", [windows_of_text, sentences])
+def test_a_length_without_room_for_a_token_is_refused(read):
+    made = tokenizer()
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="w1 $A w2", special_tokens=[(each, made.convert_tokens_to_ids(each)) for each in ("w1", "w2")]
+    )
+    with pytest.raises(ValueError, match="length: expected more than the 2 special tokens, got 2"):
+        read([TEXT], made, tokens=100, length=2, V=V)
+    assert read([TEXT], made, tokens=100, length=3, V=V).length == 3
 
 
 @pytest.mark.parametrize("read", [windows_of_text, sentences])

@@ -158,9 +158,12 @@ def sentences(
     """Return single texts, truncated to ``length`` tokens; evenly chosen ones if they have too many tokens.
 
     Raises:
-        ValueError: no text has a token, or an id is not below V.
+        ValueError: no text has a token, ``length`` has no room for one, or an id is not below V.
     """
     _check_texts(texts)
+    added = sum(map(len, added_tokens(tokenizer)))
+    if length <= added:
+        raise ValueError(f"length: expected more than the {added} special tokens, got {length}")
     kept = _spread((text[: CHARS_PER_TOKEN * length] for text in texts), tokens, 0)  # the rest is truncated
     encoded = tokenizer(
         kept, truncation=True, max_length=length, padding=False, verbose=False, return_attention_mask=False
