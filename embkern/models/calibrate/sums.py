@@ -129,9 +129,17 @@ def read_checkpoint(path: str | os.PathLike, identity: dict[str, Any], like: Sum
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"checkpoint: {error}; delete it to start anew") from None
     if saved != identity:
-        different = [name for name in identity if saved.get(name) != identity[name]]
+        ours, theirs = _flat(identity), _flat(saved)
+        different = [name for name in ours if theirs.get(name) != ours[name]]
         raise ValueError(
             f"checkpoint: {path} belongs to another run (different {', '.join(different)}); "
             "delete it or name another file"
         )
     return sums
+
+
+def _flat(identity: dict[str, Any]) -> dict[str, Any]:
+    """Return an identity with the fields of its only pass beside its own."""
+    runs = identity.get("runs")
+    run = runs[0] if isinstance(runs, list) and len(runs) == 1 and isinstance(runs[0], dict) else {}
+    return {**{name: value for name, value in identity.items() if name != "runs"}, **run}
