@@ -8,20 +8,19 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ._version import __version__
 from .fidelity import embed_sentences, read_sentences, sentence_fidelity
-from .fidelity.sentences import pooling_of
+from .fidelity.sentences import folder_pooling, pooling_of, pooling_within
 from .io.atomic import new_file
 from .methods.calibration import Calibration, CalibrationSummary
 from .methods.metric_allocation import input_frequencies
 from .methods.sharded import World
 from .models.calibrate import calibrate, check_calibration, self_calibrate
-from .models.calibrate.choice import Choice, choose_calibration
+from .models.calibrate.choice import Choice, choose_calibration, load_calibration
 from .models.checkpoint import model_bytes
 from .models.find_table import other_tables
 from .models.fisher_file import load_fisher
@@ -105,7 +104,7 @@ def compress(
         text: a text file, one sentence per line; the report then compares the embeddings of its first 1000
             sentences.
         calibration: what the model's output depends on, from ``embkern.calibrate`` or a file of
-            ``embkern calibrate``; for ``allocate``.
+            ``embkern calibrate``; for ``allocate``. It or ``calibrate_text`` replaces that of the recipe.
         calibrate_text: text to calibrate on instead, as ``count_text``.
         calibrate: without these two, whether to calibrate on samples of the model itself. None does so for
             causal language models, unless it would take more than ten minutes; False changes nothing.
@@ -183,16 +182,20 @@ def compress(
     known_counts = gathered_counts(V, counts, count_text, tokenizer, progress=progress)
     frequencies, counted = frequencies_of(known_counts, V, tokenizer)
     chosen = Choice(phrase=NOT_CALIBRATED if recipe.calibrated else None)
+    sources = (calibration, calibrate_text, recipe.calibration)
     if calibration_serves(plans):
         choose = functools.partial(
             choose_calibration, model, recipe, calibration=calibration, text=calibrate_text,
-            tokenizer=tokenizer, progress=progress, hold_out=[plan.table.role for plan in plans] == ["input"],
+            tokenizer=tokenizer, pooling=pooling_within(whole) if is_sentence_transformer(whole) else None,
+            progress=progress, hold_out=[plan.table.role for plan in plans] == ["input"],
         )  # fmt: skip
         chosen = world.on_first(choose)
-    elif calibration is not None or calibrate_text is not None or recipe.calibrate:
+    elif recipe.calibrate or any(each is not None for each in sources):
         raise ValueError(f"calibration: expected none: {NOT_CALIBRATED}")
     calibration = chosen.calibration
-    seen = calibration.inputs if known_counts is None and calibration is not None else known_counts
+    seen = known_counts
+    if seen is None and calibration is not None and calibration.on_text:
+        seen = calibration.inputs
     read = tokens_read(read_tokens(seen, V, tokenizer), calibration, model)
     if calibration is not None and counts is None and count_text is None:
         frequencies, counted = input_frequencies(calibration), "those of the calibration"
@@ -357,7 +360,7 @@ def calibrate_files(
     if not (own_samples or sources or parts):
         raise ValueError("text: expected a source of text, samples of the model (--self), or files to add")
     path = new_file(output, overwrite, sources=sources)
-    found: list[Calibration] = [Calibration.load(each) for each in parts]
+    found: list[Calibration] = [load_calibration(each, "add") for each in parts]
     tokenizer = required_tokenizer(model) if sources else load_tokenizer(model)
     loaded = load_model(model)
     for each in found:
@@ -367,15 +370,15 @@ def calibrate_files(
     }  # fmt: skip
     if sources:
         texts = itertools.chain.from_iterable(read_texts(source, errors=errors) for source in sources)
-        pooled = (Path(model) / "1_Pooling" / "config.json").is_file()
-        pooling = pooling_of(model) if pooled else None
         tokens = 16384 if tokens is None else tokens
-        found.append(calibrate(loaded, tokenizer, texts, tokens=tokens, pooling=pooling, **settings))
+        found.append(
+            calibrate(loaded, tokenizer, texts, tokens=tokens, pooling=folder_pooling(model), **settings)
+        )
     elif own_samples:
         windows = -(-(8192 if tokens is None else tokens) // max(1, length))
         found.append(
             self_calibrate(loaded, windows=windows, tokenizer=tokenizer, limit_seconds=None, **settings)
         )
-    total = functools.reduce(Calibration.__add__, found)
+    total = sum(found[1:], found[0])
     total.save(path)
     return total.summary()

@@ -47,6 +47,11 @@ class Recipe(BaseModel):
         description="without a calibration or text for one: whether to calibrate on samples of the model "
         "itself; default: for causal language models, if it takes less than ten minutes",
     )
+    calibration: str | None = Field(
+        None,
+        exclude=True,
+        description="file of a calibration, which `embkern calibrate` writes; it is not saved with a model",
+    )
 
     tables: dict[str, float | None] | None = Field(
         None,
@@ -62,6 +67,11 @@ class Recipe(BaseModel):
         if isinstance(value, Sequence) and all(isinstance(name, str) for name in value):
             return dict.fromkeys(value)
         return value
+
+    @field_validator("calibration", mode="before")
+    @classmethod
+    def _path_of_calibration(cls, value: Any) -> Any:
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
 
     @field_validator("method")
     @classmethod
@@ -95,6 +105,10 @@ class Recipe(BaseModel):
         parse_options(method.options, self.options, self.method)
         if self.calibrate:
             self.check_calibrated("calibrate")
+        if self.calibration is not None:
+            self.check_calibrated("calibration")
+            if self.calibrate is not None:
+                raise ValueError("calibration: expected it without calibrate, got both")
         return self
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Recipe:
@@ -138,6 +152,8 @@ class Recipe(BaseModel):
         if overrides.get("ratio") is not None or overrides.get("rank") is not None:
             fields.pop("ratio", None)
             fields.pop("rank", None)
+        if overrides.get("calibrate") is not None:
+            fields.pop("calibration", None)
         options = fields.get("options") or {}
         if not isinstance(options, dict):
             raise ValueError(f"recipe: options: expected a mapping in {path}, got {options!r}")

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
     from transformers import PreTrainedModel
 
 Pooling = Literal["mean", "cls"]
@@ -61,16 +62,45 @@ def pooling_of(source: str | os.PathLike | None) -> Pooling:
     Raises:
         ValueError: the pooling is neither mean nor cls, or its configuration is damaged.
     """
-    config = _pooling_config(source)
+    return _mode_of(_pooling_config(source))
+
+
+def pooling_within(model: SentenceTransformer) -> Pooling:
+    """Return how a ``SentenceTransformer`` pools its tokens; mean if none of its modules does.
+
+    Raises:
+        ValueError: the pooling is neither mean nor cls.
+    """
+    configs: list[dict[str, Any]] = [
+        module.get_config_dict() for module in model if type(module).__name__ == "Pooling"
+    ]
+    return _mode_of(configs[0] if configs else {})
+
+
+def _mode_of(config: dict[str, Any]) -> Pooling:
+    """Return the pooling in a configuration of sentence-transformers."""
     # sentence-transformers 5 writes one key with the name of the mode, earlier versions a flag per mode.
     modes = [name.removeprefix("pooling_mode_") for name, value in config.items() if value is True]
     mode = config.get("pooling_mode") or next((each for each in modes if each != "include_prompt"), "mean")
     known: dict[str, Pooling] = {"mean": "mean", "mean_tokens": "mean", "cls": "cls", "cls_token": "cls"}
     if not isinstance(mode, str) or mode not in known:
         raise ValueError(
-            f"text: the model pools its tokens by {mode!r}; sentences are compared for mean and cls"
+            f"pooling: expected mean or cls in the model's sentence-transformers configuration, got {mode!r}"
         )
     return known[mode]
+
+
+def folder_pooling(source: str | os.PathLike | None) -> Pooling | None:
+    """Return how the sentence-transformers model in a directory pools its tokens; None if there is none.
+
+    A model with an output head that lies in such a directory serves as a sentence encoder.
+
+    Raises:
+        ValueError: the pooling is neither mean nor cls, or its configuration is damaged.
+    """
+    if not source or not (Path(source) / "1_Pooling" / "config.json").is_file():
+        return None
+    return pooling_of(source)
 
 
 def _pooling_config(source: str | os.PathLike | None) -> dict[str, Any]:
@@ -91,9 +121,9 @@ def _pooling_config(source: str | os.PathLike | None) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"text: {path} is damaged: {error}") from None
+        raise ValueError(f"pooling: {path} is damaged: {error}") from None
     if not isinstance(config, dict):
-        raise ValueError(f"text: {path} is damaged: expected an object, got {type(config).__name__}")
+        raise ValueError(f"pooling: {path} is damaged: expected an object, got {type(config).__name__}")
     return config
 
 

@@ -46,6 +46,7 @@ class CalibrationFacts(BaseModel):
 
     architecture: str = Field(description="class of the model")
     kind: Kind = Field(description="what the model predicts, which decides how its output is compared")
+    layers: int | None = Field(None, ge=0, description="number of layers, where the config has it")
     weights: str = Field(description="hash of the model's weights")
     tokenizer: str | None = Field(description="hash of the tokenizer's vocabulary; null without a tokenizer")
     runs: tuple[CalibrationRun, ...] = Field(min_length=1, description="the passes whose sums were added")
@@ -130,19 +131,35 @@ class Calibration:
         """Number of tokens that were read."""
         return sum(run.tokens for run in self.facts.runs)
 
+    @property
+    def on_text(self) -> bool:
+        """Whether ``inputs`` are counts of text alone, not of samples of the model itself."""
+        return all(run.source == "text" for run in self.facts.runs)
+
+    def __radd__(self, other: int) -> Calibration:
+        """Return itself for 0, with which ``sum`` begins."""
+        return self if type(other) is int and other == 0 else NotImplemented
+
     def __add__(self, other: Calibration) -> Calibration:
         """Return the sum of two calibrations of one model.
 
         Raises:
-            ValueError: they belong to different models, or one has a head and the other has none.
+            ValueError: they belong to different models, one has a head and the other has none, or a pass over
+                the same text with the same seed is in both.
         """
         ours, theirs = (_identity(each) | {"weights": each.facts.weights} for each in (self, other))
         if different := _different(ours, theirs):
             raise ValueError(f"calibration: expected two of one model, got {different}")
         if (self.head_moment is None) != (other.head_moment is None):
             raise ValueError("calibration: expected two with an output head or two without, got one with it")
+        if twice := [run for run in self.facts.runs if run in other.facts.runs]:
+            raise ValueError(
+                "calibration: expected passes over different inputs, got twice one over "
+                f"{twice[0].tokens:,} tokens of {twice[0].source} with seed {twice[0].seed}"
+            )
         facts = self.facts.model_copy(
             update={
+                "layers": other.facts.layers if self.facts.layers is None else self.facts.layers,
                 "tokenizer": self.facts.tokenizer or other.facts.tokenizer,
                 "runs": self.facts.runs + other.facts.runs,
             }
@@ -175,6 +192,7 @@ class Calibration:
         architecture: str,
         num_embeddings: int,
         embedding_dim: int,
+        layers: int | None = None,
         tokenizer: str | None = None,
         weights: str | None = None,
     ) -> None:
@@ -184,6 +202,7 @@ class Calibration:
             architecture: class of the model.
             num_embeddings: V.
             embedding_dim: H.
+            layers: number of its layers; None does not compare it.
             tokenizer: hash of the tokenizer's vocabulary; None does not compare it.
             weights: hash of the model's weights; None does not compare it.
 
@@ -193,6 +212,7 @@ class Calibration:
         expected = {
             "architecture": architecture,
             "table": f"{num_embeddings} x {embedding_dim}",
+            "layers": layers,
             "tokenizer": tokenizer,
         }
         got = _identity(self)
@@ -310,16 +330,17 @@ def _check_values(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name}: expected finite values, got NaN or infinity")
 
 
-def _identity(calibration: Calibration) -> dict[str, str | None]:
+def _identity(calibration: Calibration) -> dict[str, str | int | None]:
     """Return what a calibration must have in common with a model."""
     return {
         "architecture": calibration.facts.architecture,
         "table": f"{calibration.num_embeddings} x {calibration.embedding_dim}",
+        "layers": calibration.facts.layers,
         "tokenizer": calibration.facts.tokenizer,
     }
 
 
-def _different(expected: dict[str, str | None], got: dict[str, str | None]) -> str:
+def _different(expected: dict[str, str | int | None], got: dict[str, str | int | None]) -> str:
     """Return the entries that are known on both sides and differ, as words."""
     return ", ".join(
         f"{name} {got[name]} instead of {value}"

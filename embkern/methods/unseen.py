@@ -18,7 +18,7 @@ from .storage import rounded
 def is_read(
     num_embeddings: int, read: Tensor | None, counts: Tensor | None, calibration: Calibration | None
 ) -> Tensor:
-    """Return which rows (V,) bool are read: as given, or those with a count, here or in a calibration.
+    """Return which rows (V,) bool are read: as given, or with a count, here or in a calibration on text.
 
     Raises:
         ValueError: none of them is given, or no row is read.
@@ -32,12 +32,12 @@ def is_read(
         found = read.cpu()
     elif counted is not None:
         found = counted
-    elif calibration is not None:
+    elif calibration is not None and calibration.on_text:
         found = calibration.inputs > 0
     else:
         raise ValueError(
-            "unseen: expected counts of text (count_text, counts) or a calibration, from which rows follow "
-            "that are not read, got neither"
+            "unseen: expected counts of text (count_text, counts) or a calibration on text, from which rows "
+            "follow that are not read, got neither"
         )
     if not found.any():
         raise ValueError("read: expected a row that is read, got none")

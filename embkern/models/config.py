@@ -100,8 +100,9 @@ class EmbkernConfig(QuantizationConfigMixin):
         ngrammer: description of the N-Grammer at the input embedding, or None.
 
     Args:
-        method, ratio, rank, lm_head, options, calibrate, tables: as in ``embkern.Recipe``. While a model is
-            loaded there is no tokenizer and no text. A causal language model is calibrated on samples of its
+        method, ratio, rank, lm_head, options, calibrate, calibration, tables: as in ``embkern.Recipe``.
+            While a model is loaded there is no tokenizer and no text. ``calibration`` is a file that was
+            measured on the model before. Without it, a causal language model is calibrated on samples of its
             own; for others the frequencies of tokens are estimated from the order of the ids.
             ``embkern.compress`` can read text.
         body: a config of transformers for the linear layers, such as ``TorchAoConfig`` or
@@ -121,6 +122,7 @@ class EmbkernConfig(QuantizationConfigMixin):
         lm_head: LMHead = "factorized",
         options: dict[str, Any] | None = None,
         calibrate: bool | None = None,
+        calibration: str | os.PathLike | None = None,
         tables: Tables | None = None,
         body: QuantizationConfigMixin | dict[str, Any] | None = None,
         table: dict[str, Any] | None = None,
@@ -143,7 +145,7 @@ class EmbkernConfig(QuantizationConfigMixin):
         self.quant_method = quant_method
         self.recipe = Recipe.parse(
             method=method, ratio=ratio, rank=rank, lm_head=lm_head, options=options or {},
-            calibrate=calibrate, tables=tables,
+            calibrate=calibrate, calibration=calibration, tables=tables,
         )  # fmt: skip
         self.body = parse_body(body)
         self.quantizes_body = body is not None and body is self.body

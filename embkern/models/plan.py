@@ -79,7 +79,7 @@ class TablePlan:
         """
         if self.of_tokens and read is None and self.recipe.leaves_rows_out:
             raise ValueError(
-                f"unseen: expected counts of text (count_text, counts) or a calibration with "
+                f"unseen: expected counts of text (count_text, counts) or a calibration on text with "
                 f"{self.recipe.options['unseen']!r}, from which rows follow that are not read, got neither"
             )
         V = len(self.table.weight)
@@ -202,14 +202,15 @@ def tokens_read(
     """Return which tokens are read, (V,) bool, with those that a model's config names, as for padding.
 
     Args:
-        read: those that a text has, (V,) bool; None takes those that the calibration read.
+        read: those that a text has, (V,) bool; None takes those that the calibration read, if all was text:
+            the model's own samples do not tell what will be read.
         calibration: what was read to measure the model; None without one.
         model: the model.
 
     Returns:
         None if nothing tells which tokens are read.
     """
-    if read is None and calibration is not None:
+    if read is None and calibration is not None and calibration.on_text:
         read = calibration.inputs > 0
     config = getattr(model, "config", None)
     if read is None or config is None:

@@ -74,12 +74,12 @@ def test_pooling_follows_the_models_own_file(tmp_path):
     (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode": "cls", "include_prompt": true}')
     assert pooling_of(tmp_path) == "cls"
     (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode_max_tokens": true}')
-    with pytest.raises(ValueError, match="text: the model pools its tokens by 'max_tokens'"):
+    with pytest.raises(ValueError, match="pooling: expected mean or cls .* got 'max_tokens'"):
         pooling_of(tmp_path)
     for content in ("{", "[" * 10**5, "[]", "3"):
         (tmp_path / "1_Pooling" / "config.json").write_text(content)
-        with pytest.raises(ValueError, match="text: .*config.json is damaged"):
+        with pytest.raises(ValueError, match="pooling: .*config.json is damaged"):
             pooling_of(tmp_path)
     (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode": [1]}')
-    with pytest.raises(ValueError, match=r"text: the model pools its tokens by \[1\]"):
+    with pytest.raises(ValueError, match=r"pooling: expected mean or cls .* got \[1\]"):
         pooling_of(tmp_path)

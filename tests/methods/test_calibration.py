@@ -14,6 +14,7 @@ from embkern.methods.calibration import Calibration, CalibrationFacts, Calibrati
 
 DATA = Path(__file__).parents[1] / "data"
 V, H = 11, 3
+OTHER = CalibrationRun(source="text", texts="sha256:1", tokens=40, length=8, seed=0)
 RUN = CalibrationRun(source="text", texts="sha256:0", tokens=40, length=8, seed=0)
 FACTS = CalibrationFacts(
     architecture="GPT2LMHeadModel", kind="causal", weights="sha256:1", tokenizer="sha256:2", runs=(RUN,)
@@ -51,15 +52,30 @@ HEADLESS = {"predictions": None, "head_moment": None}
 
 
 def test_calibrations_of_one_model_add_up():
-    one, other = calibration(), calibration(facts=facts(tokenizer=None))
+    one, other = calibration(), calibration(facts=facts(tokenizer=None, layers=2, runs=(OTHER,)))
     total = one + other
     for got, *parts in zip(fields_of(total), fields_of(one), fields_of(other), strict=True):
         assert torch.equal(got, parts[0] + parts[1])
     assert (total.scored, total.tokens) == (80, 80)
-    assert total.facts == facts(runs=(RUN, RUN))
-    assert (other + one).facts.tokenizer == FACTS.tokenizer
-    headless = calibration(**HEADLESS) + calibration(**HEADLESS)
+    assert total.facts == facts(layers=2, runs=(RUN, OTHER))
+    assert (other + one).facts == facts(layers=2, runs=(OTHER, RUN))
+    assert torch.equal(sum([one, other]).input_moment, total.input_moment)
+    with pytest.raises(TypeError):
+        1 + one
+    headless = calibration(**HEADLESS) + calibration(**HEADLESS, facts=facts(runs=(OTHER,)))
     assert headless.predictions is headless.head_moment is None
+
+
+def test_a_pass_counts_once():
+    with pytest.raises(ValueError, match="got twice one over 40 tokens of text with seed 0"):
+        calibration() + calibration(facts=facts(runs=(OTHER, RUN)))
+
+
+def test_samples_of_the_model_are_no_text():
+    samples = RUN.model_copy(update={"source": "samples"})
+    assert calibration().on_text
+    assert not calibration(facts=facts(runs=(samples,))).on_text
+    assert not calibration(facts=facts(runs=(RUN, samples))).on_text
 
 
 @pytest.mark.parametrize(
@@ -91,7 +107,8 @@ def test_summary(fields):
 
 def check(**fields):
     model = {"architecture": "GPT2LMHeadModel", "num_embeddings": V, "embedding_dim": H}
-    calibration().check_model(**{**model, "tokenizer": "sha256:2", "weights": "sha256:1", **fields})
+    known = {"layers": 2, "tokenizer": "sha256:2", "weights": "sha256:1"}
+    calibration(facts=facts(layers=2)).check_model(**{**model, **known, **fields})
 
 
 def test_the_calibration_of_a_model_is_accepted():
@@ -99,6 +116,7 @@ def test_the_calibration_of_a_model_is_accepted():
         warnings.simplefilter("error")
         check()
         check(tokenizer=None, weights=None)
+        check(layers=None)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +125,7 @@ def test_the_calibration_of_a_model_is_accepted():
         ({"architecture": "BertForMaskedLM"}, "architecture GPT2LMHeadModel instead of BertForMaskedLM"),
         ({"num_embeddings": 12}, "table 11 x 3 instead of 12 x 3"),
         ({"embedding_dim": 4}, "table 11 x 3 instead of 11 x 4"),
+        ({"layers": 4}, "layers 2 instead of 4"),
         ({"tokenizer": "sha256:5"}, "tokenizer sha256:2 instead of sha256:5"),
     ],
 )

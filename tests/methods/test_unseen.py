@@ -101,7 +101,7 @@ def test_a_table_in_a_file_gives_the_same_bits(tmp_path):
 def test_what_cannot_be_is_refused_and_the_highest_ratio_that_is_named_works():
     table, counts = anisotropic(V, H), counts_of()
     with pytest.raises(
-        ValueError, match=r"unseen: expected counts of text .* or a calibration, .* got neither"
+        ValueError, match=r"unseen: expected counts of text .* or a calibration on text, .* got neither"
     ):
         allocate(table, ratio=20, unseen="mean")
     with pytest.raises(ValueError, match="unseen: .*'mean' or 'nearest', got 'zero'"):

@@ -21,7 +21,7 @@ from embkern.models.checkpoint import stored_table, stored_tables
 from embkern.models.plan import NOT_CALIBRATED
 from tests.example_models import MODELS
 from tests.example_tables import quantizing  # noqa: F401 (a fixture)
-from tests.models.calibrating import distinct_words, tokenizer
+from tests.models.calibrating import CAPPED, distinct_words, sharp, tokenizer
 
 pytestmark = pytest.mark.usefixtures("quantizing")
 PACKED = {"method": "allocate", "ratio": 2}
@@ -113,6 +113,99 @@ def test_text_and_files(tmp_path):
         assert report.calibration == f"{found.tokens:,} tokens of text"
         tables.append(stored_table(model))
     assert all(same(table, tables[0]) for table in tables)
+
+
+def test_a_file_in_a_recipe_or_a_config_serves_and_is_not_saved(own_calibration, tmp_path):
+    path = tmp_path / "calibration.safetensors"
+    own_calibration.save(path)
+    build("gpt2").save_pretrained(tmp_path / "dense")
+    given = build("gpt2")
+    embkern.compress(given, **PACKED, calibration=path)
+    (tmp_path / "recipe.yaml").write_text(f"ratio: 2\ncalibration: {path}\n")
+    named = build("gpt2")
+    recipe = Recipe.from_yaml(tmp_path / "recipe.yaml")
+    report = embkern.compress(named, recipe=recipe)
+    assert report.calibration == "32 tokens of the model's own samples"
+    assert "calibration" not in report.recipe.model_dump()
+    config = EmbkernConfig(**PACKED, calibration=path)
+    loaded = T.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
+    loaded.save_pretrained(tmp_path / "small")
+    assert str(path) not in (tmp_path / "small" / "config.json").read_text()
+    path.unlink()
+    again = T.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    for model in (named, loaded, again):
+        assert same(stored_table(model), stored_table(given))
+    with pytest.raises(FileNotFoundError, match="calibration: expected a file of a calibration, found none"):
+        T.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "dense", quantization_config=EmbkernConfig(**PACKED, calibration=path)
+        )
+    # Arguments and flags replace the recipe's.
+    embkern.compress(build("gpt2"), recipe=recipe, calibration=own_calibration)
+    (tmp_path / "text.txt").write_text(distinct_words())
+    text = {"calibrate_text": tmp_path / "text.txt", "tokenizer": tokenizer()}
+    assert embkern.compress(build("gpt2"), recipe=recipe, **text).calibration.endswith("tokens of text")
+    assert Recipe.from_yaml(tmp_path / "recipe.yaml", calibrate=False).calibration is None
+
+
+def test_a_head_that_predicts_the_same_whatever_is_read(few_samples, caplog, tmp_path):
+    model = build("llama-untied")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    model.save_pretrained(tmp_path)
+    weight = model.get_input_embeddings().weight.detach().clone()
+    report = embkern.compress(model, **PACKED)
+    message = "none (the model's outputs do not depend on its embedding)"
+    assert report.calibration == message
+    assert f"calibration: {message}" in caplog.text
+    loaded = T.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=EmbkernConfig(**PACKED))
+    assert stored_table(loaded).num_embeddings == len(weight)
+    with pytest.raises(ValueError, match="calibration: expected gradients or hidden states other than zero"):
+        embkern.compress(T.AutoModelForCausalLM.from_pretrained(tmp_path), **PACKED, calibrate=True)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_a_model_with_a_head_in_a_sentence_transformers_folder_is_a_sentence_encoder(
+    name, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(choice, "self_calibrate_holding_out", None)
+    words, text = tokenizer(), tmp_path / "text.txt"
+    text.write_text("\n".join(distinct_words(seed) for seed in range(3)))
+    build(name).save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    embkern.api.calibrate_files(tmp_path, [text], tmp_path / "calibration", progress=False)
+    assert embkern.Calibration.load(tmp_path / "calibration").facts.kind == "sentence"
+    tables = []
+    for given in ({"calibrate_text": text}, {"calibration": tmp_path / "calibration"}):
+        report = embkern.compress(str(tmp_path), **PACKED, **given)
+        assert report.divergence is None
+        tables.append(stored_table(report.model))
+    assert same(*tables)
+    report = embkern.compress(str(tmp_path), **PACKED)
+    assert report.calibration == "none; text (--calibrate-text) would lower the error that the model sees"
+
+
+@pytest.mark.usefixtures("few_samples")
+@pytest.mark.parametrize("name", list(CAPPED))
+def test_scaled_and_capped_logits(name):
+    model = sharp(name).float()
+    report = embkern.compress(model, **PACKED, progress=False)
+    assert report.calibration == "32 tokens of the model's own samples"
+    assert 0 < report.predicted_kl < float("inf")
+    assert 0 < report.divergence.mean < float("inf")
+
+
+def test_a_calibration_on_words_that_the_counts_lack():
+    words, model = tokenizer(), build("gpt2")
+    counted = torch.zeros(len(model.get_input_embeddings().weight), dtype=torch.int64)
+    counted[: len(counted) // 2] = 3
+    others = " ".join(words.convert_ids_to_tokens(range(len(counted) // 2, len(counted) - 1)))
+    found = calibrate(model, words, [others])
+    assert not bool((found.inputs.bool() & counted.bool()).any())
+    report = embkern.compress(model, **PACKED, calibration=found, counts=counted)
+    assert report.ratio >= 2
+    assert bool(torch.isfinite(stored_table(model).to_dense()).all())
 
 
 def test_an_untied_input_and_a_dense_head_take_the_input_alone(own_calibration):
@@ -227,8 +320,12 @@ def test_refusals(own_calibration, tmp_path):
     refused("got calibration, calibrate=False", calibration=own_calibration, calibrate=False)
     refused("calibrate_text: expected a tokenizer with it", calibrate_text=tmp_path)
     refused("calibration: expected one of this model", name="bert", calibration=own_calibration)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="calibration: expected a file of a calibration, found none"):
         embkern.compress(build("gpt2"), **PACKED, calibration=tmp_path / "none.safetensors")
+    with pytest.raises(ValueError, match="calibration: expected with method allocate only, got method 'svd'"):
+        Recipe.parse(method="svd", ratio=2, calibration="x")
+    with pytest.raises(ValueError, match="calibration: expected it without calibrate, got both"):
+        Recipe.parse(ratio=2, calibration="x", calibrate=True)
     with pytest.raises(ValueError, match="calibrate: Input should be a valid boolean"):
         Recipe.parse(ratio=2, calibrate="self")
 

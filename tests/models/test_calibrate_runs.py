@@ -193,6 +193,32 @@ def test_the_pooling_beside_a_sentence_encoder_is_read(tmp_path):
     assert run(T.BertForMaskedLM.from_pretrained(tmp_path)).facts.kind == "masked"
 
 
+@pytest.mark.parametrize("mode", ["mean", "cls"])
+def test_a_sentence_transformer_is_calibrated_as_its_encoder(mode, tmp_path):
+    library = pytest.importorskip("sentence_transformers")
+    modules = pytest.importorskip("sentence_transformers.models")
+    encoder = build("bert-backbone")
+    encoder.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    pooling = modules.Pooling(encoder.config.hidden_size, pooling_mode=mode)
+    model = library.SentenceTransformer(modules=[modules.Transformer(str(tmp_path)), pooling])
+    found = run(model)
+    assert (found.facts.kind, found.facts.runs[0].pooling) == ("sentence", mode)
+    assert_same(found, run(encoder, pooling=mode))
+
+
+def test_a_sentence_encoder_is_the_same_model_with_and_without_its_head(tmp_path):
+    masked = build("bert")
+    found = run(masked, pooling="mean")
+    masked.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_calibration(found, masked)
+        check_calibration(found, T.BertModel.from_pretrained(tmp_path))  # with a pooler, which masked lacks
+    with pytest.raises(ValueError, match="architecture BertModel instead of GPT2Model"):
+        check_calibration(found, build("gpt2"))
+
+
 # ---- refusals --------------------------------------------------------------------------------------------
 
 
@@ -225,6 +251,9 @@ def test_models_and_tokenizers_that_do_not_fit_are_refused():
         calibrate(build("bert"), unmasked, TEXTS)
     with pytest.raises(UnsupportedModelError, match="expected a transformers PreTrainedModel"):
         run(torch.nn.Linear(3, 4))
+    for wrong, got in ((None, "NoneType"), ("gpt2", "str")):
+        with pytest.raises(TypeError, match=f"tokenizer: expected that of the model, got {got}"):
+            calibrate(build("gpt2"), wrong, TEXTS)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert-backbone", "sequence"])
@@ -314,7 +343,7 @@ def _batches(found):
 
 @pytest.mark.parametrize(
     ("options", "different"),
-    [({"seed": 1}, "runs"), ({"texts": TEXTS[:2]}, "runs"), ({"model": "other"}, "weights")],
+    [({"seed": 1}, "seed"), ({"texts": TEXTS[:2]}, "texts.*"), ({"model": "other"}, "weights")],
 )
 def test_the_checkpoint_of_another_run_is_refused(interrupted, options, different, tmp_path):
     model = build("gpt2")
@@ -323,7 +352,7 @@ def test_the_checkpoint_of_another_run_is_refused(interrupted, options, differen
     if options.pop("model", None):
         with torch.no_grad():
             other.transformer.ln_f.weight.mul_(1.5)
-    with pytest.raises(ValueError, match=f"belongs to another run .different {different}.*; delete it"):
+    with pytest.raises(ValueError, match=f"belongs to another run .different {different}.; delete it"):
         run(other, checkpoint=tmp_path / "c", **options)
     (tmp_path / "c").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="checkpoint: .* delete it to start anew"):
@@ -364,4 +393,6 @@ def test_calibrations_add_up():
     one, other = run(model), run(model, seed=1)
     total = one + other
     assert (total.scored, total.tokens) == (400, 400)
+    with pytest.raises(ValueError, match="got twice one over 200 tokens of text with seed 0"):
+        total + run(model)
     assert torch.equal(total.input_moment, one.input_moment + other.input_moment)

@@ -10,7 +10,7 @@ import torch
 import transformers as T
 from torch.testing import assert_close
 
-from embkern.models.calibrate import CalibrationTooLongError, self_calibrate
+from embkern.models.calibrate import CalibrationTooLongError, on_samples, passes, self_calibrate, sums
 from embkern.models.calibrate.objectives import LanguageModel, generator_of, shifted
 from embkern.models.calibrate.on_text import run_of, weights_fingerprint
 from embkern.models.calibrate.passes import run_pass
@@ -260,6 +260,43 @@ def test_what_would_take_too_long_is_told_and_not_done(stop_in, length):
     assert model.training
     assert not any(module._forward_hooks for module in model.modules())
     self_calibrate(model, windows=2, length=length, limit_seconds=None, progress=False)
+
+
+def test_a_long_estimate_is_printed_once(monkeypatch, capsys):
+    monkeypatch.setattr(on_samples, "_TOLD_FROM", 0.0)
+    for progress, lines in ((None, 1), (True, 1), (False, 0)):
+        self_calibrate(build("gpt2"), windows=2, length=20, progress=progress)
+        assert capsys.readouterr().err.count("calibrating on the model's own samples takes about") == lines
+    monkeypatch.undo()
+    self_calibrate(build("gpt2"), windows=2, length=20)
+    assert "takes about" not in capsys.readouterr().err, "20 seconds and more are worth a line"
+
+
+class StoppedError(Exception):
+    pass
+
+
+def test_an_interrupted_pass_over_samples_is_resumed(monkeypatch, tmp_path):
+    monkeypatch.setattr(passes, "LOGIT_BYTES", 1)
+    monkeypatch.setattr(sums, "SAVED_EVERY", 0.0)
+    model, options = build("gpt2"), {"windows": 5, "length": 9, "progress": False}
+    whole = self_calibrate(model, **options)
+    add = passes._add_gradients
+
+    def stopping(loss, recording, found):
+        if found.batches == 3:
+            raise StoppedError
+        add(loss, recording, found)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(passes, "_add_gradients", stopping)
+        with pytest.raises(StoppedError):
+            self_calibrate(model, **options, checkpoint=tmp_path / "c")
+    assert (tmp_path / "c").exists()
+    resumed = self_calibrate(model, **options, checkpoint=tmp_path / "c")
+    for name in ("inputs", "input_moment", "predictions", "head_moment"):
+        assert torch.equal(getattr(resumed, name), getattr(whole, name))
+    assert not list(tmp_path.iterdir())
 
 
 def test_samples_are_cut_to_what_the_model_reads():

@@ -93,24 +93,31 @@ def test_half_precision_keeps_the_codes(tmp_path):
     )
 
 
-def test_a_calibration_says_what_is_read_while_a_model_is_loaded(tmp_path):
+def test_a_calibration_on_text_says_what_is_read_while_a_model_is_loaded(tmp_path):
     build("llama-tied").save_pretrained(tmp_path)
     load = type(build("llama-tied")).from_pretrained
-    config = EmbkernConfig(ratio=2.5, options={"unseen": "nearest"}, calibrate=True)
-    table = load(tmp_path, quantization_config=config).get_input_embeddings().table
-    if isinstance(table, PrunedPackedTable):  # samples of the model need not lack a token
-        assert {0, 1, 2} <= set(table.kept_ids.tolist())
-    model, special = build("llama-tied"), word_tokenizer()
+    special = word_tokenizer()
     special.add_special_tokens({"sep_token": "green"})
-    options = {"calibrate": True, "tokenizer": special, "ratio": 2.5}
-    table = embkern.compress(model, unseen="mean", **options).model.get_input_embeddings().table
-    if isinstance(table, PrunedPackedTable):
-        assert {0, 1, 2, 3, 5} <= set(table.kept_ids.tolist())
-    message = "unseen: expected counts of text .* or a calibration with 'mean', .* got neither"
-    with pytest.raises(ValueError, match=message):
-        load(
-            tmp_path, quantization_config=EmbkernConfig(ratio=2, options={"unseen": "mean"}, calibrate=False)
-        )
+    calibration = embkern.calibrate(build("llama-tied"), special, ["red blue red"] * 9)
+    calibration.save(tmp_path / "calibration")
+    read = {0, 1, 2, *map(int, calibration.inputs.nonzero().flatten())}
+    options = {"unseen": "nearest"}
+    config = EmbkernConfig(ratio=2.5, options=options, calibration=tmp_path / "calibration")
+    table = load(tmp_path, quantization_config=config).get_input_embeddings().table
+    assert isinstance(table, PrunedPackedTable)
+    assert set(table.kept_ids.tolist()) == read
+    known = {"calibration": calibration, "tokenizer": special, "ratio": 2.5}
+    model = embkern.compress(build("llama-tied"), unseen="mean", **known).model
+    table = model.get_input_embeddings().table
+    assert isinstance(table, PrunedPackedTable)
+    assert set(table.kept_ids.tolist()) == read | set(special.all_special_ids)
+    message = "unseen: expected counts of text .* or a calibration on text with 'mean', .* got neither"
+    for calibrate in (None, True, False):  # samples of the model do not say what will be read
+        config = EmbkernConfig(ratio=2, options={"unseen": "mean"}, calibrate=calibrate)
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path, quantization_config=config)
+        with pytest.raises(ValueError, match=message):
+            embkern.compress(build("llama-tied"), ratio=2, unseen="mean", calibrate=calibrate)
     with pytest.raises(ValueError, match=message):
         embkern.compress(build("bert"), ratio=2, unseen="mean")
     with pytest.raises(ValueError, match="unseen: expected 'allocate' for static embeddings, got 'mean'"):

@@ -8,11 +8,13 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from ...fidelity.sentences import Pooling, folder_pooling
 from ...methods import METHODS
 from ...methods.calibration import Calibration
 from ...recipe import Recipe
 from ...text.frequencies import Source
 from ...text.reading import read_texts
+from ..find_table import find_table
 from .kinds import kind_of
 from .on_samples import CalibrationTooLongError, self_calibrate_holding_out
 from .on_text import calibrate_holding_out, check_calibration
@@ -25,6 +27,7 @@ _log = logging.getLogger(__name__)
 LONGEST_SECONDS = 600.0  # of a calibration that was not asked for
 HELD_OUT_TOKENS, HELD_OUT_SAMPLES = 2048, 8  # to measure the divergence on
 _OWN_SAMPLES = "pass calibrate=True (--calibrate) to take the model's own samples"
+_GAIN = "a third of the divergence or less, as measured at 16x (docs/results.md)"
 
 
 class Choice(NamedTuple):
@@ -40,6 +43,12 @@ class Choice(NamedTuple):
     phrase: str | None = None
     held_out: HeldOut | None = None
 
+    def serves(self, *, tied: bool) -> bool:
+        """Return whether, by the calibration, the output depends on the input table or its tied head."""
+        assert self.calibration is not None
+        head = self.calibration.head_moment
+        return bool(self.calibration.input_moment.any()) or (tied and head is not None and bool(head.any()))
+
 
 def choose_calibration(
     model: PreTrainedModel,
@@ -48,14 +57,16 @@ def choose_calibration(
     calibration: Calibration | str | os.PathLike | None = None,
     text: Source | Sequence[Source] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    pooling: Pooling | None = None,
     progress: bool | None = None,
     hold_out: bool = False,
 ) -> Choice:
     """Return the calibration for the compression of a model.
 
-    A calibration or a text that is given is used. Without one, ``recipe.calibrate`` decides: True takes
-    samples of the model itself, False none, and None takes them from causal language models, if that takes
-    less than ten minutes; if they cannot be had, a line of the log says so.
+    A calibration or a text that is given is used, or else the file that the recipe names. Without one,
+    ``recipe.calibrate`` decides: True takes samples of the model itself, False none, and None takes them from
+    causal language models, if that takes less than ten minutes; if they cannot be had, a line of the log says
+    so.
 
     Args:
         model: the dense model.
@@ -63,6 +74,8 @@ def choose_calibration(
         calibration: a calibration or a file of one.
         text: sources of text, as ``read_texts`` takes them.
         tokenizer: the model's tokenizer, or None.
+        pooling: that of a sentence encoder; None reads the sentence-transformers configuration in the
+            directory that the model was loaded from.
         progress: whether to show a progress bar on stderr; None shows it on a terminal.
         hold_out: whether to keep some inputs of a language model out of the calibration.
 
@@ -71,6 +84,8 @@ def choose_calibration(
             calibrated as asked.
         FileNotFoundError: a file does not exist.
     """
+    if calibration is None and text is None:
+        calibration = recipe.calibration
     given = {"calibration": calibration, "calibrate_text": text, "calibrate": recipe.calibrate or None}
     names = [name for name, value in given.items() if value is not None]
     if names:
@@ -82,41 +97,55 @@ def choose_calibration(
         raise ValueError(f"calibration: expected one source, got {both}")
     if calibration is not None:
         if not isinstance(calibration, Calibration):
-            calibration = Calibration.load(calibration)
+            calibration = load_calibration(calibration, "calibration")
         check_calibration(calibration, model, tokenizer)
         return Choice(calibration, _described(calibration))
+    pooling = pooling or folder_pooling(getattr(model, "name_or_path", None))
     if text is not None:
         if tokenizer is None:
             raise ValueError("calibrate_text: expected a tokenizer with it (the model has none)")
         sources = [text] if isinstance(text, (str, os.PathLike)) else text
         texts = itertools.chain.from_iterable(map(read_texts, sources))
+        tokens = HELD_OUT_TOKENS if hold_out else 0
         found, unseen = calibrate_holding_out(
-            model, tokenizer, texts, HELD_OUT_TOKENS if hold_out else 0, progress=progress
+            model, tokenizer, texts, tokens, pooling=pooling, progress=progress
         )
         return Choice(found, _described(found), unseen)
     if recipe.calibrate is False:
         return Choice(None, "none, as asked for")
     if recipe.calibrate:
         return _on_samples(model, tokenizer, progress, hold_out, None)
-    return _by_default(model, tokenizer, progress, hold_out)
+    return _by_default(model, tokenizer, pooling, progress, hold_out)
+
+
+def load_calibration(path: str | os.PathLike, argument: str) -> Calibration:
+    """Return the calibration in a file; an error begins with the name of the argument."""
+    try:
+        return Calibration.load(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"{argument}: {str(error).removeprefix('path: ')}") from None
 
 
 def _by_default(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
+    pooling: Pooling | None,
     progress: bool | None,
     hold_out: bool,
 ) -> Choice:
     try:
-        if (kind := kind_of(model)) != "causal":
+        if (kind := "sentence" if pooling else kind_of(model)) != "causal":
             lower = "text (--calibrate-text)"
             if kind in ("encoder-decoder", "masked"):
                 lower += " or the model's own samples (--calibrate)"
             return Choice(None, f"none; {lower} would lower the error that the model sees")
-        return _on_samples(model, tokenizer, progress, hold_out, LONGEST_SECONDS)
+        found = _on_samples(model, tokenizer, progress, hold_out, LONGEST_SECONDS)
+        if found.serves(tied=find_table(model).tied):
+            return found
+        phrase = "none (the model's outputs do not depend on its embedding)"
     except CalibrationTooLongError as error:
         minutes = f"{error.seconds / 60:.0f} minutes"
-        phrase = f"none, as it would take {minutes}; {_OWN_SAMPLES}, or text, for a much smaller error"
+        phrase = f"none, as it would take {minutes}; {_OWN_SAMPLES}, or text, for {_GAIN}"
     except ValueError as error:  # no token to begin with, values that are not finite
         phrase = f"none ({error})"
     _log.warning("embkern: calibration: %s", phrase)

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm import tqdm
 
-from ...methods.calibration import Calibration, CalibrationFacts
-from ...text.counts import fingerprint
+from ...methods.calibration import Calibration
 from ..find_table import find_table
 from ..inference import longest_input
 from .kinds import kind_of
 from .objectives import LanguageModel, mask_of
-from .on_text import run_of, weights_fingerprint
+from .on_text import facts_of, run_of
 from .passes import run_pass
 from .sampling import beginning_of, resample_windows, sample_windows
 from .windows import HeldOut, Windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+_TOLD_FROM = 20.0  # seconds
 
 
 class CalibrationTooLongError(RuntimeError):
@@ -71,7 +75,8 @@ def self_calibrate(
         seed: random seed of the samples and the labels, at least 0.
         tokenizer: the model's tokenizer; its special tokens are used where the model's config has none, and
             those that it adds to a text. A masked language model needs it.
-        progress: whether to show progress bars on stderr; None shows them on a terminal.
+        progress: whether to show progress bars on stderr; None shows them on a terminal. Unless it is False,
+            a line says how long it will take by the first steps, if that is 20 seconds or more.
         checkpoint: as in ``calibrate``, for the pass over the samples.
         limit_seconds: longest time; None has no limit.
 
@@ -117,12 +122,17 @@ def self_calibrate_holding_out(
     if kind == "encoder-decoder":
         held_out = 0
     length = min(length, longest_input(model))
-    began = time.monotonic()
+    began, told = time.monotonic(), progress is False
 
     def check_time(done: int, total: int, seconds: float) -> None:
+        nonlocal told
         estimate = time.monotonic() - began + seconds / done * (total - done)
         if limit_seconds is not None and estimate > limit_seconds:
             raise CalibrationTooLongError(estimate, limit_seconds)
+        if not told and estimate >= _TOLD_FROM:
+            line = f"embkern: calibrating on the model's own samples takes about {_minutes(estimate)}"
+            tqdm.write(line, file=sys.stderr)
+        told = True
 
     settings: dict[str, Any] = {
         "device": table.weight.device, "progress": progress, "check_time": check_time
@@ -130,7 +140,10 @@ def self_calibrate_holding_out(
     count, mask, first = windows + held_out, None, None
     if kind == "masked":
         if tokenizer is None:
-            raise ValueError("tokenizer: expected the masked language model's, to sample from it, got None")
+            raise ValueError(
+                "tokenizer: expected the masked language model's, to sample from it, got None; "
+                "embkern.compress takes one, EmbkernConfig a calibration"
+            )
         mask = mask_of(tokenizer)
         samples = resample_windows(model, tokenizer, count, length, seed, **settings)
     else:
@@ -142,13 +155,7 @@ def self_calibrate_holding_out(
     read = dataclasses.replace(samples, ids=samples.ids[:windows])
     rest = dataclasses.replace(samples, ids=samples.ids[windows:])
     unseen = HeldOut(rest, mask, seed) if held_out else None
-    facts = CalibrationFacts(
-        architecture=type(model).__name__,
-        kind=kind,
-        weights=weights_fingerprint(model),
-        tokenizer=None if tokenizer is None else fingerprint(tokenizer),
-        runs=(run_of("samples", read, seed),),
-    )
+    facts = facts_of(model, kind, tokenizer, run_of("samples", read, seed))
     found = run_pass(
         model,
         table,

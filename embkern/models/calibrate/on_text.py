@@ -6,29 +6,31 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ...fidelity.sentences import Pooling, pooling_of
-from ...methods.calibration import Calibration, CalibrationFacts, CalibrationRun
+from ...fidelity.sentences import Pooling, pooling_of, pooling_within
+from ...methods.calibration import Calibration, CalibrationFacts, CalibrationRun, Kind
 from ...text.counts import fingerprint
 from ..body_config import plain_parts
 from ..find_table import find_table
 from ..inference import longest_input
+from ..static_embeddings import encoder_of, is_sentence_transformer
 from .kinds import kind_of
 from .objectives import LanguageModel, Objective, classifier_objective, mask_of, sentence_objective
 from .passes import run_pass
 from .windows import HeldOut, Windows, sentences, windows_of_text
 
 if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _HASHED_VALUES = 1 << 16  # of each parameter, at most
 
 
 def calibrate(
-    model: PreTrainedModel,
+    model: PreTrainedModel | SentenceTransformer,
     tokenizer: PreTrainedTokenizerBase,
     texts: Iterable[str],
     *,
@@ -55,7 +57,7 @@ def calibrate(
     its number alone.
 
     Args:
-        model: a model of transformers; it is as before afterwards.
+        model: a model of transformers, or a ``SentenceTransformer`` over one; it is as before afterwards.
         tokenizer: the model's tokenizer.
         texts: texts such as ``read_texts`` returns, of the kind that the model will read. They are read
             once, to the end; what is measured is spread evenly over them.
@@ -73,7 +75,7 @@ def calibrate(
         ValueError: there is too little text, the tokenizer is another model's, an argument is out of range,
             the model returns NaN or has no output that is known, or the checkpoint is another run's; the
             message names it.
-        TypeError: ``texts`` is a single string.
+        TypeError: ``texts`` is a single string, or ``tokenizer`` is no tokenizer.
         UnsupportedModelError: the model has no table that ``find_table`` finds.
         OSError: the checkpoint cannot be written.
 
@@ -88,7 +90,7 @@ def calibrate(
 
 
 def calibrate_holding_out(
-    model: PreTrainedModel,
+    model: PreTrainedModel | SentenceTransformer,
     tokenizer: PreTrainedTokenizerBase,
     texts: Iterable[str],
     held_out: int,
@@ -107,6 +109,11 @@ def calibrate_holding_out(
     for name, value, least in (("tokens", tokens, 1), ("length", length, 2), ("seed", seed, 0)):
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if not callable(tokenizer):
+        raise TypeError(f"tokenizer: expected that of the model, got {type(tokenizer).__name__}")
+    if is_sentence_transformer(model):
+        pooling = pooling or pooling_within(model)
+        model = encoder_of(model)
     table = find_table(model)
     kind = kind_of(model) if pooling is None else "sentence"
     if kind == "sentence" and model.config.is_encoder_decoder:
@@ -130,15 +137,35 @@ def calibrate_holding_out(
             windows, rest = windows.hold_out(held_out)
             unseen = None if rest is None else HeldOut(rest, mask, seed)
         objective = LanguageModel(model, windows, seed, mask)
-    facts = CalibrationFacts(
-        architecture=type(model).__name__,
-        kind=kind,
-        weights=weights_fingerprint(model),
-        tokenizer=fingerprint(tokenizer),
-        runs=(run_of("text", windows, seed, pooling),),
-    )
+    facts = facts_of(model, kind, tokenizer, run_of("text", windows, seed, pooling))
     found = run_pass(model, table, windows, objective, facts, progress=progress, checkpoint=checkpoint)
     return found, unseen
+
+
+def facts_of(
+    model: PreTrainedModel, kind: Kind, tokenizer: PreTrainedTokenizerBase | None, run: CalibrationRun
+) -> CalibrationFacts:
+    """Return the facts of a calibration in one pass."""
+    return CalibrationFacts(
+        kind=kind,
+        tokenizer=None if tokenizer is None else fingerprint(tokenizer),
+        runs=(run,),
+        **_identity(model, kind),
+    )
+
+
+def _identity(model: PreTrainedModel, kind: Kind) -> dict[str, Any]:
+    """Return what a calibration of a model, and a model that is calibrated, have in common.
+
+    A sentence encoder is the same with and without a head or the pooler that the head reads: the class that
+    sentence-transformers loads may lack what the class in the config has.
+    """
+    body = model.base_model if kind == "sentence" else model
+    return {
+        "architecture": type(body).__name__,
+        "layers": getattr(model.config.get_text_config(), "num_hidden_layers", None),
+        "weights": weights_fingerprint(body, without="pooler." if kind == "sentence" else None),
+    }
 
 
 def run_of(
@@ -178,21 +205,26 @@ def check_calibration(
     """
     V, H = find_table(model).weight.shape
     calibration.check_model(
-        architecture=type(model).__name__,
         num_embeddings=V,
         embedding_dim=H,
         tokenizer=None if tokenizer is None else fingerprint(tokenizer),
-        weights=weights_fingerprint(model),
+        **_identity(model, calibration.facts.kind),
     )
 
 
-def weights_fingerprint(model: PreTrainedModel) -> str:
+def weights_fingerprint(model: PreTrainedModel, *, without: str | None = None) -> str:
     """Return a hash of a model's weights in bfloat16; of a large parameter, of values spread evenly over it.
 
     It is the same for a checkpoint that was loaded in bfloat16 or in a wider dtype.
+
+    Args:
+        model: the model.
+        without: parameters whose names begin so are left out.
     """
     found = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters(), key=lambda each: each[0]):
+        if without is not None and name.startswith(without):
+            continue
         flat = plain_parts(parameter.detach())[0].flatten()
         some = flat[:: max(1, flat.numel() // _HASHED_VALUES)].to(torch.bfloat16).cpu()
         found.update(f"{name} {tuple(parameter.shape)}".encode() + some.view(torch.int16).numpy().tobytes())
