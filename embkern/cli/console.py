@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +32,23 @@ Text = Annotated[
 
 
 NARROW = 80  # columns that every terminal has
+_PACKAGE = Path(__file__).parents[1]
+
+
+@contextlib.contextmanager
+def own_warnings() -> Iterator[None]:
+    """Print embkern's own warnings in the block as one line each, without the place in its code."""
+    with warnings.catch_warnings():
+        shown = warnings.showwarning
+
+        def show(message: Any, category: Any, filename: str, *others: Any, **named: Any) -> None:
+            if Path(filename).is_relative_to(_PACKAGE):
+                typer.echo(f"embkern: warning: {message}", err=True)
+            else:
+                shown(message, category, filename, *others, **named)
+
+        warnings.showwarning = show
+        yield
 
 
 class ManyValues(TyperCommand):

@@ -12,7 +12,7 @@ from .._version import __version__
 from .calibrate import calibrate
 from .compare import compare
 from .compress import compress
-from .console import ManyValues
+from .console import ManyValues, own_warnings
 from .convert import convert
 from .count import count
 from .demo import demo
@@ -63,7 +63,8 @@ def main() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars follow it too
     try:
-        app()
+        with own_warnings():
+            app()
     except (ValueError, TypeError, LookupError, OSError, RuntimeError, ImportError) as error:
         if os.environ.get("EMBKERN_DEBUG"):
             raise

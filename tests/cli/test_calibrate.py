@@ -81,7 +81,10 @@ def test_calibrate_on_samples_and_add(saved, tmp_path, run):
     assert "80 (samples of the model itself, text)" in printed
     one, other, total = map(Calibration.load, (first, second, both))
     assert torch.equal(total.input_moment, one.input_moment + other.input_moment)
-    assert run(saved, "--add", first, "--self", "-o", first, "--overwrite", *size)[0] == 0
+    code, _, errors = run(saved, "--add", first, "--self", "-o", first, "--overwrite", *size)
+    assert code == 1
+    assert "got twice one over 40 tokens of samples with seed 0" in errors
+    assert run(saved, "--add", first, "--self", "--seed", 1, "-o", first, "--overwrite", *size)[0] == 0
     assert Calibration.load(first).tokens == 80
 
 
@@ -126,7 +129,11 @@ def test_an_interrupted_run_is_resumed_by_the_same_command(saved, tmp_path, run,
         (["{saved}", "-o", "{out}/no/c", "--self"], "output: expected a file in a directory that exists"),
         (["{saved}", "-o", "{text}", "--text", "{text}", "--overwrite"], "output: .* the text to read"),
         (["{saved}", "-o", "{out}", "--text", "{text}", "--tokens", "0"], "tokens: expected at least 1"),
-        (["{saved}", "-o", "{out}", "--add", "{text}"], ".*text.txt is not a readable safetensors file"),
+        (["{saved}", "-o", "{out}", "--add", "{text}"], "add: .*text.txt is not a readable safetensors file"),
+        (
+            ["{saved}", "-o", "{out}", "--add", "{out}.none"],
+            "add: expected a file of a calibration, found none",
+        ),
     ],
 )
 def test_errors_name_the_argument(saved, tmp_path, run, arguments, message):
@@ -135,6 +142,19 @@ def test_errors_name_the_argument(saved, tmp_path, run, arguments, message):
     assert code == 1
     assert re.search(f"^embkern: {message}", errors, re.MULTILINE), errors
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_one_line(saved, tmp_path, run):
+    assert run(saved, "--self", "-o", tmp_path / "a", "--tokens", 20, "--length", 10)[0] == 0
+    changed = build("gpt2")
+    with torch.no_grad():
+        changed.transformer.ln_f.weight.mul_(2)
+    changed.save_pretrained(tmp_path / "changed")
+    code, _, errors = run(tmp_path / "changed", "--add", tmp_path / "a", "-o", tmp_path / "b")
+    assert code == 0
+    assert re.search("^embkern: warning: calibration: the model's weights have changed", errors, re.MULTILINE)
+    assert "UserWarning" not in errors
 
 
 def test_a_calibration_of_another_model_is_not_added(saved, tmp_path, run):
