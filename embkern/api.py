@@ -14,13 +14,15 @@ import torch
 
 from ._version import __version__
 from .fidelity import embed_sentences, read_sentences, sentence_fidelity
-from .fidelity.sentences import folder_pooling, pooling_of, pooling_within
+from .fidelity.sentences import is_sentence_encoder, pooling_of, pooling_within
 from .io.atomic import new_file
-from .methods.calibration import Calibration, CalibrationSummary
+from .methods.calibration import Calibration, CalibrationFacts, CalibrationSummary
 from .methods.metric_allocation import input_frequencies
 from .methods.sharded import World
-from .models.calibrate import calibrate, check_calibration, self_calibrate
+from .models.calibrate import check_calibration
 from .models.calibrate.choice import Choice, choose_calibration, load_calibration
+from .models.calibrate.on_samples import self_calibrate_holding_out
+from .models.calibrate.on_text import calibrate_holding_out
 from .models.checkpoint import model_bytes
 from .models.find_table import other_tables
 from .models.fisher_file import load_fisher
@@ -182,16 +184,17 @@ def compress(
     known_counts = gathered_counts(V, counts, count_text, tokenizer, progress=progress)
     frequencies, counted = frequencies_of(known_counts, V, tokenizer)
     chosen = Choice(phrase=NOT_CALIBRATED if recipe.calibrated else None)
-    sources = (calibration, calibrate_text, recipe.calibration)
-    if calibration_serves(plans):
+    given = any(each is not None for each in (calibration, calibrate_text, recipe.calibration))
+    if known_counts is None and not given:
+        for plan in plans:
+            plan.check_all_rows()
+    if calibration_serves(plans, asked=given or bool(recipe.calibrate)):
         choose = functools.partial(
             choose_calibration, model, recipe, calibration=calibration, text=calibrate_text,
-            tokenizer=tokenizer, pooling=pooling_within(whole) if is_sentence_transformer(whole) else None,
-            progress=progress, hold_out=[plan.table.role for plan in plans] == ["input"],
+            tokenizer=tokenizer, progress=progress, hold_out=[plan.table.role for plan in plans] == ["input"],
+            pooling=functools.partial(pooling_within, whole) if is_sentence_transformer(whole) else None,
         )  # fmt: skip
         chosen = world.on_first(choose)
-    elif recipe.calibrate or any(each is not None for each in sources):
-        raise ValueError(f"calibration: expected none: {NOT_CALIBRATED}")
     calibration = chosen.calibration
     seen = known_counts
     if seen is None and calibration is not None and calibration.on_text:
@@ -365,20 +368,28 @@ def calibrate_files(
     loaded = load_model(model)
     for each in found:
         check_calibration(each, loaded, tokenizer)
+
+    def check(facts: CalibrationFacts) -> None:
+        for each in found:
+            each.check_sum(facts)
+
     settings: dict[str, Any] = {
-        "length": length, "seed": seed, "progress": progress, "checkpoint": f"{path}.partial"
+        "length": length, "seed": seed, "progress": progress, "checkpoint": f"{path}.partial", "check": check
     }  # fmt: skip
     if sources:
         texts = itertools.chain.from_iterable(read_texts(source, errors=errors) for source in sources)
         tokens = 16384 if tokens is None else tokens
-        found.append(
-            calibrate(loaded, tokenizer, texts, tokens=tokens, pooling=folder_pooling(model), **settings)
+        pooling = pooling_of(model) if is_sentence_encoder(model) else None
+        made, _ = calibrate_holding_out(
+            loaded, tokenizer, texts, 0, tokens=tokens, pooling=pooling, **settings
         )
+        found.append(made)
     elif own_samples:
         windows = -(-(8192 if tokens is None else tokens) // max(1, length))
-        found.append(
-            self_calibrate(loaded, windows=windows, tokenizer=tokenizer, limit_seconds=None, **settings)
+        made, _ = self_calibrate_holding_out(
+            loaded, 0, windows=windows, tokenizer=tokenizer, limit_seconds=None, **settings
         )
+        found.append(made)
     total = sum(found[1:], found[0])
     total.save(path)
     return total.summary()

@@ -71,7 +71,9 @@ class Recipe(BaseModel):
     @field_validator("calibration", mode="before")
     @classmethod
     def _path_of_calibration(cls, value: Any) -> Any:
-        return os.fspath(value) if isinstance(value, os.PathLike) else value
+        if value is not None and not isinstance(value, (str, os.PathLike)):
+            raise ValueError(f"expected the path of a file, got {type(value).__name__}")
+        return value if value is None else os.fspath(value)
 
     @field_validator("method")
     @classmethod
@@ -152,8 +154,9 @@ class Recipe(BaseModel):
         if overrides.get("ratio") is not None or overrides.get("rank") is not None:
             fields.pop("ratio", None)
             fields.pop("rank", None)
-        if overrides.get("calibrate") is not None:
-            fields.pop("calibration", None)
+        for name, other in (("calibrate", "calibration"), ("calibration", "calibrate")):
+            if overrides.get(name) is not None:
+                fields.pop(other, None)
         options = fields.get("options") or {}
         if not isinstance(options, dict):
             raise ValueError(f"recipe: options: expected a mapping in {path}, got {options!r}")

@@ -16,6 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperCommand
 
+from ..io.errors import EmbkernWarning
+
 if TYPE_CHECKING:
     from ..models.report import Comparison
 
@@ -32,7 +34,6 @@ Text = Annotated[
 
 
 NARROW = 80  # columns that every terminal has
-_PACKAGE = Path(__file__).parents[1]
 
 
 @contextlib.contextmanager
@@ -42,7 +43,7 @@ def own_warnings() -> Iterator[None]:
         shown = warnings.showwarning
 
         def show(message: Any, category: Any, filename: str, *others: Any, **named: Any) -> None:
-            if Path(filename).is_relative_to(_PACKAGE):
+            if issubclass(category, EmbkernWarning):
                 typer.echo(f"embkern: warning: {message}", err=True)
             else:
                 shown(message, category, filename, *others, **named)

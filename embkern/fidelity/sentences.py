@@ -90,17 +90,23 @@ def _mode_of(config: dict[str, Any]) -> Pooling:
     return known[mode]
 
 
-def folder_pooling(source: str | os.PathLike | None) -> Pooling | None:
-    """Return how the sentence-transformers model in a directory pools its tokens; None if there is none.
+def is_sentence_encoder(source: str | os.PathLike | None) -> bool:
+    """Return whether a directory, or a name on the hub, has a pooling configuration of sentence-transformers.
 
-    A model with an output head that lies in such a directory serves as a sentence encoder.
+    A model with an output head that lies there serves as a sentence encoder. What is neither a directory nor
+    on the hub, such as the name of a directory that is gone, has none.
 
     Raises:
-        ValueError: the pooling is neither mean nor cls, or its configuration is damaged.
+        ValueError: the configuration is damaged.
     """
-    if not source or not (Path(source) / "1_Pooling" / "config.json").is_file():
-        return None
-    return pooling_of(source)
+    if not source or (not Path(source).is_dir() and str(source).startswith((".", "/", "~"))):
+        return False
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return bool(_pooling_config(source))
+    except (HfHubHTTPError, HFValidationError):
+        return False
 
 
 def _pooling_config(source: str | os.PathLike | None) -> dict[str, Any]:

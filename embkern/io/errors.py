@@ -1,9 +1,13 @@
-"""Messages from the errors of other libraries."""
+"""The category of embkern's warnings, and messages from the errors of other libraries."""
 
 from __future__ import annotations
 
 import os
 import re
+
+
+class EmbkernWarning(UserWarning):
+    """A warning of embkern about what it was given."""
 
 
 def disk_error(error: Exception) -> OSError | None:

@@ -12,6 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from ..io.errors import EmbkernWarning
 from ..io.tensor_format import TensorFormat
 
 FORMAT = TensorFormat(
@@ -44,7 +45,7 @@ class CalibrationFacts(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    architecture: str = Field(description="class of the model")
+    architecture: str = Field(description="class of the model; of a sentence encoder, without a head")
     kind: Kind = Field(description="what the model predicts, which decides how its output is compared")
     layers: int | None = Field(None, ge=0, description="number of layers, where the config has it")
     weights: str = Field(description="hash of the model's weights")
@@ -145,18 +146,13 @@ class Calibration:
 
         Raises:
             ValueError: they belong to different models, one has a head and the other has none, or a pass over
-                the same text with the same seed is in both.
+                the same text or samples with the same seed is in both.
         """
-        ours, theirs = (_identity(each) | {"weights": each.facts.weights} for each in (self, other))
-        if different := _different(ours, theirs):
+        if different := _different(self._table, other._table):
             raise ValueError(f"calibration: expected two of one model, got {different}")
         if (self.head_moment is None) != (other.head_moment is None):
             raise ValueError("calibration: expected two with an output head or two without, got one with it")
-        if twice := [run for run in self.facts.runs if run in other.facts.runs]:
-            raise ValueError(
-                "calibration: expected passes over different inputs, got twice one over "
-                f"{twice[0].tokens:,} tokens of {twice[0].source} with seed {twice[0].seed}"
-            )
+        self.check_sum(other.facts)
         facts = self.facts.model_copy(
             update={
                 "layers": other.facts.layers if self.facts.layers is None else self.facts.layers,
@@ -172,6 +168,21 @@ class Calibration:
             _sum(self.head_moment, other.head_moment),
             facts,
         )
+
+    def check_sum(self, facts: CalibrationFacts) -> None:
+        """Raise ValueError unless a calibration with these facts can be added to this one."""
+        ours, theirs = (_identity(each) | {"weights": each.weights} for each in (self.facts, facts))
+        if different := _different(ours, theirs):
+            raise ValueError(f"calibration: expected two of one model, got {different}")
+        if twice := [run for run in self.facts.runs if run in facts.runs]:
+            raise ValueError(
+                "calibration: expected passes over different inputs, got twice one over "
+                f"{twice[0].tokens:,} tokens of {twice[0].source} with seed {twice[0].seed}"
+            )
+
+    @property
+    def _table(self) -> dict[str, str | int | None]:
+        return {"table": f"{self.num_embeddings} x {self.embedding_dim}"}
 
     def of_rows(self, ids: Tensor) -> Calibration:
         """Return the calibration of a table of some of the rows, ids (n,) int64, alone."""
@@ -215,13 +226,14 @@ class Calibration:
             "layers": layers,
             "tokenizer": tokenizer,
         }
-        got = _identity(self)
+        got = _identity(self.facts) | self._table
         if different := _different(expected, got):
             raise ValueError(f"calibration: expected one of this model, got another model's: {different}")
         if weights is not None and weights != self.facts.weights:
             warnings.warn(
                 "calibration: the model's weights have changed since it was calibrated; "
                 "calibrate it again for the best result",
+                EmbkernWarning,
                 stacklevel=2,
             )
 
@@ -330,14 +342,9 @@ def _check_values(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name}: expected finite values, got NaN or infinity")
 
 
-def _identity(calibration: Calibration) -> dict[str, str | int | None]:
-    """Return what a calibration must have in common with a model."""
-    return {
-        "architecture": calibration.facts.architecture,
-        "table": f"{calibration.num_embeddings} x {calibration.embedding_dim}",
-        "layers": calibration.facts.layers,
-        "tokenizer": calibration.facts.tokenizer,
-    }
+def _identity(facts: CalibrationFacts) -> dict[str, str | int | None]:
+    """Return what a calibration must have in common with a model, beside the shape of the table."""
+    return {"architecture": facts.architecture, "layers": facts.layers, "tokenizer": facts.tokenizer}
 
 
 def _different(expected: dict[str, str | int | None], got: dict[str, str | int | None]) -> str:

@@ -77,11 +77,8 @@ class TablePlan:
         Raises:
             ValueError: the recipe leaves out rows that are not read, and nothing tells which these are.
         """
-        if self.of_tokens and read is None and self.recipe.leaves_rows_out:
-            raise ValueError(
-                f"unseen: expected counts of text (count_text, counts) or a calibration on text with "
-                f"{self.recipe.options['unseen']!r}, from which rows follow that are not read, got neither"
-            )
+        if read is None:
+            self.check_all_rows()
         V = len(self.table.weight)
         if read is not None:
             read = F.pad(read, (0, max(0, V - len(read))))[:V].repeat_interleave(self.table.segments)
@@ -99,6 +96,14 @@ class TablePlan:
         elif len(frequencies) != V:
             frequencies = normalized(F.pad(frequencies, (0, max(0, V - len(frequencies))))[:V])
         return Knowledge(frequencies.repeat_interleave(self.table.segments), own, read)
+
+    def check_all_rows(self) -> None:
+        """Raise ValueError if the recipe leaves out tokens that are not read, as nothing tells which."""
+        if self.of_tokens and self.recipe.leaves_rows_out:
+            raise ValueError(
+                f"unseen: expected counts of text (count_text, counts) or a calibration on text with "
+                f"{self.recipe.options['unseen']!r}, from which rows follow that are not read, got neither"
+            )
 
     def compress(self, known: Knowledge, **run: Any) -> Table:
         """Return the compressed rows of the table.
@@ -224,9 +229,16 @@ def tokens_read(
     return read.index_fill(0, own, True)
 
 
-def calibration_serves(plans: list[TablePlan]) -> bool:
-    """Return whether a calibration of the model serves one of the plans."""
-    return any(plan.calibrated for plan in plans)
+def calibration_serves(plans: list[TablePlan], *, asked: bool) -> bool:
+    """Return whether a calibration of the model serves one of the plans.
+
+    Raises:
+        ValueError: it serves none, and was asked for.
+    """
+    serves = any(plan.calibrated for plan in plans)
+    if asked and not serves:
+        raise ValueError(f"calibration: expected none: {NOT_CALIBRATED}")
+    return serves
 
 
 def token_rows(model: PreTrainedModel, plans: list[TablePlan]) -> int:

@@ -293,12 +293,16 @@ class EmbkernQuantizer(BodyQuantizer):
         else:
             plans = plan_tables(model, config.recipe)
             # There is no tokenizer here, so that only the model itself can tell how often tokens are read.
-            serves = calibration_serves(plans)
-            calibration = choose_calibration(model, config.recipe).calibration if serves else None
+            recipe, given = config.recipe, config.recipe.calibration is not None
+            if not given:
+                for plan in plans:
+                    plan.check_all_rows()
+            serves = calibration_serves(plans, asked=given or bool(recipe.calibrate))
+            calibration = choose_calibration(model, recipe).calibration if serves else None
             for plan in plans:
                 read = tokens_read(None, calibration, model)
                 compressed = plan.compress(plan.knowledge(None, calibration, read))
-                install(model, plan.table, compressed, config.recipe)
+                install(model, plan.table, compressed, recipe)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict]:

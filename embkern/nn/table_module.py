@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..io.errors import EmbkernWarning
 from ..ops.backends import Backend
 from ..tables import Table
 from .adjustment import Adjustment
@@ -107,7 +108,8 @@ class TableModule(nn.Module):
         if adjustment is not None:
             return adjustment.adjusted(name, stored)
         if stored.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            warnings.warn(f"{type(self).__name__}.{name} gets no gradients: {_UNFREEZE}", stacklevel=2)
+            message = f"{type(self).__name__}.{name} gets no gradients: {_UNFREEZE}"
+            warnings.warn(message, EmbkernWarning, stacklevel=2)
         return stored.detach()
 
     def _is_trained(self) -> bool:

@@ -14,7 +14,8 @@ pytest.importorskip("transformers")
 import embkern
 from embkern.cli import main as cli
 from embkern.methods.calibration import Calibration
-from embkern.models.calibrate import passes, sums
+from embkern.models.calibrate import on_samples, passes, sums
+from embkern.models.calibrate.on_samples import self_calibrate_holding_out
 from tests.example_models import build
 from tests.models.calibrating import distinct_words, tokenizer
 
@@ -71,7 +72,7 @@ def test_calibrate_on_text(saved, tmp_path, run):
     assert out.read_bytes() == before, "the same inputs give the same bytes"
 
 
-def test_calibrate_on_samples_and_add(saved, tmp_path, run):
+def test_calibrate_on_samples_and_add(saved, tmp_path, run, monkeypatch):
     first, second, both = (tmp_path / name for name in ("a", "b", "c"))
     size = ("--tokens", 40, "--length", 10)
     assert run(saved, "--self", "-o", first, *size)[0] == 0
@@ -84,6 +85,11 @@ def test_calibrate_on_samples_and_add(saved, tmp_path, run):
     code, _, errors = run(saved, "--add", first, "--self", "-o", first, "--overwrite", *size)
     assert code == 1
     assert "got twice one over 40 tokens of samples with seed 0" in errors
+    found = self_calibrate_holding_out(build("gpt2"), 0, windows=4, length=10)[0]
+    assert torch.equal(found.input_moment, Calibration.load(first).input_moment)
+    with monkeypatch.context() as patch:
+        patch.setattr(on_samples, "run_pass", None)  # before the pass
+        assert "got twice" in run(saved, "--add", first, "--self", "-o", tmp_path / "d", *size)[2]
     assert run(saved, "--add", first, "--self", "--seed", 1, "-o", first, "--overwrite", *size)[0] == 0
     assert Calibration.load(first).tokens == 80
 

@@ -19,6 +19,7 @@ from embkern.models.calibrate import CalibrationTooLongError, calibrate, choice,
 from embkern.models.calibrate.on_samples import self_calibrate_holding_out
 from embkern.models.checkpoint import stored_table, stored_tables
 from embkern.models.plan import NOT_CALIBRATED
+from embkern.text.prior import vocabulary_prior
 from tests.example_models import MODELS
 from tests.example_tables import quantizing  # noqa: F401 (a fixture)
 from tests.models.calibrating import CAPPED, distinct_words, sharp, tokenizer
@@ -145,6 +146,12 @@ def test_a_file_in_a_recipe_or_a_config_serves_and_is_not_saved(own_calibration,
     text = {"calibrate_text": tmp_path / "text.txt", "tokenizer": tokenizer()}
     assert embkern.compress(build("gpt2"), recipe=recipe, **text).calibration.endswith("tokens of text")
     assert Recipe.from_yaml(tmp_path / "recipe.yaml", calibrate=False).calibration is None
+    (tmp_path / "other.yaml").write_text("ratio: 2\ncalibrate: false\n")
+    assert Recipe.from_yaml(tmp_path / "other.yaml", calibration="x").calibrate is None
+    with pytest.raises(ValueError, match="calibration: expected none: none, as it measures the input table"):
+        T.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "dense", quantization_config=EmbkernConfig(ratio=2, tables=["wpe"], calibration=path)
+        )
 
 
 def test_a_head_that_predicts_the_same_whatever_is_read(few_samples, caplog, tmp_path):
@@ -158,7 +165,9 @@ def test_a_head_that_predicts_the_same_whatever_is_read(few_samples, caplog, tmp
     assert report.calibration == message
     assert f"calibration: {message}" in caplog.text
     loaded = T.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=EmbkernConfig(**PACKED))
-    assert stored_table(loaded).num_embeddings == len(weight)
+    expected = allocate(weight, ratio=2, counts=vocabulary_prior(None, len(weight)))
+    assert same(stored_table(loaded), expected)
+    assert same(stored_table(model), expected)
     with pytest.raises(ValueError, match="calibration: expected gradients or hidden states other than zero"):
         embkern.compress(T.AutoModelForCausalLM.from_pretrained(tmp_path), **PACKED, calibrate=True)
 
@@ -184,6 +193,39 @@ def test_a_model_with_a_head_in_a_sentence_transformers_folder_is_a_sentence_enc
     assert same(*tables)
     report = embkern.compress(str(tmp_path), **PACKED)
     assert report.calibration == "none; text (--calibrate-text) would lower the error that the model sees"
+    # Only text has to be pooled.
+    (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode": "lasttoken"}')
+    for given in ({}, {"calibrate": False}, {"method": "svd"}):
+        embkern.compress(str(tmp_path), **{**PACKED, **given})
+    config = EmbkernConfig(**PACKED)
+    T.AutoModel.from_pretrained(tmp_path, quantization_config=config)
+    with pytest.raises(ValueError, match="pooling: expected mean or cls .* got 'lasttoken'"):
+        embkern.compress(str(tmp_path), **PACKED, calibrate_text=text)
+
+
+@pytest.mark.parametrize("mode", ["mean", "cls", "max"])
+def test_a_sentence_transformer_pools_as_its_modules_do(mode, tmp_path):
+    library = pytest.importorskip("sentence_transformers")
+    modules = pytest.importorskip("sentence_transformers.models")
+    (tmp_path / "text.txt").write_text("\n".join(distinct_words(seed) for seed in range(3)))
+    encoder = build("bert-backbone")
+    encoder.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+
+    def model():
+        pooling = modules.Pooling(encoder.config.hidden_size, pooling_mode=mode)
+        return library.SentenceTransformer(modules=[modules.Transformer(str(tmp_path)), pooling])
+
+    embkern.compress(model(), **PACKED)  # nothing is pooled
+    options = {**PACKED, "calibrate_text": tmp_path / "text.txt"}
+    if mode == "max":
+        with pytest.raises(ValueError, match="pooling: expected mean or cls .* got 'max'"):
+            embkern.compress(model(), **options)
+        return
+    found = embkern.compress(model(), **options).model
+    calibration = calibrate(encoder, tokenizer(), embkern.read_texts(options["calibrate_text"]), pooling=mode)
+    plain = embkern.compress(encoder, **PACKED, calibration=calibration, tokenizer=tokenizer()).model
+    assert same(stored_table(found[0].auto_model), stored_table(plain))
 
 
 @pytest.mark.usefixtures("few_samples")
@@ -324,6 +366,8 @@ def test_refusals(own_calibration, tmp_path):
         embkern.compress(build("gpt2"), **PACKED, calibration=tmp_path / "none.safetensors")
     with pytest.raises(ValueError, match="calibration: expected with method allocate only, got method 'svd'"):
         Recipe.parse(method="svd", ratio=2, calibration="x")
+    with pytest.raises(ValueError, match="calibration: expected the path of a file, got Calibration"):
+        EmbkernConfig(ratio=2, calibration=own_calibration)
     with pytest.raises(ValueError, match="calibration: expected it without calibrate, got both"):
         Recipe.parse(ratio=2, calibration="x", calibrate=True)
     with pytest.raises(ValueError, match="calibrate: Input should be a valid boolean"):

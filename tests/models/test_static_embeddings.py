@@ -54,6 +54,11 @@ def cosines(one, other) -> np.ndarray:
     return (one * other).sum(1)
 
 
+def test_static_embeddings_are_not_calibrated(static):
+    with pytest.raises(UnsupportedModelError, match="calibrate: expected .* got static embeddings"):
+        embkern.calibrate(static, static.tokenizer, TEXTS)
+
+
 def test_static_embeddings_become_a_packed_bag(static, tmp_path):
     before = static.encode(TEXTS)
     text = tmp_path / "text.txt"

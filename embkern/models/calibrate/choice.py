@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from ...fidelity.sentences import Pooling, folder_pooling
+from ...fidelity.sentences import Pooling, is_sentence_encoder, pooling_of
 from ...methods import METHODS
 from ...methods.calibration import Calibration
 from ...recipe import Recipe
 from ...text.frequencies import Source
 from ...text.reading import read_texts
-from ..find_table import find_table
 from .kinds import kind_of
 from .on_samples import CalibrationTooLongError, self_calibrate_holding_out
 from .on_text import calibrate_holding_out, check_calibration
@@ -43,11 +43,12 @@ class Choice(NamedTuple):
     phrase: str | None = None
     held_out: HeldOut | None = None
 
-    def serves(self, *, tied: bool) -> bool:
-        """Return whether, by the calibration, the output depends on the input table or its tied head."""
+    @property
+    def serves(self) -> bool:
+        """Whether, by the calibration, the output depends on what is read and on the head."""
         assert self.calibration is not None
         head = self.calibration.head_moment
-        return bool(self.calibration.input_moment.any()) or (tied and head is not None and bool(head.any()))
+        return bool(self.calibration.input_moment.any()) and (head is None or bool(head.any()))
 
 
 def choose_calibration(
@@ -57,7 +58,7 @@ def choose_calibration(
     calibration: Calibration | str | os.PathLike | None = None,
     text: Source | Sequence[Source] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    pooling: Pooling | None = None,
+    pooling: Callable[[], Pooling] | None = None,
     progress: bool | None = None,
     hold_out: bool = False,
 ) -> Choice:
@@ -74,8 +75,8 @@ def choose_calibration(
         calibration: a calibration or a file of one.
         text: sources of text, as ``read_texts`` takes them.
         tokenizer: the model's tokenizer, or None.
-        pooling: that of a sentence encoder; None reads the sentence-transformers configuration in the
-            directory that the model was loaded from.
+        pooling: returns that of a sentence encoder, if text is to be read; None reads the configuration of
+            sentence-transformers beside the model.
         progress: whether to show a progress bar on stderr; None shows it on a terminal.
         hold_out: whether to keep some inputs of a language model out of the calibration.
 
@@ -100,22 +101,27 @@ def choose_calibration(
             calibration = load_calibration(calibration, "calibration")
         check_calibration(calibration, model, tokenizer)
         return Choice(calibration, _described(calibration))
-    pooling = pooling or folder_pooling(getattr(model, "name_or_path", None))
     if text is not None:
         if tokenizer is None:
             raise ValueError("calibrate_text: expected a tokenizer with it (the model has none)")
         sources = [text] if isinstance(text, (str, os.PathLike)) else text
         texts = itertools.chain.from_iterable(map(read_texts, sources))
-        tokens = HELD_OUT_TOKENS if hold_out else 0
+        if pooling is None and is_sentence_encoder(name := getattr(model, "name_or_path", None)):
+            pooling = functools.partial(pooling_of, name)
         found, unseen = calibrate_holding_out(
-            model, tokenizer, texts, tokens, pooling=pooling, progress=progress
+            model,
+            tokenizer,
+            texts,
+            HELD_OUT_TOKENS if hold_out else 0,
+            pooling=None if pooling is None else pooling(),
+            progress=progress,
         )
         return Choice(found, _described(found), unseen)
     if recipe.calibrate is False:
         return Choice(None, "none, as asked for")
     if recipe.calibrate:
         return _on_samples(model, tokenizer, progress, hold_out, None)
-    return _by_default(model, tokenizer, pooling, progress, hold_out)
+    return _by_default(model, tokenizer, pooling is not None, progress, hold_out)
 
 
 def load_calibration(path: str | os.PathLike, argument: str) -> Calibration:
@@ -129,18 +135,19 @@ def load_calibration(path: str | os.PathLike, argument: str) -> Calibration:
 def _by_default(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    pooling: Pooling | None,
+    encodes: bool,
     progress: bool | None,
     hold_out: bool,
 ) -> Choice:
     try:
-        if (kind := "sentence" if pooling else kind_of(model)) != "causal":
+        encodes = encodes or is_sentence_encoder(getattr(model, "name_or_path", None))
+        if (kind := "sentence" if encodes else kind_of(model)) != "causal":
             lower = "text (--calibrate-text)"
             if kind in ("encoder-decoder", "masked"):
                 lower += " or the model's own samples (--calibrate)"
             return Choice(None, f"none; {lower} would lower the error that the model sees")
         found = _on_samples(model, tokenizer, progress, hold_out, LONGEST_SECONDS)
-        if found.serves(tied=find_table(model).tied):
+        if found.serves:
             return found
         phrase = "none (the model's outputs do not depend on its embedding)"
     except CalibrationTooLongError as error:

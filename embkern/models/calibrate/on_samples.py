@@ -6,12 +6,13 @@ import dataclasses
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
-from ...methods.calibration import Calibration
+from ...methods.calibration import Calibration, CalibrationFacts
 from ..find_table import find_table
 from ..inference import longest_input
 from .kinds import kind_of
@@ -105,10 +106,12 @@ def self_calibrate_holding_out(
     progress: bool | None = None,
     checkpoint: str | os.PathLike | None = None,
     limit_seconds: float | None = 600,
+    check: Callable[[CalibrationFacts], None] | None = None,
 ) -> tuple[Calibration, HeldOut | None]:
     """Return the result of ``self_calibrate``, and ``held_out`` further samples.
 
-    The latter are None for none, and for an encoder-decoder.
+    The latter are None for none, and for an encoder-decoder. ``check`` is called with the facts before the
+    pass.
     """
     for name, value, least in (("windows", windows, 1), ("length", length, 2), ("seed", seed, 0)):
         if value < least:
@@ -156,6 +159,8 @@ def self_calibrate_holding_out(
     rest = dataclasses.replace(samples, ids=samples.ids[windows:])
     unseen = HeldOut(rest, mask, seed) if held_out else None
     facts = facts_of(model, kind, tokenizer, run_of("samples", read, seed))
+    if check is not None:
+        check(facts)
     found = run_pass(
         model,
         table,

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ...fidelity.sentences import Pooling, pooling_of, pooling_within
+from ...fidelity.sentences import Pooling, is_sentence_encoder, pooling_of, pooling_within
 from ...methods.calibration import Calibration, CalibrationFacts, CalibrationRun, Kind
 from ...text.counts import fingerprint
 from ..body_config import plain_parts
-from ..find_table import find_table
+from ..find_table import UnsupportedModelError, find_table
 from ..inference import longest_input
-from ..static_embeddings import encoder_of, is_sentence_transformer
+from ..static_embeddings import encoder_of, is_sentence_transformer, is_static
 from .kinds import kind_of
 from .objectives import LanguageModel, Objective, classifier_objective, mask_of, sentence_objective
 from .passes import run_pass
@@ -101,14 +100,21 @@ def calibrate_holding_out(
     pooling: Pooling | None = None,
     progress: bool | None = None,
     checkpoint: str | os.PathLike | None = None,
+    check: Callable[[CalibrationFacts], None] | None = None,
 ) -> tuple[Calibration, HeldOut | None]:
     """Return the result of ``calibrate``, and inputs of some ``held_out`` tokens that it did not see.
 
     The latter are those of a language model that is no encoder-decoder, and at most a ninth of all inputs.
+    ``check`` is called with the facts before the pass.
     """
     for name, value, least in (("tokens", tokens, 1), ("length", length, 2), ("seed", seed, 0)):
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if is_static(model):
+        raise UnsupportedModelError(
+            "calibrate: expected a model whose output depends on its table through layers, got static "
+            "embeddings, which are the output"
+        )
     if not callable(tokenizer):
         raise TypeError(f"tokenizer: expected that of the model, got {type(tokenizer).__name__}")
     if is_sentence_transformer(model):
@@ -138,6 +144,8 @@ def calibrate_holding_out(
             unseen = None if rest is None else HeldOut(rest, mask, seed)
         objective = LanguageModel(model, windows, seed, mask)
     facts = facts_of(model, kind, tokenizer, run_of("text", windows, seed, pooling))
+    if check is not None:
+        check(facts)
     found = run_pass(model, table, windows, objective, facts, progress=progress, checkpoint=checkpoint)
     return found, unseen
 
@@ -184,10 +192,8 @@ def run_of(
 
 def _own_pooling(model: PreTrainedModel) -> Pooling:
     """Return the pooling of the folder or the name that a model was loaded from."""
-    name = str(getattr(model, "name_or_path", "") or "")
-    if not name or (name.startswith((".", "/", "~")) and not Path(name).is_dir()):
-        return "mean"
-    return pooling_of(name)
+    name = getattr(model, "name_or_path", None)
+    return pooling_of(name) if is_sentence_encoder(name) else "mean"
 
 
 def check_calibration(

@@ -130,7 +130,7 @@ def read_checkpoint(path: str | os.PathLike, identity: dict[str, Any], like: Sum
         raise ValueError(f"checkpoint: {error}; delete it to start anew") from None
     if saved != identity:
         ours, theirs = _flat(identity), _flat(saved)
-        different = [name for name in ours if theirs.get(name) != ours[name]]
+        different = [name for name in {**ours, **theirs} if ours.get(name, ...) != theirs.get(name, ...)]
         raise ValueError(
             f"checkpoint: {path} belongs to another run (different {', '.join(different)}); "
             "delete it or name another file"
