@@ -14,9 +14,10 @@ from embkern.evaluate.windows import causal_windows
 from embkern.models.find_table import find_table
 from embkern.models.inference import evaluating
 from embkern.models.loading import load_model, load_tokenizer
-from embkern.text.counts import count_tokens
+from embkern.text.counts import TokenCounts, count_tokens
 from embkern.text.frequencies import COMPRESSION_STRENGTH, expected_frequencies
 from embkern.text.prior import vocabulary_prior
+from embkern.text.token_classes import adapted_prior, token_classes
 
 from .text import docstrings
 from .tools.installed_text import installed_documents, split
@@ -43,12 +44,22 @@ class Subject:
         return vocabulary_prior(self.tokenizer, len(self.table))
 
     @functools.cached_property
+    def counted(self) -> TokenCounts:
+        """Counts of docstrings."""
+        sentences, V = counted_sentences(), len(self.table)
+        return count_tokens(sentences, self.tokenizer, num_embeddings=V, progress=False)
+
+    @functools.cached_property
     def counts(self) -> Tensor:
         """Expected frequencies, from counts of docstrings and the prior."""
-        counted = count_tokens(
-            counted_sentences(), self.tokenizer, num_embeddings=len(self.table), progress=False
-        )
-        return expected_frequencies(counted, self.prior, strength=COMPRESSION_STRENGTH)
+        return expected_frequencies(self.counted, self.prior, strength=COMPRESSION_STRENGTH)
+
+    @functools.cached_property
+    def counts_by_class(self) -> Tensor:
+        """Likewise, with the prior that ``compress`` takes with a calibration."""
+        classes = token_classes(self.tokenizer, len(self.table))
+        prior = adapted_prior(self.counted.counts, self.prior, classes)
+        return expected_frequencies(self.counted, prior, strength=COMPRESSION_STRENGTH)
 
     @functools.cached_property
     @torch.no_grad()

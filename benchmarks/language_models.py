@@ -163,13 +163,15 @@ def _calibrated(ratios: Sequence[float], *, own_samples: bool = False) -> Iterat
         if own_samples:
             return {"calibration": self_calibrate(subject.model, progress=False, limit_seconds=None)}
         found = calibrate(subject.model, subject.tokenizer, counted_sentences(), progress=False)
-        return {"calibration": found, "counts": subject.counts}
+        return {"calibration": found, "counts": subject.counts_by_class}
 
     def build(ratio: float, subject: Subject) -> Any:
         return COMPRESSORS["allocate"].compress(subject.table, ratio=ratio, **known(subject))
 
     source = "on_samples" if own_samples else "on_text"
     code = f"{method_code('allocate')},{code_hash(f'embkern.models.calibrate.{source}')}"
+    if not own_samples:
+        code += f",{frequencies_code()}"
     label = "allocate, own samples" if own_samples else "allocate, calibrated"
     for ratio in ratios:
         yield Entry(label, {"ratio": ratio}, functools.partial(build, ratio), code)

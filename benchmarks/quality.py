@@ -33,6 +33,7 @@ from embkern.models.calibrate import calibrate
 from embkern.text.counts import count_tokens
 from embkern.text.frequencies import COMPRESSION_STRENGTH, expected_frequencies
 from embkern.text.prior import vocabulary_prior
+from embkern.text.token_classes import adapted_prior, token_classes
 
 from .results_file import RESULTS, command_line, write_results
 from .runner import table_line
@@ -141,6 +142,10 @@ class Quality:
         count = count_tokens(self.counted, self.tokenizer, num_embeddings=len(self.table), progress=False)
         self.prior = vocabulary_prior(self.tokenizer, len(self.table))
         self.counts = expected_frequencies(count, self.prior, strength=strength)
+        by_class = adapted_prior(
+            count.counts, self.prior, token_classes(self.tokenizer, len(self.table))
+        )  # as compress does with a calibration
+        self.counts_by_class = expected_frequencies(count, by_class, strength=strength)
         self.before = {name: self._embed(each) for name, each in self.sentences.items()}
         self.facts: dict[str, Any] = {
             "text": "docstrings" if text is None else text.name,
@@ -202,7 +207,7 @@ class Quality:
             counts = {"mixed": self.counts, "prior": self.prior, "uniform": None}
             options["counts"] = counts[options.get("counts", "mixed")]
         if "calibration" in options:
-            options["calibration"] = self.calibration
+            options.update(calibration=self.calibration, counts=self.counts_by_class)
         if method.sized_by == "ratio":
             return method.compress(self.table, ratio=ratio, **options)
         (V, H), offset = self.table.shape, method.has_offset(method.options())

@@ -182,7 +182,6 @@ def compress(
     bytes_before = model_bytes(model)
     V = token_rows(model, plans)
     known_counts = gathered_counts(V, counts, count_text, tokenizer, progress=progress)
-    frequencies, counted = frequencies_of(known_counts, V, tokenizer)
     chosen = Choice(phrase=NOT_CALIBRATED if recipe.calibrated else None)
     given = any(each is not None for each in (calibration, calibrate_text, recipe.calibration))
     if known_counts is None and not given:
@@ -200,8 +199,11 @@ def compress(
     if seen is None and calibration is not None and calibration.on_text:
         seen = calibration.inputs
     read = tokens_read(read_tokens(seen, V, tokenizer), calibration, model)
-    if calibration is not None and counts is None and count_text is None:
+    if calibration is not None and known_counts is None:
         frequencies, counted = input_frequencies(calibration), "those of the calibration"
+    else:
+        by_class = calibration is not None  # without one, tables keep the bits that they had
+        frequencies, counted = frequencies_of(known_counts, V, tokenizer, by_class=by_class)
     embed = before = None
     if sentences is not None:
         if is_sentence_transformer(whole):

@@ -15,6 +15,7 @@ from ..methods import METHODS
 from ..text.counts import count_tokens
 from ..text.frequencies import expected_frequencies
 from ..text.prior import vocabulary_prior
+from ..text.token_classes import adapted_prior
 
 PACKAGE = "embkern"
 ROOT = Path(__file__).parent.parent
@@ -63,7 +64,9 @@ def method_code(name: str) -> str:
 
 def frequencies_code() -> str:
     """Return the hash of the modules that count tokens and mix counts with the prior."""
-    modules = {each.__module__ for each in (count_tokens, expected_frequencies, vocabulary_prior)}
+    modules = {
+        each.__module__ for each in (count_tokens, expected_frequencies, vocabulary_prior, adapted_prior)
+    }
     return code_hash(*sorted(modules), follow=False)
 
 

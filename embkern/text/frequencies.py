@@ -14,6 +14,7 @@ from torch import Tensor
 from .counts import TokenCounts, count_tokens
 from .prior import normalized, vocabulary_prior
 from .reading import read_texts
+from .token_classes import adapted_prior, token_classes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -149,14 +150,30 @@ def gathered_counts(
 
 
 def frequencies_of(
-    known: TokenCounts | Tensor | None, num_embeddings: int, tokenizer: PreTrainedTokenizerBase | None
+    known: TokenCounts | Tensor | None,
+    num_embeddings: int,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    by_class: bool = False,
 ) -> tuple[Tensor, str]:
-    """Return the frequencies (V,) that follow from gathered counts, and a phrase on their origin."""
+    """Return the frequencies (V,) that follow from gathered counts, and a phrase on their origin.
+
+    Args:
+        known: what ``gathered_counts`` returned.
+        num_embeddings: V.
+        tokenizer: the tokenizer of the model, or None.
+        by_class: whether classes of tokens share what the prior gives to rare ones by the counted text, see
+            ``adapted_prior``; it needs the tokenizer.
+    """
     if isinstance(known, Tensor):
         return known, "as given"
     prior = vocabulary_prior(tokenizer, num_embeddings)
     order = "the order of the vocabulary" if tokenizer is not None else "the order of the ids (no tokenizer)"
     if known is not None:
+        if by_class and tokenizer is not None:
+            classes = token_classes(tokenizer, num_embeddings)
+            prior = adapted_prior(known.resized(num_embeddings).counts, prior, classes)
+            order += " within classes of rare ones"
         read = f" of {known.texts:,} texts" if known.texts else ""
         order = f"{known.tokens:,} tokens{read}, and {order}"
     return expected_frequencies(known, prior, strength=COMPRESSION_STRENGTH), order

@@ -19,6 +19,8 @@ from embkern.models.calibrate import CalibrationTooLongError, calibrate, choice,
 from embkern.models.calibrate.on_samples import self_calibrate_holding_out
 from embkern.models.checkpoint import stored_table, stored_tables
 from embkern.models.plan import NOT_CALIBRATED
+from embkern.text.counts import count_tokens
+from embkern.text.frequencies import frequencies_of
 from embkern.text.prior import vocabulary_prior
 from tests.example_models import MODELS
 from tests.example_tables import quantizing  # noqa: F401 (a fixture)
@@ -236,6 +238,20 @@ def test_scaled_and_capped_logits(name):
     assert report.calibration == "32 tokens of the model's own samples"
     assert 0 < report.predicted_kl < float("inf")
     assert 0 < report.divergence.mean < float("inf")
+
+
+def test_classes_of_rare_tokens_share_the_prior_with_a_calibration(own_calibration):
+    words, weight = tokenizer(), build("gpt2").get_input_embeddings().weight.detach()
+    V = len(weight)
+    counts = count_tokens([distinct_words()] * 3, words, num_embeddings=V, progress=False)
+    for calibration in (own_calibration, None):
+        model = build("gpt2")
+        options = {"calibration": calibration} if calibration else {"calibrate": False}
+        report = embkern.compress(model, **PACKED, **options, counts=counts, tokenizer=words)
+        frequencies, phrase = frequencies_of(counts, V, words, by_class=calibration is not None)
+        assert report.counts == phrase
+        expected = allocate(weight, ratio=2, counts=frequencies, calibration=calibration)
+        assert same(stored_table(model), expected)
 
 
 def test_a_calibration_on_words_that_the_counts_lack():
