@@ -113,6 +113,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--ring-bits", type=int, nargs="+", default=[1, 2, 3], choices=(1, 2, 3, 4), help="of EXL3 rings")
     add("--tokens", type=int, default=SCORED_TOKENS, help="of the scored text")
     add("--part", choices=PARTS, default=PARTS[0], help="other documents of the same kinds are scored")
+    add(
+        "--beginning", choices=("text", "window"), default="text", help="BOS begins the text, or every window"
+    )
     add("--threads", type=int, help="of torch")
     add("--cache", type=Path, help="directory of models and measured rows; default: the user's cache")
     add("--results", type=Path, default=RESULTS, help="directory of the JSON files")
@@ -249,11 +252,15 @@ class LanguageModels:
         self.file_name = f"language_models_{name}"
         if options.part != PARTS[0]:
             self.file_name += f"_{options.part}"
+        if options.beginning != "text":
+            self.file_name += f"_{options.beginning}"
         self.subject = Subject(directory)
         self.weights = files_fingerprint(sorted(directory.glob("*.safetensors")))
         self.cache = (options.cache or cache_directory()) / "language_models" / "rows"
         self.texts, sources = scored_text(options.part)
         self.protocol = {"max_length": WINDOW, "stride": WINDOW, "max_tokens": options.tokens}
+        if options.beginning != "text":
+            self.protocol["beginning"] = options.beginning
         V, H = self.subject.table.shape
         self.facts: dict[str, Any] = {
             "model": INSTALLED[name].title if name in INSTALLED else name,

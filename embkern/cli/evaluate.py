@@ -80,6 +80,10 @@ def perplexity(
     separator: Annotated[
         str | None, typer.Option(help="causal: newline between texts (default), or eos after each")
     ] = None,
+    beginning: Annotated[
+        str | None,
+        typer.Option(help="causal: BOS begins the text (default), or every window; where texts have one"),
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="number of tokens to read of the text")] = None,
     batch_size: Annotated[int | None, typer.Option(help="windows per batch (default: 8)")] = None,
     device: Annotated[str | None, typer.Option(help="device such as cuda; the CPU by default")] = None,
@@ -100,8 +104,8 @@ def perplexity(
 
     flags: dict[str, Any] = {
         "seed": seed, "masking": masking, "mask_probability": mask_probability, "line_filter": line_filter,
-        "max_length": max_length, "stride": stride, "separator": separator, "max_tokens": max_tokens,
-        "batch_size": batch_size,
+        "max_length": max_length, "stride": stride, "separator": separator, "beginning": beginning,
+        "max_tokens": max_tokens, "batch_size": batch_size,
     }  # fmt: skip
     run = measure_perplexity(
         models, dataset, against=against, reference=reference, device=device, dtype=dtype, errors=errors,

@@ -29,7 +29,7 @@ from ..tables import Table
 from .batches import Batch, grouped
 from .divergence import Prediction, Scores, compare
 from .language_model import Kind, SplitModel, check_causal, kind_of, usable_device
-from .windows import LineFilter, Masking, Separator, Window, causal_windows, masked_windows
+from .windows import Beginning, LineFilter, Masking, Separator, Window, causal_windows, masked_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,6 +54,11 @@ class PerplexitySettings(Options):
         None,
         description="causal models: newline between texts (default), or eos, which ends each text with the "
         "end-of-text token",
+    )
+    beginning: Beginning | None = Field(
+        None,
+        description="causal models: the special tokens that begin a text begin the first window alone (text, "
+        "default), or every window, as a model with a beginning-of-text token has always seen it",
     )
     mask_probability: float = Field(0.15, gt=0, lt=1, description="masked models: share of masked tokens")
     masking: Masking = Field(
@@ -317,7 +322,7 @@ def _resolved(
     if length > longest:
         raise ValueError(f"max_length: expected at most the model's {longest}, got {length}")
     if kind == "masked":
-        for name in ("stride", "separator"):
+        for name in ("stride", "separator", "beginning"):
             if getattr(settings, name) is not None:
                 raise ValueError(f"{name}: expected with causal models only; a masked one reads text by text")
         return settings.model_copy(update={"max_length": length})
@@ -327,7 +332,10 @@ def _resolved(
     if stride > length:
         raise ValueError(f"stride: expected at most max_length ({length}), got {stride}")
     separator = settings.separator or "newline"
-    return settings.model_copy(update={"max_length": length, "stride": stride, "separator": separator})
+    beginning = settings.beginning or "text"
+    return settings.model_copy(
+        update={"max_length": length, "stride": stride, "separator": separator, "beginning": beginning}
+    )
 
 
 def _windows(
@@ -342,12 +350,14 @@ def _windows(
     if kind == "causal":
         assert stride is not None, "_resolved fills it in"
         assert settings.separator is not None, "_resolved fills it in"
+        assert settings.beginning is not None, "_resolved fills it in"
         return causal_windows(
             texts,
             tokenizer,
             max_length=length,
             stride=stride,
             separator=settings.separator,
+            beginning=settings.beginning,
             max_tokens=settings.max_tokens,
         )
     return masked_windows(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 Masking = Literal["80-10-10", "mask"]
 LineFilter = Literal["authors"]
 Separator = Literal["newline", "eos"]
+Beginning = Literal["text", "window"]
 
 TOKENIZED_AT_ONCE = 1 << 18  # characters; a tokenizer needs some 100 bytes for each
 AUTHORS_SHORTEST = 20  # least number of tokens of a line that the authors' filter keeps
@@ -138,6 +139,7 @@ def causal_windows(
     max_length: int,
     stride: int,
     separator: Separator = "newline",
+    beginning: Beginning = "text",
     max_tokens: int | None = None,
 ) -> Iterator[Window]:
     """Yield windows that slide by ``stride`` tokens over all texts, joined to one.
@@ -145,21 +147,31 @@ def causal_windows(
     Every token but the first is predicted once; after the first window, with at least ``max_length - stride``
     tokens of context. With ``stride == max_length`` the first token of each window is not predicted.
 
+    With ``beginning="window"`` the special tokens that begin a text (BOS) begin every window, not the first
+    alone, and take their place in its ``max_length`` tokens. Every token of the text is predicted then.
+
     Raises:
-        ValueError: ``separator`` is ``eos`` and the tokenizer has no end-of-text token.
+        ValueError: ``separator`` is ``eos`` and the tokenizer has no end-of-text token, or a window has no
+            room for two tokens of text.
     """
     if separator == "eos" and tokenizer.eos_token_id is None:
         raise ValueError("separator: expected newline, as the tokenizer has no end-of-text token; got eos")
+    first = _first_tokens(tokenizer)
+    each = first if beginning == "window" else []
+    room = max_length - len(each)
+    if room < 2:
+        raise ValueError(f"max_length: expected at least {len(each) + 2}, got {max_length}")
+    ids = _joined(texts, tokenizer, separator)
     window: list[int] = []
     fresh = 0  # number of tokens at its end that no earlier window had
-    for token in itertools.islice(_joined(texts, tokenizer, separator), max_tokens):
+    for token in itertools.islice(ids if each else itertools.chain(first, ids), max_tokens):
         window.append(token)
         fresh += 1
-        if len(window) == max_length:
-            yield _predicting(window, fresh)
+        if len(window) == room:
+            yield _predicting(each + window, fresh)
             window, fresh = window[stride:], 0
     if fresh:
-        yield _predicting(window, fresh)
+        yield _predicting(each + window, fresh)
 
 
 def _predicting(window: Sequence[int], fresh: int) -> Window:
@@ -168,11 +180,15 @@ def _predicting(window: Sequence[int], fresh: int) -> Window:
     return Window(ids, targets - 1, ids[targets], fresh)
 
 
-def _joined(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, separator: Separator) -> Iterator[int]:
-    """Yield the ids of all texts, after the special tokens that begin a text (BOS)."""
+def _first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the special tokens that begin a text (BOS)."""
     probe = tokenizer("a", return_special_tokens_mask=True)
     marked = zip(probe["input_ids"], probe["special_tokens_mask"], strict=True)
-    yield from (id for id, special in itertools.takewhile(lambda pair: pair[1], marked))
+    return [id for id, special in itertools.takewhile(lambda pair: pair[1], marked)]
+
+
+def _joined(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, separator: Separator) -> Iterator[int]:
+    """Yield the ids of all texts."""
     plain = functools.partial(tokenizer, add_special_tokens=False, truncation=False, verbose=False)
     newline = ""
     for batch in _grouped(texts):

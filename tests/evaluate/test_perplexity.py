@@ -79,6 +79,7 @@ def test_figures_do_not_depend_on_the_batch_size_and_are_reproducible(name, toke
         ("roberta", {"max_length": 64}, "max_length: expected at most the model's 63, got 64"),
         ("bert", {"stride": 3}, "stride: expected with causal models only"),
         ("bert", {"separator": "eos"}, "separator: expected with causal models only"),
+        ("bert", {"beginning": "window"}, "beginning: expected with causal models only"),
         ("gpt2", {"stride": 65}, r"stride: expected at most max_length \(64\), got 65"),
         ("gpt2", {"line_filter": "authors"}, "line_filter: expected with masked models only"),
         ("bert", {"mask_probability": 1.5}, "perplexity: mask_probability: .* got 1.5"),

@@ -102,6 +102,36 @@ def test_causal_windows_predict_every_token_once(length, stride, tokenizer):
     assert predicted == [i for i in range(len(ids)) if i not in without]
 
 
+@pytest.mark.parametrize(("length", "stride"), [(16, 5), (16, 1), (16, 16), (3, 3), (900, 900)])
+def test_special_tokens_may_begin_every_window(length, stride, tokenizer):
+    ids = tokenizer("\n".join(TEXTS), add_special_tokens=False).input_ids
+    settings = {"max_length": length, "stride": stride, "beginning": "window"}
+    windows = list(causal_windows(TEXTS, tokenizer, **settings))
+    own, step = length - 1, min(stride, length - 1)
+    predicted = []
+    for number, window in enumerate(windows):
+        first = number * step
+        assert window.ids.tolist() == [tokenizer.cls_token_id, *ids[first : first + own]]
+        assert (window.ids[window.positions + 1] == window.targets).all()
+        predicted += (window.positions + first).tolist()
+    assert predicted == list(range(len(ids)))
+    assert sum(window.read for window in windows) == len(ids)
+    with pytest.raises(ValueError, match="max_length: expected at least 3, got 2"):
+        list(causal_windows(TEXTS, tokenizer, max_length=2, stride=1, beginning="window"))
+
+
+def test_without_special_tokens_all_windows_are_the_same(tokenizer):
+    plain = copy.deepcopy(tokenizer)
+    plain.backend_tokenizer.post_processor = None
+    settings = {"max_length": 16, "stride": 7}
+    one, other = (
+        [window.ids.tolist() for window in causal_windows(TEXTS, plain, **settings, beginning=each)]
+        for each in ("text", "window")
+    )
+    assert one == other
+    assert tokenizer.cls_token_id not in one[0]
+
+
 def test_texts_may_end_with_an_end_of_text_token(tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
     with pytest.raises(ValueError, match="separator: expected newline, as the tokenizer has no end-of-text"):
