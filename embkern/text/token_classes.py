@@ -17,15 +17,14 @@ RARE = 5  # a token that was counted at most so often is rare
 # Strength, in tokens, of the prior's own shares of the classes. Texts of 18k tokens have a few thousand rare
 # ones, those of millions some ten thousand.
 CLASS_STRENGTH = 100.0
-_WORD_END = "</w>"
 
 
 def token_classes(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> Tensor:
     """Return the class of every token, (V,) int64: -1 for special and unused ones, else 0 and above.
 
-    Tokens of a class begin a word or continue one alike, and consist of letters of one script in one case, of
-    digits, of other characters in ASCII or beyond, or of white space; letters with other characters between
-    them are a class of their own.
+    Tokens of a class consist of letters of one script in one case, of digits, of other characters in ASCII or
+    beyond, or of white space; letters with other characters between them are a class of their own. Whether a
+    token begins a word does not count: technical text has more rare pieces of words than other text has.
 
     Args:
         tokenizer: the tokenizer of the model.
@@ -76,19 +75,15 @@ def _class_of(name: TokenName) -> tuple[str, ...] | None:
     """Return how a token is written; None for a special or unused one."""
     if name.text is None or name.kind is not None:
         return None
-    text = name.text.removesuffix(_WORD_END)
-    place = "##" if text.startswith("##") else " " if text.startswith(" ") else ""
-    place += _WORD_END if text != name.text else ""
-    text = text.removeprefix("##").strip()
+    text = name.text.removesuffix("</w>").removeprefix("##").strip()
     letters = [character for character in text if character.isalpha()]
     if letters:
-        whole = "" if len(letters) == len(text) else "+"
-        return place, _script(letters), _case(letters), whole
+        return _script(letters), _case(letters), "" if len(letters) == len(text) else "+"
     if not text:
         return ("white space",)
     if any(character.isdigit() for character in text):
-        return place, "digits"
-    return place, "ASCII" if text.isascii() else "beyond ASCII"
+        return ("digits",)
+    return ("ASCII",) if text.isascii() else ("beyond ASCII",)
 
 
 def _script(letters: list[str]) -> str:

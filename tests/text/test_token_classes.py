@@ -12,11 +12,8 @@ from embkern.text.token_names import TokenName
 from tests.conftest import seed_of
 
 ALIKE = [
-    [" the", " house"],
-    ["ing", "s"],
-    ["##ing", "##s"],
-    [" The", " A"],
-    ["The", "A"],
+    ["ing", " the", "##s", "of</w>"],
+    [" The", "A"],
     [" LICENSE", " NO"],
     ["camelCase", "iOS"],
     [" don't", " e-mail"],
@@ -30,7 +27,6 @@ ALIKE = [
     ["->", "."],
     ["→", "€"],
     [" ", "\n\n"],
-    ["the</w>", "of</w>"],
 ]
 
 
@@ -41,9 +37,8 @@ def test_tokens_that_are_written_alike_are_a_class():
 
 def test_others_are_not():
     for one, other in (
-        ("the", " the"), ("the", "##the"), ("the", "The"), ("the", "THE"), ("the", "été"), ("the", "дом"),
-        ("the", "t'e"), ("中国", "한국"), ("12", "."), (".", "→"), (" ", "."), ("the", "the</w>"),
-        ("дом", "Дом"), ("The", "THE"), ("The", "iOS"),
+        ("the", "The"), ("the", "THE"), ("the", "été"), ("the", "дом"), ("the", "t'e"), ("中国", "한국"),
+        ("12", "."), (".", "→"), (" ", "."), ("дом", "Дом"), ("The", "THE"), ("The", "iOS"),
     ):  # fmt: skip
         assert _class_of(TokenName(one)) != _class_of(TokenName(other)), (one, other)
     assert _class_of(TokenName("[MASK]", "special")) is None
