@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 LONGEST_SECONDS = 600.0  # of a calibration that was not asked for
 HELD_OUT_TOKENS, HELD_OUT_SAMPLES = 2048, 8  # to measure the divergence on
 _OWN_SAMPLES = "pass calibrate=True (--calibrate) to take the model's own samples"
-_GAIN = "a third of the divergence or less, as measured at 16x (docs/results.md)"
+_GAIN = "a third to two thirds of the divergence, as measured at 16x (docs/results.md)"
 
 
 class Choice(NamedTuple):
@@ -140,10 +140,12 @@ def _by_default(
     hold_out: bool,
 ) -> Choice:
     try:
-        encodes = encodes or is_sentence_encoder(getattr(model, "name_or_path", None))
-        if (kind := "sentence" if encodes else kind_of(model)) != "causal":
+        kind = kind_of(model)
+        if kind in ("causal", "masked") and not encodes:  # the hub is asked for nothing else
+            encodes = is_sentence_encoder(getattr(model, "name_or_path", None))
+        if encodes or kind != "causal":
             lower = "text (--calibrate-text)"
-            if kind in ("encoder-decoder", "masked"):
+            if kind in ("encoder-decoder", "masked") and not encodes:
                 lower += " or the model's own samples (--calibrate)"
             return Choice(None, f"none; {lower} would lower the error that the model sees")
         found = _on_samples(model, tokenizer, progress, hold_out, LONGEST_SECONDS)
