@@ -22,10 +22,9 @@ import torch
 from embkern.evaluate.perplexity import evaluate_perplexity
 from embkern.io.cache import cache_directory
 from embkern.methods import METHODS, Calibration
-from embkern.methods.calibration import CalibrationFacts
 from embkern.models.calibrate import calibrate
 from embkern.models.calibrate.objectives import LanguageModel, mask_of
-from embkern.models.calibrate.on_text import run_of, weights_fingerprint
+from embkern.models.calibrate.on_text import facts_of, run_of
 from embkern.models.calibrate.passes import run_pass
 from embkern.models.calibrate.sampling import resample_windows
 from embkern.models.find_table import find_table
@@ -136,12 +135,6 @@ def sampled_calibration(model: Any, tokenizer: Any, rounds: int, seed: int) -> C
     windows = resample_windows(
         model, tokenizer, SAMPLES, length, seed, device=device, rounds=rounds, progress=False
     )
-    facts = CalibrationFacts(
-        architecture=type(model).__name__,
-        kind="masked",
-        weights=weights_fingerprint(model),
-        tokenizer=None,
-        runs=(run_of("samples", windows, seed),),
-    )
+    facts = facts_of(model, "masked", None, run_of("samples", windows, seed))
     objective = LanguageModel(model, windows, seed, mask_of(tokenizer))
     return run_pass(model, find_table(model), windows, objective, facts, progress=False)

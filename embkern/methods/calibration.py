@@ -47,7 +47,7 @@ class CalibrationFacts(BaseModel):
 
     architecture: str = Field(description="class of the model; of a sentence encoder, without a head")
     kind: Kind = Field(description="what the model predicts, which decides how its output is compared")
-    layers: int | None = Field(None, ge=0, description="number of layers, where the config has it")
+    layers: int | None = Field(default=None, ge=0, description="number of layers; null if not in the config")
     weights: str = Field(description="hash of the model's weights")
     tokenizer: str | None = Field(description="hash of the tokenizer's vocabulary; null without a tokenizer")
     runs: tuple[CalibrationRun, ...] = Field(min_length=1, description="the passes whose sums were added")
