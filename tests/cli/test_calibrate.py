@@ -17,7 +17,7 @@ from embkern.methods.calibration import Calibration
 from embkern.models.calibrate import on_samples, passes, sums
 from embkern.models.calibrate.on_samples import self_calibrate_holding_out
 from tests.example_models import build
-from tests.models.calibrating import distinct_words, tokenizer
+from tests.models.calibrating import distinct_words, stopping_after, tokenizer
 
 
 @pytest.fixture
@@ -105,15 +105,7 @@ def test_an_interrupted_run_is_resumed_by_the_same_command(saved, tmp_path, run,
     assert run(*arguments)[0] == 0
     alone = out.read_bytes()
     out.unlink()
-    add = passes._add_gradients
-
-    def stopping(loss, recording, found):
-        if found.batches == 4:
-            raise KeyboardInterrupt
-        add(loss, recording, found)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(passes, "_add_gradients", stopping)
+    with stopping_after(monkeypatch, 4, KeyboardInterrupt):
         code, _, errors = run(*arguments)
     assert code != 0
     assert "the same command resumes from" in errors

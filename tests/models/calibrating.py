@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 import transformers as T
 
+from embkern.models.calibrate import passes
 from tests.conftest import seed_of
 from tests.example_models import _COMMON, MODELS, H, V, word_tokenizer
 
@@ -76,6 +79,21 @@ def untied(model: Any) -> tuple[Any, list[Any]]:
     return model, embeddings
 
 
+@contextlib.contextmanager
+def stopping_after(monkeypatch: Any, batches: int, error: type[BaseException]) -> Iterator[None]:
+    """Raise an error in passes of the block after some batches."""
+    add = passes._add_gradients
+
+    def stopping(loss: Any, recording: Any, found: Any) -> None:
+        if found.batches == batches:
+            raise error
+        add(loss, recording, found)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(passes, "_add_gradients", stopping)
+        yield
+
+
 __all__ = [
     "CAPPED",
     "CLASSIFIERS",
@@ -85,6 +103,7 @@ __all__ = [
     "V",
     "distinct_words",
     "sharp",
+    "stopping_after",
     "tokenizer",
     "untied",
 ]

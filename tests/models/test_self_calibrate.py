@@ -18,7 +18,7 @@ from embkern.models.calibrate.sampling import Beginning, beginning_of, resample_
 from embkern.models.calibrate.windows import Windows, added_tokens
 from embkern.models.find_table import find_table
 from tests.example_models import MODELS, V, build
-from tests.models.calibrating import sharp, tokenizer
+from tests.models.calibrating import sharp, stopping_after, tokenizer
 
 WINDOWS, LENGTH, SEED = 3, 12, 5
 FIRST = Beginning(1)
@@ -281,17 +281,8 @@ def test_an_interrupted_pass_over_samples_is_resumed(monkeypatch, tmp_path):
     monkeypatch.setattr(sums, "SAVED_EVERY", 0.0)
     model, options = build("gpt2"), {"windows": 5, "length": 9, "progress": False}
     whole = self_calibrate(model, **options)
-    add = passes._add_gradients
-
-    def stopping(loss, recording, found):
-        if found.batches == 3:
-            raise StoppedError
-        add(loss, recording, found)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(passes, "_add_gradients", stopping)
-        with pytest.raises(StoppedError):
-            self_calibrate(model, **options, checkpoint=tmp_path / "c")
+    with stopping_after(monkeypatch, 3, StoppedError), pytest.raises(StoppedError):
+        self_calibrate(model, **options, checkpoint=tmp_path / "c")
     assert (tmp_path / "c").exists()
     resumed = self_calibrate(model, **options, checkpoint=tmp_path / "c")
     for name in ("inputs", "input_moment", "predictions", "head_moment"):
