@@ -12,7 +12,7 @@ from embkern.evaluate.batches import Batch, grouped
 from embkern.evaluate.language_model import SplitModel
 from embkern.evaluate.windows import causal_windows
 from embkern.models.find_table import find_table
-from embkern.models.inference import evaluating
+from embkern.models.inference import evaluating, longest_input
 from embkern.models.loading import load_model, load_tokenizer
 from embkern.text.counts import TokenCounts, count_tokens
 from embkern.text.frequencies import COMPRESSION_STRENGTH, expected_frequencies
@@ -43,6 +43,11 @@ class Subject:
         """Frequencies by the order of the vocabulary."""
         return vocabulary_prior(self.tokenizer, len(self.table))
 
+    @property
+    def window(self) -> int:
+        """Tokens of a window: as many as the model reads, at most ``WINDOW``."""
+        return min(WINDOW, longest_input(self.model))
+
     @functools.cached_property
     def counted(self) -> TokenCounts:
         """Counts of docstrings."""
@@ -65,8 +70,9 @@ class Subject:
     @torch.no_grad()
     def moment(self) -> Tensor:
         """``(h.t() @ h) / N`` of the hidden states that the head reads, (H, H) fp64, on docstrings."""
+        length = self.window
         windows = causal_windows(
-            docstrings(), self.tokenizer, max_length=WINDOW, stride=WINDOW, max_tokens=MOMENT_TOKENS
+            docstrings(), self.tokenizer, max_length=length, stride=length, max_tokens=MOMENT_TOKENS
         )
         H = self.table.shape[1]
         total, count = torch.zeros(H, H, dtype=torch.float64), 0

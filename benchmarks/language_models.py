@@ -36,7 +36,7 @@ from embkern.methods import rank_for_ratio
 from embkern.models.calibrate import calibrate, self_calibrate
 
 from .language_model_rivals import GGML_FORMATS, NUMPY_FORMATS, feed_forward, gguf_format
-from .language_model_subject import PARTS, WINDOW, Subject, counted_sentences, scored_text
+from .language_model_subject import PARTS, Subject, counted_sentences, scored_text
 from .results_file import RESULTS, command_line, write_results
 from .runner import option_parser, table_line
 from .tools.installed_models import INSTALLED, dense_model
@@ -258,7 +258,8 @@ class LanguageModels:
         self.weights = files_fingerprint(sorted(directory.glob("*.safetensors")))
         self.cache = (options.cache or cache_directory()) / "language_models" / "rows"
         self.texts, sources = scored_text(options.part)
-        self.protocol = {"max_length": WINDOW, "stride": WINDOW, "max_tokens": options.tokens}
+        window = self.subject.window
+        self.protocol = {"max_length": window, "stride": window, "max_tokens": options.tokens}
         if options.beginning != "text":
             self.protocol["beginning"] = options.beginning
         V, H = self.subject.table.shape

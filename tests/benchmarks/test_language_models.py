@@ -21,7 +21,7 @@ def tiny(tmp_path_factory):
     raw.pre_tokenizer = pre_tokenizers.ByteLevel()
     config = T.LlamaConfig(
         vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=96, max_position_embeddings=2048, tie_word_embeddings=True,
+        intermediate_size=96, max_position_embeddings=128, tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(0)
     model = T.LlamaForCausalLM(config)
@@ -44,16 +44,19 @@ def text(monkeypatch):
     monkeypatch.setattr(language_model_subject, "docstrings", lambda: counted)
 
 
-def run(tiny, directory, *methods, part="test", name="language_models_tiny.json"):
+def run(tiny, directory, *methods, part="test", name="language_models_tiny.json", more=()):
     places = ["--cache", str(directory / "cache"), "--results", str(directory)]
     selection = ["--models", str(tiny), "--ratios", "8", "--tokens", "200", "--part", part]
-    language_models.main([*places, *selection, "--methods", *methods])
+    language_models.main([*places, *selection, *more, "--methods", *methods])
     return json.loads((directory / name).read_text())
 
 
 def test_another_part_of_the_text_has_a_file_of_its_own(tiny, text, tmp_path):
     other = run(tiny, tmp_path, "int, groups of 32", part="valid", name="language_models_tiny_valid.json")
     assert other["scored"]["part"] == "valid"
+    assert other["scored"]["max_length"] == 128, "what the model reads"
+    more = {"name": "language_models_tiny_window.json", "more": ["--beginning", "window"]}
+    assert run(tiny, tmp_path, "int, groups of 32", **more)["scored"]["beginning"] == "window"
     assert not (tmp_path / "language_models_tiny.json").exists()
     assert run(tiny, tmp_path, "int, groups of 32")["dense"]["perplexity"] != other["dense"]["perplexity"]
 
@@ -61,7 +64,7 @@ def test_another_part_of_the_text_has_a_file_of_its_own(tiny, text, tmp_path):
 def test_rows_count_every_byte_and_are_measured_once(tiny, text, tmp_path, monkeypatch):
     methods = ("allocate", "int, groups of 32", "Lloyd-Max, scale per row")
     first = run(tiny, tmp_path, *methods)
-    assert first["dense"]["tokens"] == 199
+    assert first["dense"]["tokens"] == 200 - 2, "the first token of each window of 128 is not predicted"
     rows = {(row["method"], row["setting"].get("bits")): row for row in first["rows"]}
     for bits in (8, 4, 3, 2):  # scale and minimum in fp16 for a group of 32
         assert rows["int, groups of 32", bits]["bits"] == bits + 1
