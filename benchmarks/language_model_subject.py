@@ -15,9 +15,8 @@ from embkern.models.find_table import find_table
 from embkern.models.inference import evaluating, longest_input
 from embkern.models.loading import load_model, load_tokenizer
 from embkern.text.counts import TokenCounts, count_tokens
-from embkern.text.frequencies import COMPRESSION_STRENGTH, expected_frequencies
+from embkern.text.frequencies import frequencies_of
 from embkern.text.prior import vocabulary_prior
-from embkern.text.token_classes import adapted_prior, token_classes
 
 from .text import docstrings
 from .tools.installed_text import installed_documents, split
@@ -57,14 +56,12 @@ class Subject:
     @functools.cached_property
     def counts(self) -> Tensor:
         """Expected frequencies, from counts of docstrings and the prior."""
-        return expected_frequencies(self.counted, self.prior, strength=COMPRESSION_STRENGTH)
+        return frequencies_of(self.counted, len(self.table), self.tokenizer)[0]
 
     @functools.cached_property
     def counts_by_class(self) -> Tensor:
         """Likewise, with the prior that ``compress`` takes with a calibration."""
-        classes = token_classes(self.tokenizer, len(self.table))
-        prior = adapted_prior(self.counted.counts, self.prior, classes)
-        return expected_frequencies(self.counted, prior, strength=COMPRESSION_STRENGTH)
+        return frequencies_of(self.counted, len(self.table), self.tokenizer, by_class=True)[0]
 
     @functools.cached_property
     @torch.no_grad()

@@ -28,7 +28,14 @@ from .models.find_table import other_tables
 from .models.fisher_file import load_fisher
 from .models.held_out import held_out_divergence
 from .models.loading import load_compressed, load_model, load_tokenizer, required_tokenizer
-from .models.plan import NOT_CALIBRATED, calibration_serves, plan_tables, token_rows, tokens_read
+from .models.plan import (
+    NOT_CALIBRATED,
+    calibration_serves,
+    check_unseen,
+    plan_tables,
+    token_rows,
+    tokens_read,
+)
 from .models.quantizer import install
 from .models.report import Report, TableReport, name_of, public_name
 from .models.saving import check_output, save
@@ -184,9 +191,7 @@ def compress(
     known_counts = gathered_counts(V, counts, count_text, tokenizer, progress=progress)
     chosen = Choice(phrase=NOT_CALIBRATED if recipe.calibrated else None)
     given = any(each is not None for each in (calibration, calibrate_text, recipe.calibration))
-    if known_counts is None and not given:
-        for plan in plans:
-            plan.check_all_rows()
+    check_unseen(plans, known=given or known_counts is not None)
     if calibration_serves(plans, asked=given or bool(recipe.calibrate)):
         choose = functools.partial(
             choose_calibration, model, recipe, calibration=calibration, text=calibrate_text,
@@ -373,7 +378,7 @@ def calibrate_files(
 
     def check(facts: CalibrationFacts) -> None:
         for each in found:
-            each.check_sum(facts)
+            each.check_addable(facts)
 
     settings: dict[str, Any] = {
         "length": length, "seed": seed, "progress": progress, "checkpoint": f"{path}.partial", "check": check

@@ -148,7 +148,8 @@ def causal_windows(
     tokens of context. With ``stride == max_length`` the first token of each window is not predicted.
 
     With ``beginning="window"`` the special tokens that begin a text (BOS) begin every window, not the first
-    alone, and take their place in its ``max_length`` tokens. Every token of the text is predicted then.
+    alone, and take their place in its ``max_length`` tokens. Where there are any, every token of the text is
+    predicted then.
 
     Raises:
         ValueError: ``separator`` is ``eos`` and the tokenizer has no end-of-text token, or a window has no
@@ -156,15 +157,18 @@ def causal_windows(
     """
     if separator == "eos" and tokenizer.eos_token_id is None:
         raise ValueError("separator: expected newline, as the tokenizer has no end-of-text token; got eos")
-    first = _first_tokens(tokenizer)
-    each = first if beginning == "window" else []
+    first, ids = _first_tokens(tokenizer), _joined(texts, tokenizer, separator)
+    each: list[int] = []  # what begins every window
+    if beginning == "window":
+        each = first
+    else:
+        ids = itertools.chain(first, ids)
     room = max_length - len(each)
     if room < 2:
         raise ValueError(f"max_length: expected at least {len(each) + 2}, got {max_length}")
-    ids = _joined(texts, tokenizer, separator)
     window: list[int] = []
     fresh = 0  # number of tokens at its end that no earlier window had
-    for token in itertools.islice(ids if each else itertools.chain(first, ids), max_tokens):
+    for token in itertools.islice(ids, max_tokens):
         window.append(token)
         fresh += 1
         if len(window) == room:

@@ -137,6 +137,11 @@ class Calibration:
         """Whether ``inputs`` are counts of text alone, not of samples of the model itself."""
         return all(run.source == "text" for run in self.facts.runs)
 
+    @property
+    def differs_from_zero(self) -> bool:
+        """Whether some gradient is not zero, and some hidden state that enters the head, if there is one."""
+        return bool(self.input_moment.any()) and (self.head_moment is None or bool(self.head_moment.any()))
+
     def __radd__(self, other: int) -> Calibration:
         """Return itself for 0, with which ``sum`` begins."""
         return self if type(other) is int and other == 0 else NotImplemented
@@ -152,7 +157,7 @@ class Calibration:
             raise ValueError(f"calibration: expected two of one model, got {different}")
         if (self.head_moment is None) != (other.head_moment is None):
             raise ValueError("calibration: expected two with an output head or two without, got one with it")
-        self.check_sum(other.facts)
+        self.check_addable(other.facts)
         facts = self.facts.model_copy(
             update={
                 "layers": other.facts.layers if self.facts.layers is None else self.facts.layers,
@@ -169,7 +174,7 @@ class Calibration:
             facts,
         )
 
-    def check_sum(self, facts: CalibrationFacts) -> None:
+    def check_addable(self, facts: CalibrationFacts) -> None:
         """Raise ValueError unless a calibration with these facts can be added to this one."""
         ours, theirs = (_identity(each) | {"weights": each.weights} for each in (self.facts, facts))
         if different := _different(ours, theirs):

@@ -77,8 +77,7 @@ class TablePlan:
         Raises:
             ValueError: the recipe leaves out rows that are not read, and nothing tells which these are.
         """
-        if read is None:
-            self.check_all_rows()
+        check_unseen([self], known=read is not None)
         V = len(self.table.weight)
         if read is not None:
             read = F.pad(read, (0, max(0, V - len(read))))[:V].repeat_interleave(self.table.segments)
@@ -96,14 +95,6 @@ class TablePlan:
         elif len(frequencies) != V:
             frequencies = normalized(F.pad(frequencies, (0, max(0, V - len(frequencies))))[:V])
         return Knowledge(frequencies.repeat_interleave(self.table.segments), own, read)
-
-    def check_all_rows(self) -> None:
-        """Raise ValueError if the recipe leaves out tokens that are not read, as nothing tells which."""
-        if self.of_tokens and self.recipe.leaves_rows_out:
-            raise ValueError(
-                f"unseen: expected counts of text (count_text, counts) or a calibration on text with "
-                f"{self.recipe.options['unseen']!r}, from which rows follow that are not read, got neither"
-            )
 
     def compress(self, known: Knowledge, **run: Any) -> Table:
         """Return the compressed rows of the table.
@@ -227,6 +218,16 @@ def tokens_read(
         [each for each in ids if type(each) is int and 0 <= each < len(read)], dtype=torch.int64
     )
     return read.index_fill(0, own, True)
+
+
+def check_unseen(plans: list[TablePlan], *, known: bool) -> None:
+    """Raise ValueError if a recipe leaves out the tokens that are not read, and it is not known which are."""
+    for plan in plans:
+        if not known and plan.of_tokens and plan.recipe.leaves_rows_out:
+            raise ValueError(
+                f"unseen: expected counts of text (count_text, counts) or a calibration on text with "
+                f"{plan.recipe.options['unseen']!r}, from which rows follow that are not read, got neither"
+            )
 
 
 def calibration_serves(plans: list[TablePlan], *, asked: bool) -> bool:

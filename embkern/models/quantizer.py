@@ -40,7 +40,7 @@ from .checkpoint import (
 from .config import EmbkernConfig, TableState, dtype_name
 from .find_table import ModelTable, find_table
 from .ngrammer_hooks import build_ngrammer, ngrammer_of, verify_ngrammer
-from .plan import calibration_serves, plan_tables, tokens_read
+from .plan import calibration_serves, check_unseen, plan_tables, tokens_read
 from .quantized_body import BodyQuantizer
 from .select_tables import table_named
 from .shared_tensors import link, of_owners, without_shared_changes
@@ -294,9 +294,7 @@ class EmbkernQuantizer(BodyQuantizer):
             plans = plan_tables(model, config.recipe)
             # There is no tokenizer here, so that only the model itself can tell how often tokens are read.
             recipe, given = config.recipe, config.recipe.calibration is not None
-            if not given:
-                for plan in plans:
-                    plan.check_all_rows()
+            check_unseen(plans, known=given)
             serves = calibration_serves(plans, asked=given or bool(recipe.calibrate))
             calibration = choose_calibration(model, recipe).calibration if serves else None
             for plan in plans:

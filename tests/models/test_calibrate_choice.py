@@ -244,6 +244,8 @@ def test_classes_of_rare_tokens_share_the_prior_with_a_calibration(own_calibrati
     words, weight = tokenizer(), build("gpt2").get_input_embeddings().weight.detach()
     V = len(weight)
     counts = count_tokens([distinct_words()] * 3, words, num_embeddings=V, progress=False)
+    both = [frequencies_of(counts, V, words, by_class=by_class)[0] for by_class in (False, True)]
+    assert not torch.equal(*both)
     for calibration in (own_calibration, None):
         model = build("gpt2")
         options = {"calibration": calibration} if calibration else {"calibrate": False}

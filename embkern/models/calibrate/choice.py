@@ -43,13 +43,6 @@ class Choice(NamedTuple):
     phrase: str | None = None
     held_out: HeldOut | None = None
 
-    @property
-    def serves(self) -> bool:
-        """Whether, by the calibration, the output depends on what is read and on the head."""
-        assert self.calibration is not None
-        head = self.calibration.head_moment
-        return bool(self.calibration.input_moment.any()) and (head is None or bool(head.any()))
-
 
 def choose_calibration(
     model: PreTrainedModel,
@@ -149,7 +142,7 @@ def _by_default(
                 lower += " or the model's own samples (--calibrate)"
             return Choice(None, f"none; {lower} would lower the error that the model sees")
         found = _on_samples(model, tokenizer, progress, hold_out, LONGEST_SECONDS)
-        if found.serves:
+        if found.calibration is None or found.calibration.differs_from_zero:
             return found
         phrase = "none (the model's outputs do not depend on its embedding)"
     except CalibrationTooLongError as error:
